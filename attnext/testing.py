@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How exact is exact enough, and on which kernels: what the tests of attnext are written with.
+
+One error budget serves all of them. An op may differ from the float64 result by at most twice what
+the same formula in plain torch, at the precision of the inputs, differs from it, plus one rounding
+of the output. Nothing is tuned by hand, so a kernel that loses digits has no constant to hide
+behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def available_isas() -> list[str]:
+    """Names of the instruction sets this machine and this build can run the CPU kernels on."""
+    from attnext import _C
+
+    return list(_C.available_isas())
+
+
+@contextlib.contextmanager
+def isa(name: str) -> Iterator[None]:
+    """Run the CPU kernels of one instruction set."""
+    from attnext import _C
+
+    before = _C.isa()
+    _C.set_isa(name)
+    try:
+        yield
+    finally:
+        _C.set_isa(before)
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run with ``count`` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def evaluate(
+    function: Callable[..., Any],
+    tensors: Mapping[str, Tensor],
+    options: Mapping[str, Any] | None = None,
+    cotangents: tuple[Tensor, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """``out``, ``lse`` and, given cotangents of both, ``grad_x`` of every floating tensor ``x``."""
+    leaves = {
+        name: tensor.detach().requires_grad_(cotangents is not None and tensor.is_floating_point())
+        for name, tensor in tensors.items()
+    }
+    out, lse = function(**leaves, **(options or {}), return_lse=True)
+    results = {"out": out.detach(), "lse": lse.detach()}
+    if cotangents is not None:
+        names = [name for name, leaf in leaves.items() if leaf.requires_grad]
+        grads = torch.autograd.grad(
+            (out, lse),
+            [leaves[name] for name in names],
+            (cotangents[0].to(out.dtype), cotangents[1].to(lse.dtype)),
+        )
+        results |= {f"grad_{name}": grad for name, grad in zip(names, grads, strict=True)}
+    return results
+
+
+def error_budget(exact: Tensor, plain: list[Tensor], dtype: torch.dtype) -> dict[str, float]:
+    """Largest and root-mean-square error that a result in ``dtype`` may have.
+
+    Shapes: exact is the float64 result, plain what the same formula gives in plain torch at the
+        precision of the inputs: several evaluations that differ by nothing but rounding, because a
+        single small tensor may come out right by luck. All have one shape.
+    Numerics: ``2 * (error of plain + one rounding of the output)``, for each of the two norms.
+    Errors: ValueError where plain is not finite though exact is: nothing can be held against that.
+    Complexity: linear.
+    Source: FlashAttention's and attention-gym's rule of twice the low-precision reference's error.
+    Example:
+
+        >>> exact = torch.ones(4, dtype=torch.float64)
+        >>> error_budget(exact, [torch.ones(4)], torch.float32)["largest"] == 2**-23
+        True
+    """
+    finite = torch.isfinite(exact)
+    magnitude = exact[finite].double()
+    rounding = torch.finfo(dtype).eps / 2
+    budget = {name: rounding * norm(magnitude) for name, norm in _NORMS.items()}
+    errors = [other[finite].double() - magnitude for other in plain]
+    for error in errors:
+        if not torch.isfinite(error).all():
+            raise ValueError("the plain formula is not finite where the exact result is")
+    return {
+        name: 2 * (max(norm(error) for error in errors) + budget[name])
+        for name, norm in _NORMS.items()
+    }
+
+
+def assert_within_budget(
+    actual: Mapping[str, Tensor],
+    reference: Callable[..., Any],
+    tensors: Mapping[str, Tensor],
+    options: Mapping[str, Any] | None = None,
+    cotangents: tuple[Tensor, Tensor] | None = None,
+) -> dict[str, float]:
+    """Hold results of ``evaluate`` against the error budget.
+
+    Shapes: ``actual`` is ``evaluate(op, tensors, options, cotangents)``; ``reference`` takes what
+        ``op`` takes, and ``dtype``, the precision to compute in.
+    Numerics: infinite and NaN entries must be those of the float64 result. ``lse``, stored in
+        float32 for half-precision inputs, is held to what float32 gives.
+    Errors: AssertionError naming the result, its error and its budget.
+    Complexity: seven evaluations of the reference at most.
+    Source: ``error_budget``.
+    Example:
+
+        >>> from attnext import reference
+        >>> x = {name: torch.randn(1, 5, 2, 4) for name in ("query", "key", "value")}
+        >>> def op(**inputs):
+        ...     return reference.attention(**inputs, dtype=torch.float32)
+        >>> fractions = assert_within_budget(evaluate(op, x), reference.attention, x)
+        >>> max(fractions.values()) <= 1
+        True
+
+    Returns the fraction of its budget that each result has used.
+    """
+    options = dict(options or {})
+    dtype = tensors["query"].dtype
+    generator = torch.Generator().manual_seed(0)
+
+    def run(compute: torch.dtype, inputs: Mapping[str, Tensor], grad: bool) -> dict[str, Tensor]:
+        return evaluate(
+            reference, inputs, {**options, "dtype": compute}, cotangents if grad else None
+        )
+
+    exact = run(torch.float64, _cast(tensors, torch.float64), True)
+    plain = [run(dtype, tensors, True)]
+    plain += [run(dtype, _jitter(tensors, generator), True) for _ in range(2)]
+    if dtype in HALF:
+        single = _cast(tensors, torch.float32)
+        for other in plain:
+            other["lse"] = run(torch.float32, single, False)["lse"]
+            single = _jitter(single, generator)
+
+    fractions: dict[str, float] = {}
+    for name, result in actual.items():
+        expected = exact[name]
+        assert result.shape == expected.shape, (
+            f"{name} has shape {tuple(result.shape)}, not {tuple(expected.shape)}"
+        )
+        finite = torch.isfinite(expected)
+        same = torch.equal(result.double()[~finite].nan_to_num(), expected[~finite].nan_to_num())
+        assert same and torch.isfinite(result[finite]).all(), (
+            f"{name} is not finite where the exact result is, or the other way round"
+        )
+        if name == "out":
+            empty = exact["lse"] == -torch.inf
+            assert not result[empty].any(), "out is not exactly 0 in a row without keys"
+        error = result.double()[finite] - expected[finite]
+        budget = error_budget(expected, [each[name] for each in plain], result.dtype)
+        for norm, allowed in budget.items():
+            got = _NORMS[norm](error)
+            assert got <= allowed, (
+                f"{name} ({result.dtype}): {norm} error {got:.3e} exceeds the budget {allowed:.3e}"
+            )
+            fractions[name] = max(fractions.get(name, 0.0), got / allowed if allowed else 0.0)
+    return fractions
+
+
+def _largest(x: Tensor) -> float:
+    return x.abs().max().item() if x.numel() else 0.0
+
+
+def _root_mean_square(x: Tensor) -> float:
+    return x.square().mean().sqrt().item() if x.numel() else 0.0
+
+
+_NORMS = {"largest": _largest, "root-mean-square": _root_mean_square}
+
+
+def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {n: x.to(dtype) if x.is_floating_point() else x for n, x in tensors.items()}
+
+
+def _jitter(tensors: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """The same inputs, each entry moved by about one rounding."""
+
+    def move(x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return x
+        noise = torch.rand(x.shape, generator=generator, dtype=torch.float64) * 2 - 1
+        return (x.double() * (1 + torch.finfo(x.dtype).eps * noise)).to(x.dtype)
+
+    return {name: move(x) for name, x in tensors.items()}
