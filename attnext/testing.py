@@ -115,10 +115,10 @@ def assert_within_budget(
 
     Shapes: ``actual`` is ``evaluate(op, tensors, options, cotangents)``; ``reference`` takes what
         ``op`` takes, and ``dtype``, the precision to compute in.
-    Numerics: infinite and NaN entries must be those of the float64 result. ``lse``, stored in
-        float32 for half-precision inputs, is held to what float32 gives.
+    Numerics: infinite and NaN entries must be those of the float64 result. Half-precision inputs
+        are held to what float32 arithmetic gives, rounded to the dtype of the result.
     Errors: AssertionError naming the result, its error and its budget.
-    Complexity: seven evaluations of the reference at most.
+    Complexity: a few evaluations of the reference.
     Source: ``error_budget``.
     Example:
 
@@ -132,23 +132,19 @@ def assert_within_budget(
 
     Returns the fraction of its budget that each result has used.
     """
-    options = dict(options or {})
-    dtype = tensors["query"].dtype
+    options = options or {}
     generator = torch.Generator().manual_seed(0)
 
-    def run(compute: torch.dtype, inputs: Mapping[str, Tensor], grad: bool) -> dict[str, Tensor]:
-        return evaluate(
-            reference, inputs, {**options, "dtype": compute}, cotangents if grad else None
-        )
+    def run(dtype: torch.dtype, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return evaluate(reference, inputs, {**options, "dtype": dtype}, cotangents)
 
-    exact = run(torch.float64, _cast(tensors, torch.float64), True)
-    plain = [run(dtype, tensors, True)]
-    plain += [run(dtype, _jitter(tensors, generator), True) for _ in range(2)]
-    if dtype in HALF:
-        single = _cast(tensors, torch.float32)
-        for other in plain:
-            other["lse"] = run(torch.float32, single, False)["lse"]
-            single = _jitter(single, generator)
+    exact = run(torch.float64, _cast(tensors, torch.float64))
+    compute = torch.float32 if tensors["query"].dtype in HALF else tensors["query"].dtype
+    inputs = _cast(tensors, compute)
+    plain = [run(compute, inputs)]
+    # A gradient of few entries needs more samples of its rounding error than a large one.
+    samples = 10 if min(result.numel() for result in actual.values()) < 16 else 2
+    plain += [run(compute, _jitter(inputs, generator)) for _ in range(samples)]
 
     fractions: dict[str, float] = {}
     for name, result in actual.items():
@@ -165,7 +161,7 @@ def assert_within_budget(
             empty = exact["lse"] == -torch.inf
             assert not result[empty].any(), "out is not exactly 0 in a row without keys"
         error = result.double()[finite] - expected[finite]
-        budget = error_budget(expected, [each[name] for each in plain], result.dtype)
+        budget = error_budget(expected, [x[name].to(result.dtype) for x in plain], result.dtype)
         for norm, allowed in budget.items():
             got = _NORMS[norm](error)
             assert got <= allowed, (
