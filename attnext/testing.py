@@ -10,7 +10,7 @@ behind.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -105,7 +105,7 @@ def error_budget(exact: Tensor, plain: list[Tensor], dtype: torch.dtype) -> dict
 
 
 def assert_within_budget(
-    actual: Mapping[str, Tensor],
+    actual: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]],
     reference: Callable[..., Any],
     tensors: Mapping[str, Tensor],
     options: Mapping[str, Any] | None = None,
@@ -113,8 +113,9 @@ def assert_within_budget(
 ) -> dict[str, float]:
     """Hold results of ``evaluate`` against the error budget.
 
-    Shapes: ``actual`` is ``evaluate(op, tensors, options, cotangents)``; ``reference`` takes what
-        ``op`` takes, and ``dtype``, the precision to compute in.
+    Shapes: ``actual`` is ``evaluate(op, tensors, options, cotangents)``, or several of them, say
+        one for each instruction set; ``reference`` takes what ``op`` takes, and ``dtype``, the
+        precision to compute in.
     Numerics: infinite and NaN entries must be those of the float64 result. Half-precision inputs
         are held to what float32 arithmetic gives, rounded to the dtype of the result.
     Errors: AssertionError naming the result, its error and its budget.
@@ -130,9 +131,10 @@ def assert_within_budget(
         >>> max(fractions.values()) <= 1
         True
 
-    Returns the fraction of its budget that each result has used.
+    Returns the largest fraction of its budget that each result has used.
     """
     options = options or {}
+    actuals = [actual] if isinstance(actual, Mapping) else list(actual)
     generator = torch.Generator().manual_seed(0)
 
     def run(dtype: torch.dtype, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -143,12 +145,12 @@ def assert_within_budget(
     inputs = _cast(tensors, compute)
     plain = [run(compute, inputs)]
     # A gradient of few entries needs more samples of its rounding error than a large one.
-    samples = 10 if min(result.numel() for result in actual.values()) < 16 else 2
+    samples = 10 if min(result.numel() for result in exact.values()) < 16 else 2
     plain += [run(compute, _jitter(inputs, generator)) for _ in range(samples)]
 
     fractions: dict[str, float] = {}
-    for name, result in actual.items():
-        expected = exact[name]
+    for name, result in ((n, r) for results in actuals for n, r in results.items()):
+        expected, others = exact[name], [results[name].to(result.dtype) for results in plain]
         assert result.shape == expected.shape, (
             f"{name} has shape {tuple(result.shape)}, not {tuple(expected.shape)}"
         )
@@ -161,13 +163,13 @@ def assert_within_budget(
             empty = exact["lse"] == -torch.inf
             assert not result[empty].any(), "out is not exactly 0 in a row without keys"
         error = result.double()[finite] - expected[finite]
-        budget = error_budget(expected, [x[name].to(result.dtype) for x in plain], result.dtype)
-        for norm, allowed in budget.items():
+        for norm, allowed in error_budget(expected, others, result.dtype).items():
             got = _NORMS[norm](error)
             assert got <= allowed, (
                 f"{name} ({result.dtype}): {norm} error {got:.3e} exceeds the budget {allowed:.3e}"
             )
-            fractions[name] = max(fractions.get(name, 0.0), got / allowed if allowed else 0.0)
+            used = got / allowed if allowed else 0.0
+            fractions[name] = max(fractions.get(name, 0.0), used)
     return fractions
 
 
