@@ -48,7 +48,7 @@ def ninja_command() -> str | None:
 
 
 class CMakeBuild(build_ext):
-    """Configures and builds in a temporary folder, so that no stale path of an earlier one is met."""
+    """Configures and builds in a temporary folder: no stale path of an earlier build is met."""
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m attnext``: every operator on a real image and a real text, checked and timed."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import attnext
+
+FORMATS = (".png", ".pdf", ".svg")
+NEEDED = {"matplotlib": "matplotlib", "numpy": "numpy", "PIL": "pillow", "rich": "rich"}
+
+
+def _writable(text: str) -> Path:
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(
+            f"there is no folder {path.parent} to write {path.name} to"
+        )
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder; a file is meant")
+    return path
+
+
+def _picture(text: str) -> Path:
+    path = _writable(text)
+    if path.suffix.lower() not in FORMATS:
+        raise argparse.ArgumentTypeError(f"{path.name!r} must end in one of {', '.join(FORMATS)}")
+    return path
+
+
+def _positive_int(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return number
+
+
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0.0 < number <= 60.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds in (0, 60]")
+    return number
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    found = argparse.ArgumentParser(
+        prog="python -m attnext",
+        description="Runs every attnext operator on a real image and a real text, checks it "
+        "against float64, times it against torch's scaled_dot_product_attention, and draws "
+        "where attention goes.",
+        epilog="Exit status: 0 every check passed; 1 a check failed; "
+        "2 wrong arguments or unreadable input.",
+    )
+    found.add_argument(
+        "--image",
+        type=Path,
+        metavar="PATH",
+        help="image to use (default: one shipped with matplotlib)",
+    )
+    found.add_argument(
+        "--text", type=Path, metavar="PATH", help="text to use (default: one shipped with Python)"
+    )
+    found.add_argument(
+        "--output",
+        type=_picture,
+        default="attnext.png",
+        metavar="PATH",
+        help="picture to write (default: %(default)s)",
+    )
+    found.add_argument(
+        "--json", type=_writable, metavar="PATH", help="write the figures there, too"
+    )
+    found.add_argument(
+        "--threads",
+        type=_positive_int,
+        metavar="N",
+        help="threads for attnext and torch (default: torch's)",
+    )
+    found.add_argument(
+        "--seconds",
+        type=_positive,
+        default=1.0,
+        metavar="S",
+        help="time spent on timing each row (default: %(default)s)",
+    )
+    found.add_argument("--version", action="version", version=f"attnext {attnext.__version__}")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    options = parser().parse_args(arguments)
+    missing = [
+        package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None
+    ]
+    if missing:
+        print(
+            f"python -m attnext needs {' and '.join(missing)}: pip install 'attnext[demo]'",
+            file=sys.stderr,
+        )
+        return 2
+
+    from attnext.demo.errors import DemoError
+    from attnext.demo.run import run
+
+    try:
+        passed = run(
+            options.image,
+            options.text,
+            options.output,
+            options.json,
+            options.threads,
+            options.seconds,
+        )
+    except DemoError as error:
+        print(f"python -m attnext: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
