@@ -1,0 +1,411 @@
+// SPDX-License-Identifier: Apache-2.0
+// The only file that knows Python: tensors in, parameter structs out. Users' errors are raised in
+// attnext/functional.py; what is checked here is that no kernel can leave its tensors.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+#include "cpu/window.h"
+#include "geometry.h"
+#include "params.h"
+
+#ifndef ATTNEXT_VERSION
+#define ATTNEXT_VERSION "0.0.0"
+#endif
+
+namespace py = pybind11;
+
+namespace attnext {
+namespace {
+
+constexpr int kRuleFields = 8;
+
+AxisRule read_rule(const int64_t* f) {
+  AxisRule rule;
+  rule.left = f[0];
+  rule.right = f[1];
+  rule.stride = f[2];
+  rule.phase = f[3];
+  rule.dilation = f[4];
+  rule.causal = f[5] != 0;
+  rule.boundary = static_cast<Boundary>(f[6]);
+  rule.offset = f[7];
+  if (rule.stride < 1 || rule.dilation < 1 || f[6] < 0 || f[6] > 2) {
+    throw std::invalid_argument("rule: stride and dilation must be positive, boundary 0, 1 or 2");
+  }
+  return rule;
+}
+
+struct Shape {
+  void* data = nullptr;
+  std::vector<int64_t> size, stride;
+};
+
+std::vector<int64_t> integers(PyObject* tuple) {
+  std::vector<int64_t> out(PyTuple_GET_SIZE(tuple));
+  for (size_t i = 0; i < out.size(); ++i) out[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i));
+  return out;
+}
+
+Shape read_tensor(py::handle t) {
+  static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
+  static PyObject* const stride = PyUnicode_InternFromString("stride");
+  static PyObject* const shape = PyUnicode_InternFromString("shape");
+  Shape s;
+  const auto call = [](PyObject* result) {
+    if (!result) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(result);
+  };
+  const py::object p = call(PyObject_CallMethodNoArgs(t.ptr(), data_ptr));
+  s.data = PyLong_AsVoidPtr(p.ptr());
+  s.size = integers(call(PyObject_GetAttr(t.ptr(), shape)).ptr());
+  s.stride = integers(call(PyObject_CallMethodNoArgs(t.ptr(), stride)).ptr());
+  return s;
+}
+
+void require(bool ok, const char* what) {
+  if (!ok) throw std::invalid_argument(std::string("attnext: inconsistent tensors: ") + what);
+}
+
+// Everything of one call: parameters, the tables they go with, and the order of the axes. Axes of
+// length 1 go to the front, so that the last axes are those worth tiling.
+struct Call {
+  WindowParams params{};
+  std::vector<AxisTable> tables;
+  std::vector<int32_t> head_rule;
+  int rank = 0;
+  int source[3] = {-1, -1, -1};  // which given axis stands at 0, 1, 2
+
+  // [batch, *tokens, heads(, dim)]
+  TensorRef token_tensor(const Shape& s, int64_t batch, const int64_t extent[3], int64_t heads,
+                         int64_t dim) const {
+    const size_t want = rank + 2 + (dim > 0 || dim == -1);
+    require(s.size.size() == want, "rank");
+    TensorRef ref{s.data, s.stride[0], {0, 0, 0}, s.stride[rank + 1]};
+    bool ok = s.size[0] == batch && s.size[rank + 1] == heads;
+    for (int a = 0; a < 3; ++a) {
+      if (source[a] < 0) continue;
+      ref.token[a] = s.stride[1 + source[a]];
+      ok = ok && s.size[1 + source[a]] == extent[a];
+    }
+    if (dim > 0) {
+      ok = ok && s.size.back() == dim;
+      require(s.stride.back() == 1 || dim == 1, "head_dim must have unit stride");
+    }
+    require(ok, "shape");
+    return ref;
+  }
+  TensorRef extra_tensor(const Shape& s, int64_t dim) const {
+    require(s.size.size() == 4 && s.size[0] == params.batch && s.size[1] == params.extra_keys &&
+                s.size[2] == params.kv_heads && s.size[3] == dim,
+            "additional keys or values");
+    require(s.stride[3] == 1 || dim == 1, "head_dim must have unit stride");
+    return {s.data, s.stride[0], {0, 0, s.stride[1]}, s.stride[2]};
+  }
+};
+
+struct Options {
+  std::vector<int64_t> rules, head_rule;
+  double scale, softcap;
+  int64_t sinks;
+  py::object cu_queries, cu_keys;
+  bool align_end;
+};
+
+Call make_call(int dtype, py::handle query, py::handle key, py::handle value, py::handle row_scale,
+               py::handle bias, py::handle extra_key, py::handle extra_value,
+               py::handle sink_logits, const std::vector<int64_t>& rules,
+               const std::vector<int64_t>& head_rule, double scale, double softcap, int64_t sinks,
+               const std::vector<int64_t>& cu_queries, const std::vector<int64_t>& cu_keys) {
+  Call call;
+  WindowParams& p = call.params;
+  require(dtype >= 0 && dtype < kNumDTypes, "dtype");
+  p.dtype = static_cast<DType>(dtype);
+  const Shape q = read_tensor(query), k = read_tensor(key), v = read_tensor(value);
+  call.rank = static_cast<int>(q.size.size()) - 3;
+  const int rank = call.rank;
+  require(rank >= 1 && rank <= 3 && k.size.size() == q.size.size() &&
+              v.size.size() == q.size.size(),
+          "rank of query, key, value");
+  p.batch = q.size[0];
+  p.heads = q.size[rank + 1];
+  p.kv_heads = k.size[rank + 1];
+  p.head_dim = q.size[rank + 2];
+  p.head_dim_v = v.size[rank + 2];
+  require(p.heads > 0 && p.kv_heads > 0 && p.heads % p.kv_heads == 0 && p.head_dim > 0 &&
+              p.head_dim_v > 0,
+          "heads");
+
+  int order[3], n = 0;
+  for (int pass = 0; pass < 2; ++pass) {
+    if (pass == 0) {
+      for (int a = rank; a < 3; ++a) order[n++] = -1;
+    }
+    for (int a = 0; a < rank; ++a) {
+      const bool trivial = q.size[1 + a] == 1 && k.size[1 + a] == 1;
+      if (trivial == (pass == 0)) order[n++] = a;
+    }
+  }
+  if (sinks > 0 || !cu_queries.empty()) {
+    require(rank == 1, "sinks and packed sequences are for one token axis");
+  }
+  for (int a = 0; a < 3; ++a) {
+    call.source[a] = order[a];
+    p.query_extent[a] = order[a] < 0 ? 1 : q.size[1 + order[a]];
+    p.key_extent[a] = order[a] < 0 ? 1 : k.size[1 + order[a]];
+    require(p.query_extent[a] < INT32_MAX / 2 && p.key_extent[a] < INT32_MAX / 2,
+            "an axis longer than 2^30");
+  }
+  p.query = call.token_tensor(q, p.batch, p.query_extent, p.heads, p.head_dim);
+  p.key = call.token_tensor(k, p.batch, p.key_extent, p.kv_heads, p.head_dim);
+  p.value = call.token_tensor(v, p.batch, p.key_extent, p.kv_heads, p.head_dim_v);
+
+  const int64_t per_rule = int64_t(rank) * kRuleFields;
+  require(!rules.empty() && rules.size() % per_rule == 0, "rules");
+  const int64_t num_rules = static_cast<int64_t>(rules.size()) / per_rule;
+  for (int64_t r = 0; r < num_rules; ++r) {
+    for (int a = 0; a < 3; ++a) {
+      if (call.source[a] < 0) {
+        call.tables.push_back(evaluate(AxisRule{}, 1, 1));
+        continue;
+      }
+      const AxisRule rule = read_rule(&rules[r * per_rule + call.source[a] * kRuleFields]);
+      if (!cu_queries.empty()) {
+        require(cu_queries.size() == cu_keys.size() && p.batch == 1 && rule.dilation == 1 &&
+                    cu_queries.front() == 0 && cu_keys.front() == 0 &&
+                    cu_queries.back() == p.query_extent[2] && cu_keys.back() == p.key_extent[2] &&
+                    std::is_sorted(cu_queries.begin(), cu_queries.end()) &&
+                    std::is_sorted(cu_keys.begin(), cu_keys.end()),
+                "packed sequences");
+        call.tables.push_back(evaluate_packed(rule, cu_queries, cu_keys, sinks));
+      } else {
+        call.tables.push_back(
+            evaluate(rule, p.query_extent[a], p.key_extent[a], a == 2 ? sinks : 0));
+      }
+    }
+  }
+  call.head_rule.assign(p.heads, 0);
+  if (!head_rule.empty()) {
+    require(static_cast<int64_t>(head_rule.size()) == p.heads, "one rule per head");
+    for (int64_t h = 0; h < p.heads; ++h) {
+      require(head_rule[h] >= 0 && head_rule[h] < num_rules, "rule index");
+      call.head_rule[h] = static_cast<int32_t>(head_rule[h]);
+    }
+  }
+
+  p.scale = scale;
+  p.softcap = softcap;
+  if (!row_scale.is_none()) {
+    p.row_scale =
+        call.token_tensor(read_tensor(row_scale), p.batch, p.query_extent, p.heads, 0);
+  }
+  if (!sink_logits.is_none()) {
+    const Shape s = read_tensor(sink_logits);
+    require(s.size.size() == 1 && s.size[0] == p.heads && (s.stride[0] == 1 || p.heads == 1),
+            "sink_logits");
+    p.sink_logits = s.data;
+  }
+  if (!extra_key.is_none()) {
+    const Shape ek = read_tensor(extra_key), ev = read_tensor(extra_value);
+    require(ek.size.size() == 4, "additional keys");
+    p.extra_keys = ek.size[1];
+    p.extra_key = call.extra_tensor(ek, p.head_dim);
+    p.extra_value = call.extra_tensor(ev, p.head_dim_v);
+  }
+  if (!bias.is_none()) {
+    const Shape s = read_tensor(bias);
+    require(s.size.size() == size_t(rank) + 1 && s.size[0] == p.heads, "bias");
+    p.bias = s.data;
+    p.bias_head_stride = 1;
+    int64_t stride[3] = {0, 0, 0};
+    for (int a = rank - 1; a >= 0; --a) {
+      require(s.size[1 + a] % 2 == 1 && (s.stride[1 + a] == p.bias_head_stride || s.size[1 + a] == 1),
+              "bias must be contiguous with odd extents");
+      stride[a] = p.bias_head_stride;
+      p.bias_head_stride *= s.size[1 + a];
+    }
+    for (int a = 0; a < 3; ++a) {
+      const int g = call.source[a];
+      p.bias_stride[a] = g < 0 ? 0 : stride[g];
+      p.bias_reach[a] = g < 0 ? 0 : (s.size[1 + g] - 1) / 2;
+      for (int64_t r = 0; r < num_rules; ++r) {
+        const int64_t worst = max_offset(call.tables[3 * r + a]);
+        if (worst > p.bias_reach[a]) {
+          throw std::invalid_argument(
+              "bias: its axis " + std::to_string(g < 0 ? 0 : g) + " has " +
+              std::to_string(2 * p.bias_reach[a] + 1) + " entries, but offsets up to " +
+              std::to_string(worst) + " are attended, which needs " + std::to_string(2 * worst + 1));
+        }
+      }
+    }
+  }
+  return call;
+}
+
+void window_forward(int dtype, py::handle query, py::handle key, py::handle value,
+                    py::handle row_scale, py::handle bias, py::handle extra_key,
+                    py::handle extra_value, py::handle sink_logits,
+                    const std::vector<int64_t>& rules, const std::vector<int64_t>& head_rule,
+                    double scale, double softcap, int64_t sinks,
+                    const std::vector<int64_t>& cu_queries, const std::vector<int64_t>& cu_keys,
+                    py::handle out, py::handle lse) {
+  Call call = make_call(dtype, query, key, value, row_scale, bias, extra_key, extra_value,
+                        sink_logits, rules, head_rule, scale, softcap, sinks, cu_queries, cu_keys);
+  WindowParams& p = call.params;
+  p.out = call.token_tensor(read_tensor(out), p.batch, p.query_extent, p.heads, p.head_dim_v);
+  if (!lse.is_none()) {
+    p.lse = call.token_tensor(read_tensor(lse), p.batch, p.query_extent, p.heads, 0);
+  }
+  const py::gil_scoped_release release;
+  cpu::window_forward(p, call.tables.data(), static_cast<int64_t>(call.tables.size()) / 3,
+                      call.head_rule.data());
+}
+
+void window_backward(int dtype, py::handle query, py::handle key, py::handle value,
+                     py::handle row_scale, py::handle bias, py::handle extra_key,
+                     py::handle extra_value, py::handle sink_logits,
+                     const std::vector<int64_t>& rules, const std::vector<int64_t>& head_rule,
+                     double scale, double softcap, int64_t sinks,
+                     const std::vector<int64_t>& cu_queries, const std::vector<int64_t>& cu_keys,
+                     py::handle out, py::handle lse, py::handle dout, py::handle dlse,
+                     py::handle dquery, py::handle dkey, py::handle dvalue, py::handle drow_scale,
+                     py::handle dbias, py::handle dextra_key, py::handle dextra_value,
+                     py::handle dsink_logits) {
+  Call call = make_call(dtype, query, key, value, row_scale, bias, extra_key, extra_value,
+                        sink_logits, rules, head_rule, scale, softcap, sinks, cu_queries, cu_keys);
+  WindowParams& p = call.params;
+  const auto queries = [&](py::handle t, int64_t dim) {
+    return call.token_tensor(read_tensor(t), p.batch, p.query_extent, p.heads, dim);
+  };
+  p.out = queries(out, p.head_dim_v);
+  p.lse = queries(lse, 0);
+  p.dout = queries(dout, p.head_dim_v);
+  if (!dlse.is_none()) p.dlse = queries(dlse, 0);
+  p.dquery = queries(dquery, p.head_dim);
+  p.dkey = call.token_tensor(read_tensor(dkey), p.batch, p.key_extent, p.kv_heads, p.head_dim);
+  p.dvalue = call.token_tensor(read_tensor(dvalue), p.batch, p.key_extent, p.kv_heads, p.head_dim_v);
+  if (!drow_scale.is_none()) p.drow_scale = queries(drow_scale, 0);
+  if (p.extra_keys > 0) {
+    p.dextra_key = call.extra_tensor(read_tensor(dextra_key), p.head_dim);
+    p.dextra_value = call.extra_tensor(read_tensor(dextra_value), p.head_dim_v);
+  }
+  if (!dbias.is_none()) {
+    const Shape s = read_tensor(dbias);
+    int64_t n = 1;
+    for (int64_t size : s.size) n *= size;
+    require(p.bias && n == p.heads * p.bias_head_stride, "bias gradient");
+    p.dbias = s.data;
+  }
+  if (!dsink_logits.is_none()) {
+    const Shape s = read_tensor(dsink_logits);
+    require(p.sink_logits && s.size.size() == 1 && s.size[0] == p.heads, "sink gradient");
+    p.dsink_logits = s.data;
+  }
+  const py::gil_scoped_release release;
+  cpu::window_backward(p, call.tables.data(), static_cast<int64_t>(call.tables.size()) / 3,
+                       call.head_rule.data());
+}
+
+// ---- geometry as plain values ------------------------------------------------------------------
+
+AxisTable table_of(const std::vector<int64_t>& rule, int64_t num_queries, int64_t num_keys) {
+  require(rule.size() == kRuleFields, "a rule has 8 fields");
+  require(num_queries >= 0 && num_keys >= 0, "extents");
+  return evaluate(read_rule(rule.data()), num_queries, num_keys);
+}
+
+std::vector<std::pair<int32_t, int32_t>> axis_intervals(const std::vector<int64_t>& rule,
+                                                        int64_t num_queries, int64_t num_keys) {
+  const AxisTable t = table_of(rule, num_queries, num_keys);
+  std::vector<std::pair<int32_t, int32_t>> out;
+  for (size_t i = 0; i < t.begin.size(); ++i) out.emplace_back(t.begin[i], t.end[i]);
+  return out;
+}
+
+py::dict tile_plan(const std::vector<std::vector<int64_t>>& rules,
+                   const std::vector<int64_t>& query_extent, const std::vector<int64_t>& key_extent,
+                   int lanes, int vectors) {
+  require(!rules.empty() && rules.size() <= 3 && rules.size() == query_extent.size() &&
+              rules.size() == key_extent.size(),
+          "one rule and one extent per axis");
+  require(lanes >= 1 && vectors >= 1 && int64_t(lanes) * vectors <= 64, "lanes");
+  AxisTable tables[3];
+  const size_t pad = 3 - rules.size();
+  for (size_t a = 0; a < 3; ++a) {
+    tables[a] = a < pad ? evaluate(AxisRule{}, 1, 1)
+                        : table_of(rules[a - pad], query_extent[a - pad], key_extent[a - pad]);
+  }
+  PlanOptions options;
+  options.lanes = lanes;
+  options.vectors = vectors;
+  const WindowPlan plan = make_plan(tables, options);
+  py::dict out;
+  py::list box, segments;
+  int64_t tiles = 1;
+  for (size_t a = 0; a < 3; ++a) {
+    tiles *= static_cast<int64_t>(plan.axis[a].groups.size());
+    if (a < pad) continue;
+    box.append(plan.box[a]);
+    py::list axis;
+    for (const Segment& s : plan.axis[a].segments) {
+      axis.append(py::make_tuple(s.query, s.count, s.begin, s.end));
+    }
+    segments.append(axis);
+  }
+  out["box"] = box;
+  out["stack_axis"] = plan.stack_axis - static_cast<int>(pad);
+  out["num_tiles"] = tiles;
+  out["segments"] = segments;
+  out["useful_pairs"] = plan.useful_pairs;
+  out["computed_pairs"] = plan.computed_pairs;
+  return out;
+}
+
+DType dtype_of(const std::string& name) {
+  const char* names[] = {"float32", "float64", "bfloat16", "float16"};
+  for (int i = 0; i < kNumDTypes; ++i) {
+    if (name == names[i]) return static_cast<DType>(i);
+  }
+  throw std::invalid_argument("dtype '" + name + "': float32, float64, bfloat16 or float16");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.attr("__version__") = ATTNEXT_VERSION;
+  m.def("window_forward", &window_forward);
+  m.def("window_backward", &window_backward);
+  m.def("axis_intervals", &axis_intervals, py::arg("rule"), py::arg("num_queries"),
+        py::arg("num_keys"));
+  m.def(
+      "inverse_intervals",
+      [](const std::vector<int64_t>& rule, int64_t num_queries, int64_t num_keys) {
+        return inverse(table_of(rule, num_queries, num_keys));
+      },
+      py::arg("rule"), py::arg("num_queries"), py::arg("num_keys"));
+  m.def("tile_plan", &tile_plan, py::arg("rules"), py::arg("query_extent"), py::arg("key_extent"),
+        py::arg("lanes"), py::arg("vectors"));
+  m.def("isa", &cpu::active_isa);
+  m.def("set_isa", &cpu::set_isa, py::arg("name"));
+  m.def("available_isas", &cpu::available_isas);
+  m.def("num_threads", &cpu::max_threads);
+  m.def("lanes", [](const std::string& dtype) {
+    const cpu::WindowKernels& k = cpu::window_kernels(dtype_of(dtype));
+    return std::make_pair(k.lanes, k.vectors);
+  });
+  m.def(
+      "fma_peak",
+      [](const std::string& isa, const std::string& dtype, double seconds) {
+        const py::gil_scoped_release release;
+        return cpu::fma_peak(isa, dtype_of(dtype), seconds);
+      },
+      py::arg("isa"), py::arg("dtype"), py::arg("seconds"));
+}
+
+}  // namespace attnext

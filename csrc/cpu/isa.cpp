@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "isa.h"
+
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <stdexcept>
+
+#include "parallel.h"
+#include "unit.h"
+
+namespace attnext {
+namespace cpu {
+namespace {
+
+struct Level {
+  const char* name;
+  const IsaUnit* unit;
+};
+
+// Ascending. __builtin_cpu_supports asks the CPU and, through XGETBV, the operating system.
+std::vector<Level> detect() {
+  std::vector<Level> levels{{"baseline", unit_baseline()}};
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") ||
+      !__builtin_cpu_supports("f16c")) {
+    return levels;
+  }
+  levels.push_back({"avx2", unit_avx2()});
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
+    return levels;
+  }
+  levels.push_back({"avx512", unit_avx512()});
+  if (__builtin_cpu_supports("avx512bf16")) levels.push_back({"avx512bf16", unit_avx512bf16()});
+#endif
+  return levels;
+}
+
+const std::vector<Level>& levels() {
+  static const std::vector<Level> list = detect();
+  return list;
+}
+
+const Level& find(const std::string& name) {
+  std::string all;
+  for (const Level& level : levels()) {
+    if (name == level.name) return level;
+    all += (all.empty() ? "" : ", ") + std::string(level.name);
+  }
+  throw std::invalid_argument("isa '" + name + "' is not available on this machine (available: " +
+                              all + ")");
+}
+
+std::atomic<const Level*>& current() {
+  static std::atomic<const Level*> level{[] {
+    const char* forced = std::getenv("ATTNEXT_ISA");
+    return forced && *forced ? &find(forced) : &levels().back();
+  }()};
+  return level;
+}
+
+}  // namespace
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Level& level : levels()) names.push_back(level.name);
+  return names;
+}
+
+std::string active_isa() { return current().load()->name; }
+void set_isa(const std::string& name) { current() = &find(name); }
+
+const WindowKernels& window_kernels(DType dtype) {
+  return current().load()->unit->window[static_cast<int>(dtype)];
+}
+
+double fma_peak(const std::string& isa, DType dtype, double seconds) {
+  const auto loop = find(isa).unit->peak_loop[static_cast<int>(dtype)];
+  const int threads = max_threads();
+  std::atomic<double> total{0};
+  using Clock = std::chrono::steady_clock;
+  const auto run = [&](double limit) {
+    total = 0;
+    const auto start = Clock::now();
+    parallel_for(threads, 1, false, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        double done = 0, sink = 0;
+        while (std::chrono::duration<double>(Clock::now() - start).count() < limit) {
+          done += loop(20000, &sink);
+        }
+        done += sink;
+        double seen = total;
+        while (!total.compare_exchange_weak(seen, seen + done)) {
+        }
+      }
+    });
+    return total / std::chrono::duration<double>(Clock::now() - start).count();
+  };
+  run(seconds / 10);  // clocks settle
+  return run(seconds);
+}
+
+}  // namespace cpu
+}  // namespace attnext

@@ -1,0 +1,296 @@
+// SPDX-License-Identifier: Apache-2.0
+// A tile of queries and the walk over its keys: extra keys, then sinks, then the box that is the
+// union of the windows, row by row. The walk emits blocks of key addresses with one bit per lane
+// that attends; it is the only code that turns interval tables into work.
+#pragma once
+
+#include "../geometry.h"
+#include "../params.h"
+#include "simd.h"
+
+namespace attnext {
+namespace cpu {
+namespace ATTNEXT_ISA {
+
+constexpr int kMaxVectors = 4;
+constexpr int kMaxLanes = 64;  // one bit each in a mask
+
+ATTNEXT_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+ATTNEXT_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+ATTNEXT_INLINE int64_t clamp64(int64_t x, int64_t lo, int64_t hi) { return min64(max64(x, lo), hi); }
+ATTNEXT_INLINE int64_t at(const TensorRef& t, int64_t b, const int64_t x[3], int64_t h) {
+  return b * t.batch + x[0] * t.token[0] + x[1] * t.token[1] + x[2] * t.token[2] + h * t.head;
+}
+
+// Where the gradients of a work item's keys accumulate: rows of a private box, then sinks, extras
+// and one row that phantom keys may spoil.
+struct LocalRows {
+  int64_t begin[3], size[3];
+  int64_t sink_row, extra_row, dump_row;
+};
+
+struct Tile {
+  const AxisView* axis;
+  const Group* group[3];
+  int stack;
+  int vectors;       // in use
+  int lanes;         // vectors * kLanes
+  uint64_t live;     // lanes that hold a query
+  uint64_t ignored;  // the other lanes, which no mask needs to clear
+  int32_t query[3][kMaxLanes];
+  int64_t bias_shift[kMaxVectors];
+  int64_t bias_origin[3];
+  int64_t bias_stride[3];
+  uint64_t* row_mask[3];  // per key index of the union on axes 0 and 1; on axis 2 when rows repeat
+  int64_t rows, width, sinks, total;
+
+  // Bits of the lanes whose interval on `a` holds key index u, for u in [from, to): every lane
+  // toggles its bit where its interval begins and ends, and a running xor does the rest.
+  void axis_masks(int a, int64_t from, int64_t to, uint64_t* out) const {
+    const AxisView& v = axis[a];
+    for (int64_t u = from; u < to; ++u) out[u - from] = 0;
+    uint64_t state = ignored;
+    const auto toggle = [&](int64_t begin, int64_t end, uint64_t bit) {
+      begin = max64(begin, from), end = min64(end, to);
+      if (begin >= end) return;
+      if (begin == from) {
+        state ^= bit;
+      } else {
+        out[begin - from] ^= bit;
+      }
+      if (end < to) out[end - from] ^= bit;
+    };
+    for (uint64_t rest = live; rest; rest &= rest - 1) {
+      const int lane = __builtin_ctzll(rest);
+      const int32_t i = query[a][lane];
+      const uint64_t bit = uint64_t(1) << lane;
+      toggle(v.begin[i], v.end[i], bit);
+      if (v.sink_begin) {  // the parts of the sinks that the window does not hold
+        toggle(v.sink_begin[i], min64(v.sink_end[i], v.begin[i]), bit);
+        toggle(max64(v.sink_begin[i], v.end[i]), v.sink_end[i], bit);
+      }
+    }
+    for (int64_t u = 0; u < to - from; ++u) out[u] = state ^= out[u];
+  }
+
+  void init(const PlanView& plan, const Group* const groups[3], int kLanes, int64_t extra_keys) {
+    axis = plan.axis;
+    stack = plan.stack_axis;
+    for (int a = 0; a < 3; ++a) group[a] = groups[a];
+    vectors = group[stack]->num_segments;
+    lanes = vectors * kLanes;
+    live = 0;
+    const int32_t b0 = plan.box[0], b1 = plan.box[1], b2 = plan.box[2];
+    for (int v = 0; v < vectors; ++v) {
+      const Segment* s[3];
+      for (int a = 0; a < 3; ++a) {
+        s[a] = axis[a].segments + group[a]->first_segment + (a == stack ? v : 0);
+      }
+      int lane = v * kLanes;
+      for (int32_t r0 = 0; r0 < b0; ++r0) {
+        for (int32_t r1 = 0; r1 < b1; ++r1) {
+          const bool outside = r0 >= s[0]->count || r1 >= s[1]->count;
+          for (int32_t r2 = 0; r2 < b2; ++r2, ++lane) {
+            if (outside || r2 >= s[2]->count) continue;
+            query[0][lane] = s[0]->query + static_cast<int32_t>(axis[0].dilation) * r0;
+            query[1][lane] = s[1]->query + static_cast<int32_t>(axis[1].dilation) * r1;
+            query[2][lane] = s[2]->query + static_cast<int32_t>(axis[2].dilation) * r2;
+            live |= uint64_t(1) << lane;
+          }
+        }
+      }
+    }
+    const int64_t n0 = group[0]->end - group[0]->begin, n1 = group[1]->end - group[1]->begin;
+    rows = n0 * n1;
+    width = group[2]->end - group[2]->begin;
+    sinks = group[2]->sink_end - group[2]->sink_begin;
+    total = extra_keys + sinks + rows * width;
+
+    // Bias rows are [key index - position of the vector's first query][lanes of one vector].
+    int64_t stride = kLanes;
+    for (int a = 2; a >= 0; --a) {
+      bias_stride[a] = stride;
+      bias_origin[a] = axis[a].segments[group[a]->first_segment].position + axis[a].relative_begin;
+      stride *= axis[a].relative_end - axis[a].relative_begin;
+    }
+    const Segment* first = axis[stack].segments + group[stack]->first_segment;
+    for (int v = 0; v < vectors; ++v) {
+      bias_shift[v] = (first[v].position - first[0].position) * bias_stride[stack];
+    }
+    use_lanes(live);
+  }
+
+  // Restricts the tile to some of its queries.
+  void use_lanes(uint64_t subset) {
+    live = subset;
+    ignored = ~subset;
+    axis_masks(0, group[0]->begin, group[0]->end, row_mask[0]);
+    axis_masks(1, group[1]->begin, group[1]->end, row_mask[1]);
+    if (rows > 1) axis_masks(2, group[2]->begin, group[2]->end, row_mask[2]);
+  }
+};
+
+// Room a tile needs for `row_mask`.
+inline int64_t mask_capacity(const PlanView& plan, int a, int64_t block) {
+  int64_t most = block;
+  for (int64_t g = 0; g < plan.axis[a].num_groups; ++g) {
+    most = max64(most, plan.axis[a].groups[g].end - plan.axis[a].groups[g].begin);
+  }
+  return most;
+}
+
+constexpr int64_t kNoBias = -1;
+
+// Up to `capacity` keys that at least one live lane attends.
+template <class T>
+struct KeyBlock {
+  int64_t count;
+  bool masked;         // some live lane does not attend some key
+  const T** key;       // addresses of rows; phantom keys point at zeros
+  const T** value;
+  uint64_t* mask;
+  int64_t* bias;       // offset of the bias row for vector 0, or kNoBias
+  int64_t* row;        // accumulator row
+  int64_t lo[kMaxVectors], hi[kMaxVectors];  // keys outside do not concern the vector
+};
+
+template <class T>
+struct KeyWalk {
+  const WindowParams& p;
+  const Tile& tile;
+  const T* zeros;
+  uint64_t* scratch_mask;  // [block]
+  const LocalRows* local;  // null in the forward pass
+  bool with_bias;
+  int64_t b, h_kv;
+  int64_t key_base, value_base;
+
+  KeyWalk(const WindowParams& params, const Tile& t, const T* zero_row, uint64_t* masks,
+          const LocalRows* rows, int64_t batch, int64_t head_kv)
+      : p(params), tile(t), zeros(zero_row), scratch_mask(masks), local(rows),
+        with_bias(params.bias != nullptr), b(batch), h_kv(head_kv) {
+    const int64_t origin[3] = {0, 0, 0};
+    key_base = at(p.key, b, origin, h_kv);
+    value_base = at(p.value, b, origin, h_kv);
+  }
+
+  // Fills `block` from linear position `from`, at most up to `to`; returns where it stopped.
+  int64_t fill(int64_t from, int64_t to, int64_t capacity, KeyBlock<T>* block) const {
+    block->count = 0;
+    uint64_t all = ~uint64_t(0);
+    int64_t pos = from;
+    const int64_t extra_end = p.extra_keys, sink_end = extra_end + tile.sinks;
+    for (; pos < min64(to, extra_end) && block->count < capacity; ++pos) emit_extra(pos, block);
+    while (pos < to && block->count < capacity) {
+      if (pos < sink_end) {
+        const int64_t u = tile.group[2]->sink_begin + (pos - extra_end);
+        const int64_t n = min64(min64(sink_end, to) - pos, capacity - block->count);
+        all &= emit_run(0, 0, u, n, true, block);
+        pos += n;
+        continue;
+      }
+      const int64_t r = pos - sink_end, row = r / tile.width, column = r % tile.width;
+      const int64_t n1 = tile.group[1]->end - tile.group[1]->begin;
+      const int64_t u0 = row / n1, u1 = row % n1;
+      const int64_t n =
+          min64(min64(tile.width - column, to - pos), capacity - block->count);
+      if (tile.row_mask[0][u0] & tile.row_mask[1][u1] & tile.live) {
+        all &= emit_run(u0, u1, tile.group[2]->begin + column, n, false, block);
+        pos += n;
+      } else {
+        pos += min64(tile.width - column, to - pos);
+      }
+    }
+    block->masked = all != ~uint64_t(0);
+    for (int v = 0; v < tile.vectors; ++v) active_range(v, block);
+    return pos;
+  }
+
+ private:
+  void emit_extra(int64_t e, KeyBlock<T>* block) const {
+    const int64_t j = block->count++;
+    block->key[j] = static_cast<const T*>(p.extra_key.data) + b * p.extra_key.batch +
+                    e * p.extra_key.token[2] + h_kv * p.extra_key.head;
+    block->value[j] = static_cast<const T*>(p.extra_value.data) + b * p.extra_value.batch +
+                      e * p.extra_value.token[2] + h_kv * p.extra_value.head;
+    block->mask[j] = ~uint64_t(0);
+    block->bias[j] = kNoBias;
+    if (local) block->row[j] = local->extra_row + e;
+  }
+
+  // Keys [u, u + n) of row (u0, u1) of the union; returns the conjunction of their masks.
+  uint64_t emit_run(int64_t u0, int64_t u1, int64_t u, int64_t n, bool sink,
+                    KeyBlock<T>* block) const {
+    const AxisView* axis = tile.axis;
+    const uint64_t* mask2 = scratch_mask;
+    if (tile.rows > 1 && !sink) {
+      mask2 = tile.row_mask[2] + (u - tile.group[2]->begin);
+    } else {
+      tile.axis_masks(2, u, u + n, scratch_mask);
+    }
+    const uint64_t mask01 = tile.row_mask[0][u0] & tile.row_mask[1][u1];
+    int64_t index[3] = {tile.group[0]->begin + u0, tile.group[1]->begin + u1, u};
+    int64_t x[3];
+    bool phantom = false;
+    for (int a = 0; a < 3; ++a) {
+      const int64_t c = tile.group[a]->cls;
+      const int64_t size = c < axis[a].num_keys ? (axis[a].num_keys - c - 1) / axis[a].dilation + 1 : 0;
+      if (a < 2 && (index[a] < 0 || index[a] >= size)) phantom = true;
+      x[a] = c + axis[a].dilation * index[a];
+    }
+    const int64_t c2 = tile.group[2]->cls;
+    const int64_t size2 =
+        c2 < axis[2].num_keys ? (axis[2].num_keys - c2 - 1) / axis[2].dilation + 1 : 0;
+    const int64_t real_begin = phantom ? n : clamp64(-u, 0, n);
+    const int64_t real_end = phantom ? n : clamp64(size2 - u, real_begin, n);
+    const T* key = static_cast<const T*>(p.key.data) + key_base;
+    const T* value = static_cast<const T*>(p.value.data) + value_base;
+    const int64_t key_step = axis[2].dilation * p.key.token[2];
+    const int64_t value_step = axis[2].dilation * p.value.token[2];
+    const int64_t key_at =
+        x[0] * p.key.token[0] + x[1] * p.key.token[1] + x[2] * p.key.token[2];
+    const int64_t value_at =
+        x[0] * p.value.token[0] + x[1] * p.value.token[1] + x[2] * p.value.token[2];
+    int64_t bias_at = 0;
+    for (int a = 0; a < 3; ++a) bias_at += (index[a] - tile.bias_origin[a]) * tile.bias_stride[a];
+    int64_t row_at = 0;
+    if (local) {
+      row_at = sink && axis[2].sink_rows > 0
+                   ? local->sink_row + u
+                   : ((index[0] - local->begin[0]) * local->size[1] + index[1] - local->begin[1]) *
+                             local->size[2] +
+                         u - local->begin[2];
+    }
+    uint64_t all = ~uint64_t(0);
+    int64_t j = block->count;
+    for (int64_t k = 0; k < n; ++k) {
+      const uint64_t mask = mask01 & mask2[k];
+      if (!(mask & tile.live)) continue;
+      const bool real = k >= real_begin && k < real_end;
+      all &= mask;
+      block->mask[j] = mask;
+      block->key[j] = real ? key + (key_at + k * key_step) : zeros;
+      block->value[j] = real ? value + (value_at + k * value_step) : zeros;
+      if (with_bias) block->bias[j] = bias_at + k * tile.bias_stride[2];
+      if (local) block->row[j] = real ? row_at + k : local->dump_row;
+      ++j;
+    }
+    block->count = j;
+    return all;
+  }
+
+  void active_range(int v, KeyBlock<T>* block) const {
+    const int kLanes = tile.lanes / tile.vectors;
+    const uint64_t ones = kLanes == 64 ? ~uint64_t(0) : (uint64_t(1) << kLanes) - 1;
+    const uint64_t bits = (ones << (v * kLanes)) & tile.live;
+    int64_t lo = 0, hi = block->count;
+    while (lo < hi && !(block->mask[lo] & bits)) ++lo;
+    while (hi > lo && !(block->mask[hi - 1] & bits)) --hi;
+    block->lo[v] = lo;
+    block->hi[v] = hi;
+  }
+};
+
+}  // namespace ATTNEXT_ISA
+}  // namespace cpu
+}  // namespace attnext

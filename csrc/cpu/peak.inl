@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+// The machine's own limit: independent multiply-adds in registers, as many as the kernels' tile has.
+#pragma once
+
+#include "tile.inl"
+
+namespace attnext {
+namespace cpu {
+namespace ATTNEXT_ISA {
+
+// Returns the number of floating-point operations done; `sink` keeps the compiler honest.
+template <class Elem>
+double peak_loop(int64_t iterations, double* sink) {
+  using C = Contraction<Elem>;
+  using Acc = typename C::Acc;
+  constexpr int kChains = 2 * kRows;
+  volatile Acc half = Acc(0.5);  // unknown to the compiler, or it would hoist the product
+  VecOf<Acc> acc[kChains] = {};
+  const VecOf<Acc> b = broadcast<Acc>(half);
+  for (int64_t i = 0; i < iterations; ++i) {
+#pragma GCC unroll 32
+    for (int k = 0; k < kChains; ++k) {
+      if constexpr (C::kDepth == 1) {
+        acc[k] = acc[k] * b + b;
+      } else {
+        const Elem pair{0x3f003f00u};
+        acc[k] = C::fma(acc[k], &pair, b);
+      }
+    }
+  }
+  for (int k = 0; k < kChains; ++k) *sink += static_cast<double>(acc[k][0]);
+  return 2.0 * C::kDepth * kChains * Simd<Acc>::kLanes * static_cast<double>(iterations);
+}
+
+}  // namespace ATTNEXT_ISA
+}  // namespace cpu
+}  // namespace attnext

@@ -1,0 +1,342 @@
+// SPDX-License-Identifier: Apache-2.0
+// Vectors of the unit's width, on GCC/Clang vector extensions. An ISA unit defines
+// ATTNEXT_ISA (its namespace) and ATTNEXT_VECTOR_BYTES, then includes this file; everything lives
+// in that namespace, so that no two units share an inline function.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#include <utility>
+
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "../dtype.h"
+
+#define ATTNEXT_INLINE inline __attribute__((always_inline))
+
+namespace attnext {
+namespace cpu {
+namespace ATTNEXT_ISA {
+
+template <class Acc>
+struct Simd;
+
+template <>
+struct Simd<float> {
+  typedef float Vec __attribute__((vector_size(ATTNEXT_VECTOR_BYTES)));
+  typedef int32_t Int __attribute__((vector_size(ATTNEXT_VECTOR_BYTES)));
+  typedef uint16_t Half __attribute__((vector_size(ATTNEXT_VECTOR_BYTES / 2)));
+  typedef float Unaligned
+      __attribute__((vector_size(ATTNEXT_VECTOR_BYTES), aligned(4), may_alias));
+  typedef uint16_t UnalignedHalf
+      __attribute__((vector_size(ATTNEXT_VECTOR_BYTES / 2), aligned(2), may_alias));
+  using Lane = int32_t;
+  static constexpr int kLanes = ATTNEXT_VECTOR_BYTES / 4;
+};
+
+template <>
+struct Simd<double> {
+  typedef double Vec __attribute__((vector_size(ATTNEXT_VECTOR_BYTES)));
+  typedef int64_t Int __attribute__((vector_size(ATTNEXT_VECTOR_BYTES)));
+  typedef double Unaligned
+      __attribute__((vector_size(ATTNEXT_VECTOR_BYTES), aligned(8), may_alias));
+  using Lane = int64_t;
+  static constexpr int kLanes = ATTNEXT_VECTOR_BYTES / 8;
+};
+
+template <class Acc>
+using VecOf = typename Simd<Acc>::Vec;
+template <class Acc>
+using IntOf = typename Simd<Acc>::Int;
+
+template <class Acc>
+ATTNEXT_INLINE VecOf<Acc> load(const Acc* p) {
+  return *reinterpret_cast<const typename Simd<Acc>::Unaligned*>(p);
+}
+template <class Acc>
+ATTNEXT_INLINE void store(Acc* p, VecOf<Acc> v) {
+  *reinterpret_cast<typename Simd<Acc>::Unaligned*>(p) = v;
+}
+template <class Acc>
+ATTNEXT_INLINE VecOf<Acc> broadcast(Acc x) {
+  return x - VecOf<Acc>{};
+}
+// A comparison and a choice that x86 has as one instruction; b where either is NaN.
+template <class V>
+ATTNEXT_INLINE V max_or_second(V a, V b) {
+#if defined(__AVX512F__) && ATTNEXT_VECTOR_BYTES == 64
+  if constexpr (sizeof(V{}[0]) == 4) return (V)_mm512_max_ps((__m512)a, (__m512)b);
+  if constexpr (sizeof(V{}[0]) == 8) return (V)_mm512_max_pd((__m512d)a, (__m512d)b);
+#elif defined(__AVX2__) && ATTNEXT_VECTOR_BYTES == 32
+  if constexpr (sizeof(V{}[0]) == 4) return (V)_mm256_max_ps((__m256)a, (__m256)b);
+  if constexpr (sizeof(V{}[0]) == 8) return (V)_mm256_max_pd((__m256d)a, (__m256d)b);
+#endif
+  return a > b ? a : b;
+}
+
+template <class Acc, int... I>
+ATTNEXT_INLINE IntOf<Acc> lane_bits(std::integer_sequence<int, I...>) {
+  return IntOf<Acc>{(typename Simd<Acc>::Lane(1) << I)...};
+}
+// a in the lanes whose bit is set, b elsewhere.
+template <class Acc>
+ATTNEXT_INLINE VecOf<Acc> select_bits(uint64_t bits, VecOf<Acc> a, VecOf<Acc> b) {
+#if defined(__AVX512F__) && ATTNEXT_VECTOR_BYTES == 64
+  if constexpr (sizeof(Acc) == 4) {
+    return (VecOf<Acc>)_mm512_mask_mov_ps((__m512)b, (__mmask16)bits, (__m512)a);
+  } else {
+    return (VecOf<Acc>)_mm512_mask_mov_pd((__m512d)b, (__mmask8)bits, (__m512d)a);
+  }
+#endif
+  using Lane = typename Simd<Acc>::Lane;
+  const IntOf<Acc> lanes = lane_bits<Acc>(std::make_integer_sequence<int, Simd<Acc>::kLanes>{});
+  const IntOf<Acc> hit = (static_cast<Lane>(bits) - IntOf<Acc>{}) & lanes;
+  return hit == lanes ? a : b;
+}
+
+// 2^x for x <= 127 (1023): exact 0 below -127 (-1023), NaN stays NaN. fp32: minimax polynomial on
+// [-1/2, 1/2] in relative error with constant term 1 (9.1e-8); fp64: Taylor.
+ATTNEXT_INLINE VecOf<float> exp2_poly(VecOf<float> f) {
+  VecOf<float> p = broadcast(1.32647273e-3f);
+  p = p * f + 9.67151299e-3f;
+  p = p * f + 5.55073358e-2f;
+  p = p * f + 2.40222424e-1f;
+  p = p * f + 6.93147004e-1f;
+  return p * f + 1.0f;
+}
+ATTNEXT_INLINE VecOf<float> exp2(VecOf<float> x) {
+#if defined(__AVX512DQ__) && ATTNEXT_VECTOR_BYTES == 64
+  // reduce: x - round_to_nearest(x); scalef(p, n) = p * 2^floor(n).
+  const __m512 f = _mm512_reduce_ps((__m512)x, 0);
+  const __m512 n = _mm512_sub_ps((__m512)x, f);
+  const __mmask16 tiny = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-127.0f), _CMP_LT_OQ);
+  const __m512 y = _mm512_scalef_ps((__m512)exp2_poly((VecOf<float>)f), n);
+  return (VecOf<float>)_mm512_mask_mov_ps(y, tiny, _mm512_setzero_ps());
+#else
+  using V = VecOf<float>;
+  const V magic = broadcast(12582912.0f + 127.0f);  // 1.5 * 2^23 puts the integer in the low bits
+  x = max_or_second(broadcast(-127.0f), x);
+  const V shifted = x + magic;
+  const V f = x - (shifted - magic);
+  return exp2_poly(f) * (V)((IntOf<float>)shifted << 23);
+#endif
+}
+ATTNEXT_INLINE VecOf<double> exp2(VecOf<double> x) {
+  using V = VecOf<double>;
+  const V magic = broadcast(6755399441055744.0 + 1023.0);
+  x = max_or_second(broadcast(-1023.0), x);
+  const V shifted = x + magic;
+  const V f = x - (shifted - magic);
+  V p = broadcast(0.0);
+  // Taylor terms ln(2)^n / n!: at |f| <= 1/2 the first one left out is below 2^-57.
+  constexpr double c[] = {1.0,
+                          6.931471805599453e-1,
+                          2.4022650695910072e-1,
+                          5.5504108664821580e-2,
+                          9.6181291076284772e-3,
+                          1.3333558146428443e-3,
+                          1.5403530393381610e-4,
+                          1.5252733804059840e-5,
+                          1.3215486790144309e-6,
+                          1.0178086009239700e-7,
+                          7.0549116208011233e-9,
+                          4.4455382718708115e-10,
+                          2.5678435993488205e-11,
+                          1.3691488853904128e-12};
+#pragma GCC unroll 14
+  for (int n = 13; n >= 0; --n) p = p * f + c[n];
+  return p * (V)((IntOf<double>)shifted << 52);
+}
+
+// tanh(z) from t = 2 z log2(e). Small arguments take the odd series, the rest 1 - 2/(1 + e^2z).
+template <class Acc>
+ATTNEXT_INLINE VecOf<Acc> tanh(VecOf<Acc> z) {
+  using V = VecOf<Acc>;
+  const V magnitude = z < 0 ? -z : z;
+  const Acc cut = sizeof(Acc) == 4 ? Acc(0.625) : Acc(0.02);
+  const Acc far = sizeof(Acc) == 4 ? Acc(10) : Acc(20);
+  const V capped = magnitude > far ? broadcast(far) : magnitude;
+  const V e = exp2(capped * Acc(2 * 1.4426950408889634));
+  V big = Acc(1) - Acc(2) / (e + Acc(1));
+  big = z < 0 ? -big : big;
+  const V s = z * z;
+  V small;
+  if constexpr (sizeof(Acc) == 4) {  // Cephes tanhf
+    small = broadcast(-5.70498872745e-3f);
+    small = small * s + 2.06390887954e-2f;
+    small = small * s + -5.37397155531e-2f;
+    small = small * s + 1.33314422036e-1f;
+    small = small * s + -3.33332819422e-1f;
+    small = small * s * z + z;
+  } else {  // Taylor; |z| < 0.02
+    small = broadcast(Acc(62.0 / 2835));
+    small = small * s + Acc(-17.0 / 315);
+    small = small * s + Acc(2.0 / 15);
+    small = small * s + Acc(-1.0 / 3);
+    small = small * s * z + z;
+  }
+  return magnitude < cut ? small : (magnitude >= cut ? big : z);
+}
+
+// Widening loads and rounding stores, a vector at a time.
+ATTNEXT_INLINE VecOf<float> widen(const float* p) { return load(p); }
+ATTNEXT_INLINE VecOf<double> widen(const double* p) { return load(p); }
+ATTNEXT_INLINE VecOf<float> widen(const bf16* p) {
+  const auto h = *reinterpret_cast<const Simd<float>::UnalignedHalf*>(p);
+  return (VecOf<float>)(__builtin_convertvector((Simd<float>::Half)h, IntOf<float>) << 16);
+}
+ATTNEXT_INLINE VecOf<float> widen(const fp16* p) {
+#if defined(__AVX512F__) && ATTNEXT_VECTOR_BYTES == 64
+  return (VecOf<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__) && ATTNEXT_VECTOR_BYTES == 32
+  return (VecOf<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  using I = IntOf<float>;
+  const auto half = *reinterpret_cast<const Simd<float>::UnalignedHalf*>(p);
+  const I h = __builtin_convertvector((Simd<float>::Half)half, I);
+  const I magnitude = (h & 0x7fff) << 13;
+  // Multiplying by 2^112 moves the exponent bias and normalises subnormals.
+  const I finite = (I)((VecOf<float>)magnitude * 5.192296858534828e33f);
+  const I wide = (h & 0x7c00) == 0x7c00 ? (magnitude | 0x7f800000) : finite;
+  return (VecOf<float>)(wide | ((h & 0x8000) << 16));
+#endif
+}
+
+ATTNEXT_INLINE void narrow(float* p, VecOf<float> v) { store(p, v); }
+ATTNEXT_INLINE void narrow(double* p, VecOf<double> v) { store(p, v); }
+ATTNEXT_INLINE void store_half(void* p, IntOf<float> bits) {
+  *reinterpret_cast<Simd<float>::UnalignedHalf*>(p) =
+      __builtin_convertvector(bits, Simd<float>::Half);
+}
+ATTNEXT_INLINE IntOf<float> bf16_bits(VecOf<float> v) {
+  typedef uint32_t U __attribute__((vector_size(ATTNEXT_VECTOR_BYTES)));
+  const U u = (U)v;
+  const U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  const U quiet = (u >> 16) | 0x40u;
+  return (IntOf<float>)(v == v ? (IntOf<float>)rounded : (IntOf<float>)quiet);
+}
+ATTNEXT_INLINE void narrow(bf16* p, VecOf<float> v) { store_half(p, bf16_bits(v)); }
+ATTNEXT_INLINE void narrow(fp16* p, VecOf<float> v) {
+#if defined(__AVX512F__) && ATTNEXT_VECTOR_BYTES == 64
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, 0));
+#elif defined(__F16C__) && ATTNEXT_VECTOR_BYTES == 32
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, 0));
+#else
+  using I = IntOf<float>;
+  const I u = (I)v;
+  const I sign = (I)((u >> 16) & 0x8000);
+  const I a = u & 0x7fffffff;
+  // Subnormal results: adding 2^-1 aligns the mantissa so that the hardware rounds it.
+  const I subnormal = (I)((VecOf<float>)a + 0.5f) - 0x3f000000;
+  const I normal = (a - 0x38000000 + 0xfff + ((a >> 13) & 1)) >> 13;
+  I h = a < 0x38800000 ? subnormal : normal;
+  h = a >= 0x477ff000 ? (I{} + 0x7c00) : h;
+  h = a > 0x7f800000 ? (I{} + 0x7e00) : h;
+  store_half(p, h | sign);
+#endif
+}
+
+// The element two products contract over: one number, or a pair of bf16 where the CPU has a dot
+// instruction for them. Both are four bytes wide beside fp32 accumulators.
+struct Pair {
+  uint32_t bits;
+};
+
+template <class Elem>
+struct Contraction;  // Acc, Vec of elements, fma
+
+template <>
+struct Contraction<float> {
+  using Acc = float;
+  static constexpr int kDepth = 1;
+  static ATTNEXT_INLINE VecOf<float> load_elems(const float* p) { return load(p); }
+  static ATTNEXT_INLINE VecOf<float> fma(VecOf<float> acc, const float* e, VecOf<float> b) {
+    return acc + *e * b;
+  }
+};
+template <>
+struct Contraction<double> {
+  using Acc = double;
+  static constexpr int kDepth = 1;
+  static ATTNEXT_INLINE VecOf<double> load_elems(const double* p) { return load(p); }
+  static ATTNEXT_INLINE VecOf<double> fma(VecOf<double> acc, const double* e, VecOf<double> b) {
+    return acc + *e * b;
+  }
+};
+template <>
+struct Contraction<Pair> {
+  using Acc = float;
+  static constexpr int kDepth = 2;
+  static ATTNEXT_INLINE VecOf<float> load_elems(const Pair* p) {
+    return load(reinterpret_cast<const float*>(p));
+  }
+  static ATTNEXT_INLINE VecOf<float> fma(VecOf<float> acc, const Pair* e, VecOf<float> b) {
+    uint32_t bits;
+    memcpy(&bits, e, 4);
+#if defined(__AVX512BF16__) && ATTNEXT_VECTOR_BYTES == 64
+    return (VecOf<float>)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32((int)bits),
+                                          (__m512bh)(__m512)b);
+#else
+    const IntOf<float> x = static_cast<int32_t>(bits) - IntOf<float>{};
+    const IntOf<float> y = (IntOf<float>)b;
+    acc += (VecOf<float>)(x & (int32_t)0xffff0000) * (VecOf<float>)(y & (int32_t)0xffff0000);
+    return acc + (VecOf<float>)(x << 16) * (VecOf<float>)(y << 16);
+#endif
+  }
+};
+
+// Two rows of numbers as one row of bf16 pairs: `even` in the low half.
+ATTNEXT_INLINE VecOf<float> make_pairs(VecOf<float> even, VecOf<float> odd) {
+#if defined(__AVX512BF16__) && ATTNEXT_VECTOR_BYTES == 64
+  const __m512i lo = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)even));
+  const __m512i hi = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)odd));
+  return (VecOf<float>)_mm512_or_si512(lo, _mm512_slli_epi32(hi, 16));
+#else
+  return (VecOf<float>)((bf16_bits(even) & 0xffff) | (bf16_bits(odd) << 16));
+#endif
+}
+
+// In-register transpose of kLanes vectors: log2(kLanes) rounds of exchanging blocks.
+template <int Step, int... I>
+ATTNEXT_INLINE void exchange(VecOf<float>& a, VecOf<float>& b, std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I);
+  const VecOf<float> x = a, y = b;
+  a = __builtin_shufflevector(x, y, ((I & Step) ? n + I - Step : I)...);
+  b = __builtin_shufflevector(x, y, ((I & Step) ? n + I : I + Step)...);
+}
+template <int Step, int... I>
+ATTNEXT_INLINE void exchange(VecOf<double>& a, VecOf<double>& b, std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I);
+  const VecOf<double> x = a, y = b;
+  a = __builtin_shufflevector(x, y, ((I & Step) ? n + I - Step : I)...);
+  b = __builtin_shufflevector(x, y, ((I & Step) ? n + I : I + Step)...);
+}
+template <class Acc, int Step>
+ATTNEXT_INLINE void transpose_step(VecOf<Acc>* r) {
+  constexpr int n = Simd<Acc>::kLanes;
+  if constexpr (Step < n) {
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) {
+      if (!(i & Step)) exchange<Step>(r[i], r[i + Step], std::make_integer_sequence<int, n>{});
+    }
+    transpose_step<Acc, Step * 2>(r);
+  }
+}
+// dst[c * ld_dst + r] = src[r * ld_src + c], one kLanes x kLanes block.
+template <class Acc>
+ATTNEXT_INLINE void transpose_block(const Acc* src, int64_t ld_src, Acc* dst, int64_t ld_dst) {
+  constexpr int n = Simd<Acc>::kLanes;
+  VecOf<Acc> r[n];
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) r[i] = load(src + i * ld_src);
+  transpose_step<Acc, 1>(r);
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) store(dst + i * ld_dst, r[i]);
+}
+
+}  // namespace ATTNEXT_ISA
+}  // namespace cpu
+}  // namespace attnext

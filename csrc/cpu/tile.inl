@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0
+// The two products of attention, as register tiles. Lanes are queries (or head_dim in the key and
+// value gradients); the rows of the other operand are read where they lie and broadcast, so that
+// nothing is packed and a run of keys needs no alignment.
+//
+//   product       out[m][lanes]  = sum_c rows[m][c] * b[c][lanes]    (scores; dK, dV)
+//   accumulate    o[d][lanes]   += sum_j rows[j][d] * p[j][lanes]    (output; dQ)
+//
+// kRows x 2 vectors of accumulators fill the register file; tails are instantiated, not padded.
+#pragma once
+
+#include "simd.h"
+
+namespace attnext {
+namespace cpu {
+namespace ATTNEXT_ISA {
+
+constexpr int kRows = ATTNEXT_TILE_ROWS;
+
+template <class Elem>
+using AccOf = typename Contraction<Elem>::Acc;
+
+template <class Elem, int M, int N>
+ATTNEXT_INLINE void product_tile(const Elem* const (&rows)[M], int64_t depth, const Elem* b,
+                                 int64_t ld_b, VecOf<AccOf<Elem>> (&acc)[M][N]) {
+  using C = Contraction<Elem>;
+  constexpr int kLanes = Simd<AccOf<Elem>>::kLanes;
+  for (int64_t c = 0; c < depth; ++c, b += ld_b) {
+    VecOf<AccOf<Elem>> column[N];
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) column[n] = C::load_elems(b + n * kLanes);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n) acc[m][n] = C::fma(acc[m][n], rows[m] + c, column[n]);
+    }
+  }
+}
+
+template <class Elem, int M, int N>
+ATTNEXT_INLINE void score_tile(const Elem* const* keys, int64_t depth, const Elem* b, int64_t ld_b,
+                               AccOf<Elem>* out, int64_t ld_out) {
+  const Elem* rows[M];
+  VecOf<AccOf<Elem>> acc[M][N] = {};
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) rows[m] = keys[m];
+  product_tile<Elem, M, N>(rows, depth, b, ld_b, acc);
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) {
+      store(out + m * ld_out + n * Simd<AccOf<Elem>>::kLanes, acc[m][n]);
+    }
+  }
+}
+
+template <class Elem, int M, int N>
+void score_tail(int64_t count, const Elem* const* keys, int64_t depth, const Elem* b, int64_t ld_b,
+                AccOf<Elem>* out, int64_t ld_out) {
+  if constexpr (M > 0) {
+    if (count == M) return score_tile<Elem, M, N>(keys, depth, b, ld_b, out, ld_out);
+    score_tail<Elem, M - 1, N>(count, keys, depth, b, ld_b, out, ld_out);
+  }
+}
+
+// out[j][lanes] for keys j in [begin, end), N vectors of lanes.
+template <class Elem, int N>
+void scores(const Elem* const* keys, int64_t begin, int64_t end, int64_t depth, const Elem* b,
+            int64_t ld_b, AccOf<Elem>* out, int64_t ld_out) {
+  int64_t j = begin;
+  for (; j + kRows <= end; j += kRows) {
+    score_tile<Elem, kRows, N>(keys + j, depth, b, ld_b, out + j * ld_out, ld_out);
+  }
+  score_tail<Elem, kRows - 1, N>(end - j, keys + j, depth, b, ld_b, out + j * ld_out, ld_out);
+}
+
+template <class Elem, int M, int N>
+ATTNEXT_INLINE void accumulate_tile(const Elem* const* rows, int64_t begin, int64_t end, int64_t d,
+                                    const Elem* p, int64_t ld_p, AccOf<Elem>* o, int64_t ld_o,
+                                    const VecOf<AccOf<Elem>>* factor) {
+  using C = Contraction<Elem>;
+  constexpr int kLanes = Simd<AccOf<Elem>>::kLanes;
+  VecOf<AccOf<Elem>> acc[M][N];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) acc[m][n] = load(o + (d + m) * ld_o + n * kLanes) * factor[n];
+  }
+  for (int64_t j = begin; j < end; ++j) {
+    const Elem* row = rows[j] + d;
+    VecOf<AccOf<Elem>> weight[N];
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) weight[n] = C::load_elems(p + j * ld_p + n * kLanes);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n) acc[m][n] = C::fma(acc[m][n], row + m, weight[n]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) store(o + (d + m) * ld_o + n * kLanes, acc[m][n]);
+  }
+}
+
+template <class Elem, int M, int N>
+void accumulate_tail(int64_t count, const Elem* const* rows, int64_t begin, int64_t end, int64_t d,
+                     const Elem* p, int64_t ld_p, AccOf<Elem>* o, int64_t ld_o,
+                     const VecOf<AccOf<Elem>>* factor) {
+  if constexpr (M > 0) {
+    if (count == M) {
+      return accumulate_tile<Elem, M, N>(rows, begin, end, d, p, ld_p, o, ld_o, factor);
+    }
+    accumulate_tail<Elem, M - 1, N>(count, rows, begin, end, d, p, ld_p, o, ld_o, factor);
+  }
+}
+
+// o[d][lanes] = o[d][lanes] * factor[lanes] + sum over rows [begin, end), for d < dim.
+template <class Elem, int N>
+void accumulate(const Elem* const* rows, int64_t begin, int64_t end, int64_t dim, const Elem* p,
+                int64_t ld_p, AccOf<Elem>* o, int64_t ld_o, const VecOf<AccOf<Elem>>* factor) {
+  int64_t d = 0;
+  for (; d + kRows <= dim; d += kRows) {
+    accumulate_tile<Elem, kRows, N>(rows, begin, end, d, p, ld_p, o, ld_o, factor);
+  }
+  accumulate_tail<Elem, kRows - 1, N>(dim - d, rows, begin, end, d, p, ld_p, o, ld_o, factor);
+}
+
+template <class Elem, int M, int N>
+ATTNEXT_INLINE void outer_tile(const Elem* p, int64_t ld_p, int64_t depth, const Elem* b,
+                               int64_t ld_b, AccOf<Elem>* const* out, int64_t d) {
+  constexpr int kLanes = Simd<AccOf<Elem>>::kLanes;
+  const Elem* rows[M];
+  VecOf<AccOf<Elem>> acc[M][N];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+    rows[m] = p + m * ld_p;
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) acc[m][n] = load(out[m] + d + n * kLanes);
+  }
+  product_tile<Elem, M, N>(rows, depth, b + d, ld_b, acc);
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) store(out[m] + d + n * kLanes, acc[m][n]);
+  }
+}
+
+template <class Elem, int M>
+void outer_rows(int64_t count, const Elem* p, int64_t ld_p, int64_t depth, const Elem* b,
+                int64_t ld_b, AccOf<Elem>* const* out, int64_t dim) {
+  if constexpr (M > 0) {
+    if (count < M) return outer_rows<Elem, M - 1>(count, p, ld_p, depth, b, ld_b, out, dim);
+    constexpr int64_t kLanes = Simd<AccOf<Elem>>::kLanes;
+    int64_t d = 0;
+    for (; d + kLanes < dim; d += 2 * kLanes) {
+      outer_tile<Elem, M, 2>(p, ld_p, depth, b, ld_b, out, d);
+    }
+    if (d < dim) outer_tile<Elem, M, 1>(p, ld_p, depth, b, ld_b, out, d);
+  }
+}
+
+// out[j][d] += sum over lanes l < depth of p[j][l] * b[l][d], for j < count; rows of `out` and `b`
+// are padded to whole vectors. `out` lists the accumulator rows.
+template <class Elem>
+void outer(const Elem* p, int64_t ld_p, int64_t count, int64_t depth, const Elem* b, int64_t ld_b,
+           AccOf<Elem>* const* out, int64_t dim) {
+  int64_t j = 0;
+  for (; j < count; j += kRows) {
+    outer_rows<Elem, kRows>(count - j < kRows ? count - j : kRows, p + j * ld_p, ld_p, depth, b,
+                            ld_b, out + j, dim);
+  }
+}
+
+}  // namespace ATTNEXT_ISA
+}  // namespace cpu
+}  // namespace attnext

@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0
+// What every ISA unit exports: plain tables of function pointers, indexed by DType.
+#pragma once
+
+#include "window.h"
+
+namespace attnext {
+namespace cpu {
+
+struct IsaUnit {
+  WindowKernels window[kNumDTypes];
+  double (*peak_loop[kNumDTypes])(int64_t iterations, double* sink);
+};
+
+const IsaUnit* unit_baseline();
+#if defined(__x86_64__)
+const IsaUnit* unit_avx2();
+const IsaUnit* unit_avx512();
+const IsaUnit* unit_avx512bf16();
+#endif
+
+}  // namespace cpu
+}  // namespace attnext

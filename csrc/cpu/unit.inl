@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0
+// All tables of one ISA unit.
+#pragma once
+
+#include "peak.inl"
+#include "unit.h"
+#include "window_unit.inl"
+
+namespace attnext {
+namespace cpu {
+namespace ATTNEXT_ISA {
+
+inline const IsaUnit* unit() {
+  static constexpr IsaUnit table = {
+      {WindowEntry<float>::table(), WindowEntry<double>::table(), WindowEntry<bf16>::table(),
+       WindowEntry<fp16>::table()},
+      {peak_loop<float>, peak_loop<double>, peak_loop<ElemOf<bf16>::type>, peak_loop<float>}};
+  return &table;
+}
+
+}  // namespace ATTNEXT_ISA
+}  // namespace cpu
+}  // namespace attnext

@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels for one instruction set; its compiler flags are in CMakeLists.txt.
+#define ATTNEXT_ISA avx512
+#define ATTNEXT_VECTOR_BYTES 64
+#define ATTNEXT_TILE_ROWS 8  // rows of 2 vectors of accumulators
+#define ATTNEXT_TILE_VECTORS 2
+#define ATTNEXT_BF16_DOT 0
+#include "unit.inl"
+
+namespace attnext {
+namespace cpu {
+const IsaUnit* unit_avx512() { return avx512::unit(); }
+}  // namespace cpu
+}  // namespace attnext

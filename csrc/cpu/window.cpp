@@ -1,0 +1,412 @@
+// SPDX-License-Identifier: Apache-2.0
+// Entry points: plan the problem, cut it into work items, hand them to threads.
+#include "window.h"
+
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "isa.h"
+#include "parallel.h"
+
+namespace attnext {
+namespace cpu {
+namespace {
+
+constexpr double kSerialWork = 1e5;  // multiply-adds below which waking a thread costs more
+
+struct Free {
+  void operator()(char* p) const { std::free(p); }
+};
+using Memory = std::unique_ptr<char, Free>;
+
+Memory allocate(int64_t bytes) {
+  Memory m(static_cast<char*>(
+      std::aligned_alloc(64, static_cast<size_t>(std::max<int64_t>(bytes, 1) + 63) / 64 * 64)));
+  if (!m) throw std::bad_alloc();
+  return m;
+}
+
+int64_t acc_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
+
+// The plans of all rules and what the heads share.
+struct Problem {
+  const WindowParams& params;
+  const WindowKernels& kernels;
+  const int32_t* head_rule;
+  std::vector<WindowPlan> plans;
+  std::vector<PlanView> views;
+  std::vector<int64_t> bias_offset;  // per head, in bytes
+  Memory bias;
+  bool serial;
+
+  Problem(const WindowParams& p, const AxisTable* tables, int64_t num_rules,
+          const int32_t* rule_of_head, PlanOptions options)
+      : params(p), kernels(window_kernels(p.dtype)), head_rule(rule_of_head) {
+    options.lanes = kernels.lanes;
+    options.vectors = kernels.vectors;
+    double pairs = 0;
+    for (int64_t r = 0; r < num_rules; ++r) {
+      AxisTable copy[3] = {tables[3 * r], tables[3 * r + 1], tables[3 * r + 2]};
+      plans.push_back(make_plan(copy, options));
+      pairs = std::max(pairs, plans.back().computed_pairs);
+    }
+    for (const WindowPlan& plan : plans) views.push_back(view(plan));
+    serial = (pairs + p.extra_keys) * p.batch * p.heads * (p.head_dim + p.head_dim_v) < kSerialWork;
+    if (p.bias) expand_bias();
+  }
+
+  const PlanView& view_of(int64_t head) const { return views[head_rule[head]]; }
+  const void* bias_of(int64_t head) const {
+    return params.bias ? bias.get() + bias_offset[head] : nullptr;
+  }
+
+ private:
+  void expand_bias() {
+    int64_t bytes = 0;
+    for (int64_t h = 0; h < params.heads; ++h) {
+      bias_offset.push_back(bytes);
+      bytes += kernels.bias_size(view_of(h)) * acc_size(params.dtype);
+    }
+    bias = allocate(bytes);
+    parallel_for(params.heads, 1, serial, [&](int64_t begin, int64_t end) {
+      for (int64_t h = begin; h < end; ++h) {
+        kernels.expand_bias(params, view_of(h), h, bias.get() + bias_offset[h]);
+      }
+    });
+  }
+};
+
+int64_t num_tiles(const PlanView& v) {
+  return v.axis[0].num_groups * v.axis[1].num_groups * v.axis[2].num_groups;
+}
+
+void tile_index(const PlanView& v, int64_t t, int64_t out[3]) {
+  out[2] = t % v.axis[2].num_groups;
+  t /= v.axis[2].num_groups;
+  out[1] = t % v.axis[1].num_groups;
+  out[0] = t / v.axis[1].num_groups;
+}
+
+// Keys on a tile's walk.
+int64_t walk_length(const WindowParams& p, const PlanView& v, const int64_t tile[3]) {
+  int64_t box = 1;
+  for (int a = 0; a < 3; ++a) {
+    const Group& g = v.axis[a].groups[tile[a]];
+    box *= g.end - g.begin;
+  }
+  const Group& last = v.axis[2].groups[tile[2]];
+  return p.extra_keys + (last.sink_end - last.sink_begin) + box;
+}
+
+}  // namespace
+
+void window_forward(const WindowParams& p, const AxisTable* tables, int64_t num_rules,
+                    const int32_t* head_rule) {
+  const Problem problem(p, tables, num_rules, head_rule, PlanOptions{});
+  const WindowKernels& kernels = problem.kernels;
+
+  // Item = (batch, head, tile); a head's tiles are neighbours, so that its keys stay in the caches.
+  std::vector<int64_t> first(1, 0);
+  int64_t scratch = 0, longest = 0;
+  for (int64_t h = 0; h < p.heads; ++h) {
+    first.push_back(first.back() + num_tiles(problem.view_of(h)));
+  }
+  for (const PlanView& v : problem.views) {
+    scratch = std::max(scratch, kernels.forward_scratch(p, v));
+  }
+  const int64_t items = p.batch * first.back();
+  struct Item {
+    int64_t b, h, tile[3];
+  };
+  const auto item_at = [&](int64_t i) {
+    Item item;
+    item.b = i / first.back();
+    i %= first.back();
+    item.h = std::upper_bound(first.begin(), first.end(), i) - first.begin() - 1;
+    tile_index(problem.view_of(item.h), i - first[item.h], item.tile);
+    return item;
+  };
+
+  // With few tiles (decoding) the keys are split as well, and the partial results merged.
+  constexpr int64_t kManyItems = 32, kMinKeys = 512;
+  int64_t most_splits = 1;
+  if (items < kManyItems) {
+    for (int64_t i = 0; i < items; ++i) {
+      const Item item = item_at(i);
+      longest = std::max(longest, walk_length(p, problem.view_of(item.h), item.tile));
+    }
+    most_splits = std::clamp<int64_t>(longest / kMinKeys, 1, kManyItems / std::max<int64_t>(items, 1));
+  }
+  if (most_splits == 1) {
+    const int64_t grain = std::clamp<int64_t>(items / (8 * max_threads()), 1, 16);
+    parallel_for(items, grain, problem.serial, [&](int64_t begin, int64_t end) {
+      void* memory = thread_buffer(0, scratch);
+      for (int64_t i = begin; i < end; ++i) {
+        const Item item = item_at(i);
+        kernels.forward(p, problem.view_of(item.h), item.b, item.h, item.tile, 0, INT64_MAX,
+                        problem.bias_of(item.h), memory, nullptr);
+      }
+    });
+    return;
+  }
+  int64_t partial_bytes = 0;
+  for (const PlanView& v : problem.views) {
+    partial_bytes = std::max(partial_bytes, kernels.partial_size(p, v) * acc_size(p.dtype));
+  }
+  const Memory partials = allocate(items * most_splits * partial_bytes);
+  const auto splits_of = [&](const Item& item) {
+    const int64_t keys = walk_length(p, problem.view_of(item.h), item.tile);
+    return std::clamp<int64_t>(keys / kMinKeys, 1, most_splits);
+  };
+  parallel_for(items * most_splits, 1, problem.serial, [&](int64_t begin, int64_t end) {
+    void* memory = thread_buffer(0, scratch);
+    for (int64_t i = begin; i < end; ++i) {
+      const Item item = item_at(i / most_splits);
+      const int64_t k = i % most_splits, count = splits_of(item);
+      if (k >= count) continue;
+      const int64_t keys = walk_length(p, problem.view_of(item.h), item.tile);
+      kernels.forward(p, problem.view_of(item.h), item.b, item.h, item.tile, keys * k / count,
+                      keys * (k + 1) / count, problem.bias_of(item.h), memory,
+                      partials.get() + i * partial_bytes);
+    }
+  });
+  for (const PlanView& v : problem.views) {  // kernels step by the plan's own partial size
+    if (kernels.partial_size(p, v) * acc_size(p.dtype) != partial_bytes) throw std::bad_alloc();
+  }
+  parallel_for(items, 1, problem.serial, [&](int64_t begin, int64_t end) {
+    void* memory = thread_buffer(0, scratch);
+    for (int64_t i = begin; i < end; ++i) {
+      const Item item = item_at(i);
+      kernels.merge_partials(p, problem.view_of(item.h), item.b, item.h, item.tile, splits_of(item),
+                             partials.get() + i * most_splits * partial_bytes, memory);
+    }
+  });
+}
+
+namespace {
+
+// Tables whose windows hold those of every rule: slabs are cut once for all heads.
+std::vector<AxisTable> hull(const AxisTable* tables, int64_t num_rules) {
+  std::vector<AxisTable> all(tables, tables + 3);
+  for (int64_t r = 1; r < num_rules; ++r) {
+    for (int a = 0; a < 3; ++a) {
+      const AxisTable& t = tables[3 * r + a];
+      for (size_t i = 0; i < t.begin.size(); ++i) {
+        all[a].begin[i] = std::min(all[a].begin[i], t.begin[i]);
+        all[a].end[i] = std::max(all[a].end[i], t.end[i]);
+      }
+    }
+  }
+  return all;
+}
+
+// The slabs of one class of the slab axis, common to all rules.
+struct ClassSlabs {
+  int64_t first = 0, count = 0;                       // in the plans' slab lists
+  std::vector<std::pair<int64_t, int64_t>> shared;  // key coordinates that are not one slab's own
+};
+
+}  // namespace
+
+void window_backward(const WindowParams& p, const AxisTable* tables, int64_t num_rules,
+                     const int32_t* head_rule) {
+  PlanOptions options;
+  choose_slabs(hull(tables, num_rules).data(), p.batch * p.kv_heads, &options);
+  const Problem problem(p, tables, num_rules, head_rule, options);
+  const WindowKernels& kernels = problem.kernels;
+  const int64_t acc = acc_size(p.dtype);
+  const int64_t group_heads = p.heads / p.kv_heads;
+  const int s = options.slab_axis;
+  const AxisTable* table = problem.plans[0].table;
+  const int64_t sink_rows = table[2].sink_rows;
+
+  // Boxes of keys and the part of each that no other slab touches.
+  std::vector<SlabItem> slabs(problem.plans[0].slabs.size());
+  for (size_t k = 0; k < slabs.size(); ++k) {
+    SlabItem& item = slabs[k];
+    item = SlabItem{};
+    int64_t begin = INT64_MAX, end = 0;
+    for (const WindowPlan& plan : problem.plans) {
+      if (plan.slabs[k].begin < plan.slabs[k].end) {
+        begin = std::min<int64_t>(begin, plan.slabs[k].begin);
+        end = std::max<int64_t>(end, plan.slabs[k].end);
+      }
+    }
+    item.cls[s] = problem.plans[0].slabs[k].cls;
+    item.begin[s] = std::min(begin, end);
+    item.size[s] = end - item.begin[s];
+  }
+  std::vector<ClassSlabs> classes(table[s].dilation);
+  for (size_t k = 0; k < slabs.size(); ++k) {
+    ClassSlabs& c = classes[slabs[k].cls[s]];
+    if (c.count == 0) c.first = static_cast<int64_t>(k);
+    ++c.count;
+  }
+  for (int64_t cls = 0; cls < table[s].dilation; ++cls) {
+    ClassSlabs& c = classes[cls];
+    int64_t done = 0;  // coordinates below have been given to a slab or to `shared`
+    const auto share = [&](int64_t to) {
+      if (done < to) c.shared.push_back({done, to});
+      done = std::max(done, to);
+    };
+    int64_t reached = 0;
+    for (int64_t k = c.first; k < c.first + c.count; ++k) {
+      SlabItem& item = slabs[k];
+      const int64_t begin = item.begin[s], end = begin + item.size[s];
+      int64_t next = end;
+      for (int64_t q = k + 1; q < c.first + c.count; ++q) {
+        if (slabs[q].size[s] > 0) next = std::min(next, slabs[q].begin[s]);
+      }
+      item.own_begin = std::clamp(std::max(reached, s == 2 ? sink_rows : 0), begin, end);
+      item.own_end = std::max(item.own_begin, std::min(next, end));
+      reached = std::max(reached, end);
+      if (item.own_begin < item.own_end) {
+        share(item.own_begin);
+        done = item.own_end;
+      }
+    }
+    share(table[s].class_size(cls));
+  }
+
+  // Item = (batch, kv head, classes of the other axes, slab).
+  int other[2], n_other = 0;
+  for (int a = 0; a < 3; ++a) {
+    if (a != s) other[n_other++] = a;
+  }
+  const int64_t d0 = table[other[0]].dilation, d1 = table[other[1]].dilation;
+  const int64_t num_slabs = static_cast<int64_t>(slabs.size());
+  const int64_t items_per_head = d0 * d1 * num_slabs;
+  const int64_t items = p.batch * p.kv_heads * items_per_head;
+  const auto place = [&](SlabItem* item, int64_t head_class) {  // (batch, kv head, classes)
+    const int64_t c1 = head_class % d1, c0 = head_class / d1 % d0, bh = head_class / (d0 * d1);
+    const int64_t cls[2] = {c0, c1};
+    for (int k = 0; k < 2; ++k) {
+      item->cls[other[k]] = cls[k];
+      item->begin[other[k]] = 0;
+      item->size[other[k]] = table[other[k]].class_size(cls[k]);
+    }
+    item->batch = bh / p.kv_heads;
+    item->kv_head = bh % p.kv_heads;
+  };
+  std::vector<SlabItem> work(items);
+  std::vector<int64_t> halo_at(items + 1, 0);
+  const int64_t row_bytes = kernels.accumulator_row(p) * acc;
+  int64_t most_rows = 0;
+  for (int64_t i = 0; i < items; ++i) {
+    SlabItem& item = work[i];
+    item = slabs[i % num_slabs];
+    place(&item, i / num_slabs);
+    const int64_t tail = sink_rows + p.extra_keys;
+    halo_at[i + 1] = halo_at[i] + (kernels.halo_rows(problem.views[0], item) + tail) * row_bytes;
+    most_rows = std::max(most_rows, item.size[0] * item.size[1] * item.size[2] + tail + 1);
+  }
+  const Memory halo = allocate(halo_at[items]);
+  const int64_t table_size = p.bias ? p.bias_head_stride : 0;
+  const int64_t table_bytes = (table_size + 1) * acc;
+  const bool want_table = p.dbias || p.dsink_logits;
+  const Memory partial_tables = allocate(want_table ? items * group_heads * table_bytes : 0);
+
+  int64_t scratch = 0, bias_bytes = 0;
+  for (const PlanView& v : problem.views) {
+    scratch = std::max(scratch, kernels.backward_scratch(p, v));
+    if (p.dbias) bias_bytes = std::max(bias_bytes, kernels.bias_size(v) * acc);
+  }
+  const auto halo_of = [&](int64_t i) -> void* { return halo.get() + halo_at[i]; };
+  const auto table_of = [&](int64_t i, int64_t g) {
+    return partial_tables.get() + (i * group_heads + g) * table_bytes;
+  };
+  parallel_for(items, 1, problem.serial, [&](int64_t begin, int64_t end) {
+    void* memory = thread_buffer(0, scratch);
+    void* rows = thread_buffer(1, most_rows * row_bytes);
+    void* dbias = p.dbias ? thread_buffer(2, bias_bytes) : nullptr;
+    for (int64_t i = begin; i < end; ++i) {
+      SlabItem item = work[i];
+      const int64_t used = item.size[0] * item.size[1] * item.size[2] + sink_rows + p.extra_keys + 1;
+      std::fill_n(static_cast<char*>(rows), used * row_bytes, 0);
+      for (int64_t g = 0; g < group_heads; ++g) {
+        const int64_t h = item.kv_head * group_heads + g;
+        const WindowPlan& plan = problem.plans[head_rule[h]];
+        for (int a = 0; a < 3; ++a) {
+          const std::vector<int32_t>& first = plan.axis[a].class_first_group;
+          item.first_group[a] = a == s ? plan.slabs[i % num_slabs].first_group : first[item.cls[a]];
+          item.last_group[a] = a == s ? plan.slabs[i % num_slabs].last_group : first[item.cls[a] + 1];
+        }
+        kernels.backward(p, problem.view_of(h), item, h, problem.bias_of(h), rows, dbias,
+                         want_table ? table_of(i, g) : nullptr, memory);
+      }
+      kernels.finish_slab(p, problem.views[0], item, rows, halo_of(i));
+    }
+  });
+
+  // Rows that several slabs, or none, have touched.
+  struct Merge {
+    int64_t cls, from, to;
+  };
+  std::vector<Merge> merges;
+  constexpr int64_t kRowsPerMerge = 32;
+  for (int64_t cls = 0; cls < table[s].dilation; ++cls) {
+    for (const auto& range : classes[cls].shared) {
+      for (int64_t y = range.first; y < range.second; y += kRowsPerMerge) {
+        merges.push_back({cls, y, std::min(range.second, y + kRowsPerMerge)});
+      }
+    }
+  }
+  const int64_t head_classes = p.batch * p.kv_heads * d0 * d1;
+  const int64_t num_merges = static_cast<int64_t>(merges.size());
+  parallel_for(head_classes * num_merges, 1, problem.serial, [&](int64_t begin, int64_t end) {
+    std::vector<const void*> halos;
+    for (int64_t i = begin; i < end; ++i) {
+      const Merge& m = merges[i % num_merges];
+      const int64_t head_class = i / num_merges;
+      const ClassSlabs& c = classes[m.cls];
+      SlabItem whole{};
+      place(&whole, head_class);
+      whole.cls[s] = m.cls;
+      whole.size[s] = table[s].class_size(m.cls);
+      const int64_t first = head_class * num_slabs + c.first;
+      halos.clear();
+      for (int64_t k = 0; k < c.count; ++k) halos.push_back(halo_of(first + k));
+      kernels.merge_slabs(p, problem.views[0], whole, work.data() + first, c.count, halos.data(),
+                          m.from, m.to);
+    }
+  });
+  if (p.extra_keys > 0) {
+    parallel_for(p.batch * p.kv_heads, 1, problem.serial, [&](int64_t begin, int64_t end) {
+      std::vector<const void*> halos(items_per_head);
+      for (int64_t bh = begin; bh < end; ++bh) {
+        SlabItem whole{};
+        place(&whole, bh * d0 * d1);
+        const int64_t first = bh * items_per_head;
+        for (int64_t k = 0; k < items_per_head; ++k) halos[k] = halo_of(first + k);
+        kernels.merge_extra(p, problem.views[0], whole, work.data() + first, items_per_head,
+                            halos.data());
+      }
+    });
+  }
+  if (!want_table) return;
+  const auto sum_tables = [&](auto zero) {
+    using Acc = decltype(zero);
+    parallel_for(p.heads, 1, problem.serial, [&](int64_t begin, int64_t end) {
+      for (int64_t h = begin; h < end; ++h) {
+        const auto add = [&](int64_t from, int64_t to, Acc* out) {
+          std::fill_n(out, to - from, Acc(0));
+          for (int64_t b = 0; b < p.batch; ++b) {
+            const int64_t i0 = (b * p.kv_heads + h / group_heads) * items_per_head;
+            for (int64_t i = i0; i < i0 + items_per_head; ++i) {
+              const Acc* part = reinterpret_cast<const Acc*>(table_of(i, h % group_heads));
+              for (int64_t t = from; t < to; ++t) out[t - from] += part[t];
+            }
+          }
+        };
+        if (p.dbias) add(0, table_size, static_cast<Acc*>(p.dbias) + h * table_size);
+        if (p.dsink_logits) add(table_size, table_size + 1, static_cast<Acc*>(p.dsink_logits) + h);
+      }
+    });
+  };
+  acc == 8 ? sum_tables(double(0)) : sum_tables(float(0));
+}
+
+}  // namespace cpu
+}  // namespace attnext

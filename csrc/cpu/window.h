@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+// What an ISA unit offers for window attention: plain function pointers, chosen once per call.
+#pragma once
+
+#include <cstdint>
+
+#include "../geometry.h"
+#include "../params.h"
+
+namespace attnext {
+namespace cpu {
+
+// A backward work item: all queries of one slab, for one batch item, kv head and dilation class.
+struct SlabItem {
+  int64_t batch, kv_head;
+  int64_t cls[3];                         // dilation class per axis
+  int64_t first_group[3], last_group[3];  // per axis, of the plan of `heads`' rule
+  int64_t begin[3], size[3];              // the box of keys whose gradients accumulate here
+  int64_t own_begin, own_end;             // of the slab axis: keys that no other slab touches
+};
+
+struct WindowKernels {
+  int lanes;    // queries per vector
+  int vectors;  // per tile
+  int64_t (*forward_scratch)(const WindowParams&, const PlanView&);
+  int64_t (*backward_scratch)(const WindowParams&, const PlanView&);
+  int64_t (*accumulator_row)(const WindowParams&);  // numbers in one row of dK and dV accumulators
+
+  // Expands a head's bias table for vectors of the plan's box: [keys relative to the vector][lanes].
+  int64_t (*bias_size)(const PlanView&);
+  void (*expand_bias)(const WindowParams&, const PlanView&, int64_t head, void* expanded);
+
+  // One tile of one head, keys [from, to) of its walk. With `partial` the unnormalised result goes
+  // there: [head_dim_v][lanes], then maximum and sum per lane.
+  void (*forward)(const WindowParams&, const PlanView&, int64_t batch, int64_t head,
+                  const int64_t tile[3], int64_t from, int64_t to, const void* bias, void* scratch,
+                  void* partial);
+  int64_t (*partial_size)(const WindowParams&, const PlanView&);
+  void (*merge_partials)(const WindowParams&, const PlanView&, int64_t batch, int64_t head,
+                         const int64_t tile[3], int64_t count, void* partials, void* scratch);
+
+  // Adds one query head's share of a slab: dQ is finished, dK and dV go to `rows`.
+  void (*backward)(const WindowParams&, const PlanView&, const SlabItem&, int64_t head,
+                   const void* bias, void* rows, void* dbias, void* dtable, void* scratch);
+  // Writes the rows that this slab owns and saves the others to `halo` for merging.
+  void (*finish_slab)(const WindowParams&, const PlanView&, const SlabItem&, const void* rows,
+                      void* halo);
+  // Adds the saved rows of `count` slabs, in order, for key coordinates [from, to) of the slab
+  // axis; `whole` is the box of all keys of the class.
+  void (*merge_slabs)(const WindowParams&, const PlanView&, const SlabItem& whole,
+                      const SlabItem* items, int64_t count, const void* const* halos, int64_t from,
+                      int64_t to);
+  // Sums the extra keys' rows of `count` slabs, in order.
+  void (*merge_extra)(const WindowParams&, const PlanView&, const SlabItem& whole,
+                      const SlabItem* items, int64_t count, const void* const* halos);
+  int64_t (*halo_rows)(const PlanView&, const SlabItem&);  // rows of finish_slab's halo, less tail
+};
+
+void window_forward(const WindowParams& params, const AxisTable* tables, int64_t num_rules,
+                    const int32_t* head_rule);
+void window_backward(const WindowParams& params, const AxisTable* tables, int64_t num_rules,
+                     const int32_t* head_rule);
+
+}  // namespace cpu
+}  // namespace attnext

@@ -1,0 +1,591 @@
+// SPDX-License-Identifier: Apache-2.0
+// Window attention, one tile at a time: FlashAttention's online softmax (arXiv 2205.14135) with
+// queries in the lanes. Included by each ISA unit.
+//
+// Forward, per block of keys:   1 walk   2 scores S = K Q'   3 modify and mask   4 softmax
+//                               5 output O += V' P
+// Backward, per block of keys:  1 walk   2 S and dP = V dO'   3 P and dS   4 dQ += K' dS
+//                               5 dV += P dO, dK += dS Q
+// Scores live in base 2: log2(e) is folded into the query.
+#pragma once
+
+#include <math.h>
+
+#include "keywalk.inl"
+#include "tile.inl"
+#include "window.h"
+
+namespace attnext {
+namespace cpu {
+namespace ATTNEXT_ISA {
+
+template <class T>
+struct ElemOf {
+  using type = float;
+};
+template <>
+struct ElemOf<double> {
+  using type = double;
+};
+#if ATTNEXT_BF16_DOT
+template <>
+struct ElemOf<bf16> {
+  using type = Pair;
+};
+#endif
+template <class T, class U>
+struct Same {
+  static constexpr bool value = false;
+};
+template <class T>
+struct Same<T, T> {
+  static constexpr bool value = true;
+};
+
+// Hands out pieces of one allocation; with a null base it only adds up their sizes.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <class T>
+  T* take(int64_t count) {
+    char* p = base_ + used_;
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return reinterpret_cast<T*>(base_ ? p : nullptr);
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+template <class T>
+class Window {
+ public:
+  using Elem = typename ElemOf<T>::type;
+  using Acc = typename Contraction<Elem>::Acc;
+  using Vec = VecOf<Acc>;
+  static constexpr int kLanes = Simd<Acc>::kLanes;
+  static constexpr int kDepth = Contraction<Elem>::kDepth;
+  static constexpr bool kInPlace = Same<T, Elem>::value;
+  static constexpr bool kPairs = kDepth == 2;
+  // Keys per block: one softmax rescale per block; blocks that are widened first stay in L1.
+  static constexpr int64_t kBlock = kInPlace ? 128 : 64;
+  static constexpr int64_t kPad = kLanes;  // accumulator rows are whole vectors
+
+  static int64_t padded(int64_t d) { return (d + kPad - 1) / kPad * kPad; }
+
+  // ---- scratch ---------------------------------------------------------------------------------
+
+  Window(const WindowParams& params, const PlanView& view, void* scratch, bool backward)
+      : p(params), plan(view), arena(scratch) {
+    max_lanes = plan.vectors * kLanes;
+    dp = padded(p.head_dim);
+    dvp = padded(p.head_dim_v);
+    for (int a = 0; a < 3; ++a) {
+      tile.row_mask[a] = arena.template take<uint64_t>(mask_capacity(plan, a, a == 2 ? kBlock : 1));
+    }
+    walk_mask = arena.template take<uint64_t>(kBlock);
+    block.key = arena.template take<const T*>(kBlock);
+    block.value = arena.template take<const T*>(kBlock);
+    block.mask = arena.template take<uint64_t>(kBlock);
+    block.bias = arena.template take<int64_t>(kBlock);
+    block.row = arena.template take<int64_t>(kBlock);
+    zeros = arena.template take<T>(max64(dp, dvp) + kPad);
+    no_bias = arena.template take<Acc>(kLanes);
+    key_rows = arena.template take<const Elem*>(kBlock);
+    value_rows = arena.template take<const Elem*>(kBlock);
+    if (!kInPlace) {
+      staged_key = arena.template take<Elem>(kBlock * dp);
+      staged_value = arena.template take<Elem>(kBlock * dvp);
+    }
+    const int64_t widest = max64(dp, dvp);
+    rows = arena.template take<Acc>(max_lanes * widest);
+    columns = arena.template take<Acc>(widest * max_lanes);
+    qt = arena.template take<Elem>(dp * max_lanes);
+    s = arena.template take<Acc>(kBlock * max_lanes);
+    if (kPairs) pair_s = arena.template take<Elem>(kBlock / 2 * max_lanes);
+    ot = arena.template take<Acc>((backward ? widest : dvp) * max_lanes);
+    if (backward) {
+      dot_t = arena.template take<Elem>(dvp * max_lanes);
+      q_rows = arena.template take<Elem>(max_lanes * dp);
+      do_rows = arena.template take<Elem>(max_lanes * dvp);
+      ds = arena.template take<Acc>(kBlock * max_lanes);
+      if (kPairs) {
+        lane_p = arena.template take<Elem>(kBlock * max_lanes);
+        lane_ds = arena.template take<Elem>(kBlock * max_lanes);
+      }
+      if (p.softcap > 0) slope = arena.template take<Acc>(kBlock * max_lanes);
+      dk_rows = arena.template take<Acc*>(kBlock);
+      dv_rows = arena.template take<Acc*>(kBlock);
+    }
+    if (scratch) {
+      memset(zeros, 0, sizeof(T) * (max64(dp, dvp) + kPad));
+      memset(no_bias, 0, sizeof(Acc) * kLanes);
+    }
+  }
+
+  int64_t scratch_bytes() const { return arena.used(); }
+
+  // ---- queries ---------------------------------------------------------------------------------
+
+  void start_tile(const int64_t index[3]) {
+    const Group* groups[3];
+    for (int a = 0; a < 3; ++a) groups[a] = plan.axis[a].groups + index[a];
+    tile.init(plan, groups, kLanes, p.extra_keys);
+  }
+
+  int64_t offset_of(const TensorRef& t, int lane, int64_t b, int64_t h) const {
+    const int64_t x[3] = {tile.query[0][lane], tile.query[1][lane], tile.query[2][lane]};
+    return at(t, b, x, h);
+  }
+
+  // `rows`[lane][ld] = the tile's rows of a tensor, zero in dead lanes and in the padding.
+  void load_rows(const TensorRef& t, int64_t dim, int64_t ld, int64_t b, int64_t h) {
+    for (int lane = 0; lane < tile.lanes; ++lane) {
+      Acc* dst = rows + lane * ld;
+      if (!(tile.live >> lane & 1)) {
+        memset(dst, 0, sizeof(Acc) * ld);
+        continue;
+      }
+      const T* src = static_cast<const T*>(t.data) + offset_of(t, lane, b, h);
+      int64_t d = 0;
+      for (; d + kLanes <= dim; d += kLanes) store(dst + d, widen(src + d));
+      if (d < ld) store(dst + d, widen_tail(src + d, dim - d));
+    }
+  }
+  static ATTNEXT_INLINE Vec widen_tail(const T* src, int64_t n) {
+    T tail[kLanes] = {};
+    memcpy(tail, src, sizeof(T) * n);
+    return widen(tail);
+  }
+
+  // Multiplies row `lane` by factor[lane].
+  void scale_rows(int64_t ld, const Acc* factor) {
+    for (int lane = 0; lane < tile.lanes; ++lane) {
+      Acc* row = rows + lane * ld;
+      for (int64_t d = 0; d < ld; d += kLanes) store(row + d, load(row + d) * factor[lane]);
+    }
+  }
+
+  void transpose(const Acc* src, int64_t ld_src, int64_t n_rows, int64_t n_columns, Acc* dst,
+                 int64_t ld_dst) {
+    for (int64_t r = 0; r < n_rows; r += kLanes) {
+      for (int64_t c = 0; c < n_columns; c += kLanes) {
+        transpose_block<Acc>(src + r * ld_src + c, ld_src, dst + c * ld_dst + r, ld_dst);
+      }
+    }
+  }
+
+  // rows[lane][dim] -> dst[dim][lanes], the operand the keys' rows are contracted with.
+  void pack_columns(int64_t ld, Elem* dst) {
+    if constexpr (kPairs) {
+      transpose(rows, ld, tile.lanes, ld, columns, tile.lanes);
+      for (int64_t d = 0; d < ld; d += 2) {
+        for (int l = 0; l < tile.lanes; l += kLanes) {
+          store(reinterpret_cast<Acc*>(dst) + d / 2 * tile.lanes + l,
+                make_pairs(load(columns + d * tile.lanes + l),
+                           load(columns + (d + 1) * tile.lanes + l)));
+        }
+      }
+    } else {
+      transpose(rows, ld, tile.lanes, ld, dst, tile.lanes);
+    }
+  }
+
+  // rows[lane][dim] -> dst, the operand that is contracted over lanes.
+  void pack_lanes(int64_t ld, Elem* dst) {
+    if constexpr (kPairs) {
+      for (int l = 0; l < tile.lanes; l += 2) {
+        for (int64_t d = 0; d < ld; d += kLanes) {
+          store(reinterpret_cast<Acc*>(dst) + l / 2 * ld + d,
+                make_pairs(load(rows + l * ld + d), load(rows + (l + 1) * ld + d)));
+        }
+      }
+    } else {
+      memcpy(dst, rows, sizeof(Acc) * tile.lanes * ld);
+    }
+  }
+
+  // columns[dim][lanes] * factor[lanes] -> the tensor's rows, rounded once.
+  void store_rows(const TensorRef& t, int64_t dim, const Acc* factor, int64_t b, int64_t h) {
+    const int64_t ld = padded(dim);
+    for (int64_t d = 0; d < dim; ++d) {
+      for (int l = 0; l < tile.lanes; l += kLanes) {
+        Acc* x = ot + d * tile.lanes + l;
+        store(x, load(x) * load(factor + l));
+      }
+    }
+    transpose(ot, tile.lanes, ld, tile.lanes, rows, ld);
+    for (uint64_t rest = tile.live; rest; rest &= rest - 1) {
+      const int lane = __builtin_ctzll(rest);
+      write_row(rows + lane * ld, static_cast<T*>(t.data) + offset_of(t, lane, b, h), dim);
+    }
+  }
+  static void write_row(const Acc* src, T* dst, int64_t dim) {
+    int64_t d = 0;
+    for (; d + kLanes <= dim; d += kLanes) narrow(dst + d, load(src + d));
+    if (d < dim) {
+      T tail[kLanes];
+      narrow(tail, load(src + d));
+      memcpy(dst + d, tail, sizeof(T) * (dim - d));
+    }
+  }
+
+  // Scale of each live lane's logits; 1 in dead lanes.
+  void row_scales(int64_t b, int64_t h) {
+    for (int lane = 0; lane < tile.lanes; ++lane) {
+      scale[lane] = Acc(p.scale);
+      if (p.row_scale.data && (tile.live >> lane & 1)) {
+        scale[lane] *=
+            static_cast<const Acc*>(p.row_scale.data)[offset_of(p.row_scale, lane, b, h)];
+      }
+    }
+  }
+  // Folded into the query: scores come out in base 2, or as 1/softcap of the logit.
+  Acc score_unit() const { return p.softcap > 0 ? Acc(1 / p.softcap) : Acc(kLog2E); }
+
+  void load_queries(int64_t b, int64_t h) {
+    row_scales(b, h);
+    load_rows(p.query, p.head_dim, dp, b, h);
+    Acc factor[kMaxLanes];
+    for (int lane = 0; lane < tile.lanes; ++lane) factor[lane] = scale[lane] * score_unit();
+    scale_rows(dp, factor);
+    pack_columns(dp, qt);
+  }
+
+  // ---- a block of keys -------------------------------------------------------------------------
+
+  bool next_block(const KeyWalk<T>& walk, int64_t* from, int64_t to, bool backward) {
+    do {
+      if (*from >= to) return false;
+      *from = walk.fill(*from, to, kPairs ? kBlock - 1 : kBlock, &block);
+    } while (block.count == 0);
+    if (kPairs) {
+      if (block.count % 2) {  // pairs of keys: a last one that nobody attends
+        const int64_t j = block.count++;
+        block.key[j] = block.value[j] = zeros;
+        block.mask[j] = 0;
+        block.bias[j] = kNoBias;
+        if (walk.local) block.row[j] = walk.local->dump_row;
+        block.masked = true;
+      }
+      for (int v = 0; v < tile.vectors; ++v) {
+        block.lo[v] &= ~int64_t(1);
+        block.hi[v] = (block.hi[v] + 1) & ~int64_t(1);
+      }
+    }
+    stage(block.key, p.head_dim, dp, staged_key, key_rows, true);
+    stage(block.value, p.head_dim_v, dvp, staged_value, value_rows, backward);
+    return true;
+  }
+
+  // Makes `out` rows that the products can broadcast from. As the operand of `scores` a row keeps
+  // its pairs of dims; as the operand of `accumulate` two rows become one of pairs of keys.
+  void stage(const T** src, int64_t dim, int64_t ld, Elem* staged, const Elem** out, bool by_dim) {
+    if constexpr (kInPlace) {
+      memcpy(out, src, sizeof(*out) * block.count);
+    } else if constexpr (kPairs) {
+      if (!by_dim) return interleave(src, dim, ld, staged, out);
+      for (int64_t j = 0; j < block.count; ++j) {
+        if (dim % 2) {
+          memcpy(staged + j * ld, src[j], sizeof(T) * dim);
+          reinterpret_cast<T*>(staged + j * ld)[dim] = T{};
+          out[j] = staged + j * ld;
+        } else {
+          out[j] = reinterpret_cast<const Elem*>(src[j]);
+        }
+      }
+    } else {
+      for (int64_t j = 0; j < block.count; ++j) {
+        Acc* dst = staged + j * ld;
+        int64_t d = 0;
+        for (; d + kLanes <= dim; d += kLanes) store(dst + d, widen(src[j] + d));
+        if (d < dim) store(dst + d, widen_tail(src[j] + d, dim - d));
+        out[j] = dst;
+      }
+    }
+  }
+  void interleave(const T** src, int64_t dim, int64_t ld, Elem* staged, const Elem** out) {
+    if constexpr (kPairs) {
+      for (int64_t j = 0; j < block.count; j += 2) {
+        Acc* dst = reinterpret_cast<Acc*>(staged + j / 2 * ld);
+        int64_t d = 0;
+        for (; d + kLanes <= dim; d += kLanes) {
+          store(dst + d, join(widen(src[j] + d), widen(src[j + 1] + d)));
+        }
+        if (d < dim) {
+          store(dst + d, join(widen_tail(src[j] + d, dim - d), widen_tail(src[j + 1] + d, dim - d)));
+        }
+        out[j / 2] = staged + j / 2 * ld;
+      }
+    }
+  }
+  // Numbers that came from bf16 go back without rounding.
+  static ATTNEXT_INLINE VecOf<float> join(VecOf<float> even, VecOf<float> odd) {
+    typedef uint32_t U __attribute__((vector_size(ATTNEXT_VECTOR_BYTES)));
+    return (VecOf<float>)(((U)even >> 16) | ((U)odd & 0xffff0000u));
+  }
+
+  // Calls f(first vector, number of vectors, begin, end) so that together the calls cover each
+  // vector's active keys, two vectors at a time where both are active.
+  template <class F>
+  ATTNEXT_INLINE void for_ranges(F f) const {
+    for (int v = 0; v < tile.vectors; v += 2) {
+      const int64_t lo = block.lo[v], hi = block.hi[v];
+      if (v + 1 == tile.vectors) {
+        if (lo < hi) f(v, 1, lo, hi);
+        return;
+      }
+      const int64_t lo1 = block.lo[v + 1], hi1 = block.hi[v + 1];
+      const int64_t both_lo = max64(lo, lo1), both_hi = min64(hi, hi1);
+      if (both_lo >= both_hi) {
+        if (lo < hi) f(v, 1, lo, hi);
+        if (lo1 < hi1) f(v + 1, 1, lo1, hi1);
+        continue;
+      }
+      if (lo < both_lo) f(v, 1, lo, both_lo);
+      if (lo1 < both_lo) f(v + 1, 1, lo1, both_lo);
+      f(v, 2, both_lo, both_hi);
+      if (both_hi < hi) f(v, 1, both_hi, hi);
+      if (both_hi < hi1) f(v + 1, 1, both_hi, hi1);
+    }
+  }
+
+  void block_scores(const Elem* const* keys, int64_t dim, const Elem* columns_in, Acc* out) const {
+    const int64_t depth = (dim + kDepth - 1) / kDepth;
+    const int ld = tile.lanes;
+    for_ranges([&](int v, int n, int64_t begin, int64_t end) {
+      const Elem* b = columns_in + v * kLanes;
+      if (n == 2) {
+        scores<Elem, 2>(keys, begin, end, depth, b, ld, out + v * kLanes, ld);
+      } else {
+        scores<Elem, 1>(keys, begin, end, depth, b, ld, out + v * kLanes, ld);
+      }
+    });
+  }
+
+  // target[d][lanes] = target * factor + sum over the block of row[d] * weights[lanes].
+  void block_accumulate(const Elem* const* row, int64_t dim, const Acc* weights, Acc* target,
+                        const Vec* factor) {
+    const int ld = tile.lanes;
+    const Elem* w;
+    if constexpr (kPairs) {
+      for (int v = 0; v < tile.vectors; ++v) {
+        for (int64_t j = block.lo[v]; j < block.hi[v]; j += 2) {
+          store(reinterpret_cast<Acc*>(pair_s) + j / 2 * ld + v * kLanes,
+                make_pairs(load(weights + j * ld + v * kLanes),
+                           load(weights + (j + 1) * ld + v * kLanes)));
+        }
+      }
+      w = pair_s;
+    } else {
+      w = weights;
+    }
+    const Vec one = broadcast(Acc(1));
+    Vec rest[kMaxVectors + 1];
+    for (int v = 0; v < tile.vectors; ++v) rest[v] = factor ? factor[v] : one;
+    for_ranges([&](int v, int n, int64_t begin, int64_t end) {
+      begin /= kDepth, end /= kDepth;
+      if (n == 2) {
+        accumulate<Elem, 2>(row, begin, end, dim, w + v * kLanes, ld, target + v * kLanes, ld,
+                            rest + v);
+      } else {
+        accumulate<Elem, 1>(row, begin, end, dim, w + v * kLanes, ld, target + v * kLanes, ld,
+                            rest + v);
+      }
+      for (int k = v; k < v + n; ++k) rest[k] = one;  // later ranges of the block add up
+    });
+  }
+
+  // Logits of vector v in base 2 from scores: softcap (its slope goes to `slope` if asked), bias.
+  void modify(int v, const Acc* bias, bool want_slope) {
+    const int ld = tile.lanes;
+    Acc* x = s + v * kLanes;
+    if (p.softcap > 0) {
+      const Acc unit = Acc(p.softcap * kLog2E);
+      for (int64_t j = block.lo[v]; j < block.hi[v]; ++j) {
+        const Vec t = tanh<Acc>(load(x + j * ld));
+        if (want_slope) store(slope + j * ld + v * kLanes, Acc(1) - t * t);
+        store(x + j * ld, t * unit);
+      }
+    }
+    if (bias) {
+      for (int64_t j = block.lo[v]; j < block.hi[v]; ++j) {
+        store(x + j * ld, load(x + j * ld) + load(bias_row(bias, v, j)));
+      }
+    }
+  }
+  ATTNEXT_INLINE const Acc* bias_row(const Acc* bias, int v, int64_t j) const {
+    return block.bias[j] == kNoBias ? no_bias : bias + block.bias[j] + tile_shift(v);
+  }
+  int64_t tile_shift(int v) const { return -tile.bias_shift[v]; }
+
+  // ---- forward ---------------------------------------------------------------------------------
+
+  template <bool kMasked>
+  void softmax(int v, Vec* factor) {
+    const int ld = tile.lanes, shift = v * kLanes;
+    Acc* x = s + shift;
+    const Vec lowest = broadcast(Acc(-INFINITY));
+    Vec top = load(maximum + shift);
+    for (int64_t j = block.lo[v]; j < block.hi[v]; ++j) {
+      Vec y = load(x + j * ld);
+      if constexpr (kMasked) {
+        y = select_bits<Acc>(block.mask[j] >> shift, y, lowest);
+        store(x + j * ld, y);
+      }
+      top = max_or_second(y, top);
+    }
+    const Vec base = top == lowest ? Vec{} : top;  // a row that saw nothing yet
+    *factor = exp2(load(maximum + shift) - base);
+    Vec total = load(sum + shift) * *factor;
+    for (int64_t j = block.lo[v]; j < block.hi[v]; ++j) {
+      const Vec w = exp2(load(x + j * ld) - base);
+      total += w;
+      store(x + j * ld, w);
+    }
+    store(maximum + shift, top);
+    store(sum + shift, total);
+  }
+
+  // Runs the live lanes of the current tile; false if something non-finite met a mask, in which
+  // case 0 * NaN may have reached a row that does not attend it.
+  bool forward_lanes(int64_t b, int64_t h, int64_t from, int64_t to, const Acc* bias,
+                     bool with_sink) {
+    load_queries(b, h);
+    for (int lane = 0; lane < tile.lanes; ++lane) {
+      const bool sink = p.sink_logits && with_sink;
+      maximum[lane] =
+          sink ? static_cast<const Acc*>(p.sink_logits)[h] * Acc(kLog2E) : Acc(-INFINITY);
+      sum[lane] = sink ? 1 : 0;
+    }
+    memset(ot, 0, sizeof(Acc) * dvp * tile.lanes);
+    const KeyWalk<T> walk(p, tile, zeros, walk_mask, nullptr, b, h / (p.heads / p.kv_heads));
+    bool masked = false;
+    while (next_block(walk, &from, to, false)) {
+      masked |= block.masked;
+      block_scores(key_rows, p.head_dim, qt, s);
+      Vec factor[kMaxVectors];
+      for (int v = 0; v < tile.vectors; ++v) {
+        if (p.softcap > 0 || bias) modify(v, bias, false);
+        if (block.masked) {
+          softmax<true>(v, factor + v);
+        } else {
+          softmax<false>(v, factor + v);
+        }
+      }
+      block_accumulate(value_rows, p.head_dim_v, s, ot, factor);
+    }
+    if (!masked || !(tile.live & (tile.live - 1))) return true;
+    Vec bad{};
+    for (int64_t i = 0; i < p.head_dim_v * tile.lanes; i += kLanes) bad += load(ot + i) * Acc(0);
+    for (int l = 0; l < kLanes; ++l) {
+      if (bad[l] != 0) return false;
+    }
+    return true;
+  }
+
+  void finish_forward(int64_t b, int64_t h) {
+    Acc inverse[kMaxLanes];
+    for (int lane = 0; lane < tile.lanes; ++lane) {
+      inverse[lane] = sum[lane] == 0 ? Acc(0) : Acc(1) / sum[lane];
+      if (!p.lse.data || !(tile.live >> lane & 1)) continue;
+      static_cast<Acc*>(p.lse.data)[offset_of(p.lse, lane, b, h)] =
+          sum[lane] == 0 ? Acc(-INFINITY) : maximum[lane] * Acc(1 / kLog2E) + log_of(sum[lane]);
+    }
+    store_rows(p.out, p.head_dim_v, inverse, b, h);
+  }
+  static float log_of(float x) { return ::logf(x); }
+  static double log_of(double x) { return ::log(x); }
+
+  void forward(int64_t b, int64_t h, const int64_t index[3], int64_t from, int64_t to,
+               const Acc* bias, Acc* partial) {
+    start_tile(index);
+    to = min64(to, tile.total);
+    const bool with_sink = from == 0;
+    const uint64_t all = tile.live;
+    if (forward_lanes(b, h, from, to, bias, with_sink)) {
+      partial ? save_partial(partial) : finish_forward(b, h);
+      return;
+    }
+    for (uint64_t rest = all; rest; rest &= rest - 1) {
+      tile.use_lanes(rest & -rest);
+      forward_lanes(b, h, from, to, bias, with_sink);
+      partial ? save_partial(partial) : finish_forward(b, h);
+    }
+  }
+
+  // partial: [dvp][lanes], maximum[lanes], sum[lanes], with lanes of a full tile.
+  void save_partial(Acc* partial) const {
+    for (uint64_t rest = tile.live; rest; rest &= rest - 1) {
+      const int lane = __builtin_ctzll(rest);
+      for (int64_t d = 0; d < dvp; ++d) partial[d * max_lanes + lane] = ot[d * tile.lanes + lane];
+      partial[dvp * max_lanes + lane] = maximum[lane];
+      partial[(dvp + 1) * max_lanes + lane] = sum[lane];
+    }
+  }
+  static int64_t partial_size(const WindowParams& p, const PlanView& plan) {
+    return (padded(p.head_dim_v) + 2) * plan.vectors * kLanes;
+  }
+  void merge_partials(int64_t b, int64_t h, const int64_t index[3], int64_t count,
+                      const Acc* partials) {
+    start_tile(index);
+    const int64_t size = partial_size(p, plan);
+    memset(ot, 0, sizeof(Acc) * dvp * tile.lanes);
+    for (uint64_t rest = tile.live; rest; rest &= rest - 1) {
+      const int lane = __builtin_ctzll(rest);
+      Acc top = -INFINITY;
+      for (int64_t k = 0; k < count; ++k) {
+        const Acc m = partials[k * size + dvp * max_lanes + lane];
+        top = m > top ? m : top;
+      }
+      Acc total = 0;
+      for (int64_t k = 0; k < count; ++k) {
+        const Acc* part = partials + k * size + lane;
+        const Acc m = part[dvp * max_lanes], l = part[(dvp + 1) * max_lanes];
+        if (l == 0) continue;
+        const Acc w = exp2_of(m - top);
+        total += w * l;
+        for (int64_t d = 0; d < p.head_dim_v; ++d) {
+          ot[d * tile.lanes + lane] += w * part[d * max_lanes];
+        }
+      }
+      maximum[lane] = top;
+      sum[lane] = total;
+    }
+    finish_forward(b, h);
+  }
+  static float exp2_of(float x) { return ::exp2f(x); }
+  static double exp2_of(double x) { return ::exp2(x); }
+
+  // ---- state -----------------------------------------------------------------------------------
+
+  const WindowParams& p;
+  const PlanView& plan;
+  Arena arena;
+  Tile tile;
+  KeyBlock<T> block;
+  int max_lanes;
+  int64_t dp, dvp;
+  uint64_t* walk_mask;
+  T* zeros;
+  Acc* no_bias;
+  const Elem **key_rows, **value_rows;
+  Elem *staged_key = nullptr, *staged_value = nullptr;
+  Acc *rows, *columns;
+  Elem* qt;
+  Acc *s, *ot;
+  Elem* pair_s = nullptr;
+  Elem *dot_t = nullptr, *q_rows = nullptr, *do_rows = nullptr;
+  Acc *ds = nullptr, *slope = nullptr;
+  Elem *lane_p = nullptr, *lane_ds = nullptr;
+  Acc **dk_rows = nullptr, **dv_rows = nullptr;
+  alignas(64) Acc scale[kMaxLanes];
+  alignas(64) Acc maximum[kMaxLanes];
+  alignas(64) Acc sum[kMaxLanes];
+};
+
+}  // namespace ATTNEXT_ISA
+}  // namespace cpu
+}  // namespace attnext

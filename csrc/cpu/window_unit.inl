@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+// The function table of one ISA unit.
+#pragma once
+
+#include "window_backward.inl"
+
+namespace attnext {
+namespace cpu {
+namespace ATTNEXT_ISA {
+
+template <class T>
+struct WindowEntry {
+  using W = Window<T>;
+  using B = WindowBackward<T>;
+  using Acc = typename W::Acc;
+
+  static int64_t forward_scratch(const WindowParams& p, const PlanView& v) {
+    return W(p, v, nullptr, false).scratch_bytes();
+  }
+  static int64_t backward_scratch(const WindowParams& p, const PlanView& v) {
+    return B(p, v, nullptr).scratch_bytes();
+  }
+  static void expand_bias(const WindowParams& p, const PlanView& v, int64_t h, void* out) {
+    B::expand_bias(p, v, h, static_cast<Acc*>(out));
+  }
+  static void forward(const WindowParams& p, const PlanView& v, int64_t b, int64_t h,
+                      const int64_t tile[3], int64_t from, int64_t to, const void* bias,
+                      void* scratch, void* partial) {
+    W(p, v, scratch, false)
+        .forward(b, h, tile, from, to, static_cast<const Acc*>(bias), static_cast<Acc*>(partial));
+  }
+  static void merge_partials(const WindowParams& p, const PlanView& v, int64_t b, int64_t h,
+                             const int64_t tile[3], int64_t count, void* partials, void* scratch) {
+    W(p, v, scratch, false).merge_partials(b, h, tile, count, static_cast<const Acc*>(partials));
+  }
+  static void backward(const WindowParams& p, const PlanView& v, const SlabItem& item, int64_t h,
+                       const void* bias, void* rows, void* dbias, void* dtable, void* scratch) {
+    B(p, v, scratch)
+        .backward(item, h, static_cast<const Acc*>(bias), static_cast<Acc*>(rows),
+                  static_cast<Acc*>(dbias), static_cast<Acc*>(dtable));
+  }
+  static void finish_slab(const WindowParams& p, const PlanView& v, const SlabItem& item,
+                          const void* rows, void* halo) {
+    B::finish_slab(p, v, item, static_cast<const Acc*>(rows), static_cast<Acc*>(halo));
+  }
+
+  static constexpr WindowKernels table() {
+    return {W::kLanes,    ATTNEXT_TILE_VECTORS, forward_scratch, backward_scratch, B::row_size,
+            B::bias_size, expand_bias,          forward,         W::partial_size,  merge_partials,
+            backward,     finish_slab,          B::merge_slabs,  B::merge_extra,   B::halo_rows};
+  }
+};
+
+}  // namespace ATTNEXT_ISA
+}  // namespace cpu
+}  // namespace attnext
