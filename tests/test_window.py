@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels against the specification: output, lse and every gradient, on every ISA level."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from strategies import DTYPES, HEAD_DIMS, Problem, lay_out, problems
+
+import attnext
+from attnext import reference
+from attnext.testing import assert_within_budget, available_isas, evaluate, isa, threads
+
+ISAS = available_isas()
+
+
+def run(problem: Problem) -> dict[str, torch.Tensor]:
+    return evaluate(
+        getattr(attnext, problem.op), problem.tensors, problem.options, problem.cotangents
+    )
+
+
+def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        a, b = (x[name].contiguous().flatten().view(torch.uint8) for x in (one, other))
+        assert torch.equal(a, b), f"{name} differs"
+
+
+def check(problem: Problem) -> dict[str, float]:
+    """Within the budget on every ISA level, and the same to the last bit for any thread count."""
+    results = []
+    for name in ISAS:
+        with isa(name):
+            with threads(1):
+                results.append(run(problem))
+            with threads(2):
+                assert_same_bits(results[-1], run(problem))
+    return assert_within_budget(
+        results,
+        getattr(reference, problem.op),
+        problem.tensors,
+        problem.options,
+        problem.cotangents,
+    )
+
+
+@given(problems(ops=("neighborhood_attention",)))
+def test_neighborhood_attention(problem):
+    check(problem)
+
+
+@given(problems(ops=("sliding_window_attention",)))
+def test_sliding_window_attention(problem):
+    check(problem)
+
+
+@given(problems(ops=("window_attention",)))
+def test_window_attention(problem):
+    check(problem)
+
+
+@settings(max_examples=20)
+@given(problems(most=4))
+def test_more_tokens_than_a_tile(problem):
+    check(problem)
+
+
+@pytest.mark.heavy
+@settings(settings.get_profile("heavy"))
+@given(problems())
+def test_many_problems(problem):
+    check(problem)
+
+
+@pytest.mark.heavy
+@settings(settings.get_profile("heavy"), max_examples=200)
+@given(problems(most=5))
+def test_many_large_problems(problem):
+    check(problem)
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def plain_problem(op, extents, heads=2, kv_heads=None, dim=16, dim_v=None, batch=1,
+                  dtype=torch.float32, aux=(), **options):  # fmt: skip
+    """A problem without surprises, for what Hypothesis would rarely draw."""
+    kv_heads, dim_v = kv_heads or heads, dim_v or dim
+    tensors = {
+        "query": normal(batch, *extents, heads, dim, dtype=dtype, seed=1),
+        "key": normal(batch, *extents, kv_heads, dim, dtype=dtype, seed=2),
+        "value": normal(batch, *extents, kv_heads, dim_v, dtype=dtype, seed=3),
+        **dict(aux),
+    }
+    cotangents = (
+        normal(batch, *extents, heads, dim_v, dtype=dtype, seed=4),
+        normal(batch, *extents, heads, seed=5),
+    )
+    return Problem(op, tensors, options, cotangents)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [*HEAD_DIMS, 3, 24, 48, 80, 96, 128, 160, 192, 256, 257])
+def test_every_head_dim(dim, dtype):
+    check(plain_problem("neighborhood_attention", (6, 5), dim=dim, dtype=dtype, kernel_size=3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dims", [(16, 1), (1, 16), (64, 128), (192, 128), (30, 53)], ids=str)
+def test_value_head_dim_differs(dims, dtype):
+    dim, dim_v = dims
+    problem = plain_problem(
+        "sliding_window_attention", (40,), dim=dim, dim_v=dim_v, dtype=dtype, window_size=9
+    )
+    check(problem)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"op": "sliding_window_attention", "extents": (700,), "window_size": 130},
+        {"op": "sliding_window_attention", "extents": (500,), "window_size": None, "sinks": 3},
+        {"op": "sliding_window_attention", "extents": (600,), "window_size": (70, 300),
+         "is_causal": False},
+        {"op": "neighborhood_attention", "extents": (24, 25), "kernel_size": (7, 13)},
+        {"op": "neighborhood_attention", "extents": (26, 22), "kernel_size": 5, "dilation": (4, 3)},
+        {"op": "neighborhood_attention", "extents": (5, 9, 11), "kernel_size": (5, 3, 7),
+         "is_causal": (True, False, False)},
+        {"op": "window_attention", "extents": (24, 30), "window_size": 8, "shift": 4},
+        {"op": "window_attention", "extents": (24, 24), "window_size": 8, "key_window_size": 12},
+    ],
+    ids=lambda options: f"{options['op']}{options['extents']}",
+)  # fmt: skip
+def test_longer_than_a_block(options, dtype):
+    """Sizes at which tiles are full, keys come in several blocks, and work is shared."""
+    check(plain_problem(**options, heads=2, kv_heads=1, dim=24, batch=2, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("name", ISAS)
+def test_thread_count_does_not_change_a_bit(name, dtype):
+    """With every reduction over queries at work: bias, slopes, sinks, scale, shared heads."""
+    extents, heads = (33, 29), 4
+    aux = {
+        "bias": normal(heads, 13, 13, seed=6),
+        "alibi_slopes": normal(heads, seed=7).abs() / 8,
+        "sink_logits": normal(heads, seed=8),
+        "scale": normal(heads, seed=9),
+        "additional_keys": normal(2, 5, 2, 16, dtype=dtype, seed=10),
+        "additional_values": normal(2, 5, 2, 16, dtype=dtype, seed=11),
+    }
+    problem = plain_problem(
+        "neighborhood_attention", extents, heads=heads, kv_heads=2, batch=2, dtype=dtype, aux=aux,
+        kernel_size=7,
+    )  # fmt: skip
+    with isa(name):
+        with threads(1):
+            expected = run(problem)
+        for count in (2, 3, 5):
+            with threads(count):
+                for _ in range(3):
+                    assert_same_bits(expected, run(problem))
+
+
+def test_budget_notices_a_lost_digit():
+    """The yardstick itself: results in less than the stated precision do not pass."""
+    problem = plain_problem("neighborhood_attention", (9, 9), kernel_size=5)
+    good = run(problem)
+    args = (reference.neighborhood_attention, problem.tensors, problem.options, problem.cotangents)
+    assert_within_budget(good, *args)
+    for name in good:
+        for spoil in (
+            lambda x: x * (1 + 2**-19),
+            lambda x: torch.where(torch.arange(x.numel()).view(x.shape) == 7, x + 1e-4, x),
+        ):
+            with pytest.raises(AssertionError, match=f"{name} .* exceeds the budget"):
+                assert_within_budget({**good, name: spoil(good[name])}, *args)
+    for value in (torch.nan, torch.inf):
+        spoiled = good["out"].clone()
+        spoiled[0, 3, 3, 0, 0] = value
+        with pytest.raises(AssertionError, match="out is not finite"):
+            assert_within_budget({**good, "out": spoiled}, *args)
+
+
+def test_strided_inputs_are_read_in_place():
+    """[B, H, N, D] as a transposed view, a fused qkv projection, and rows of padding between."""
+    qkv = normal(2, 50, 3, 4, 32)
+    query, key, value = qkv.unbind(2)
+    expected = attnext.sliding_window_attention(
+        *(x.contiguous() for x in (query, key, value)), 11, return_lse=True
+    )
+    for views in (
+        (query, key, value),
+        [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key, value)],
+        [lay_out(x, "cut out") for x in (query, key, value)],
+    ):
+        assert not any(x.is_contiguous() for x in views)
+        got = attnext.sliding_window_attention(*views, 11, return_lse=True)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_gradient_that_only_some_inputs_need():
+    """Each subset of inputs alone gets the gradient it gets among all."""
+    problem = plain_problem(
+        "neighborhood_attention", (7, 8), kernel_size=3, aux={"bias": normal(2, 5, 5, seed=6)}
+    )
+    everything = run(problem)
+    for name in problem.tensors:
+        leaf = problem.tensors[name].clone().requires_grad_()
+        out, lse = attnext.neighborhood_attention(
+            **{**problem.tensors, name: leaf}, **problem.options, return_lse=True
+        )
+        (grad,) = torch.autograd.grad((out, lse), leaf, problem.cotangents)
+        assert torch.equal(grad, everything[f"grad_{name}"])
+
+
+def test_only_one_of_output_and_lse_is_differentiated():
+    problem = plain_problem("sliding_window_attention", (30,), window_size=7)
+    for keep in (0, 1):
+        cotangents = tuple(x * (i == keep) for i, x in enumerate(problem.cotangents))
+        leaves = [problem.tensors[n].clone().requires_grad_() for n in ("query", "key", "value")]
+        results = attnext.sliding_window_attention(*leaves, 7, return_lse=True)
+        inputs = leaves if keep == 0 else leaves[:2]
+        got = torch.autograd.grad(results[keep], inputs, problem.cotangents[keep])
+        expected = evaluate(
+            attnext.sliding_window_attention, problem.tensors, problem.options, cotangents
+        )
+        for name, grad in zip(("query", "key", "value"), got, strict=False):
+            torch.testing.assert_close(grad, expected[f"grad_{name}"])
+
+
+def test_natten_names():
+    """na1d, na2d and na3d take NATTEN's arguments in NATTEN's order."""
+    for function, extents in (
+        (attnext.na1d, (20,)),
+        (attnext.na2d, (6, 7)),
+        (attnext.na3d, (4, 5, 3)),
+    ):
+        query, key, value = (normal(1, *extents, 2, 8, seed=i) for i in range(3))
+        extra = [normal(1, 2, 2, 8, seed=i) for i in (3, 4)]
+        got = function(query, key, value, 3, 2, 1, True, 0.3, *extra, True)
+        expected = reference.na1d(query, key, value, 3, 2, 1, True, 0.3, *extra, True)
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
