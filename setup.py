@@ -2,7 +2,8 @@
 """Thin driver: setuptools asks for the module ``attnext._C``, CMake builds it.
 
 CMakeLists.txt is the only list of sources and flags. Environment: ``ATTNEXT_CUDA=on|off|auto``,
-``CMAKE_ARGS`` (extra configure arguments), ``CMAKE_BUILD_PARALLEL_LEVEL``, ``CXX``.
+``CMAKE_ARGS`` (extra configure arguments), ``CMAKE_BUILD_PARALLEL_LEVEL``, ``CXX``,
+``ATTNEXT_BUILD_DIR`` (where to build, if what is built is to be looked at afterwards).
 """
 
 import os
@@ -72,8 +73,9 @@ class CMakeBuild(build_ext):
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(len(os.sched_getaffinity(0))))
-        with tempfile.TemporaryDirectory(prefix="attnext-build-") as build:
-            self._run([*configure, "-S", str(ROOT), "-B", build])
+        with tempfile.TemporaryDirectory(prefix="attnext-build-") as temporary:
+            build = os.environ.get("ATTNEXT_BUILD_DIR") or temporary
+            self._run([*configure, "--fresh", "-S", str(ROOT), "-B", build])
             self._run([configure[0], "--build", build, "--target", "_C", "--parallel", jobs])
         if not Path(self.get_ext_fullpath(ext.name)).exists():
             raise CompileError(f"the build ended without {self.get_ext_fullpath(ext.name)}")
