@@ -22,15 +22,17 @@ _LIBRARY = torch.library.Library("attnext", "DEF")
 # the rule of each head (empty: all the first). `row_scale` multiplies `scale` per query and head.
 _PROBLEM = (
     "Tensor query, Tensor key, Tensor value, Tensor? row_scale, Tensor? bias, Tensor? extra_key, "
-    "Tensor? extra_value, Tensor? sink_logits, SymInt[] rules, SymInt[] head_rule, float scale, "
-    "float softcap, SymInt sinks, SymInt[] cu_seqlens_q, SymInt[] cu_seqlens_k"
+    "Tensor? extra_value, Tensor? sink_logits, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "SymInt[] rules, SymInt[] head_rule, float scale, float softcap, SymInt sinks"
 )
 _LIBRARY.define(f"window_forward({_PROBLEM}) -> (Tensor, Tensor)")
 _LIBRARY.define(
     f"window_backward({_PROBLEM}, Tensor out, Tensor lse, Tensor dout, Tensor? dlse, "
     "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-_NUM_TENSORS = 8  # the tensors at the head of _PROBLEM
+_NUM_TENSORS = 10  # at the head of _PROBLEM; all but the last two are differentiable
+_NUM_GRADS = 8
+_BATCHED = (0, 1, 2, 3, 5, 6)  # those with a batch dimension
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -38,32 +40,52 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _check_problem(tensors: tuple[Tensor | None, ...]) -> int:
-    """Everything must live on the CPU in the dtype that the kernels will read."""
+def _sequence_ends(cu_seqlens: Tensor | None, name: str, tokens: int) -> list[int]:
+    if cu_seqlens is None:
+        return []
+    ends: list[int] = cu_seqlens.tolist()
+    if not ends or ends[0] != 0 or ends[-1] != tokens or sorted(ends) != ends:
+        raise ValueError(
+            f"{name} must rise from 0 to the number of tokens, {tokens}, got {_brief(ends)}"
+        )
+    return ends
+
+
+def _brief(values: list[int]) -> str:
+    return str(values) if len(values) <= 8 else f"[{values[0]}, {values[1]}, ..., {values[-1]}]"
+
+
+def _native(problem: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The problem as the binary takes it: checked, with the dtype first and cu_seqlens as lists."""
+    tensors = problem[:_NUM_GRADS]
     query, key, value, row_scale, bias, extra_key, extra_value, sink_logits = tensors
-    assert query is not None
     code = _DTYPES.get(query.dtype)
     if code is None:
         raise TypeError(f"query must be float32, float64, bfloat16 or float16, got {query.dtype}")
-    acc = accumulator_dtype(query.dtype)
     for t in (key, value, extra_key, extra_value):
-        if t is not None and (t.dtype != query.dtype or t.device.type != "cpu"):
+        if t is not None and (t.dtype is not query.dtype or t.device.type != "cpu"):
             raise TypeError(f"expected a {query.dtype} CPU tensor, got {t.dtype} on {t.device}")
     for t in (row_scale, bias, sink_logits):
-        if t is not None and (t.dtype != acc or t.device.type != "cpu"):
-            raise TypeError(f"expected a {acc} CPU tensor, got {t.dtype} on {t.device}")
-    return code
+        if t is not None and (
+            t.dtype is not accumulator_dtype(query.dtype) or t.device.type != "cpu"
+        ):
+            raise TypeError(f"modifiers must be CPU tensors in the accumulator dtype, got {t.dtype}")
+    cu_q, cu_k, rules, head_rule, scale, softcap, sinks = problem[_NUM_GRADS:]
+    ends_q = ends_k = []
+    if cu_q is not None:
+        ends_q = _sequence_ends(cu_q, "cu_seqlens_q", query.shape[1])
+        ends_k = _sequence_ends(cu_k, "cu_seqlens_k", key.shape[1])
+    return (code, *tensors, rules, head_rule, scale, softcap, sinks, ends_q, ends_k)
 
 
 def _output_shape(query: Tensor, value: Tensor) -> list[Any]:
     return [*query.shape[:-1], value.shape[-1]]
 
 
-def _window_forward_cpu(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Any, Any]:
-    code = _check_problem((query, key, value, *rest[: _NUM_TENSORS - 3]))
-    out = query.new_empty(_output_shape(query, value))
-    lse = query.new_empty(query.shape[:-1], dtype=accumulator_dtype(query.dtype))
-    _C.window_forward(code, query, key, value, *rest, out, lse)
+def _window_forward_cpu(*problem: Any) -> tuple[Tensor, Tensor]:
+    native = _native(problem)
+    out, lse = _window_forward_fake(*problem)
+    _C.window_forward(*native, out, lse)
     return out, lse
 
 
@@ -72,44 +94,37 @@ def _window_forward_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) 
     return query.new_empty(_output_shape(query, value)), lse
 
 
-def _gradients_like(tensors: tuple[Tensor | None, ...], needs: list[bool]) -> list[Tensor]:
-    """Fresh tensors for the gradients; absent or unwanted ones are empty."""
-    query = tensors[0]
-    assert query is not None
-    grads = []
-    for t, need in zip(tensors, needs, strict=True):
-        grads.append(query.new_empty(t.shape if t is not None and need else [0], dtype=t.dtype)
-                     if t is not None else query.new_empty([0]))
-    return grads
+def _window_backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    """Fresh tensors for the gradients; those that are absent or not needed are empty."""
+    query, needs = args[0], args[-1]
+    return tuple(
+        query.new_empty([0]) if t is None or not need else query.new_empty(t.shape, dtype=t.dtype)
+        for t, need in zip(args[:_NUM_GRADS], _written(needs), strict=True)
+    )
+
+
+def _written(needs: list[bool]) -> list[bool]:
+    """The kernels write the gradients of query, key, value and the extra keys in any case."""
+    return [True, True, True, needs[3], needs[4], True, True, needs[7]]
 
 
 def _window_backward_cpu(*args: Any) -> tuple[Tensor, ...]:
     problem, (out, lse, dout, dlse, needs) = args[:-5], args[-5:]
-    tensors = problem[:_NUM_TENSORS]
-    code = _check_problem(tensors)
-    acc = accumulator_dtype(tensors[0].dtype)
-    for t, dtype in ((out, out.dtype), (dout, out.dtype), (lse, acc), (dlse, acc)):
-        if t is not None and t.dtype != dtype:
-            raise TypeError(f"expected {dtype}, got {t.dtype}")
-    # The kernels always write the gradients of query, key, value and the extra keys.
-    needs = [True, True, True, needs[3], needs[4], True, True, needs[7]]
-    grads = _gradients_like(tensors, needs)
+    native = _native(problem)
+    for t, like in ((out, problem[0]), (dout, problem[0]), (dlse, lse)):
+        if t is not None and t.dtype is not like.dtype:
+            raise TypeError(f"expected {like.dtype}, got {t.dtype}")
+    if lse.dtype is not accumulator_dtype(problem[0].dtype):
+        raise TypeError(f"lse has the wrong dtype: {lse.dtype}")
+    grads = _window_backward_fake(*args)
     if dout.stride(-1) != 1 and dout.shape[-1] > 1:  # e.g. the expanded gradient of a sum
         dout = dout.contiguous()
-    dq, dk, dv, dscale, dbias, dek, dev, dsink = (
+    given = (
         g if t is not None and need else None
-        for g, t, need in zip(grads, tensors, needs, strict=True)
+        for g, t, need in zip(grads, problem[:_NUM_GRADS], _written(needs), strict=True)
     )
-    _C.window_backward(
-        code, *problem, out, lse, dout, dlse, dq, dk, dv, dscale, dbias, dek, dev, dsink
-    )
-    return tuple(grads)
-
-
-def _window_backward_fake(*args: Any) -> tuple[Tensor, ...]:
-    needs = args[-1]
-    needs = [True, True, True, needs[3], needs[4], True, True, needs[7]]
-    return tuple(_gradients_like(args[:_NUM_TENSORS], needs))
+    _C.window_backward(*native, out, lse, dout, dlse, *given)
+    return grads
 
 
 _LIBRARY.impl("window_forward", _window_forward_cpu, "CPU")
@@ -143,17 +158,17 @@ class _Window(torch.autograd.Function):
             return (None,) * _NUM_TENSORS + nothing
         if dout is None:
             dout = torch.zeros_like(out)
-        needs = [bool(n) for n in ctx.needs_input_grad[:_NUM_TENSORS]]
+        needs = [bool(n) for n in ctx.needs_input_grad[:_NUM_GRADS]]
         grads = _WindowBackward.apply(*tensors, *ctx.plain, out, lse, dout, dlse, needs)
         wanted = (
             g if t is not None and need else None
-            for g, t, need in zip(grads, tensors, needs, strict=True)
+            for g, t, need in zip(grads, tensors[:_NUM_GRADS], needs, strict=True)
         )
-        return (*wanted, *nothing)
+        return (*wanted, None, None, *nothing)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *problem: Any) -> Any:
-        return _batched(_Window.apply, info, in_dims, problem, 2)
+        return _batched(_Window.apply, info.batch_size, in_dims, problem, ())
 
 
 class _WindowBackward(torch.autograd.Function):
@@ -173,27 +188,38 @@ class _WindowBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _batched(_WindowBackward.apply, info, in_dims, args, _NUM_TENSORS)
+        tail = range(len(args) - 5, len(args) - 1)  # out, lse, dout, dlse
+        return _batched(_WindowBackward.apply, info.batch_size, in_dims, args, tuple(tail))
 
 
-def _batched(apply: Any, info: Any, in_dims: Any, args: Any, num_outputs: int) -> Any:
-    """Runs an op over a vmapped dimension, by folding it into the batch where all that depends on
-    it has a batch dimension, else one slice at a time."""
-    size = info.batch_size
-    if not any(isinstance(d, int) for d in in_dims):
-        raise AssertionError("nothing is batched")
-    slices = []
-    for index in range(size):
-        slices.append(
-            apply(
-                *(
-                    a.select(d, index) if isinstance(a, Tensor) and isinstance(d, int) else a
-                    for a, d in zip(args, in_dims, strict=True)
-                )
-            )
-        )
-    outputs = tuple(torch.stack([s[k] for s in slices]) for k in range(num_outputs))
-    return outputs, (0,) * num_outputs
+def _batched(
+    apply: Any, size: int, in_dims: Any, args: tuple[Any, ...], more: tuple[int, ...]
+) -> Any:
+    """Runs an op over a vmapped dimension: folded into the batch where everything that depends on it
+    has a batch dimension, else one slice at a time. ``more``: further batched tensors."""
+    mapped = {k for k, d in enumerate(in_dims) if isinstance(d, int)}
+    folded = (*_BATCHED, *more)
+    needs = args[-1] if more else [False] * _NUM_GRADS
+    shared_grads = needs[4] or needs[7]  # of tensors without a batch: one per slice is due
+    if mapped <= set(folded) and not shared_grads and args[_NUM_GRADS] is None:
+        inputs = list(args)
+        for k in folded:
+            t = args[k]
+            if t is None:
+                continue
+            t = t.movedim(in_dims[k], 0) if k in mapped else t.expand(size, *t.shape)
+            inputs[k] = t.reshape(size * t.shape[1], *t.shape[2:])
+        outputs = apply(*inputs)
+        batch = inputs[0].shape[0] // size
+        return tuple(
+            o.reshape(size, batch, *o.shape[1:]) if o.dim() > 1 else o for o in outputs
+        ), tuple(0 if o.dim() > 1 else None for o in outputs)
+    slices = [
+        apply(*(a.select(in_dims[k], i) if k in mapped else a for k, a in enumerate(args)))
+        for i in range(size)
+    ]
+    outputs = tuple(torch.stack(parts) for parts in zip(*slices, strict=True))
+    return outputs, (0,) * len(outputs)
 
 
 def window_op(*problem: Any) -> tuple[Tensor, Tensor]:

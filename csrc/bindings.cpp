@@ -39,6 +39,12 @@ AxisRule read_rule(const int64_t* f) {
   if (rule.stride < 1 || rule.dilation < 1 || f[6] < 0 || f[6] > 2) {
     throw std::invalid_argument("rule: stride and dilation must be positive, boundary 0, 1 or 2");
   }
+  constexpr int64_t kFar = int64_t(1) << 29;  // phantom keys have 32-bit indices too
+  const int64_t widest = std::max({std::abs(rule.left), std::abs(rule.right), rule.stride,
+                                   std::abs(rule.phase), std::abs(rule.offset)});
+  if (rule.left < 0 || rule.right < 0 || (rule.boundary == Boundary::kZeroPad && widest > kFar)) {
+    throw std::invalid_argument("rule: negative or too wide");
+  }
   return rule;
 }
 

@@ -15,7 +15,8 @@ double peak_loop(int64_t iterations, double* sink) {
   using Acc = typename C::Acc;
   constexpr int kChains = 2 * kRows;
   volatile Acc half = Acc(0.5);  // unknown to the compiler, or it would hoist the product
-  VecOf<Acc> acc[kChains] = {};
+  VecOf<Acc> acc[kChains];
+  for (int k = 0; k < kChains; ++k) acc[k] = broadcast<Acc>(half + k);  // equal chains would merge
   const VecOf<Acc> b = broadcast<Acc>(half);
   for (int64_t i = 0; i < iterations; ++i) {
 #pragma GCC unroll 32
