@@ -52,6 +52,7 @@ class Denoiser(nn.Module):
         self.enter, self.leave = nn.Linear(3 * PATCH**2, DIM), nn.Linear(DIM, 3 * PATCH**2)
         self.blocks = nn.Sequential(Block(dilation=1), Block(dilation=3))
         nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)
 
     def forward(self, patches: Tensor) -> Tensor:
         """The patches, cleaned."""
@@ -61,7 +62,7 @@ class Denoiser(nn.Module):
 def photograph() -> Tensor:
     """Patches of a real photograph, ``[1, rows, columns, 3 * PATCH * PATCH]`` in 0..1."""
     with Image.open(str(get_sample_data("grace_hopper.jpg", asfileobj=False))) as opened:
-        pixels = torch.from_numpy(np.asarray(opened.convert("RGB").resize((192, 256)))) / 255.0
+        pixels = torch.from_numpy(np.array(opened.convert("RGB").resize((192, 256)))) / 255.0
     patches = pixels.unfold(0, PATCH, PATCH).unfold(1, PATCH, PATCH)
     return patches.flatten(2)[None]
 

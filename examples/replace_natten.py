@@ -44,7 +44,7 @@ class NeighborhoodAttention2D(nn.Module):
 def photograph() -> Tensor:
     """Patch tokens of a real photograph, ``[1, 32, 28, 48]``."""
     with Image.open(str(get_sample_data("grace_hopper.jpg", asfileobj=False))) as opened:
-        pixels = torch.from_numpy(np.asarray(opened.convert("RGB").resize((112, 128)))) / 255.0
+        pixels = torch.from_numpy(np.array(opened.convert("RGB").resize((112, 128)))) / 255.0
     return pixels.unfold(0, 4, 4).unfold(1, 4, 4).flatten(2)[None] - 0.5
 
 
