@@ -159,7 +159,8 @@ class _Window(torch.autograd.Function):
         if dout is None:
             dout = torch.zeros_like(out)
         needs = [bool(n) for n in ctx.needs_input_grad[:_NUM_GRADS]]
-        grads = _WindowBackward.apply(*tensors, *ctx.plain, out, lse, dout, dlse, needs)
+        backward = _WindowBackward.apply if _transforms_are_active() else _backward
+        grads = backward(*tensors, *ctx.plain, out, lse, dout, dlse, needs)
         wanted = (
             g if t is not None and need else None
             for g, t, need in zip(grads, tensors[:_NUM_GRADS], needs, strict=True)
@@ -222,12 +223,17 @@ def _batched(
     return outputs, (0,) * len(outputs)
 
 
+def _transforms_are_active() -> bool:
+    """Under torch.func a tensor's requires_grad does not tell, and vmap needs its rule."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def window_op(*problem: Any) -> tuple[Tensor, Tensor]:
     """window_forward, entering autograd only when something needs a gradient."""
     if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in problem[:_NUM_TENSORS]
+        t is not None and t.requires_grad for t in problem[:_NUM_GRADS]
     ):
         return _Window.apply(*problem)
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return _Window.apply(*problem)  # under torch.func: requires_grad does not tell
+    if _transforms_are_active():
+        return _Window.apply(*problem)
     return _forward(*problem)

@@ -116,14 +116,6 @@ struct Call {
   }
 };
 
-struct Options {
-  std::vector<int64_t> rules, head_rule;
-  double scale, softcap;
-  int64_t sinks;
-  py::object cu_queries, cu_keys;
-  bool align_end;
-};
-
 Call make_call(int dtype, py::handle query, py::handle key, py::handle value, py::handle row_scale,
                py::handle bias, py::handle extra_key, py::handle extra_value,
                py::handle sink_logits, const std::vector<int64_t>& rules,

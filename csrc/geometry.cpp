@@ -89,11 +89,15 @@ void cut_segments(const AxisTable& table, int64_t length, bool at_jumps, int64_t
       int64_t last = std::min(r + length, count);
       if (slab_length > 0) last = std::min(last, (r / slab_length + 1) * slab_length);
       int64_t stop = r + 1;
-      for (; at_jumps && stop < last; ++stop) {
+      if (!at_jumps && table.position.empty()) stop = last;
+      for (; stop < last; ++stop) {
         const int64_t i = first + stop * d;
-        if (table.begin[i] > table.begin[i - d] + 1 && table.end[i] > table.end[i - d] + 1) break;
+        const bool jump =
+            table.begin[i] > table.begin[i - d] + 1 && table.end[i] > table.end[i - d] + 1;
+        if (at_jumps && jump) break;
+        // Lanes of a vector are neighbours, also in their distance to a key.
+        if (table.query_index(i) != table.query_index(i - d) + 1) break;
       }
-      if (!at_jumps) stop = last;
       const int64_t i0 = first + r * d, i1 = first + (stop - 1) * d;
       segments->push_back({static_cast<int32_t>(i0), static_cast<int32_t>(stop - r),
                            static_cast<int32_t>(table.query_index(i0)), table.begin[i0],
@@ -113,7 +117,9 @@ double union_sum(const std::vector<Segment>& segments) {
 }  // namespace
 
 int64_t AxisTable::query_class(int64_t i) const { return floor_mod(i + offset, dilation); }
-int64_t AxisTable::query_index(int64_t i) const { return floor_div(i + offset, dilation); }
+int64_t AxisTable::query_index(int64_t i) const {
+  return position.empty() ? floor_div(i + offset, dilation) : position[i];
+}
 
 AxisTable evaluate(const AxisRule& rule, int64_t num_queries, int64_t num_keys, int64_t sinks) {
   AxisTable table = make_table(rule, num_queries, num_keys, sinks);
@@ -126,9 +132,13 @@ AxisTable evaluate_packed(const AxisRule& rule, const std::vector<int64_t>& cu_q
                           const std::vector<int64_t>& cu_keys, int64_t sinks) {
   AxisTable table = make_table(rule, cu_queries.back(), cu_keys.back(), sinks);
   table.offset = 0;
+  table.position.resize(table.num_queries);
   for (size_t s = 0; s + 1 < cu_queries.size(); ++s) {
     const int64_t n_q = cu_queries[s + 1] - cu_queries[s], n_k = cu_keys[s + 1] - cu_keys[s];
     evaluate_into(&table, rule, cu_queries[s], n_q, cu_keys[s], n_k, n_k - n_q, sinks);
+    for (int64_t i = 0; i < n_q; ++i) {
+      table.position[cu_queries[s] + i] = static_cast<int32_t>(cu_keys[s] + n_k - n_q + i);
+    }
   }
   return table;
 }

@@ -35,6 +35,7 @@ struct AxisTable {
   int64_t dilation = 1;
   int64_t offset = 0;
   std::vector<int32_t> begin, end;
+  std::vector<int32_t> position;  // of packed queries, as key coordinates; else empty
   std::vector<int32_t> sink_begin, sink_end;  // empty when there are no sinks
   int64_t sink_rows = 0;  // keys [0, sink_rows) are everybody's sinks (not so in packed sequences)
 
@@ -49,7 +50,7 @@ struct AxisTable {
 AxisTable evaluate(const AxisRule& rule, int64_t num_queries, int64_t num_keys, int64_t sinks = 0);
 
 // 1-D packed sequences: cumulative lengths of N sequences, the rule applied to each on its own.
-// `rule.offset` is ignored: a sequence is aligned at its end (bottom-right) when `align_end`.
+// `rule.offset` is ignored: the last query of a sequence stands at its last key.
 AxisTable evaluate_packed(const AxisRule& rule, const std::vector<int64_t>& cu_queries,
                           const std::vector<int64_t>& cu_keys, int64_t sinks);
 

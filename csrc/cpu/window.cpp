@@ -14,7 +14,7 @@ namespace attnext {
 namespace cpu {
 namespace {
 
-constexpr double kSerialWork = 1e5;  // multiply-adds below which waking a thread costs more
+constexpr double kSerialWork = 5e5;  // multiply-adds below which waking a thread costs more
 
 struct Free {
   void operator()(char* p) const { std::free(p); }
