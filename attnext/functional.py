@@ -90,35 +90,10 @@ def neighborhood_attention(
         >>> attnext.neighborhood_attention(q, k, v, kernel_size=7, dilation=2).shape
         torch.Size([1, 14, 14, 2, 32])
     """
-    rank = _check_qkv(query, key, value)
-    if boundary not in BOUNDARIES:
-        raise ValueError(f"boundary must be one of {BOUNDARIES}, got {boundary!r}")
-    strides = _per_axis("stride", stride, rank, minimum=1)
-    dilations = _per_axis("dilation", dilation, rank, minimum=1)
-    phases = _per_axis("phase", phase, rank)
-    causal = _flags("is_causal", is_causal, rank)
-    if offset is None:
-        offsets = [key.shape[1 + a] - query.shape[1 + a] if causal[a] else 0 for a in range(rank)]
-    else:
-        offsets = _per_axis("offset", offset, rank)
-    heads = _per_head("kernel_size", kernel_size, query)
-    rules = []
-    for entry in heads[0]:
-        for a, size in enumerate(_per_axis_windows(entry, rank)):
-            left, right = _kernel_sides(size, causal[a])
-            if boundary == "zero_pad" and max(left, right, strides[a]) > _MAX_PHANTOMS:
-                raise ValueError(
-                    f"kernel_size and stride must not exceed {_MAX_PHANTOMS} with "
-                    f"boundary='zero_pad', got {size!r} and {strides[a]}"
-                )
-            if boundary == "inward" and not causal[a] and strides[a] > left + right + 1:
-                raise ValueError(
-                    f"stride must not exceed kernel_size, got {strides[a]} > {left + right + 1} "
-                    f"on axis {a}"
-                )
-            rules.append((left, right, strides[a], phases[a], dilations[a], causal[a], boundary,
-                          offsets[a]))
-    return _attend(query, key, value, rules, heads[1], scale, softcap, alibi_slopes, bias,
+    rules, head_rule = _prepared(
+        _neighborhood_rules, query, key, value, kernel_size, stride, dilation, is_causal, boundary,
+        phase, offset)
+    return _attend(query, key, value, rules, head_rule, scale, softcap, alibi_slopes, bias,
                    additional_keys, additional_values, sink_logits, return_lse)
 
 
@@ -216,13 +191,8 @@ def sliding_window_attention(
         >>> attnext.sliding_window_attention(q[:, -1:], k, v, 16, sinks=4).shape
         torch.Size([1, 1, 4, 64])
     """
-    rank = _check_qkv(query, key, value)
-    if rank != 1:
-        raise ValueError(f"query must be [B, N, H, D], got shape {tuple(query.shape)}")
-    if not isinstance(is_causal, bool):
-        raise TypeError(f"is_causal must be a bool, got {is_causal!r}")
-    _integer("sinks", sinks, minimum=0)
-    offset = key.shape[1] - query.shape[1]
+    rules, head_rule = _prepared(
+        _sliding_rules, query, key, value, window_size, is_causal, sinks, cu_seqlens_q is not None)
     if cu_seqlens_q is None and cu_seqlens_k is not None:
         raise ValueError("cu_seqlens_k needs cu_seqlens_q")
     if cu_seqlens_q is not None:
@@ -234,12 +204,6 @@ def sliding_window_attention(
                 f"cu_seqlens_k must list as many sequences as cu_seqlens_q, got "
                 f"{cu_seqlens_k.shape[0]} and {cu_seqlens_q.shape[0]} entries"
             )
-        offset = 0
-    windows, head_rule = _per_head("window_size", window_size, query)
-    rules = []
-    for window in windows:
-        left, right = _window_sides(window, is_causal)
-        rules.append((left, right, 1, 0, 1, is_causal, "truncate", offset))
     return _attend(query, key, value, rules, head_rule, scale, softcap, alibi_slopes, bias,
                    additional_keys, additional_values, sink_logits, return_lse, sinks,
                    cu_seqlens_q, cu_seqlens_k)
@@ -297,32 +261,9 @@ def window_attention(
         >>> attnext.window_attention(q, k, v, window_size=7, shift=3).shape
         torch.Size([1, 20, 30, 3, 32])
     """
-    rank = _check_qkv(query, key, value)
-    sizes = _per_axis("window_size", window_size, rank, minimum=1)
-    shifts = _per_axis("shift", shift, rank)
-    key_sizes = sizes
-    if key_window_size is not None:
-        key_sizes = _per_axis("key_window_size", key_window_size, rank, minimum=1)
-        for size, key_size in zip(sizes, key_sizes, strict=True):
-            if key_size < size or key_size > _MAX_PHANTOMS:
-                raise ValueError(
-                    f"key_window_size must be between window_size, {size}, and {_MAX_PHANTOMS}, got "
-                    f"{key_size}"
-                )
-    if boundary is None:
-        boundary = "truncate" if key_window_size is None else "zero_pad"
-    elif boundary not in BOUNDARIES:
-        raise ValueError(f"boundary must be one of {BOUNDARIES}, got {boundary!r}")
-    if key.shape[1:-2] != query.shape[1:-2]:
-        raise ValueError(
-            f"key must have the token axes of query, {tuple(query.shape[1:-2])}, got "
-            f"{tuple(key.shape[1:-2])}"
-        )
-    rules = []
-    for size, key_size, start in zip(sizes, key_sizes, shifts, strict=True):
-        left = size // 2 + (key_size - size) // 2
-        rules.append((left, key_size - 1 - left, size, start, 1, False, boundary, 0))
-    return _attend(query, key, value, rules, [], scale, softcap, alibi_slopes, bias,
+    rules, head_rule = _prepared(
+        _partition_rules, query, key, value, window_size, shift, key_window_size, boundary)
+    return _attend(query, key, value, rules, head_rule, scale, softcap, alibi_slopes, bias,
                    additional_keys, additional_values, sink_logits, return_lse)
 
 
@@ -385,6 +326,122 @@ def merge_attentions(
         merged = merged + torch.where(share == 0, 0.0, share * out.to(acc))
     lse = torch.where(empty, -math.inf, top + torch.log(safe))
     return merged.to(outputs[0].dtype), lse
+
+
+# ---- rules ----------------------------------------------------------------------------------------
+
+# (left, right, stride, phase, dilation, is_causal, boundary, offset) per rule and axis, and the rule of
+# each head (empty: all have the first).
+Rules = tuple[list[tuple[Any, ...]], list[int]]
+
+_CACHE: dict[Any, Rules] = {}
+_CACHE_SIZE = 256
+
+
+def _prepared(build: Any, query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Rules:
+    """``build(query, key, value, *options)``, which checks all it is given, remembered by everything
+    that the checks look at: a small call costs more in checks than in arithmetic."""
+    if torch.compiler.is_compiling():
+        return build(query, key, value, *options)
+    try:
+        signature = (
+            build, query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype,
+            query.device, key.device, value.device, options, *map(type, options))
+        found = _CACHE.get(signature)
+    except (TypeError, AttributeError):  # not tensors, or options that are lists
+        return build(query, key, value, *options)
+    if found is None:
+        found = build(query, key, value, *options)
+        if len(_CACHE) >= _CACHE_SIZE:
+            _CACHE.clear()
+        _CACHE[signature] = found
+    return found
+
+
+def _neighborhood_rules(
+    query: Tensor, key: Tensor, value: Tensor, kernel_size: PerAxis, stride: PerAxis,
+    dilation: PerAxis, is_causal: PerAxis, boundary: str, phase: PerAxis, offset: PerAxis,
+) -> Rules:
+    rank = _check_qkv(query, key, value)
+    if boundary not in BOUNDARIES:
+        raise ValueError(f"boundary must be one of {BOUNDARIES}, got {boundary!r}")
+    strides = _per_axis("stride", stride, rank, minimum=1)
+    dilations = _per_axis("dilation", dilation, rank, minimum=1)
+    phases = _per_axis("phase", phase, rank)
+    causal = _flags("is_causal", is_causal, rank)
+    if offset is None:
+        offsets = [key.shape[1 + a] - query.shape[1 + a] if causal[a] else 0 for a in range(rank)]
+    else:
+        offsets = _per_axis("offset", offset, rank)
+    windows, head_rule = _per_head("kernel_size", kernel_size, query)
+    rules = []
+    for entry in windows:
+        for a, size in enumerate(_per_axis_windows(entry, rank)):
+            left, right = _kernel_sides(size, causal[a])
+            if boundary == "zero_pad" and max(left, right, strides[a]) > _MAX_PHANTOMS:
+                raise ValueError(
+                    f"kernel_size and stride must not exceed {_MAX_PHANTOMS} with "
+                    f"boundary='zero_pad', got {size!r} and {strides[a]}"
+                )
+            if boundary == "inward" and not causal[a] and strides[a] > left + right + 1:
+                raise ValueError(
+                    f"stride must not exceed kernel_size, got {strides[a]} > {left + right + 1} "
+                    f"on axis {a}"
+                )
+            rules.append((left, right, strides[a], phases[a], dilations[a], causal[a], boundary,
+                          offsets[a]))
+    return rules, head_rule
+
+
+def _sliding_rules(
+    query: Tensor, key: Tensor, value: Tensor, window_size: Any, is_causal: bool, sinks: int,
+    packed: bool,
+) -> Rules:
+    rank = _check_qkv(query, key, value)
+    if rank != 1:
+        raise ValueError(f"query must be [B, N, H, D], got shape {tuple(query.shape)}")
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal must be a bool, got {is_causal!r}")
+    _integer("sinks", sinks, minimum=0)
+    offset = 0 if packed else key.shape[1] - query.shape[1]
+    windows, head_rule = _per_head("window_size", window_size, query)
+    rules = []
+    for window in windows:
+        left, right = _window_sides(window, is_causal)
+        rules.append((left, right, 1, 0, 1, is_causal, "truncate", offset))
+    return rules, head_rule
+
+
+def _partition_rules(
+    query: Tensor, key: Tensor, value: Tensor, window_size: PerAxis, shift: PerAxis,
+    key_window_size: PerAxis, boundary: str | None,
+) -> Rules:
+    rank = _check_qkv(query, key, value)
+    sizes = _per_axis("window_size", window_size, rank, minimum=1)
+    shifts = _per_axis("shift", shift, rank)
+    key_sizes = sizes
+    if key_window_size is not None:
+        key_sizes = _per_axis("key_window_size", key_window_size, rank, minimum=1)
+        for size, key_size in zip(sizes, key_sizes, strict=True):
+            if key_size < size or key_size > _MAX_PHANTOMS:
+                raise ValueError(
+                    f"key_window_size must be between window_size, {size}, and {_MAX_PHANTOMS}, got "
+                    f"{key_size}"
+                )
+    if boundary is None:
+        boundary = "truncate" if key_window_size is None else "zero_pad"
+    elif boundary not in BOUNDARIES:
+        raise ValueError(f"boundary must be one of {BOUNDARIES}, got {boundary!r}")
+    if key.shape[1:-2] != query.shape[1:-2]:
+        raise ValueError(
+            f"key must have the token axes of query, {tuple(query.shape[1:-2])}, got "
+            f"{tuple(key.shape[1:-2])}"
+        )
+    rules = []
+    for size, key_size, start in zip(sizes, key_sizes, shifts, strict=True):
+        left = size // 2 + (key_size - size) // 2
+        rules.append((left, key_size - 1 - left, size, start, 1, False, boundary, 0))
+    return rules, []
 
 
 # ---- normalising and checking ---------------------------------------------------------------------

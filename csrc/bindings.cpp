@@ -83,7 +83,7 @@ void require(bool ok, const char* what) {
 // length 1 go to the front, so that the last axes are those worth tiling.
 struct Call {
   WindowParams params{};
-  std::vector<AxisTable> tables;
+  std::shared_ptr<const Geometry> geometry;
   std::vector<int32_t> head_rule;
   int rank = 0;
   int source[3] = {-1, -1, -1};  // which given axis stands at 0, 1, 2
@@ -167,27 +167,46 @@ Call make_call(int dtype, py::handle query, py::handle key, py::handle value, py
   const int64_t per_rule = int64_t(rank) * kRuleFields;
   require(!rules.empty() && rules.size() % per_rule == 0, "rules");
   const int64_t num_rules = static_cast<int64_t>(rules.size()) / per_rule;
-  for (int64_t r = 0; r < num_rules; ++r) {
-    for (int a = 0; a < 3; ++a) {
-      if (call.source[a] < 0) {
-        call.tables.push_back(evaluate(AxisRule{}, 1, 1));
-        continue;
-      }
-      const AxisRule rule = read_rule(&rules[r * per_rule + call.source[a] * kRuleFields]);
-      if (!cu_queries.empty()) {
-        require(cu_queries.size() == cu_keys.size() && p.batch == 1 && rule.dilation == 1 &&
-                    cu_queries.front() == 0 && cu_keys.front() == 0 &&
-                    cu_queries.back() == p.query_extent[2] && cu_keys.back() == p.key_extent[2] &&
-                    std::is_sorted(cu_queries.begin(), cu_queries.end()) &&
-                    std::is_sorted(cu_keys.begin(), cu_keys.end()),
-                "packed sequences");
-        call.tables.push_back(evaluate_packed(rule, cu_queries, cu_keys, sinks));
-      } else {
-        call.tables.push_back(
-            evaluate(rule, p.query_extent[a], p.key_extent[a], a == 2 ? sinks : 0));
+  if (!cu_queries.empty()) {
+    require(cu_queries.size() == cu_keys.size() && p.batch == 1 && cu_queries.front() == 0 &&
+                cu_keys.front() == 0 && cu_queries.back() == p.query_extent[2] &&
+                cu_keys.back() == p.key_extent[2] &&
+                std::is_sorted(cu_queries.begin(), cu_queries.end()) &&
+                std::is_sorted(cu_keys.begin(), cu_keys.end()),
+            "packed sequences");
+  }
+  const auto build = [&] {
+    std::vector<AxisTable> tables;
+    for (int64_t r = 0; r < num_rules; ++r) {
+      for (int a = 0; a < 3; ++a) {
+        if (call.source[a] < 0) {
+          tables.push_back(evaluate(AxisRule{}, 1, 1));
+          continue;
+        }
+        const AxisRule rule = read_rule(&rules[r * per_rule + call.source[a] * kRuleFields]);
+        if (!cu_queries.empty()) {
+          require(rule.dilation == 1, "packed sequences have no dilation");
+          tables.push_back(evaluate_packed(rule, cu_queries, cu_keys, sinks));
+        } else {
+          const int64_t n_q = p.query_extent[a], n_k = p.key_extent[a];
+          tables.push_back(evaluate(rule, n_q, n_k, a == 2 ? sinks : 0));
+        }
       }
     }
+    return tables;
+  };
+  // Kept for the next call where that is cheap in memory and the key tells everything.
+  constexpr int64_t kKeptTokens = 1 << 16;
+  std::vector<int64_t> signature;
+  int64_t tokens = 0;
+  for (int a = 0; a < 3; ++a) tokens += p.query_extent[a] + p.key_extent[a];
+  if (cu_queries.empty() && tokens * num_rules <= kKeptTokens) {
+    signature = rules;
+    signature.insert(signature.end(), p.query_extent, p.query_extent + 3);
+    signature.insert(signature.end(), p.key_extent, p.key_extent + 3);
+    signature.insert(signature.end(), {rank, sinks});
   }
+  call.geometry = shared_geometry(signature, build);
   call.head_rule.assign(p.heads, 0);
   if (!head_rule.empty()) {
     require(static_cast<int64_t>(head_rule.size()) == p.heads, "one rule per head");
@@ -233,7 +252,7 @@ Call make_call(int dtype, py::handle query, py::handle key, py::handle value, py
       p.bias_stride[a] = g < 0 ? 0 : stride[g];
       p.bias_reach[a] = g < 0 ? 0 : (s.size[1 + g] - 1) / 2;
       for (int64_t r = 0; r < num_rules; ++r) {
-        const int64_t worst = max_offset(call.tables[3 * r + a]);
+        const int64_t worst = max_offset(call.geometry->tables()[3 * r + a]);
         if (worst > p.bias_reach[a]) {
           throw std::invalid_argument(
               "bias: its axis " + std::to_string(g < 0 ? 0 : g) + " has " +
@@ -261,8 +280,7 @@ void window_forward(int dtype, py::handle query, py::handle key, py::handle valu
     p.lse = call.token_tensor(read_tensor(lse), p.batch, p.query_extent, p.heads, 0);
   }
   const py::gil_scoped_release release;
-  cpu::window_forward(p, call.tables.data(), static_cast<int64_t>(call.tables.size()) / 3,
-                      call.head_rule.data());
+  cpu::window_forward(p, *call.geometry, call.head_rule.data());
 }
 
 void window_backward(int dtype, py::handle query, py::handle key, py::handle value,
@@ -306,8 +324,7 @@ void window_backward(int dtype, py::handle query, py::handle key, py::handle val
     p.dsink_logits = s.data;
   }
   const py::gil_scoped_release release;
-  cpu::window_backward(p, call.tables.data(), static_cast<int64_t>(call.tables.size()) / 3,
-                       call.head_rule.data());
+  cpu::window_backward(p, *call.geometry, call.head_rule.data());
 }
 
 // ---- geometry as plain values ------------------------------------------------------------------

@@ -171,46 +171,6 @@ int64_t max_offset(const AxisTable& table) {
   return worst;
 }
 
-void choose_slabs(const AxisTable tables[3], int64_t independent_items, PlanOptions* options) {
-  constexpr int64_t kTargetItems = 64;  // enough for the cores of one socket, few enough to merge
-  constexpr int64_t kFewItems = 8;      // below this, a large halo is better than idle cores
-  constexpr int64_t kMaxRows = 16384;   // private accumulators stay near the caches
-  constexpr int64_t kGrain = 64;        // a multiple of every tile
-  int64_t classes = 1;
-  int best = 2;
-  double best_ratio = std::numeric_limits<double>::infinity();
-  int64_t reach[3] = {1, 1, 1};
-  for (int a = 0; a < 3; ++a) {
-    const AxisTable& t = tables[a];
-    classes *= t.dilation;
-    for (size_t i = 0; i < t.begin.size(); ++i) {
-      reach[a] = std::max<int64_t>(reach[a], t.end[i] - t.begin[i]);
-    }
-    const double n = std::max<int64_t>(1, t.num_queries / t.dilation);
-    const double ratio = n > 1 ? reach[a] / n : std::numeric_limits<double>::infinity();
-    if (ratio < best_ratio) best_ratio = ratio, best = a;
-  }
-  const AxisTable& t = tables[best];
-  options->slab_axis = best;
-  const int64_t n = (t.num_queries + t.dilation - 1) / t.dilation;
-  const int64_t items = std::max<int64_t>(1, independent_items * classes);
-  int64_t rows = 1;  // keys of a slab per key of the slab axis
-  for (int a = 0; a < 3; ++a) {
-    if (a != best) rows *= std::max<int64_t>(1, tables[a].num_keys / tables[a].dilation);
-  }
-  // Wanted for parallelism, allowed by the halo, and forced by the size of the accumulators.
-  const int64_t wanted = (kTargetItems + items - 1) / items;
-  int64_t length = std::max((n + wanted - 1) / wanted, reach[best]);
-  if (items * ((n + length - 1) / length) < kFewItems) {
-    const int64_t few = (kFewItems + items - 1) / items;
-    length = std::max<int64_t>((n + few - 1) / few, 1);
-  }
-  length = std::min(length, std::max<int64_t>({4 * reach[best], kMaxRows / rows, 1}));
-  // A boundary inside a tile would cost lanes: long slabs are cut on a grid of tiles.
-  if (length >= kGrain / 2) length = (length + kGrain - 1) / kGrain * kGrain;
-  options->slab_length = length >= n ? 0 : length;
-}
-
 WindowPlan make_plan(AxisTable tables[3], const PlanOptions& options) {
   WindowPlan plan;
   for (int a = 0; a < 3; ++a) plan.table[a] = std::move(tables[a]);
@@ -339,6 +299,108 @@ WindowPlan make_plan(AxisTable tables[3], const PlanOptions& options) {
   }
   for (Slab& slab : plan.slabs) slab.begin = std::min(slab.begin, slab.end);
   return plan;
+}
+
+namespace {
+
+// Tables whose windows hold those of every rule: slabs are cut once for all heads.
+std::vector<AxisTable> hull(const std::vector<AxisTable>& tables) {
+  std::vector<AxisTable> all(tables.begin(), tables.begin() + 3);
+  for (size_t k = 3; k < tables.size(); ++k) {
+    for (size_t i = 0; i < tables[k].begin.size(); ++i) {
+      all[k % 3].begin[i] = std::min(all[k % 3].begin[i], tables[k].begin[i]);
+      all[k % 3].end[i] = std::max(all[k % 3].end[i], tables[k].end[i]);
+    }
+  }
+  return all;
+}
+
+// How to cut the backward pass: depends on the problem only, never on the number of threads.
+void choose_slabs(const std::vector<AxisTable>& tables, int64_t independent_items,
+                  PlanOptions* options) {
+  constexpr int64_t kTargetItems = 64;  // enough for the cores of one socket, few enough to merge
+  constexpr int64_t kFewItems = 8;      // below this, a large halo is better than idle cores
+  constexpr int64_t kMaxRows = 16384;   // private accumulators stay near the caches
+  constexpr int64_t kGrain = 64;        // a multiple of every tile
+  int64_t classes = 1;
+  int best = 2;
+  double best_ratio = std::numeric_limits<double>::infinity();
+  int64_t reach[3] = {1, 1, 1};
+  for (int a = 0; a < 3; ++a) {
+    const AxisTable& t = tables[a];
+    classes *= t.dilation;
+    for (size_t i = 0; i < t.begin.size(); ++i) {
+      reach[a] = std::max<int64_t>(reach[a], t.end[i] - t.begin[i]);
+    }
+    const double n = std::max<int64_t>(1, t.num_queries / t.dilation);
+    const double ratio = n > 1 ? reach[a] / n : std::numeric_limits<double>::infinity();
+    if (ratio < best_ratio) best_ratio = ratio, best = a;
+  }
+  const AxisTable& t = tables[best];
+  options->slab_axis = best;
+  const int64_t n = (t.num_queries + t.dilation - 1) / t.dilation;
+  const int64_t items = std::max<int64_t>(1, independent_items * classes);
+  int64_t rows = 1;  // keys of a slab per key of the slab axis
+  for (int a = 0; a < 3; ++a) {
+    if (a != best) rows *= std::max<int64_t>(1, tables[a].num_keys / tables[a].dilation);
+  }
+  // Wanted for parallelism, allowed by the halo, and forced by the size of the accumulators.
+  const int64_t wanted = (kTargetItems + items - 1) / items;
+  int64_t length = std::max((n + wanted - 1) / wanted, reach[best]);
+  if (items * ((n + length - 1) / length) < kFewItems) {
+    const int64_t few = (kFewItems + items - 1) / items;
+    length = std::max<int64_t>((n + few - 1) / few, 1);
+  }
+  length = std::min(length, std::max<int64_t>({4 * reach[best], kMaxRows / rows, 1}));
+  // A boundary inside a tile would cost lanes: long slabs are cut on a grid of tiles.
+  if (length >= kGrain / 2) length = (length + kGrain - 1) / kGrain * kGrain;
+  options->slab_length = length >= n ? 0 : length;
+}
+
+}  // namespace
+
+std::shared_ptr<const Geometry::Plans> Geometry::plans(int32_t lanes, int32_t vectors,
+                                                       int64_t independent_items) const {
+  constexpr size_t kKept = 8;  // a few instruction sets, dtypes and batch sizes
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (const Made& m : made_) {
+    if (m.lanes == lanes && m.vectors == vectors && m.items == independent_items) return m.plans;
+  }
+  auto fresh = std::make_shared<Plans>();
+  fresh->options.lanes = lanes;
+  fresh->options.vectors = vectors;
+  if (independent_items > 0) choose_slabs(hull(tables_), independent_items, &fresh->options);
+  for (size_t r = 0; r < tables_.size(); r += 3) {
+    AxisTable copy[3] = {tables_[r], tables_[r + 1], tables_[r + 2]};
+    fresh->plans.push_back(make_plan(copy, fresh->options));
+  }
+  if (made_.size() == kKept) made_.erase(made_.begin());
+  made_.push_back({lanes, vectors, independent_items, fresh});
+  return fresh;
+}
+
+std::shared_ptr<const Geometry> shared_geometry(
+    const std::vector<int64_t>& key, const std::function<std::vector<AxisTable>()>& build) {
+  constexpr size_t kKept = 32;  // the layers of a model share a few
+  struct Entry {
+    std::vector<int64_t> key;
+    std::shared_ptr<const Geometry> geometry;
+  };
+  static std::mutex mutex;
+  static std::vector<Entry> entries;
+  if (!key.empty()) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (const Entry& e : entries) {
+      if (e.key == key) return e.geometry;
+    }
+  }
+  auto geometry = std::make_shared<const Geometry>(build());
+  if (!key.empty()) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (entries.size() == kKept) entries.erase(entries.begin());
+    entries.push_back({key, geometry});
+  }
+  return geometry;
 }
 
 PlanView view(const WindowPlan& plan) {

@@ -8,7 +8,9 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
+#include <functional>
+#include <memory>
+#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -113,11 +115,37 @@ struct PlanOptions {
 
 WindowPlan make_plan(AxisTable tables[3], const PlanOptions& options);
 
-// How to cut the backward pass: depends on the problem only, never on the number of threads.
-void choose_slabs(const AxisTable tables[3], int64_t independent_items, PlanOptions* options);
-
 // Largest |key index - position| over all attended pairs of an axis (sinks included), -1 if none.
 int64_t max_offset(const AxisTable& table);
+
+// The tables of a problem, three per rule (heads may differ in their rule), and the plans made of
+// them so far. Shared between calls and threads.
+class Geometry {
+ public:
+  explicit Geometry(std::vector<AxisTable> tables) : tables_(std::move(tables)) {}
+  const std::vector<AxisTable>& tables() const { return tables_; }
+
+  struct Plans {
+    PlanOptions options;
+    std::vector<WindowPlan> plans;  // one per rule
+  };
+  // For the forward pass, or (`independent_items` > 0: batch times kv heads) with slabs.
+  std::shared_ptr<const Plans> plans(int32_t lanes, int32_t vectors,
+                                     int64_t independent_items) const;
+
+ private:
+  struct Made {
+    int64_t lanes, vectors, items;
+    std::shared_ptr<const Plans> plans;
+  };
+  std::vector<AxisTable> tables_;
+  mutable std::mutex mutex_;
+  mutable std::vector<Made> made_;
+};
+
+// The geometry that `key` stands for, from the last few or built now; an empty key is not kept.
+std::shared_ptr<const Geometry> shared_geometry(
+    const std::vector<int64_t>& key, const std::function<std::vector<AxisTable>()>& build);
 
 // What a kernel reads.
 struct AxisView {

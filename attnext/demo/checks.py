@@ -8,7 +8,7 @@ same question as the box's rows of the whole problem.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,15 +60,19 @@ def boxes(extents: Sequence[int], side: int = 4) -> list[Box]:
     return [Box(start, size) for start in sorted(starts)]
 
 
-Oracle = Callable[[Inputs, torch.dtype], Tensor]
+Oracle = Callable[[Box, Inputs, torch.dtype], Tensor]
+
+SAMPLES = 3
 
 
-def compare(pairs: Iterable[tuple[Tensor, Oracle]], data: Inputs, rows: int) -> Check:
-    """The check over several ``(actual, oracle)`` pairs.
+def compare(
+    results: Sequence[tuple[Tensor, Tensor, Oracle]], data: Inputs, chosen: Sequence[Box]
+) -> Check:
+    """The check of one or more results, each ``(actual, torch's, oracle)``, on the chosen boxes.
 
-    An oracle computes its rows from inputs like `data` at a given precision. The plain results that
-    the budget is made of are its own in float32 (half precision is held to that, too), from `data`
-    and from the same moved by a rounding.
+    An oracle computes a box of its result from inputs like `data` at a given precision. What the
+    budget is made of is the oracle's own result in float32, from `data` and from the same moved by
+    a rounding, and torch's; half precision is held to float32 arithmetic alone.
     """
     compute = torch.float64 if data.query.dtype == torch.float64 else torch.float32
     generator = torch.Generator().manual_seed(4)
@@ -77,15 +81,24 @@ def compare(pairs: Iterable[tuple[Tensor, Oracle]], data: Inputs, rows: int) -> 
         noise = torch.rand(x.shape, generator=generator, dtype=torch.float64) * 2 - 1
         return (x.double() * (1 + torch.finfo(compute).eps * noise)).to(compute)
 
-    wide = Inputs(*(t.to(compute) for t in (data.query, data.key, data.value)))
-    variants = [wide] + [
-        Inputs(*(moved(t) for t in (data.query, data.key, data.value))) for _ in range(2)
-    ]
+    tensors = (data.query, data.key, data.value)
+    variants = [Inputs(*(t.to(compute) for t in tensors))]
+    variants += [Inputs(*(moved(t) for t in tensors)) for _ in range(SAMPLES)]
+    rows = sum(box.rows for box in chosen)
     worst = Check(0.0, 0.0, rows)
-    for actual, oracle in pairs:
-        exact = oracle(data, torch.float64)
-        plain = [oracle(inputs, compute).to(actual.dtype) for inputs in variants]
-        error = actual.double() - exact
+    for actual, other, oracle in results:
+
+        def gather(part: Callable[[Box], Tensor]) -> Tensor:
+            return torch.cat([part(box).flatten() for box in chosen])
+
+        def run(inputs: Inputs, dtype: torch.dtype, oracle: Oracle = oracle) -> Tensor:
+            return gather(lambda box: oracle(box, inputs, dtype))
+
+        exact = run(data, torch.float64)
+        plain = [run(inputs, compute).to(actual.dtype) for inputs in variants]
+        if actual.dtype == compute:
+            plain.append(gather(lambda box, other=other: box.of(other)))
+        error = gather(lambda box, actual=actual: box.of(actual)).double() - exact
         budget = error_budget(exact, plain, actual.dtype)
         largest = error.abs().max().item()
         used = max(

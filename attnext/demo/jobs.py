@@ -37,7 +37,7 @@ class Job:
     peer: str  # torch's way, in words
     run: Run
     rival: Run
-    check: Callable[[Any], Check]
+    check: Callable[[Any, Any], Check]  # of the outputs of run and rival
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,10 @@ def relative_bias(heads: int = 4, window: int = WINDOW) -> Tensor:
     return -torch.arange(1, heads + 1)[:, None, None] * 0.15 * distance
 
 
-def _check_neighborhood(
-    output: Tensor, data: Inputs, kernel: Any, bias: Tensor | None = None, **rule: Any
-) -> Check:
+def _neighborhood_check(
+    data: Inputs, kernel: Any, bias: Tensor | None = None, **rule: Any
+) -> Callable[[Tensor, Tensor], Check]:
     """Boxes of rows of a neighborhood call; `rule` as in ``attnext.neighborhood_attention``."""
-    chosen = boxes(data.extents)
 
     def oracle(box: Box, inputs: Inputs, dtype: torch.dtype) -> Tensor:
         out = reference.neighborhood_attention(
@@ -79,8 +78,7 @@ def _check_neighborhood(
         assert isinstance(out, Tensor)
         return out
 
-    pairs = [(box.of(output), functools.partial(oracle, box)) for box in chosen]
-    return compare(pairs, data, sum(box.rows for box in chosen))
+    return lambda out, other: compare([(out, other, oracle)], data, boxes(data.extents))
 
 
 def _dense_mask(data: Inputs, kernel: tuple[int, ...], dilation: int, causal: Any) -> Tensor:
@@ -110,9 +108,7 @@ def _neighborhood(
         peer="dense + mask",
         run=lambda: op(data.query, data.key, data.value, kernel, 1, dilation, causal),
         rival=lambda: peers.dense(data.query, data.key, data.value, mask),
-        check=lambda out: _check_neighborhood(
-            out, data, kernel, dilation=dilation, is_causal=causal
-        ),
+        check=_neighborhood_check(data, kernel, dilation=dilation, is_causal=causal),
     )
 
 
@@ -163,17 +159,21 @@ def shifted_windows(data: Inputs) -> Job:
             data.query, data.key, data.value, WINDOW, shift, bias=bias
         ),
         rival=lambda: tiles(data.query, data.key, data.value),
-        check=lambda out: _check_neighborhood(
-            out, data, WINDOW, bias, stride=WINDOW, phase=shift, boundary="truncate"
+        check=_neighborhood_check(
+            data, WINDOW, bias, stride=WINDOW, phase=shift, boundary="truncate"
         ),
     )
 
 
-def _check_text(output: Tensor, data: Inputs, starts: list[int], side: int = 16) -> Check:
-    """Rows of a causal call on text: keys after a row change nothing, so they are left out."""
+def _text_check(data: Inputs, first: int, starts: list[int]) -> Callable[[Tensor, Tensor], Check]:
+    """Rows of a causal call whose outputs begin at query `first`.
 
-    def oracle(start: int, inputs: Inputs, dtype: torch.dtype) -> Tensor:
-        end = start + side
+    Keys after a row change nothing, so they are left out.
+    """
+
+    def oracle(box: Box, inputs: Inputs, dtype: torch.dtype) -> Tensor:
+        start = box.start[0] + first
+        end = start + box.size[0]
         out = reference.sliding_window_attention(
             inputs.query[:, start:end],
             inputs.key[:, :end],
@@ -185,12 +185,8 @@ def _check_text(output: Tensor, data: Inputs, starts: list[int], side: int = 16)
         assert isinstance(out, Tensor)
         return out
 
-    first = data.query.shape[1] - output.shape[1]
-    pairs = [
-        (output[:, start - first : start - first + side], functools.partial(oracle, start))
-        for start in starts
-    ]
-    return compare(pairs, data, side * len(starts))
+    chosen = [Box((start,), (16,)) for start in starts]
+    return lambda out, other: compare([(out, other, oracle)], data, chosen)
 
 
 def sliding_window(data: Inputs) -> Job:
@@ -208,7 +204,7 @@ def sliding_window(data: Inputs) -> Job:
             data.query, data.key, data.value, window, sinks=SINKS
         ),
         rival=lambda: bands(data.query, data.key, data.value),
-        check=lambda out: _check_text(out, data, [0, window - 8, length // 2, length - 16]),
+        check=_text_check(data, 0, [0, window - 8, length // 2, length - 16]),
     )
 
 
@@ -232,7 +228,7 @@ def decode(data: Inputs) -> Job:
             lambda q, k, v: attnext.sliding_window_attention(q, k, v, window, sinks=SINKS)
         ),
         rival=lambda: steps(lambda q, k, v: peers.decode_step(q, k, v, window, SINKS)),
-        check=lambda out: _check_text(out, data, [length - DECODE_STEPS, length - 16]),
+        check=_text_check(data, length - DECODE_STEPS, [0, 16]),
     )
 
 
@@ -255,16 +251,16 @@ def training_step(data: Inputs) -> Job:
         peer="dense + mask",
         run=lambda: step(lambda q, k, v: attnext.na2d(q, k, v, KERNEL)),
         rival=lambda: step(lambda q, k, v: peers.dense(q, k, v, mask)),
-        check=lambda outs: _check_gradients(outs, data, toward),
+        check=_gradient_check(data, toward),
     )
 
 
-def _check_gradients(outs: tuple[Tensor, ...], data: Inputs, toward: Tensor) -> Check:
+def _gradient_check(data: Inputs, toward: Tensor) -> Callable[[Any, Any], Check]:
     """Gradients at a corner and in the middle; a key's gradient needs all queries that see it."""
     chosen = boxes(data.extents)
     chosen = [chosen[0], chosen[len(chosen) // 2]]
 
-    def oracle(box: Box, which: int, inputs: Inputs, dtype: torch.dtype) -> Tensor:
+    def oracle(which: int, box: Box, inputs: Inputs, dtype: torch.dtype) -> Tensor:
         start = tuple(max(a - KERNEL, 0) for a in box.start)
         end = [
             min(a + s + KERNEL, n)
@@ -280,12 +276,11 @@ def _check_gradients(outs: tuple[Tensor, ...], data: Inputs, toward: Tensor) -> 
         (grad,) = torch.autograd.grad(out, leaves[which - 1], around.of(toward).to(dtype))
         return (inner if which == 1 else box).of(grad)
 
-    pairs = [
-        (box.of(out), functools.partial(oracle, box, which))
-        for box in chosen
-        for which, out in enumerate(outs)
-    ]
-    return compare(pairs, data, sum(box.rows for box in chosen))
+    def check(outs: Any, others: Any) -> Check:
+        oracles = [functools.partial(oracle, which) for which in range(len(outs))]
+        return compare(list(zip(outs, others, oracles, strict=True)), data, chosen)
+
+    return check
 
 
 def all_jobs(image: Inputs, film: Inputs, text: Inputs) -> Iterator[Callable[[], Job]]:
@@ -299,8 +294,7 @@ def all_jobs(image: Inputs, film: Inputs, text: Inputs) -> Iterator[Callable[[],
 
 def perform(job: Job, seconds: float) -> Result:
     """Runs a job and its rival in turn for about `seconds`, then checks the first output."""
-    output = job.run()
-    job.rival()
+    output, other = job.run(), job.rival()
     ours: list[float] = []
     theirs: list[float] = []
     stop = time.perf_counter() + seconds
@@ -312,7 +306,7 @@ def perform(job: Job, seconds: float) -> Result:
     return Result(
         job,
         output,
-        job.check(output),
+        job.check(output, other),
         statistics.median(ours) * 1e3,
         statistics.median(theirs) * 1e3,
         len(ours),

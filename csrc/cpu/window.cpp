@@ -35,24 +35,26 @@ struct Problem {
   const WindowParams& params;
   const WindowKernels& kernels;
   const int32_t* head_rule;
-  std::vector<WindowPlan> plans;
+  std::shared_ptr<const Geometry::Plans> shared;
+  const std::vector<WindowPlan>& plans;
   std::vector<PlanView> views;
   std::vector<int64_t> bias_offset;  // per head, in bytes
   Memory bias;
   bool serial;
 
-  Problem(const WindowParams& p, const AxisTable* tables, int64_t num_rules,
-          const int32_t* rule_of_head, PlanOptions options)
-      : params(p), kernels(window_kernels(p.dtype)), head_rule(rule_of_head) {
-    options.lanes = kernels.lanes;
-    options.vectors = kernels.vectors;
+  Problem(const WindowParams& p, const Geometry& geometry, const int32_t* rule_of_head,
+          bool backward)
+      : params(p),
+        kernels(window_kernels(p.dtype)),
+        head_rule(rule_of_head),
+        shared(geometry.plans(kernels.lanes, kernels.vectors,
+                              backward ? std::max<int64_t>(1, p.batch * p.kv_heads) : 0)),
+        plans(shared->plans) {
     double pairs = 0;
-    for (int64_t r = 0; r < num_rules; ++r) {
-      AxisTable copy[3] = {tables[3 * r], tables[3 * r + 1], tables[3 * r + 2]};
-      plans.push_back(make_plan(copy, options));
-      pairs = std::max(pairs, plans.back().computed_pairs);
+    for (const WindowPlan& plan : plans) {
+      views.push_back(view(plan));
+      pairs = std::max(pairs, plan.computed_pairs);
     }
-    for (const WindowPlan& plan : plans) views.push_back(view(plan));
     serial = (pairs + p.extra_keys) * p.batch * p.heads * (p.head_dim + p.head_dim_v) < kSerialWork;
     if (p.bias) expand_bias();
   }
@@ -102,9 +104,8 @@ int64_t walk_length(const WindowParams& p, const PlanView& v, const int64_t tile
 
 }  // namespace
 
-void window_forward(const WindowParams& p, const AxisTable* tables, int64_t num_rules,
-                    const int32_t* head_rule) {
-  const Problem problem(p, tables, num_rules, head_rule, PlanOptions{});
+void window_forward(const WindowParams& p, const Geometry& geometry, const int32_t* head_rule) {
+  const Problem problem(p, geometry, head_rule, false);
   const WindowKernels& kernels = problem.kernels;
 
   // Item = (batch, head, tile); a head's tiles are neighbours, so that its keys stay in the caches.
@@ -187,21 +188,6 @@ void window_forward(const WindowParams& p, const AxisTable* tables, int64_t num_
 
 namespace {
 
-// Tables whose windows hold those of every rule: slabs are cut once for all heads.
-std::vector<AxisTable> hull(const AxisTable* tables, int64_t num_rules) {
-  std::vector<AxisTable> all(tables, tables + 3);
-  for (int64_t r = 1; r < num_rules; ++r) {
-    for (int a = 0; a < 3; ++a) {
-      const AxisTable& t = tables[3 * r + a];
-      for (size_t i = 0; i < t.begin.size(); ++i) {
-        all[a].begin[i] = std::min(all[a].begin[i], t.begin[i]);
-        all[a].end[i] = std::max(all[a].end[i], t.end[i]);
-      }
-    }
-  }
-  return all;
-}
-
 // The slabs of one class of the slab axis, common to all rules.
 struct ClassSlabs {
   int64_t first = 0, count = 0;                       // in the plans' slab lists
@@ -210,15 +196,12 @@ struct ClassSlabs {
 
 }  // namespace
 
-void window_backward(const WindowParams& p, const AxisTable* tables, int64_t num_rules,
-                     const int32_t* head_rule) {
-  PlanOptions options;
-  choose_slabs(hull(tables, num_rules).data(), p.batch * p.kv_heads, &options);
-  const Problem problem(p, tables, num_rules, head_rule, options);
+void window_backward(const WindowParams& p, const Geometry& geometry, const int32_t* head_rule) {
+  const Problem problem(p, geometry, head_rule, true);
   const WindowKernels& kernels = problem.kernels;
   const int64_t acc = acc_size(p.dtype);
   const int64_t group_heads = p.heads / p.kv_heads;
-  const int s = options.slab_axis;
+  const int s = problem.shared->options.slab_axis;
   const AxisTable* table = problem.plans[0].table;
   const int64_t sink_rows = table[2].sink_rows;
 

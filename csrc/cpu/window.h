@@ -56,9 +56,9 @@ struct WindowKernels {
   int64_t (*halo_rows)(const PlanView&, const SlabItem&);  // rows of finish_slab's halo, less tail
 };
 
-void window_forward(const WindowParams& params, const AxisTable* tables, int64_t num_rules,
+void window_forward(const WindowParams& params, const Geometry& geometry,
                     const int32_t* head_rule);
-void window_backward(const WindowParams& params, const AxisTable* tables, int64_t num_rules,
+void window_backward(const WindowParams& params, const Geometry& geometry,
                      const int32_t* head_rule);
 
 }  // namespace cpu
