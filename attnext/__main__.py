@@ -91,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--seconds",
         type=_positive,
-        default=1.0,
+        default=0.5,
         metavar="S",
         help="time spent on timing each row (default: %(default)s)",
     )

@@ -169,7 +169,8 @@ def test_one_openmp_runtime() -> None:
     code = (
         "import attnext, torch; "
         "x = torch.randn(1, 64, 2, 8); attnext.na1d(x, x, x, 3); "
-        "print(*{line.split()[-1] for line in open('/proc/self/maps') if 'gomp' in line}, sep='\\n')"
+        "maps = open('/proc/self/maps').read().splitlines(); "
+        "print(*{line.split()[-1] for line in maps if 'gomp' in line}, sep='\\n')"
     )
     result = python(code)
     assert result.returncode == 0, result.stderr

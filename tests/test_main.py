@@ -207,20 +207,20 @@ def test_a_row_of_weights_is_softmax(image: data.Inputs) -> None:
 
 def test_a_check_sees_one_wrong_number(image: data.Inputs) -> None:
     job = jobs.neighborhood(image)
-    output = job.run()
-    assert job.check(output).passed
+    output, other = job.run(), job.rival()
+    assert job.check(output, other).passed
     output[0, 0, -1, 3, 5] += 1e-4
-    assert not job.check(output).passed
+    assert not job.check(output, other).passed
 
 
 def test_a_check_sees_a_wrong_gradient(image: data.Inputs) -> None:
     job = jobs.training_step(image)
-    outputs = job.run()
-    assert job.check(outputs).passed
+    outputs, others = job.run(), job.rival()
+    assert job.check(outputs, others).passed
     for which in range(4):
         spoilt = [x.clone() for x in outputs]
         spoilt[which][0, 0, 0, 1, 2] *= 1.01
-        assert not job.check(tuple(spoilt)).passed
+        assert not job.check(tuple(spoilt), others).passed
 
 
 def test_boxes_cover_corners_once() -> None:

@@ -49,7 +49,7 @@ class Text:
     source: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Inputs:
     """Query ``[B, *tokens, H, D]``, key and value ``[B, *tokens, Hkv, D]``."""
 
