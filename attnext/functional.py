@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .geometry import BOUNDARIES, UNLIMITED
-from .ops import _DTYPES, accumulator_dtype, window_op
+from .ops import DTYPES, accumulator_dtype, window_op
 
 Window = int | tuple[int, int] | None
 PerAxis = Any  # a value, or a tuple with one per token axis
@@ -90,10 +90,10 @@ def neighborhood_attention(
         >>> attnext.neighborhood_attention(q, k, v, kernel_size=7, dilation=2).shape
         torch.Size([1, 14, 14, 2, 32])
     """
-    rules, head_rule = _prepared(
+    prepared = _prepared(
         _neighborhood_rules, query, key, value, kernel_size, stride, dilation, is_causal, boundary,
         phase, offset)
-    return _attend(query, key, value, rules, head_rule, scale, softcap, alibi_slopes, bias,
+    return _attend(query, key, value, prepared, scale, softcap, alibi_slopes, bias,
                    additional_keys, additional_values, sink_logits, return_lse)
 
 
@@ -191,7 +191,7 @@ def sliding_window_attention(
         >>> attnext.sliding_window_attention(q[:, -1:], k, v, 16, sinks=4).shape
         torch.Size([1, 1, 4, 64])
     """
-    rules, head_rule = _prepared(
+    prepared = _prepared(
         _sliding_rules, query, key, value, window_size, is_causal, sinks, cu_seqlens_q is not None)
     if cu_seqlens_q is None and cu_seqlens_k is not None:
         raise ValueError("cu_seqlens_k needs cu_seqlens_q")
@@ -204,7 +204,7 @@ def sliding_window_attention(
                 f"cu_seqlens_k must list as many sequences as cu_seqlens_q, got "
                 f"{cu_seqlens_k.shape[0]} and {cu_seqlens_q.shape[0]} entries"
             )
-    return _attend(query, key, value, rules, head_rule, scale, softcap, alibi_slopes, bias,
+    return _attend(query, key, value, prepared, scale, softcap, alibi_slopes, bias,
                    additional_keys, additional_values, sink_logits, return_lse, sinks,
                    cu_seqlens_q, cu_seqlens_k)
 
@@ -261,9 +261,9 @@ def window_attention(
         >>> attnext.window_attention(q, k, v, window_size=7, shift=3).shape
         torch.Size([1, 20, 30, 3, 32])
     """
-    rules, head_rule = _prepared(
+    prepared = _prepared(
         _partition_rules, query, key, value, window_size, shift, key_window_size, boundary)
-    return _attend(query, key, value, rules, head_rule, scale, softcap, alibi_slopes, bias,
+    return _attend(query, key, value, prepared, scale, softcap, alibi_slopes, bias,
                    additional_keys, additional_values, sink_logits, return_lse)
 
 
@@ -333,29 +333,42 @@ def merge_attentions(
 # (left, right, stride, phase, dilation, is_causal, boundary, offset) per rule and axis, and the rule of
 # each head (empty: all have the first).
 Rules = tuple[list[tuple[Any, ...]], list[int]]
+# The same, and the rules as the operator takes them.
+Prepared = tuple[list[tuple[Any, ...]], list[int], list[int]]
 
-_CACHE: dict[Any, Rules] = {}
+_CACHE: dict[Any, Prepared] = {}
 _CACHE_SIZE = 256
 
 
-def _prepared(build: Any, query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Rules:
+def _prepared(build: Any, query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Prepared:
     """``build(query, key, value, *options)``, which checks all it is given, remembered by everything
     that the checks look at: a small call costs more in checks than in arithmetic."""
     if torch.compiler.is_compiling():
-        return build(query, key, value, *options)
+        return _with_fields(build(query, key, value, *options))
     try:
         signature = (
             build, query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype,
             query.device, key.device, value.device, options, *map(type, options))
         found = _CACHE.get(signature)
     except (TypeError, AttributeError):  # not tensors, or options that are lists
-        return build(query, key, value, *options)
+        return _with_fields(build(query, key, value, *options))
     if found is None:
-        found = build(query, key, value, *options)
+        found = _with_fields(build(query, key, value, *options))
         if len(_CACHE) >= _CACHE_SIZE:
             _CACHE.clear()
         _CACHE[signature] = found
     return found
+
+
+def _with_fields(prepared: Rules) -> Prepared:
+    rules, head_rule = prepared
+    fields = [
+        field
+        for left, right, stride, phase, dilation, causal, boundary, offset in rules
+        for field in (left, right, stride, phase, dilation, int(causal),
+                      BOUNDARIES.index(boundary), offset)
+    ]
+    return rules, head_rule, fields
 
 
 def _neighborhood_rules(
@@ -457,7 +470,7 @@ def _check_qkv(query: Tensor, key: Tensor, value: Tensor) -> int:
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
     dtype, rank = query.dtype, query.dim() - 3
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         raise TypeError(f"query must be one of {_DTYPE_NAMES}, got {dtype}")
     if not 1 <= rank <= 3:
         raise ValueError(
@@ -691,12 +704,13 @@ def _unit_stride(t: Tensor) -> Tensor:
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, rules: list[Any], head_rule: list[int], scale: Any,
+    query: Tensor, key: Tensor, value: Tensor, prepared: Prepared, scale: Any,
     softcap: Any, alibi_slopes: Any, bias: Any, additional_keys: Any, additional_values: Any,
     sink_logits: Any, return_lse: bool, sinks: int = 0, cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
 ) -> Any:
     """Checks the modifiers, which are the same for all functions, and calls the operator."""
+    rules, head_rule, fields = prepared
     heads, device = query.shape[-2], query.device.type
     if (additional_keys is None) != (additional_values is None):
         raise ValueError("additional_keys and additional_values must be given together")
@@ -737,12 +751,6 @@ def _attend(
     if additional_keys is not None:
         additional_keys = _unit_stride(additional_keys)
         additional_values = _unit_stride(additional_values)
-    fields = [
-        field
-        for left, right, stride, phase, dilation, causal, boundary, offset in rules
-        for field in (left, right, stride, phase, dilation, int(causal),
-                      BOUNDARIES.index(boundary), offset)
-    ]
     out, lse = window_op(
         _unit_stride(query), _unit_stride(key), _unit_stride(value), row_scale, bias,
         additional_keys, additional_values, sink_logits, cu_seqlens_q, cu_seqlens_k, fields,

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from . import _C
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _LIBRARY = torch.library.Library("attnext", "DEF")
 
@@ -40,9 +40,7 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _sequence_ends(cu_seqlens: Tensor | None, name: str, tokens: int) -> list[int]:
-    if cu_seqlens is None:
-        return []
+def _sequence_ends(cu_seqlens: Tensor, name: str, tokens: int) -> list[int]:
     ends: list[int] = cu_seqlens.tolist()
     if not ends or ends[0] != 0 or ends[-1] != tokens or sorted(ends) != ends:
         raise ValueError(
@@ -56,42 +54,32 @@ def _brief(values: list[int]) -> str:
 
 
 def _native(problem: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The problem as the binary takes it: checked, with the dtype first and cu_seqlens as lists."""
-    tensors = problem[:_NUM_GRADS]
-    query, key, value, row_scale, bias, extra_key, extra_value, sink_logits = tensors
-    code = _DTYPES.get(query.dtype)
-    if code is None:
-        raise TypeError(f"query must be float32, float64, bfloat16 or float16, got {query.dtype}")
-    for t in (key, value, extra_key, extra_value):
-        if t is not None and (t.dtype is not query.dtype or t.device.type != "cpu"):
-            raise TypeError(f"expected a {query.dtype} CPU tensor, got {t.dtype} on {t.device}")
-    for t in (row_scale, bias, sink_logits):
-        if t is not None and (
-            t.dtype is not accumulator_dtype(query.dtype) or t.device.type != "cpu"
-        ):
-            raise TypeError(f"modifiers must be CPU tensors in the accumulator dtype, got {t.dtype}")
-    cu_q, cu_k, rules, head_rule, scale, softcap, sinks = problem[_NUM_GRADS:]
-    ends_q = ends_k = []
-    if cu_q is not None:
-        ends_q = _sequence_ends(cu_q, "cu_seqlens_q", query.shape[1])
-        ends_k = _sequence_ends(cu_k, "cu_seqlens_k", key.shape[1])
-    return (code, *tensors, rules, head_rule, scale, softcap, sinks, ends_q, ends_k)
+    """The problem as the binary takes it, with cu_seqlens as checked lists."""
+    cu_q, cu_k = problem[_NUM_GRADS:_NUM_TENSORS]
+    if cu_q is None:
+        return (*problem[:_NUM_GRADS], *problem[_NUM_TENSORS:], (), ())
+    return (
+        *problem[:_NUM_GRADS],
+        *problem[_NUM_TENSORS:],
+        _sequence_ends(cu_q, "cu_seqlens_q", problem[0].shape[1]),
+        _sequence_ends(cu_k, "cu_seqlens_k", problem[1].shape[1]),
+    )
 
 
 def _output_shape(query: Tensor, value: Tensor) -> list[Any]:
     return [*query.shape[:-1], value.shape[-1]]
 
 
+def _window_forward_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Any:
+    rows = query.shape[:-1]
+    lse = query.new_empty(rows, dtype=accumulator_dtype(query.dtype))
+    return query.new_empty((*rows, value.shape[-1])), lse
+
+
 def _window_forward_cpu(*problem: Any) -> tuple[Tensor, Tensor]:
-    native = _native(problem)
     out, lse = _window_forward_fake(*problem)
-    _C.window_forward(*native, out, lse)
+    _C.window_forward(*_native(problem), out, lse)
     return out, lse
-
-
-def _window_forward_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Any, Any]:
-    lse = query.new_empty(query.shape[:-1], dtype=accumulator_dtype(query.dtype))
-    return query.new_empty(_output_shape(query, value)), lse
 
 
 def _window_backward_fake(*args: Any) -> tuple[Tensor, ...]:
@@ -110,12 +98,6 @@ def _written(needs: list[bool]) -> list[bool]:
 
 def _window_backward_cpu(*args: Any) -> tuple[Tensor, ...]:
     problem, (out, lse, dout, dlse, needs) = args[:-5], args[-5:]
-    native = _native(problem)
-    for t, like in ((out, problem[0]), (dout, problem[0]), (dlse, lse)):
-        if t is not None and t.dtype is not like.dtype:
-            raise TypeError(f"expected {like.dtype}, got {t.dtype}")
-    if lse.dtype is not accumulator_dtype(problem[0].dtype):
-        raise TypeError(f"lse has the wrong dtype: {lse.dtype}")
     grads = _window_backward_fake(*args)
     if dout.stride(-1) != 1 and dout.shape[-1] > 1:  # e.g. the expanded gradient of a sum
         dout = dout.contiguous()
@@ -123,7 +105,7 @@ def _window_backward_cpu(*args: Any) -> tuple[Tensor, ...]:
         g if t is not None and need else None
         for g, t, need in zip(grads, problem[:_NUM_GRADS], _written(needs), strict=True)
     )
-    _C.window_backward(*native, out, lse, dout, dlse, *given)
+    _C.window_backward(*_native(problem), out, lse, dout, dlse, *given)
     return grads
 
 
@@ -228,12 +210,27 @@ def _transforms_are_active() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+def _is_plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether nothing would intercept the operator between here and its CPU implementation."""
+    return (
+        type(query) is type(key) is type(value) is Tensor
+        and query.is_cpu
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._get_tracing_state() is None
+    )
+
+
 def window_op(*problem: Any) -> tuple[Tensor, Tensor]:
-    """window_forward, entering autograd only when something needs a gradient."""
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in problem[:_NUM_GRADS]
-    ):
+    """window_forward, entering autograd only when something needs a gradient, and the dispatcher only
+    when something might listen there: both cost more than a small window."""
+    if torch.is_grad_enabled():
+        for t in problem[:_NUM_GRADS]:
+            if t is not None and t.requires_grad:
+                return _Window.apply(*problem)
+    if torch.compiler.is_compiling():
+        return _forward(*problem)
+    if torch._C._are_functorch_transforms_active():
         return _Window.apply(*problem)
-    if _transforms_are_active():
-        return _Window.apply(*problem)
+    if _is_plain(*problem[:3]):
+        return _window_forward_cpu(*problem)
     return _forward(*problem)

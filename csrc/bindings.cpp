@@ -53,25 +53,65 @@ struct Shape {
   std::vector<int64_t> size, stride;
 };
 
+PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
+
 std::vector<int64_t> integers(PyObject* tuple) {
   std::vector<int64_t> out(PyTuple_GET_SIZE(tuple));
   for (size_t i = 0; i < out.size(); ++i) out[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i));
   return out;
 }
 
-Shape read_tensor(py::handle t) {
-  static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
-  static PyObject* const stride = PyUnicode_InternFromString("stride");
-  static PyObject* const shape = PyUnicode_InternFromString("shape");
+py::object owned(PyObject* result) {
+  if (!result) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+DType dtype_of(const std::string& name) {
+  const char* names[] = {"float32", "float64", "bfloat16", "float16"};
+  for (int i = 0; i < kNumDTypes; ++i) {
+    if (name == names[i]) return static_cast<DType>(i);
+  }
+  throw std::invalid_argument("dtype '" + name + "': float32, float64, bfloat16 or float16");
+}
+
+// torch has one object per dtype: identity tells.
+DType dtype_of(py::handle tensor) {
+  static PyObject* const dtype = interned("dtype");
+  static PyObject* const* const known = [] {
+    const py::module_ torch = py::module_::import("torch");
+    const char* names[kNumDTypes] = {"float32", "float64", "bfloat16", "float16"};
+    auto** list = new PyObject*[kNumDTypes];
+    for (const char* name : names) {
+      list[static_cast<int>(dtype_of(std::string(name)))] = py::object(torch.attr(name)).release().ptr();
+    }
+    return list;
+  }();
+  const py::object given = owned(PyObject_GetAttr(tensor.ptr(), dtype));
+  for (int i = 0; i < kNumDTypes; ++i) {
+    if (given.ptr() == known[i]) return static_cast<DType>(i);
+  }
+  throw py::type_error("expected float32, float64, bfloat16 or float16, got " +
+                       std::string(py::str(given)));
+}
+
+DType accumulator(DType dtype) {
+  return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+}
+
+Shape read_tensor(py::handle t, DType dtype) {
+  static PyObject* const data_ptr = interned("data_ptr");
+  static PyObject* const stride = interned("stride");
+  static PyObject* const shape = interned("shape");
+  static PyObject* const is_cpu = interned("is_cpu");
+  if (dtype_of(t) != dtype || owned(PyObject_GetAttr(t.ptr(), is_cpu)).ptr() != Py_True) {
+    throw py::type_error("attnext: a tensor has the wrong dtype or device: " +
+                         std::string(py::str(t.attr("dtype"))) + " on " +
+                         std::string(py::str(t.attr("device"))));
+  }
   Shape s;
-  const auto call = [](PyObject* result) {
-    if (!result) throw py::error_already_set();
-    return py::reinterpret_steal<py::object>(result);
-  };
-  const py::object p = call(PyObject_CallMethodNoArgs(t.ptr(), data_ptr));
-  s.data = PyLong_AsVoidPtr(p.ptr());
-  s.size = integers(call(PyObject_GetAttr(t.ptr(), shape)).ptr());
-  s.stride = integers(call(PyObject_CallMethodNoArgs(t.ptr(), stride)).ptr());
+  s.data = PyLong_AsVoidPtr(owned(PyObject_CallMethodNoArgs(t.ptr(), data_ptr)).ptr());
+  s.size = integers(owned(PyObject_GetAttr(t.ptr(), shape)).ptr());
+  s.stride = integers(owned(PyObject_CallMethodNoArgs(t.ptr(), stride)).ptr());
   return s;
 }
 
@@ -116,16 +156,17 @@ struct Call {
   }
 };
 
-Call make_call(int dtype, py::handle query, py::handle key, py::handle value, py::handle row_scale,
+Call make_call(py::handle query, py::handle key, py::handle value, py::handle row_scale,
                py::handle bias, py::handle extra_key, py::handle extra_value,
                py::handle sink_logits, const std::vector<int64_t>& rules,
                const std::vector<int64_t>& head_rule, double scale, double softcap, int64_t sinks,
                const std::vector<int64_t>& cu_queries, const std::vector<int64_t>& cu_keys) {
   Call call;
   WindowParams& p = call.params;
-  require(dtype >= 0 && dtype < kNumDTypes, "dtype");
-  p.dtype = static_cast<DType>(dtype);
-  const Shape q = read_tensor(query), k = read_tensor(key), v = read_tensor(value);
+  p.dtype = dtype_of(query);
+  const DType acc = accumulator(p.dtype);
+  const Shape q = read_tensor(query, p.dtype);
+  const Shape k = read_tensor(key, p.dtype), v = read_tensor(value, p.dtype);
   call.rank = static_cast<int>(q.size.size()) - 3;
   const int rank = call.rank;
   require(rank >= 1 && rank <= 3 && k.size.size() == q.size.size() &&
@@ -220,23 +261,24 @@ Call make_call(int dtype, py::handle query, py::handle key, py::handle value, py
   p.softcap = softcap;
   if (!row_scale.is_none()) {
     p.row_scale =
-        call.token_tensor(read_tensor(row_scale), p.batch, p.query_extent, p.heads, 0);
+        call.token_tensor(read_tensor(row_scale, acc), p.batch, p.query_extent, p.heads, 0);
   }
   if (!sink_logits.is_none()) {
-    const Shape s = read_tensor(sink_logits);
+    const Shape s = read_tensor(sink_logits, acc);
     require(s.size.size() == 1 && s.size[0] == p.heads && (s.stride[0] == 1 || p.heads == 1),
             "sink_logits");
     p.sink_logits = s.data;
   }
   if (!extra_key.is_none()) {
-    const Shape ek = read_tensor(extra_key), ev = read_tensor(extra_value);
+    const Shape ek = read_tensor(extra_key, p.dtype);
+    const Shape ev = read_tensor(extra_value, p.dtype);
     require(ek.size.size() == 4, "additional keys");
     p.extra_keys = ek.size[1];
     p.extra_key = call.extra_tensor(ek, p.head_dim);
     p.extra_value = call.extra_tensor(ev, p.head_dim_v);
   }
   if (!bias.is_none()) {
-    const Shape s = read_tensor(bias);
+    const Shape s = read_tensor(bias, acc);
     require(s.size.size() == size_t(rank) + 1 && s.size[0] == p.heads, "bias");
     p.bias = s.data;
     p.bias_head_stride = 1;
@@ -265,25 +307,26 @@ Call make_call(int dtype, py::handle query, py::handle key, py::handle value, py
   return call;
 }
 
-void window_forward(int dtype, py::handle query, py::handle key, py::handle value,
+void window_forward(py::handle query, py::handle key, py::handle value,
                     py::handle row_scale, py::handle bias, py::handle extra_key,
                     py::handle extra_value, py::handle sink_logits,
                     const std::vector<int64_t>& rules, const std::vector<int64_t>& head_rule,
                     double scale, double softcap, int64_t sinks,
                     const std::vector<int64_t>& cu_queries, const std::vector<int64_t>& cu_keys,
                     py::handle out, py::handle lse) {
-  Call call = make_call(dtype, query, key, value, row_scale, bias, extra_key, extra_value,
+  Call call = make_call(query, key, value, row_scale, bias, extra_key, extra_value,
                         sink_logits, rules, head_rule, scale, softcap, sinks, cu_queries, cu_keys);
   WindowParams& p = call.params;
-  p.out = call.token_tensor(read_tensor(out), p.batch, p.query_extent, p.heads, p.head_dim_v);
+  p.out = call.token_tensor(read_tensor(out, p.dtype), p.batch, p.query_extent, p.heads, p.head_dim_v);
   if (!lse.is_none()) {
-    p.lse = call.token_tensor(read_tensor(lse), p.batch, p.query_extent, p.heads, 0);
+    p.lse = call.token_tensor(read_tensor(lse, accumulator(p.dtype)), p.batch, p.query_extent,
+                              p.heads, 0);
   }
   const py::gil_scoped_release release;
   cpu::window_forward(p, *call.geometry, call.head_rule.data());
 }
 
-void window_backward(int dtype, py::handle query, py::handle key, py::handle value,
+void window_backward(py::handle query, py::handle key, py::handle value,
                      py::handle row_scale, py::handle bias, py::handle extra_key,
                      py::handle extra_value, py::handle sink_logits,
                      const std::vector<int64_t>& rules, const std::vector<int64_t>& head_rule,
@@ -293,33 +336,38 @@ void window_backward(int dtype, py::handle query, py::handle key, py::handle val
                      py::handle dquery, py::handle dkey, py::handle dvalue, py::handle drow_scale,
                      py::handle dbias, py::handle dextra_key, py::handle dextra_value,
                      py::handle dsink_logits) {
-  Call call = make_call(dtype, query, key, value, row_scale, bias, extra_key, extra_value,
+  Call call = make_call(query, key, value, row_scale, bias, extra_key, extra_value,
                         sink_logits, rules, head_rule, scale, softcap, sinks, cu_queries, cu_keys);
   WindowParams& p = call.params;
+  const DType acc = accumulator(p.dtype);
   const auto queries = [&](py::handle t, int64_t dim) {
-    return call.token_tensor(read_tensor(t), p.batch, p.query_extent, p.heads, dim);
+    const DType dtype = dim > 0 ? p.dtype : acc;
+    return call.token_tensor(read_tensor(t, dtype), p.batch, p.query_extent, p.heads, dim);
+  };
+  const auto keys = [&](py::handle t, int64_t dim) {
+    return call.token_tensor(read_tensor(t, p.dtype), p.batch, p.key_extent, p.kv_heads, dim);
   };
   p.out = queries(out, p.head_dim_v);
   p.lse = queries(lse, 0);
   p.dout = queries(dout, p.head_dim_v);
   if (!dlse.is_none()) p.dlse = queries(dlse, 0);
   p.dquery = queries(dquery, p.head_dim);
-  p.dkey = call.token_tensor(read_tensor(dkey), p.batch, p.key_extent, p.kv_heads, p.head_dim);
-  p.dvalue = call.token_tensor(read_tensor(dvalue), p.batch, p.key_extent, p.kv_heads, p.head_dim_v);
+  p.dkey = keys(dkey, p.head_dim);
+  p.dvalue = keys(dvalue, p.head_dim_v);
   if (!drow_scale.is_none()) p.drow_scale = queries(drow_scale, 0);
   if (p.extra_keys > 0) {
-    p.dextra_key = call.extra_tensor(read_tensor(dextra_key), p.head_dim);
-    p.dextra_value = call.extra_tensor(read_tensor(dextra_value), p.head_dim_v);
+    p.dextra_key = call.extra_tensor(read_tensor(dextra_key, p.dtype), p.head_dim);
+    p.dextra_value = call.extra_tensor(read_tensor(dextra_value, p.dtype), p.head_dim_v);
   }
   if (!dbias.is_none()) {
-    const Shape s = read_tensor(dbias);
+    const Shape s = read_tensor(dbias, acc);
     int64_t n = 1;
     for (int64_t size : s.size) n *= size;
     require(p.bias && n == p.heads * p.bias_head_stride, "bias gradient");
     p.dbias = s.data;
   }
   if (!dsink_logits.is_none()) {
-    const Shape s = read_tensor(dsink_logits);
+    const Shape s = read_tensor(dsink_logits, acc);
     require(p.sink_logits && s.size.size() == 1 && s.size[0] == p.heads, "sink gradient");
     p.dsink_logits = s.data;
   }
@@ -380,14 +428,6 @@ py::dict tile_plan(const std::vector<std::vector<int64_t>>& rules,
   out["useful_pairs"] = plan.useful_pairs;
   out["computed_pairs"] = plan.computed_pairs;
   return out;
-}
-
-DType dtype_of(const std::string& name) {
-  const char* names[] = {"float32", "float64", "bfloat16", "float16"};
-  for (int i = 0; i < kNumDTypes; ++i) {
-    if (name == names[i]) return static_cast<DType>(i);
-  }
-  throw std::invalid_argument("dtype '" + name + "': float32, float64, bfloat16 or float16");
 }
 
 }  // namespace
