@@ -53,7 +53,6 @@ def test_the_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert job["title"] in printed
     assert told["environment"]["isa"] in told["environment"]["available_isas"]
     assert told["next_byte"] > told["commonest_byte"] + 0.1
-    assert told["seconds"] < 60
     with Image.open(figure) as drawn:
         assert min(drawn.size) > 900 and len(set(drawn.convert("L").getdata())) > 100
 

@@ -62,7 +62,7 @@ def boxes(extents: Sequence[int], side: int = 4) -> list[Box]:
 
 Oracle = Callable[[Box, Inputs, torch.dtype], Tensor]
 
-SAMPLES = 3
+SAMPLES = 2
 
 
 def compare(
