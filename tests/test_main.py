@@ -34,7 +34,8 @@ def picture() -> data.Picture:
 
 @pytest.fixture(scope="module")
 def image(picture: data.Picture) -> data.Inputs:
-    return data.image_inputs(picture.pixels)
+    """A corner of the photograph: 32 x 24 patches."""
+    return data.image_inputs(picture.pixels[: 32 * data.PATCH, : 24 * data.PATCH])
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -54,7 +55,7 @@ def test_the_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert told["environment"]["isa"] in told["environment"]["available_isas"]
     assert told["next_byte"] > told["commonest_byte"] + 0.1
     with Image.open(figure) as drawn:
-        assert min(drawn.size) > 900 and len(set(drawn.convert("L").getdata())) > 100
+        assert min(drawn.size) > 900 and sum(n > 0 for n in drawn.convert("L").histogram()) > 100
 
 
 def test_help_and_version_need_no_work(capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,7 +181,7 @@ def test_missing_extras_are_named(
 @pytest.mark.parametrize("extents", [(8, 8), (12, 9), (7, 17), (3, 5)])
 @pytest.mark.parametrize(("window", "shift"), [(4, 0), (4, 2), (5, 3)])
 def test_tiles_are_shifted_windows(extents: tuple[int, int], window: int, shift: int) -> None:
-    q, k, v = torch.randn(3, 2, *extents, 2, 6).unbind(0)
+    q, k, v = torch.randn(3, 1, *extents, 2, 6).unbind(0)
     bias = torch.randn(2, 2 * window - 1, 2 * window - 1)
     exact = reference.window_attention(q, k, v, window, shift, bias=bias)
     torch.testing.assert_close(peers.Tiles(extents, window, shift, bias)(q, k, v), exact.float())
@@ -196,12 +197,12 @@ def test_bands_are_sliding_windows(length: int, window: int, sinks: int) -> None
 
 
 def test_a_row_of_weights_is_softmax(image: data.Inputs) -> None:
-    place, head = (20, 60), 2
+    place, head = (20, 20), 2
     weights = attention_row(lambda q, k, v: attnext.na2d(q, k, v, 7), image, place, head)
     assert int((weights > 0).sum()) == 49
-    near = image.key[0, 17:24, 57:64, head]
-    logits = near @ image.query[0, 20, 60, head] * image.query.shape[-1] ** -0.5
-    torch.testing.assert_close(weights[17:24, 57:64], logits.flatten().softmax(0).view(7, 7))
+    near = image.key[0, 17:24, 17:24, head]
+    logits = near @ image.query[0, 20, 20, head] * image.query.shape[-1] ** -0.5
+    torch.testing.assert_close(weights[17:24, 17:24], logits.flatten().softmax(0).view(7, 7))
 
 
 def test_a_check_sees_one_wrong_number(image: data.Inputs) -> None:
@@ -240,7 +241,7 @@ def example(name: str) -> types.ModuleType:
 
 
 def test_example_denoise_image() -> None:
-    before, after = example("denoise_image").main(steps=25)
+    before, after = example("denoise_image").main(steps=40)
     assert after > before + 1.0
 
 

@@ -58,6 +58,7 @@ class Tiles:
         out = scaled_dot_product_attention(*tensors, attn_mask=self.mask)
         w, front, (rows, columns) = self.window, self.front, self.extents
         batch, heads, dim = query.shape[0], query.shape[-2], value.shape[-1]
+        assert batch == 1
         down = (rows + front + self.back[0]) // w
         grid = out.view(batch, down, -1, heads, w, w, dim).permute(0, 1, 4, 2, 5, 3, 6)
         grid = grid.reshape(batch, down * w, -1, heads, dim)
