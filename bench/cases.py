@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured: problems, and the arithmetic and traffic they cannot do without."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from attnext.geometry import AxisRule, axis_intervals
+
+FORWARD = "fwd"
+TRAINING = "fwd+bwd"
+MODES = (FORWARD, TRAINING)
+
+BYTES_PER_ELEMENT = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+# Of the five products of the backward pass (scores again, dP, dV, dQ, dK) each costs what one of
+# the two of the forward pass costs.
+BACKWARD_TO_FORWARD = 2.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One problem. Shapes: query ``[batch, *queries, heads, head_dim]``, keys likewise.
+
+    ``op`` names the public function: ``sliding`` (causal, ``window`` keys including the query's
+    own; None: every key up to it), ``neighborhood`` (kernels shifted inward at the edges) or
+    ``window`` (tiles of ``window`` tokens, displaced by ``shift``).
+    """
+
+    name: str
+    group: str
+    op: str
+    queries: tuple[int, ...]
+    window: tuple[int, ...] | None
+    keys: tuple[int, ...] = ()
+    batch: int = 1
+    heads: int = 8
+    kv_heads: int = 0
+    head_dim: int = 64
+    dilation: int = 1
+    shift: int = 0
+    softcap: float | None = None
+    alibi: bool = False
+    bias: bool = False
+    sinks: int = 0
+    dtypes: tuple[str, ...] = ("float32",)
+    modes: tuple[str, ...] = MODES
+
+    @property
+    def key_extents(self) -> tuple[int, ...]:
+        return self.keys or self.queries
+
+    @property
+    def key_heads(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def rank(self) -> int:
+        return len(self.queries)
+
+    @property
+    def num_queries(self) -> int:
+        return math.prod(self.queries)
+
+    @property
+    def num_keys(self) -> int:
+        return math.prod(self.key_extents)
+
+    @property
+    def is_causal(self) -> bool:
+        return self.op == "sliding"
+
+    @cached_property
+    def axes(self) -> tuple[dict[str, Any], ...]:
+        """The rule of each axis, as the fields that every statement of the rule has."""
+        axes = []
+        for a, (num_queries, num_keys) in enumerate(
+            zip(self.queries, self.key_extents, strict=True)
+        ):
+            size = num_keys if self.window is None else self.window[a]
+            left, right = (size - 1, 0) if self.is_causal else (size // 2, size - 1 - size // 2)
+            tiled = self.op == "window"
+            axes.append(
+                {
+                    "left": left,
+                    "right": right,
+                    "stride": size if tiled else 1,
+                    "phase": self.shift if tiled else 0,
+                    "dilation": self.dilation,
+                    "is_causal": self.is_causal,
+                    "boundary": "inward" if self.op == "neighborhood" else "truncate",
+                    "offset": num_keys - num_queries if self.is_causal else 0,
+                }
+            )
+        return tuple(axes)
+
+    @property
+    def rules(self) -> tuple[AxisRule, ...]:
+        return tuple(AxisRule(**axis) for axis in self.axes)
+
+    @cached_property
+    def intervals(self) -> tuple[list[tuple[int, int]], ...]:
+        """Per axis and query coordinate the attended keys, as indices within the dilation class."""
+        extents = zip(self.rules, self.queries, self.key_extents, strict=True)
+        return tuple(axis_intervals(rule, n, m) for rule, n, m in extents)
+
+    @cached_property
+    def pairs(self) -> int:
+        """Pairs of a query and a key it attends, over all batch items and query heads."""
+        pairs = math.prod(sum(end - begin for begin, end in axis) for axis in self.intervals)
+        if self.sinks:  # the sinks that a query does not see through its window already
+            pairs += sum(min(begin, self.sinks) for begin, _ in self.intervals[0])
+        return self.batch * self.heads * pairs
+
+    @property
+    def _keys_read(self) -> int:
+        """Key tokens that some query attends: not all of them where few queries look back."""
+        if self.rank > 1:
+            return self.num_keys
+        begin = min(begin for begin, _ in self.intervals[0])
+        end = max(end for _, end in self.intervals[0])
+        return end - begin + min(begin, self.sinks)
+
+    def flops(self, mode: str) -> float:
+        """Useful operations: 2 D for q·k and 2 D for p·v a pair, and the backward pass's share."""
+        forward = 4.0 * self.head_dim * self.pairs
+        return forward if mode == FORWARD else forward * (1 + BACKWARD_TO_FORWARD)
+
+    def traffic(self, mode: str, dtype: str) -> int:
+        """Bytes when every tensor is read or written once, and lse (fp32) with the output."""
+        element = BYTES_PER_ELEMENT[dtype]
+        rows = self.batch * self.num_queries * self.heads
+        query = rows * self.head_dim * element
+        key = self.batch * self._keys_read * self.key_heads * self.head_dim * element
+        lse = rows * 4
+        forward = 2 * query + 2 * key + lse
+        # The backward pass reads q, k, v, out, its gradient and lse, and writes dq, dk, dv.
+        return forward if mode == FORWARD else forward + 4 * query + 4 * key + lse
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.num_queries
+
+    def describe(self) -> str:
+        """One line for tables: the shape and the options that are on."""
+
+        def times(extents: tuple[int, ...]) -> str:
+            return "×".join(map(str, extents))
+
+        words = [self.op, times(self.queries)]
+        if self.keys:
+            words.append(f"over {times(self.keys)} keys")
+        words.append("all keys" if self.window is None else f"window {times(self.window)}")
+        if self.dilation > 1:
+            words.append(f"dilation {self.dilation}")
+        if self.shift:
+            words.append(f"shift {self.shift}")
+        heads = f"H{self.heads}" + (f"/{self.kv_heads}" if self.kv_heads else "")
+        words.append(f"B{self.batch} {heads} D{self.head_dim}")
+        options = {"bias": self.bias, "alibi": self.alibi, "softcap": self.softcap}
+        words += [word for word, on in options.items() if on]
+        if self.sinks:
+            words.append(f"{self.sinks} sinks")
+        return ", ".join(words)
+
+
+def _cases() -> list[Case]:
+    both = ("float32", "bfloat16")
+    cases = []
+
+    def sliding(name: str, group: str, length: int, window: int | None, **more: Any) -> None:
+        size = None if window is None else (window,)
+        cases.append(
+            Case(name=name, group=group, op="sliding", queries=(length,), window=size, **more)
+        )
+
+    def image(name: str, group: str, extents: tuple[int, ...], k: Any, **more: Any) -> None:
+        size = k if isinstance(k, tuple) else (k,) * len(extents)
+        more.setdefault("op", "neighborhood")
+        cases.append(Case(name=name, group=group, queries=extents, window=size, **more))
+
+    for length, window in ((4096, 256), (8192, 512), (16384, 1024), (16384, 128)):
+        sliding(f"swa-{length}-{window}", "swa", length, window, dtypes=both)
+
+    image("na2d-64-k13", "na", (64, 64), 13, dtypes=both)
+    image("na2d-56-k7", "na", (56, 56), 7, batch=4, heads=4, head_dim=32)
+    image("na2d-56-k7-d8", "na", (56, 56), 7, batch=4, heads=4, head_dim=32, dilation=8)
+    image("na3d-16x32x32-k5x7x7", "na", (16, 32, 32), (5, 7, 7), heads=4)
+
+    image(
+        "swin-56-w7", "swin", (56, 56), 7, op="window", shift=3, bias=True,
+        batch=4, heads=4, head_dim=32,
+    )  # fmt: skip
+
+    gqa = {"heads": 32, "kv_heads": 8, "head_dim": 128, "modes": (FORWARD,), "dtypes": both}
+    for keys in (4096, 32768):
+        sliding(f"decode-{keys}", "decode", 1, None, keys=(keys,), **gqa)
+    sliding("decode-32768-w4096", "decode", 1, 4096, keys=(32768,), **gqa)
+
+    image("na2d-64-k13-bias", "options", (64, 64), 13, bias=True)
+    sliding("swa-8192-512-softcap", "options", 8192, 512, softcap=30.0)
+    sliding("swa-8192-512-alibi", "options", 8192, 512, alibi=True)
+    sliding("swa-8192-512-sinks", "options", 8192, 512, sinks=4)
+
+    for power in range(11, 18):
+        sliding(f"length-{2**power}", "length", 2**power, 256)
+    for power in range(5, 12):
+        sliding(f"window-{2**power}", "window", 8192, 2**power)
+
+    image("call-7x7", "call", (7, 7), 3, heads=1, head_dim=32, modes=(FORWARD,))
+    sliding("smoke-1d", "smoke", 64, 16, heads=2, head_dim=16)
+    image("smoke-2d", "smoke", (8, 8), 3, heads=2, head_dim=16, bias=True)
+    return cases
+
+
+CASES: dict[str, Case] = {case.name: case for case in _cases()}
+GROUPS: dict[str, str] = {
+    "swa": "causal sliding windows of language models",
+    "na": "neighborhood attention on images and video",
+    "swin": "shifted windows",
+    "decode": "one query against a cache, grouped heads",
+    "options": "position bias, soft cap, sinks",
+    "length": "time and memory against length, at a window of 256",
+    "window": "time and memory against the window, at length 8192",
+    "call": "what a call costs when there is nothing to compute",
+    "smoke": "tiny cases for the test suite",
+}
+
+
+def select(patterns: tuple[str, ...] | list[str]) -> list[Case]:
+    """The cases that group names, case names or shell patterns call for, in their own order.
+
+    Errors: ValueError for a pattern that matches nothing.
+    Example:
+        >>> [case.name for case in select(["swa-4096-256", "call"])]
+        ['swa-4096-256', 'call-7x7']
+    """
+    chosen: set[str] = set()
+    for pattern in patterns:
+        names = [c.name for c in CASES.values() if c.group == pattern]
+        names = names or fnmatch.filter(CASES, pattern)
+        if not names:
+            raise ValueError(
+                f"no case or group is called {pattern!r}; `python -m bench list` names them"
+            )
+        chosen.update(names)
+    return [case for name, case in CASES.items() if name in chosen]

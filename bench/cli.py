@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line. Exit status: 0, or 1 if attnext has no figure, 2 usage, 3 package missing."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from attnext import _C
+
+from . import report
+from .cases import CASES, GROUPS, MODES, select
+from .peers import CONTENDERS, contenders_for
+from .run import Settings, run
+
+RED = 1
+NEEDED = 3
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def cli() -> None:
+    """Benchmarks of attnext: checked against float64, interleaved with its peers."""
+
+
+@cli.command("list")
+def list_() -> None:
+    """Name the cases, their groups, and the contenders."""
+    for group, about in GROUPS.items():
+        click.echo(f"{group}: {about}")
+        for case in CASES.values():
+            if case.group == group:
+                work = f"{case.flops('fwd') / 1e9:.3g} GFLOP"
+                kinds = f"{', '.join(case.dtypes)}; {', '.join(case.modes)}"
+                click.echo(f"  {case.name:24} {case.describe()}; {work} forward; {kinds}")
+    click.echo("contenders")
+    for contender in CONTENDERS.values():
+        click.echo(f"  {contender.name:24} {contender.about}")
+
+
+@cli.command("run")
+@click.argument("patterns", metavar="CASE...", nargs=-1, required=True)
+@click.option("--isa", help="Instruction set of attnext's kernels (peers keep torch's choice).")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of torch; default: all.")
+@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(DTYPES))
+@click.option("--mode", "modes", multiple=True, type=click.Choice(MODES))
+@click.option(
+    "--contender", "-c", "names", multiple=True, help="Only these; default: all that apply."
+)
+@click.option("--rounds", type=click.IntRange(min=1), default=Settings.rounds, show_default=True)
+@click.option(
+    "--budget",
+    type=click.FloatRange(min=0),
+    default=Settings.budget,
+    show_default=True,
+    help="Seconds to time one case in one mode, about.",
+)
+@click.option(
+    "--patience",
+    type=click.FloatRange(min=0),
+    default=Settings.patience,
+    show_default=True,
+    help="Leave out a contender whose call takes more seconds.",
+)
+@click.option(
+    "--memory/--no-memory", default=False, help="Extra memory of a call, in a process of its own."
+)
+@click.option("--timing/--no-timing", default=True, help="Without: only check, and weigh if asked.")
+@click.option(
+    "--json",
+    "path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the record there.",
+)
+@click.option("--quiet", is_flag=True, help="No progress and no tables.")
+def run_(
+    patterns: tuple[str, ...],
+    isa: str | None,
+    threads: int | None,
+    dtypes: tuple[str, ...],
+    modes: tuple[str, ...],
+    names: tuple[str, ...],
+    rounds: int,
+    budget: float,
+    patience: float,
+    memory: bool,
+    timing: bool,
+    path: Path | None,
+    quiet: bool,
+) -> None:
+    """Measure cases, named one by one, by group or by pattern ('swa-*').
+
+    No contender has a figure before its result on that very case has been held against float64.
+    """
+    try:
+        cases = select(patterns)
+        contenders_for(cases[0], names)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    if isa is not None:
+        allowed = list(_C.available_isas())
+        if isa not in allowed:
+            raise click.UsageError(f"--isa {isa}: this machine and build have {', '.join(allowed)}")
+        _C.set_isa(isa)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if path is not None and not path.parent.is_dir():
+        raise click.UsageError(f"--json {path}: there is no folder {path.parent}")
+    settings = Settings(
+        rounds=rounds, budget=budget, patience=patience, contenders=names,
+        modes=modes, dtypes=dtypes, memory=memory, timing=timing,
+    )  # fmt: skip
+    with _progress(quiet) as say:
+        record = run(cases, settings, say)
+    if path is not None:
+        report.save(record, path)
+    if not quiet:
+        _show(record)
+    unmeasured = [
+        report.title(result)
+        for result in record["results"]
+        for entry in result["contenders"]
+        if entry["name"] == "attnext" and entry["status"] != "ok"
+    ]
+    if unmeasured:
+        click.echo(f"attnext has no figure on: {'; '.join(unmeasured)}", err=True)
+        sys.exit(RED)
+
+
+@cli.command()
+@click.argument(
+    "path", metavar="RECORD", type=click.Path(exists=True, dir_okay=False, path_type=Path)
+)
+def table(path: Path) -> None:
+    """Print a record as Markdown."""
+    click.echo(report.markdown(_load(path)), nl=False)
+
+
+@cli.command()
+@click.argument(
+    "path", metavar="RECORD", type=click.Path(exists=True, dir_okay=False, path_type=Path)
+)
+@click.option("--out", "-o", type=click.Path(file_okay=False, path_type=Path), default=Path("."))
+def plot(path: Path, out: Path) -> None:
+    """Draw a record: time against length and window, memory, and the ratios to attnext."""
+    record = _load(path)
+    try:
+        from .plots import draw
+    except ImportError as error:
+        click.echo(f"plots need matplotlib: pip install 'attnext[bench]' ({error})", err=True)
+        sys.exit(NEEDED)
+    written = draw(record, out)
+    if not written:
+        raise click.ClickException(f"{path} holds no figures to draw")
+    for each in written:
+        click.echo(each)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        return report.load(path)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+
+
+@contextlib.contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[str], None]]:
+    """A line that says what is going on: on a terminal only, and only with rich."""
+    try:
+        from rich.console import Console
+    except ImportError:
+        if not quiet:
+            click.echo("no progress and plain tables: rich is not installed", err=True)
+        yield lambda text: None
+        return
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield lambda text: None
+        return
+    with console.status("starting") as status:
+        yield lambda text: status.update(text)
+
+
+def _show(record: dict[str, Any]) -> None:
+    try:
+        from rich.console import Console
+    except ImportError:
+        click.echo(report.markdown(record), nl=False)
+        return
+    console = Console()
+    if not console.is_terminal:
+        click.echo(report.markdown(record), nl=False)
+        return
+    for line in report.environment_lines(record):
+        console.print(line, style="dim", highlight=False)
+    for result in record["results"]:
+        console.print(report.renderable(result))

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a contender is, and how one is chosen among its own variants."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+
+from ..cases import Case
+from ..problem import Prepared, Problem
+
+
+class Contender(ABC):
+    """Someone who solves cases."""
+
+    name: str
+    about: str
+    #: False: solves the case without its window, to show what the window saves. It is then held
+    #: against that other problem, and its figures are marked.
+    windowed: bool = True
+
+    def is_meant_for(self, case: Case) -> bool:
+        """Whether to be listed at all; what fails later is listed with the reason."""
+        return True
+
+    @abstractmethod
+    def prepare(self, problem: Problem, training: bool) -> Prepared:
+        """Do all that is done once. Errors: Unavailable, with the reason."""
+
+
+def fastest(
+    variants: Iterable[tuple[str, Callable[[], Prepared]]], problem: Problem, training: bool
+) -> Prepared:
+    """The variant whose single call is fastest (two rounds, hopeless ones dropped after one).
+
+    The chosen variant's name becomes the detail of the result.
+    """
+    best: dict[str, float] = {}
+    ready: dict[str, Prepared] = {}
+    for name, make in variants:
+        prepared = make()
+        if training:
+            prepared = prepared.arm(problem.output_grad)
+        best[name] = _seconds(prepared)
+        ready[name] = prepared
+    limit = 1.5 * min(best.values())
+    for name in [name for name, seconds in best.items() if seconds <= limit]:
+        best[name] = min(best[name], _seconds(ready[name]))
+    name = min(best, key=lambda name: best[name])
+    chosen = ready[name]
+    detail = ", ".join(filter(None, (name, chosen.detail)))
+    return Prepared(chosen.call, chosen.leaves, chosen.layouts, detail)
+
+
+def _seconds(prepared: Prepared) -> float:
+    prepared.step()
+    start = time.perf_counter()
+    prepared.step()
+    return time.perf_counter() - start

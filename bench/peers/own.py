@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""attnext itself, through its public functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+import attnext
+
+from ..problem import AS_IS, Prepared, Problem, leaves_of
+from .contender import Contender
+
+
+class Attnext(Contender):
+    name = "attnext"
+    about = "this library, heads last, no preparation"
+
+    def prepare(self, problem: Problem, training: bool) -> Prepared:
+        case = problem.case
+        leaves, layouts = leaves_of(problem, training, AS_IS, AS_IS)
+        options: dict[str, Any] = {}
+        if case.softcap is not None:
+            options["softcap"] = case.softcap
+        if problem.alibi_slopes is not None:
+            options["alibi_slopes"] = problem.alibi_slopes
+        if "bias" in leaves:
+            options["bias"] = leaves["bias"]
+        q, k, v = leaves["query"], leaves["key"], leaves["value"]
+
+        def sliding() -> Tensor:
+            window = None if case.window is None else case.window[0]
+            return attnext.sliding_window_attention(q, k, v, window, sinks=case.sinks, **options)
+
+        def neighborhood() -> Tensor:
+            kernel, dilation = case.window, case.dilation
+            return attnext.neighborhood_attention(q, k, v, kernel, 1, dilation, **options)
+
+        def window() -> Tensor:
+            return attnext.window_attention(q, k, v, case.window, case.shift, **options)
+
+        calls = {"sliding": sliding, "neighborhood": neighborhood, "window": window}
+        return Prepared(calls[case.op], leaves, layouts)
