@@ -3,7 +3,7 @@
 #define ATTNEXT_ISA avx2
 #define ATTNEXT_VECTOR_BYTES 32
 #define ATTNEXT_TILE_ROWS 6  // rows of 2 vectors of accumulators
-#define ATTNEXT_TILE_VECTORS 2
+#define ATTNEXT_TILE_VECTORS 4
 #define ATTNEXT_BF16_DOT 0
 #include "unit.inl"
 
