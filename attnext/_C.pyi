@@ -5,62 +5,18 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-_Optional: TypeAlias = Tensor | None
 _Integers: TypeAlias = Sequence[int]
 
 __version__: str
 
+# After query, key and value: row_scale, bias, extra_key, extra_value, sink_logits (tensor or None);
+# rules, head_rule (integers); scale, softcap (float); sinks (int); cu_queries, cu_keys (integers);
+# out, lse; and, backward, dout, dlse, then where the gradients of the eight tensors go.
 def window_forward(
-    dtype: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    row_scale: _Optional,
-    bias: _Optional,
-    extra_key: _Optional,
-    extra_value: _Optional,
-    sink_logits: _Optional,
-    rules: _Integers,
-    head_rule: _Integers,
-    scale: float,
-    softcap: float,
-    sinks: int,
-    cu_queries: _Integers,
-    cu_keys: _Integers,
-    out: Tensor,
-    lse: _Optional,
-    /,
+    dtype: int, query: Tensor, key: Tensor, value: Tensor, /, *rest: Any
 ) -> None: ...
 def window_backward(
-    dtype: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    row_scale: _Optional,
-    bias: _Optional,
-    extra_key: _Optional,
-    extra_value: _Optional,
-    sink_logits: _Optional,
-    rules: _Integers,
-    head_rule: _Integers,
-    scale: float,
-    softcap: float,
-    sinks: int,
-    cu_queries: _Integers,
-    cu_keys: _Integers,
-    out: Tensor,
-    lse: Tensor,
-    dout: Tensor,
-    dlse: _Optional,
-    dquery: Tensor,
-    dkey: Tensor,
-    dvalue: Tensor,
-    drow_scale: _Optional,
-    dbias: _Optional,
-    dextra_key: _Optional,
-    dextra_value: _Optional,
-    dsink_logits: _Optional,
-    /,
+    dtype: int, query: Tensor, key: Tensor, value: Tensor, /, *rest: Any
 ) -> None: ...
 def axis_intervals(rule: _Integers, num_queries: int, num_keys: int) -> list[tuple[int, int]]: ...
 def inverse_intervals(

@@ -35,9 +35,9 @@ class NeighborhoodAttention2D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Every token after attending its neighborhood."""
-        out = neighborhood_attention(
-            *self.heads(x), self.kernel_size, dilation=self.dilation, bias=natten_rpb(self.rpb)
-        )
+        q, k, v = self.heads(x)
+        bias = natten_rpb(self.rpb)
+        out = neighborhood_attention(q, k, v, self.kernel_size, dilation=self.dilation, bias=bias)
         return self.proj(out.flatten(-2))
 
 

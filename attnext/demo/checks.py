@@ -65,6 +65,15 @@ Oracle = Callable[[Box, Inputs, torch.dtype], Tensor]
 SAMPLES = 2
 
 
+def _rows(tensor: Tensor, chosen: Sequence[Box]) -> Tensor:
+    """The elements of all boxes, in one line."""
+    return torch.cat([box.of(tensor).flatten() for box in chosen])
+
+
+def _oracle_rows(oracle: Oracle, data: Inputs, dtype: torch.dtype, chosen: Sequence[Box]) -> Tensor:
+    return torch.cat([oracle(box, data, dtype).flatten() for box in chosen])
+
+
 def compare(
     results: Sequence[tuple[Tensor, Tensor, Oracle]], data: Inputs, chosen: Sequence[Box]
 ) -> Check:
@@ -87,18 +96,11 @@ def compare(
     rows = sum(box.rows for box in chosen)
     worst = Check(0.0, 0.0, rows)
     for actual, other, oracle in results:
-
-        def gather(part: Callable[[Box], Tensor]) -> Tensor:
-            return torch.cat([part(box).flatten() for box in chosen])
-
-        def run(inputs: Inputs, dtype: torch.dtype, oracle: Oracle = oracle) -> Tensor:
-            return gather(lambda box: oracle(box, inputs, dtype))
-
-        exact = run(data, torch.float64)
-        plain = [run(inputs, compute).to(actual.dtype) for inputs in variants]
+        exact = _oracle_rows(oracle, data, torch.float64, chosen)
+        plain = [_oracle_rows(oracle, x, compute, chosen).to(actual.dtype) for x in variants]
         if actual.dtype == compute:
-            plain.append(gather(lambda box, other=other: box.of(other)))
-        error = gather(lambda box, actual=actual: box.of(actual)).double() - exact
+            plain.append(_rows(other, chosen))
+        error = _rows(actual, chosen).double() - exact
         budget = error_budget(exact, plain, actual.dtype)
         largest = error.abs().max().item()
         used = max(

@@ -269,10 +269,10 @@ def _gradient_check(data: Inputs, toward: Tensor) -> Callable[[Any, Any], Check]
         ]
         around = Box(start, tuple(e - a for a, e in zip(start, end, strict=True)))
         query = around.of(inputs.query)
-        leaves = [t.detach().to(dtype).requires_grad_() for t in (query, inputs.key, inputs.value)]
-        out = reference.neighborhood_attention(*leaves, KERNEL, offset=start, dtype=dtype)
+        q, k, v = (t.detach().to(dtype).requires_grad_() for t in (query, inputs.key, inputs.value))
+        out = reference.neighborhood_attention(q, k, v, KERNEL, offset=start, dtype=dtype)
         inner = Box(tuple(a - b for a, b in zip(box.start, start, strict=True)), box.size)
-        grads = torch.autograd.grad(out, leaves, around.of(toward).to(dtype))
+        grads = torch.autograd.grad(out, (q, k, v), around.of(toward).to(dtype))
         inside = [inner.of(out.detach()), inner.of(grads[0]), box.of(grads[1]), box.of(grads[2])]
         return [part.clone() for part in inside]
 

@@ -54,8 +54,8 @@ class Tiles:
         return tiles.permute(0, 1, 3, 5, 2, 4, 6).reshape(-1, heads, w * w, dim)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        tensors = [self._cut(pad(t, self.padding)) for t in (query, key, value)]
-        out = scaled_dot_product_attention(*tensors, attn_mask=self.mask)
+        q, k, v = (self._cut(pad(t, self.padding)) for t in (query, key, value))
+        out = scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
         w, front, (rows, columns) = self.window, self.front, self.extents
         batch, heads, dim = query.shape[0], query.shape[-2], value.shape[-1]
         assert batch == 1

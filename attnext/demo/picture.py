@@ -262,7 +262,8 @@ def draw(
     cell = 2.7  # inches across one of five panels
     heights = [cell + 0.95, min(max(cell * rows / columns, 1.2), 5.4) + 0.95, 0.33 * LINES + 0.75]
     figure = plt.figure(figsize=(14.0, sum(heights) + 0.3), facecolor=PAPER, layout="constrained")
-    top, middle, bottom = figure.subfigures(3, 1, height_ratios=heights)
+    parts = figure.subfigures(3, 1, height_ratios=heights)
+    top, middle, bottom = np.asarray(parts)
     for part, title in ((top, "Who attends whom"), (middle, "Where attention goes")):
         part.suptitle(title, fontsize=13, color=INK, fontweight="bold", x=0.005, ha="left")
     _geometry(top.subplots(1, 5))
