@@ -6,7 +6,8 @@
 //   product       out[m][lanes]  = sum_c rows[m][c] * b[c][lanes]    (scores; dK, dV)
 //   accumulate    o[d][lanes]   += sum_j rows[j][d] * p[j][lanes]    (output; dQ)
 //
-// kRows x 2 vectors of accumulators fill the register file; tails are instantiated, not padded.
+// kRows x 2 vectors of accumulators fill the register file. Where only one vector is active, tiles are
+// taller, for a multiply-add's latency needs eight sums to hide. Tails are instantiated, not padded.
 #pragma once
 
 #include "simd.h"
@@ -19,6 +20,14 @@ constexpr int kRows = ATTNEXT_TILE_ROWS;
 
 template <class Elem>
 using AccOf = typename Contraction<Elem>::Acc;
+
+constexpr int most_score_rows(int vectors) { return vectors == 2 || kRows > 8 ? kRows : 8; }
+constexpr int most_dims(int vectors) { return vectors == 2 ? kRows : 2 * kRows; }
+
+// Rows of the next tile. The last two tiles share what is left: a short one would be slow.
+ATTNEXT_INLINE int64_t next_rows(int64_t left, int64_t most) {
+  return left >= 2 * most ? most : left > most ? (left + 1) / 2 : left;
+}
 
 template <class Elem, int M, int N>
 ATTNEXT_INLINE void product_tile(const Elem* const (&rows)[M], int64_t depth, const Elem* b,
@@ -55,11 +64,11 @@ ATTNEXT_INLINE void score_tile(const Elem* const* keys, int64_t depth, const Ele
 }
 
 template <class Elem, int M, int N>
-void score_tail(int64_t count, const Elem* const* keys, int64_t depth, const Elem* b, int64_t ld_b,
+void score_rows(int64_t count, const Elem* const* keys, int64_t depth, const Elem* b, int64_t ld_b,
                 AccOf<Elem>* out, int64_t ld_out) {
   if constexpr (M > 0) {
     if (count == M) return score_tile<Elem, M, N>(keys, depth, b, ld_b, out, ld_out);
-    score_tail<Elem, M - 1, N>(count, keys, depth, b, ld_b, out, ld_out);
+    score_rows<Elem, M - 1, N>(count, keys, depth, b, ld_b, out, ld_out);
   }
 }
 
@@ -67,11 +76,12 @@ void score_tail(int64_t count, const Elem* const* keys, int64_t depth, const Ele
 template <class Elem, int N>
 void scores(const Elem* const* keys, int64_t begin, int64_t end, int64_t depth, const Elem* b,
             int64_t ld_b, AccOf<Elem>* out, int64_t ld_out) {
-  int64_t j = begin;
-  for (; j + kRows <= end; j += kRows) {
-    score_tile<Elem, kRows, N>(keys + j, depth, b, ld_b, out + j * ld_out, ld_out);
+  for (int64_t j = begin; j < end;) {
+    constexpr int kMost = most_score_rows(N);
+    const int64_t rows = next_rows(end - j, kMost);
+    score_rows<Elem, kMost, N>(rows, keys + j, depth, b, ld_b, out + j * ld_out, ld_out);
+    j += rows;
   }
-  score_tail<Elem, kRows - 1, N>(end - j, keys + j, depth, b, ld_b, out + j * ld_out, ld_out);
 }
 
 template <class Elem, int M, int N>
@@ -105,14 +115,14 @@ ATTNEXT_INLINE void accumulate_tile(const Elem* const* rows, int64_t begin, int6
 }
 
 template <class Elem, int M, int N>
-void accumulate_tail(int64_t count, const Elem* const* rows, int64_t begin, int64_t end, int64_t d,
+void accumulate_rows(int64_t count, const Elem* const* rows, int64_t begin, int64_t end, int64_t d,
                      const Elem* p, int64_t ld_p, AccOf<Elem>* o, int64_t ld_o,
                      const VecOf<AccOf<Elem>>* factor) {
   if constexpr (M > 0) {
     if (count == M) {
       return accumulate_tile<Elem, M, N>(rows, begin, end, d, p, ld_p, o, ld_o, factor);
     }
-    accumulate_tail<Elem, M - 1, N>(count, rows, begin, end, d, p, ld_p, o, ld_o, factor);
+    accumulate_rows<Elem, M - 1, N>(count, rows, begin, end, d, p, ld_p, o, ld_o, factor);
   }
 }
 
@@ -120,11 +130,12 @@ void accumulate_tail(int64_t count, const Elem* const* rows, int64_t begin, int6
 template <class Elem, int N>
 void accumulate(const Elem* const* rows, int64_t begin, int64_t end, int64_t dim, const Elem* p,
                 int64_t ld_p, AccOf<Elem>* o, int64_t ld_o, const VecOf<AccOf<Elem>>* factor) {
-  int64_t d = 0;
-  for (; d + kRows <= dim; d += kRows) {
-    accumulate_tile<Elem, kRows, N>(rows, begin, end, d, p, ld_p, o, ld_o, factor);
+  for (int64_t d = 0; d < dim;) {
+    constexpr int kMost = most_dims(N);
+    const int64_t count = next_rows(dim - d, kMost);
+    accumulate_rows<Elem, kMost, N>(count, rows, begin, end, d, p, ld_p, o, ld_o, factor);
+    d += count;
   }
-  accumulate_tail<Elem, kRows - 1, N>(dim - d, rows, begin, end, d, p, ld_p, o, ld_o, factor);
 }
 
 template <class Elem, int M, int N>
@@ -166,10 +177,10 @@ void outer_rows(int64_t count, const Elem* p, int64_t ld_p, int64_t depth, const
 template <class Elem>
 void outer(const Elem* p, int64_t ld_p, int64_t count, int64_t depth, const Elem* b, int64_t ld_b,
            AccOf<Elem>* const* out, int64_t dim) {
-  int64_t j = 0;
-  for (; j < count; j += kRows) {
-    outer_rows<Elem, kRows>(count - j < kRows ? count - j : kRows, p + j * ld_p, ld_p, depth, b,
-                            ld_b, out + j, dim);
+  for (int64_t j = 0; j < count;) {
+    const int64_t rows = next_rows(count - j, kRows);
+    outer_rows<Elem, kRows>(rows, p + j * ld_p, ld_p, depth, b, ld_b, out + j, dim);
+    j += rows;
   }
 }
 
