@@ -25,9 +25,9 @@ UNLIMITED = 2**40  # a window side that covers any axis
 class AxisRule:
     """The window rule of one token axis.
 
-    Query ``i`` stands at key coordinate ``i + offset``, that is at index ``t`` of class ``c`` of its
-    dilation. Queries are grouped into blocks of ``stride`` (the grid starts at ``phase``); a block
-    shares one leader, and a window is ``left`` keys before the leader, the leader, and ``right``
+    Query ``i`` stands at key coordinate ``i + offset``, that is at index ``t`` of class ``c`` of
+    its dilation. Queries are grouped into blocks of ``stride`` (the grid starts at ``phase``); a
+    block shares one leader, and a window is ``left`` keys before the leader, the leader, and ``right``
     after. ``is_causal`` ends the window at the query itself.
 
     Boundary: ``inward`` shifts a window that sticks out back into the axis, so that it keeps its
@@ -58,7 +58,7 @@ class AxisRule:
     def from_kernel_size(
         cls, kernel_size: int | tuple[int, int], *, is_causal: bool = False, **options: Any
     ) -> AxisRule:
-        """A rule with ``kernel_size`` keys, self included, or ``(left, right)`` keys beside self."""
+        """A rule with ``kernel_size`` keys, self included, or ``(left, right)`` beside self."""
         if isinstance(kernel_size, tuple):
             left, right = kernel_size
         elif is_causal:
@@ -129,9 +129,9 @@ def tile_plan(
     """How the kernels would tile a problem.
 
     Returns ``box`` (queries of one vector, per axis), ``segments`` (per axis the runs
-    ``(first query, count, first key index, end)``), ``num_tiles``, ``useful_pairs`` (query-key pairs
-    inside windows), ``computed_pairs`` (pairs that the kernels multiply) and their ratio
-    ``useful_fraction``. ``lanes`` and ``vectors`` default to those of the active instruction set.
+    ``(first query, count, first key index, end)``), ``num_tiles``, ``useful_pairs`` (pairs of a
+    query and a key in its window), ``computed_pairs`` (pairs that the kernels multiply) and their
+    ratio ``useful_fraction``. ``lanes`` and ``vectors`` default to those of the active instruction set.
     """
     default_lanes, default_vectors = _C.lanes(str(dtype).removeprefix("torch."))
     plan = _C.tile_plan(

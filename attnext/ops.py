@@ -18,8 +18,9 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _LIBRARY = torch.library.Library("attnext", "DEF")
 
-# What every window op takes. `rules` holds 8 integers per rule and axis (AxisRule.fields), `head_rule`
-# the rule of each head (empty: all the first). `row_scale` multiplies `scale` per query and head.
+# What every window op takes. `rules` holds 8 integers per rule and axis (AxisRule.fields),
+# `head_rule` the rule of each head (empty: all the first). `row_scale` multiplies `scale` per query
+# and head.
 _PROBLEM = (
     "Tensor query, Tensor key, Tensor value, Tensor? row_scale, Tensor? bias, Tensor? extra_key, "
     "Tensor? extra_value, Tensor? sink_logits, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
@@ -178,7 +179,7 @@ class _WindowBackward(torch.autograd.Function):
 def _batched(
     apply: Any, size: int, in_dims: Any, args: tuple[Any, ...], more: tuple[int, ...]
 ) -> Any:
-    """Runs an op over a vmapped dimension: folded into the batch where everything that depends on it
+    """Runs an op over a vmapped dimension: folded into the batch where all that depends on it
     has a batch dimension, else one slice at a time. ``more``: further batched tensors."""
     mapped = {k for k, d in enumerate(in_dims) if isinstance(d, int)}
     folded = (*_BATCHED, *more)
@@ -220,9 +221,9 @@ def _is_plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
     )
 
 
-def window_op(*problem: Any) -> tuple[Tensor, Tensor]:
-    """window_forward, entering autograd only when something needs a gradient, and the dispatcher only
-    when something might listen there: both cost more than a small window."""
+def window_op(want_lse: bool, *problem: Any) -> tuple[Tensor, Tensor | None]:
+    """window_forward, entering autograd only when something needs a gradient, and the dispatcher
+    only when something might listen there: both cost more than a small window."""
     if torch.is_grad_enabled():
         for t in problem[:_NUM_GRADS]:
             if t is not None and t.requires_grad:
@@ -231,6 +232,11 @@ def window_op(*problem: Any) -> tuple[Tensor, Tensor]:
         return _forward(*problem)
     if torch._C._are_functorch_transforms_active():
         return _Window.apply(*problem)
-    if _is_plain(*problem[:3]):
+    if not _is_plain(*problem[:3]):
+        return _forward(*problem)
+    if want_lse:
         return _window_forward_cpu(*problem)
-    return _forward(*problem)
+    query = problem[0]
+    out = query.new_empty((*query.shape[:-1], problem[2].shape[-1]))
+    _C.window_forward(*_native(problem), out, None)
+    return out, None

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -72,6 +72,21 @@ def dense_mask(axes: Sequence[Axis], queries: Sequence[int], keys: Sequence[int]
     return _product([axis_mask(a, n, m) for a, n, m in zip(axes, queries, keys, strict=True)])
 
 
+def softmax_average(logits: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Values weighted by ``exp(logits - lse)``, and lse, the logarithm of ``sum(exp(logits))``.
+
+    Shapes: logits ``[B, H, N, M]``, values ``[B, M, H, Dv]``; out ``[B, N, H, Dv]``,
+    lse ``[B, N, H]``. A row without keys gives out 0 and lse -inf, and passes no gradient.
+    """
+    top = logits.detach().amax(dim=-1, keepdim=True)
+    top = torch.where(top == -INFINITE, 0.0, top)
+    total = torch.exp(logits - top).sum(dim=-1, keepdim=True)
+    has_keys = total != 0
+    lse = top + torch.log(torch.where(has_keys, total, 1.0))
+    out = torch.einsum("bhij,bjhd->bihd", torch.exp(logits - lse), values)
+    return out, torch.where(has_keys, lse, -INFINITE).squeeze(-1).transpose(1, 2)
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -86,6 +101,7 @@ def attention(
     sink_logits: Tensor | None = None,
     return_lse: bool = False,
     dtype: torch.dtype = torch.float64,
+    average: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = softmax_average,
 ) -> Any:
     """Softmax attention under a mask.
 
@@ -119,15 +135,7 @@ def attention(
     logits = torch.cat([logits, sink.view(1, -1, 1, 1).expand(batch, -1, num_queries, 1)], dim=-1)
     values = torch.cat([values, values.new_zeros(batch, 1, *values.shape[2:])], dim=1)
 
-    top = logits.detach().amax(dim=-1, keepdim=True)
-    top = torch.where(top == -INFINITE, 0.0, top)
-    weights = torch.exp(logits - top)
-    total = weights.sum(dim=-1, keepdim=True)
-    has_keys = total != 0  # a row without any: output 0, lse -inf, no gradient
-    total = torch.where(has_keys, total, 1.0)
-    values = values.repeat_interleave(group, dim=2)
-    out = torch.einsum("bhij,bjhd->bihd", weights / total, values)
-    lse = torch.where(has_keys, top + torch.log(total), -INFINITE).squeeze(-1).transpose(1, 2)
+    out, lse = average(logits, values.repeat_interleave(group, dim=2))
     return (out, lse) if return_lse else out
 
 

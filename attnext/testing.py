@@ -10,6 +10,7 @@ behind.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -75,32 +76,33 @@ def evaluate(
 
 
 def error_budget(exact: Tensor, plain: list[Tensor], dtype: torch.dtype) -> dict[str, float]:
-    """Largest and root-mean-square error that a result in ``dtype`` may have.
+    """Root-mean-square and largest error that a result in ``dtype`` may have.
 
     Shapes: exact is the float64 result, plain what the same formula gives in plain torch at the
         precision of the inputs: several evaluations that differ by nothing but rounding, because a
         single small tensor may come out right by luck. All have one shape.
-    Numerics: ``2 * (error of plain + one rounding of the output)``, for each of the two norms.
+    Numerics: ``2 * (error of plain + one rounding of the output)``. The largest of many errors is
+        where equally exact sums, taken in another order, differ most; it is there to catch the
+        single wrong entry that a mean hides, and may be twice that.
     Errors: ValueError where plain is not finite though exact is: nothing can be held against that.
     Complexity: linear.
     Source: FlashAttention's and attention-gym's rule of twice the low-precision reference's error.
     Example:
 
-        >>> exact = torch.ones(4, dtype=torch.float64)
-        >>> error_budget(exact, [torch.ones(4)], torch.float32)["largest"] == 2**-23
+        >>> exact = torch.ones(99, dtype=torch.float64)
+        >>> error_budget(exact, [torch.ones(99)], torch.float32)["root-mean-square"] == 2**-23
         True
     """
     finite = torch.isfinite(exact)
     magnitude = exact[finite].double()
-    rounding = torch.finfo(dtype).eps / 2
-    budget = {name: rounding * norm(magnitude) for name, norm in _NORMS.items()}
     errors = [other[finite].double() - magnitude for other in plain]
     for error in errors:
         if not torch.isfinite(error).all():
             raise ValueError("the plain formula is not finite where the exact result is")
+    rounding = torch.finfo(dtype).eps / 2
     return {
-        name: 2 * (max(norm(error) for error in errors) + budget[name])
-        for name, norm in _NORMS.items()
+        name: factor * (max(norm(error) for error in errors) + rounding * norm(magnitude))
+        for name, (norm, factor) in _NORMS.items()
     }
 
 
@@ -114,8 +116,8 @@ def assert_within_budget(
     """Hold results of ``evaluate`` against the error budget.
 
     Shapes: ``actual`` is ``evaluate(op, tensors, options, cotangents)``, or several of them, say
-        one for each instruction set; ``reference`` takes what ``op`` takes, and ``dtype``, the
-        precision to compute in.
+        one for each instruction set; ``reference`` takes what ``op`` takes, and ``dtype`` and
+        ``average`` as ``attnext.reference`` does.
     Numerics: infinite and NaN entries must be those of the float64 result. Half-precision inputs
         are held to what float32 arithmetic gives, rounded to the dtype of the result.
     Errors: AssertionError naming the result, its error and its budget.
@@ -137,16 +139,24 @@ def assert_within_budget(
     actuals = [actual] if isinstance(actual, Mapping) else list(actual)
     generator = torch.Generator().manual_seed(0)
 
-    def run(dtype: torch.dtype, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return evaluate(reference, inputs, {**options, "dtype": dtype}, cotangents)
+    exact = evaluate(
+        reference,
+        _cast(tensors, torch.float64),
+        {**options, "dtype": torch.float64},
+        cotangents,
+    )
+    stored = tensors["query"].dtype
+    compute = torch.float32 if stored in HALF else stored
 
-    exact = run(torch.float64, _cast(tensors, torch.float64))
-    compute = torch.float32 if tensors["query"].dtype in HALF else tensors["query"].dtype
+    def average(logits: Tensor, values: Tensor) -> Any:
+        return _Recomputed.apply(logits, values, stored)
+
     inputs = _cast(tensors, compute)
-    plain = [run(compute, inputs)]
+    options = {**options, "dtype": compute, "average": average}
     # A gradient of few entries needs more samples of its rounding error than a large one.
-    samples = 10 if min(result.numel() for result in exact.values()) < 16 else 2
-    plain += [run(compute, _jitter(inputs, generator)) for _ in range(samples)]
+    samples = 10 if min(result.numel() for result in exact.values()) < 16 else 4
+    variants = [inputs, *(_jitter(inputs, generator) for _ in range(samples))]
+    plain = [evaluate(reference, variant, options, cotangents) for variant in variants]
 
     fractions: dict[str, float] = {}
     for name, result in ((n, r) for results in actuals for n, r in results.items()):
@@ -164,13 +174,47 @@ def assert_within_budget(
             assert not result[empty].any(), "out is not exactly 0 in a row without keys"
         error = result.double()[finite] - expected[finite]
         for norm, allowed in error_budget(expected, others, result.dtype).items():
-            got = _NORMS[norm](error)
+            got = _NORMS[norm][0](error)
             assert got <= allowed, (
                 f"{name} ({result.dtype}): {norm} error {got:.3e} exceeds the budget {allowed:.3e}"
             )
             used = got / allowed if allowed else 0.0
             fractions[name] = max(fractions.get(name, 0.0), used)
     return fractions
+
+
+class _Recomputed(torch.autograd.Function):
+    """``reference.softmax_average`` as an op computes it that keeps no matrix of weights.
+
+    Exponentials are in base 2; the backward pass recomputes the weights from lse, and reads the sum
+    over keys in the derivative of the softmax off the stored output: ``sum(dO * O) - dLSE``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, values: Tensor, stored: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        logits = logits / math.log(2)
+        top = logits.amax(dim=-1, keepdim=True)
+        top = torch.where(top == -torch.inf, 0.0, top)
+        weights = torch.exp2(logits - top)
+        total = weights.sum(dim=-1, keepdim=True)
+        lse = (top + torch.log2(total)) * math.log(2)
+        out = torch.einsum("bhij,bjhd->bihd", weights, values)
+        out = out / torch.where(total == 0, 1.0, total).transpose(1, 2)
+        ctx.save_for_backward(logits, values, out.to(stored).to(out.dtype), lse)
+        return out, lse.squeeze(-1).transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        logits, values, out, lse = ctx.saved_tensors
+        grad_out, grad_lse = grads
+        lse = torch.where(lse == -torch.inf, torch.inf, lse)  # a row without keys: weights 0
+        weights = torch.exp2(logits - lse * math.log2(math.e))
+        grad_weights = torch.einsum("bihd,bjhd->bhij", grad_out, values)
+        delta = ((grad_out * out).sum(dim=-1) - grad_lse).transpose(1, 2).unsqueeze(-1)
+        grad_values = torch.einsum("bhij,bihd->bjhd", weights, grad_out)
+        return weights * (grad_weights - delta), grad_values, None
 
 
 def _largest(x: Tensor) -> float:
@@ -181,7 +225,7 @@ def _root_mean_square(x: Tensor) -> float:
     return x.square().mean().sqrt().item() if x.numel() else 0.0
 
 
-_NORMS = {"largest": _largest, "root-mean-square": _root_mean_square}
+_NORMS = {"root-mean-square": (_root_mean_square, 2), "largest": (_largest, 4)}
 
 
 def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
