@@ -116,10 +116,13 @@ def run_(
         rounds=rounds, budget=budget, patience=patience, contenders=names,
         modes=modes, dtypes=dtypes, memory=memory, timing=timing,
     )  # fmt: skip
+
+    def keep(record: dict[str, Any]) -> None:
+        if path is not None:
+            report.save(record, path)
+
     with _progress(quiet) as say:
-        record = run(cases, settings, say)
-    if path is not None:
-        report.save(record, path)
+        record = run(cases, settings, say, keep)
     if not quiet:
         _show(record)
     unmeasured = [

@@ -20,7 +20,7 @@ from .gate import Reference
 from .peers import contenders_for
 from .peers.contender import Contender
 from .problem import Prepared, Problem, Unavailable
-from .roofline import higher, roof
+from .roofline import Roof, higher, roof
 
 SCHEMA = 1
 
@@ -36,7 +36,7 @@ class Settings:
 
     rounds: int = 25
     budget: float = 30.0
-    patience: float = 5.0
+    patience: float = 10.0
     contenders: tuple[str, ...] = ()
     modes: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ()
@@ -47,8 +47,17 @@ class Settings:
 Say = Callable[[str], None]
 
 
-def run(cases: Sequence[Case], settings: Settings, say: Say = lambda text: None) -> dict[str, Any]:
-    """Measure and return the record; ``say`` is told what is going on."""
+def run(
+    cases: Sequence[Case],
+    settings: Settings,
+    say: Say = lambda text: None,
+    keep: Callable[[dict[str, Any]], None] = lambda record: None,
+) -> dict[str, Any]:
+    """Measure and return the record.
+
+    Args: say is told what is going on; keep is handed the record after every result, so that an
+        interrupted run is not lost.
+    """
     record: dict[str, Any] = {
         "schema": SCHEMA,
         "environment": environment.describe(),
@@ -59,6 +68,7 @@ def run(cases: Sequence[Case], settings: Settings, say: Say = lambda text: None)
         for dtype in settings.dtypes or case.dtypes:
             for mode in [m for m in case.modes if not settings.modes or m in settings.modes]:
                 record["results"].append(run_case(case, dtype, mode, settings, say))
+                keep(record)
     return record
 
 
@@ -76,7 +86,6 @@ def run_case(
         say(f"{title}: preparing and checking {contender.name}")
         entry: dict[str, Any] = {"name": contender.name, "windowed": contender.windowed}
         entries.append(entry)
-        start = time.perf_counter()
         try:
             prepared = _admit(contender, problem, training, references, settings, entry)
         except Unavailable as reason:
@@ -87,37 +96,9 @@ def run_case(
         else:
             if prepared is not None:
                 ready[contender.name] = prepared
-        entry["preparation"] = round(time.perf_counter() - start, 3)
         gc.collect()
 
-    flops, traffic = case.flops(mode), case.traffic(mode, dtype)
-    top = roof(_C.isa(), dtype)
-    if settings.timing and ready:
-        calls = {name: prepared.step for name, prepared in ready.items()}
-        timings = timing.interleave(
-            calls,
-            rounds=settings.rounds,
-            budget=settings.budget,
-            on_round=lambda r: say(f"{title}: round {r} of {settings.rounds}"),
-        )
-        top = higher(top, roof(_C.isa(), dtype))
-        for entry in entries:
-            if entry["name"] in timings:
-                measured = timings[entry["name"]]
-                entry["time"] = measured.asdict()
-                if entry["windowed"]:
-                    entry["flops_per_second"] = flops / measured.median
-                    entry["bytes_per_second"] = traffic / measured.median
-                    if top.flops:
-                        entry["share_of_peak"] = flops / measured.median / top.flops
-    del ready
-    gc.collect()
-    if settings.memory:
-        for entry in entries:
-            if entry["status"] == "ok":
-                say(f"{title}: memory of {entry['name']}")
-                _weigh(entry, case, dtype, mode)
-    return {
+    result = {
         "case": case.name,
         "group": case.group,
         "problem": case.describe(),
@@ -128,12 +109,44 @@ def run_case(
         "dtype": dtype,
         "mode": mode,
         "pairs": case.pairs,
-        "flops": flops,
-        "bytes": traffic,
-        "peak_flops": top.flops,
-        "bandwidth": top.bandwidth,
+        "flops": case.flops(mode),
+        "bytes": case.traffic(mode, dtype),
         "contenders": entries,
     }
+    before = roof(_C.isa(), dtype)
+    if settings.timing and ready:
+        timings = timing.interleave(
+            {name: prepared.step for name, prepared in ready.items()},
+            rounds=settings.rounds,
+            budget=settings.budget,
+            on_round=lambda r: say(f"{title}: round {r} of {settings.rounds}"),
+        )
+        _enter(result, timings, higher(before, roof(_C.isa(), dtype)))
+    else:
+        _enter(result, {}, before)
+    del ready
+    gc.collect()
+    if settings.memory:
+        for entry in entries:
+            if entry["status"] == "ok":
+                say(f"{title}: memory of {entry['name']}")
+                _weigh(entry, case, dtype, mode)
+    return result
+
+
+def _enter(result: dict[str, Any], timings: dict[str, timing.Timing], top: Roof) -> None:
+    """Write times, and what they mean under the roof, into a result."""
+    result["peak_flops"], result["bandwidth"] = top.flops, top.bandwidth
+    for entry in result["contenders"]:
+        if entry["name"] not in timings:
+            continue
+        measured = timings[entry["name"]]
+        entry["time"] = measured.asdict()
+        if entry["windowed"]:
+            entry["flops_per_second"] = result["flops"] / measured.median
+            entry["bytes_per_second"] = result["bytes"] / measured.median
+            if top.flops:
+                entry["share_of_peak"] = entry["flops_per_second"] / top.flops
 
 
 def _admit(
@@ -150,7 +163,9 @@ def _admit(
         _refuse_hopeless(problem.case, training, settings.patience)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peers' deprecations are not ours to print
+        start = time.perf_counter()
         prepared = contender.prepare(problem, training)
+        entry["preparation"] = round(time.perf_counter() - start, 3)
         if prepared.detail:
             entry["detail"] = prepared.detail
         if windowed not in references:

@@ -8,7 +8,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 
 from ..cases import Case
-from ..problem import Prepared, Problem
+from ..problem import Prepared, Problem, Unavailable
+
+HOPELESS = 1.5  # times the best so far
 
 
 class Contender(ABC):
@@ -32,21 +34,30 @@ class Contender(ABC):
 def fastest(
     variants: Iterable[tuple[str, Callable[[], Prepared]]], problem: Problem, training: bool
 ) -> Prepared:
-    """The variant whose single call is fastest (two rounds, hopeless ones dropped after one).
+    """The variant whose single call is fastest; its name becomes the detail of the result.
 
-    The chosen variant's name becomes the detail of the result.
+    Two rounds, so that one disturbance does not decide; those far behind drop out after one.
+    Errors: Unavailable, with the last reason, if every variant is.
     """
     best: dict[str, float] = {}
     ready: dict[str, Prepared] = {}
+    reason: Unavailable | None = None
     for name, make in variants:
-        prepared = make()
+        try:
+            prepared = make()
+        except Unavailable as unavailable:
+            reason = unavailable
+            continue
         if training:
             prepared = prepared.arm(problem.output_grad)
-        best[name] = _seconds(prepared)
-        ready[name] = prepared
-    limit = 1.5 * min(best.values())
-    for name in [name for name, seconds in best.items() if seconds <= limit]:
-        best[name] = min(best[name], _seconds(ready[name]))
+        seconds = _seconds(prepared)
+        if seconds > HOPELESS * min(best.values(), default=seconds):
+            continue
+        best[name], ready[name] = seconds, prepared
+    if not best:
+        raise reason or Unavailable("has no variant for this case")
+    for name, prepared in ready.items():
+        best[name] = min(best[name], _seconds(prepared))
     name = min(best, key=lambda name: best[name])
     chosen = ready[name]
     detail = ", ".join(filter(None, (name, chosen.detail)))

@@ -43,6 +43,8 @@ class FlexTiles(Contender):
 
     def prepare(self, problem: Problem, training: bool) -> Prepared:
         case = problem.case
+        if case.dilation > 1:
+            return _prepare(problem, training, [("by dilation class", _class_order(case))], BLOCKS)
         orders = []
         for block in BLOCKS:
             shape = _tile(case, block)
@@ -204,9 +206,17 @@ def _tile(case: Case, tokens: int) -> tuple[int, ...] | None:
 
 
 def _tile_order(case: Case, shape: tuple[int, ...]) -> Tensor:
-    """Raster indices in the order of the tiles; with dilation, of tiles within classes."""
+    """Raster indices, tile by tile."""
     t = torch.arange(case.num_queries).view(case.queries)
     for a, side in enumerate(shape):  # every axis becomes (tile, place in it), in turn
         t = t.unflatten(2 * a, (-1, side))
     tiles = [2 * a for a in range(case.rank)]
     return t.permute(*tiles, *(a + 1 for a in tiles)).flatten()
+
+
+def _class_order(case: Case) -> Tensor:
+    """Raster indices, dilation class by dilation class: only tokens of one class meet."""
+    place = torch.zeros((), dtype=torch.int64)
+    for n in case.queries:
+        place = place.unsqueeze(-1) * case.dilation + torch.arange(n) % case.dilation
+    return place.flatten().argsort(stable=True)
