@@ -27,8 +27,8 @@ class AxisRule:
 
     Query ``i`` stands at key coordinate ``i + offset``, that is at index ``t`` of class ``c`` of
     its dilation. Queries are grouped into blocks of ``stride`` (the grid starts at ``phase``); a
-    block shares one leader, and a window is ``left`` keys before the leader, the leader, and ``right``
-    after. ``is_causal`` ends the window at the query itself.
+    block shares one leader, and a window is ``left`` keys before the leader, the leader, and
+    ``right`` after. ``is_causal`` ends the window at the query itself.
 
     Boundary: ``inward`` shifts a window that sticks out back into the axis, so that it keeps its
     size (neighborhood attention, arXiv 2204.07143 and 2504.16922); ``truncate`` cuts it (sliding
@@ -131,7 +131,7 @@ def tile_plan(
     Returns ``box`` (queries of one vector, per axis), ``segments`` (per axis the runs
     ``(first query, count, first key index, end)``), ``num_tiles``, ``useful_pairs`` (pairs of a
     query and a key in its window), ``computed_pairs`` (pairs that the kernels multiply) and their
-    ratio ``useful_fraction``. ``lanes`` and ``vectors`` default to those of the active instruction set.
+    ratio ``useful_fraction``. ``lanes`` and ``vectors`` default to the active instruction set's.
     """
     default_lanes, default_vectors = _C.lanes(str(dtype).removeprefix("torch."))
     plan = _C.tile_plan(

@@ -162,6 +162,7 @@ struct KeyWalk {
   uint64_t* scratch_mask;  // [block]
   const LocalRows* local;  // null in the forward pass
   bool with_bias;
+  bool prefetch = false;  // keys are used too soon after the walk for the hardware to see them coming
   int64_t b, h_kv;
   int64_t key_base, value_base;
 
@@ -207,6 +208,11 @@ struct KeyWalk {
   }
 
  private:
+  static ATTNEXT_INLINE void fetch(const T* row, int64_t dim) {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(row + d);
+  }
+
   void emit_extra(int64_t e, KeyBlock<T>* block) const {
     const int64_t j = block->count++;
     block->key[j] = static_cast<const T*>(p.extra_key.data) + b * p.extra_key.batch +
@@ -271,6 +277,10 @@ struct KeyWalk {
       block->mask[j] = mask;
       block->key[j] = real ? key + (key_at + k * key_step) : zeros;
       block->value[j] = real ? value + (value_at + k * value_step) : zeros;
+      if (prefetch) {
+        fetch(block->key[j], p.head_dim);
+        fetch(block->value[j], p.head_dim_v);
+      }
       if (with_bias) block->bias[j] = bias_at + k * tile.bias_stride[2];
       if (local) block->row[j] = real ? row_at + k : local->dump_row;
       ++j;

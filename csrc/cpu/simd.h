@@ -256,6 +256,9 @@ struct Contraction<float> {
   static ATTNEXT_INLINE VecOf<float> fma(VecOf<float> acc, const float* e, VecOf<float> b) {
     return acc + *e * b;
   }
+  static ATTNEXT_INLINE VecOf<float> dot(VecOf<float> acc, VecOf<float> a, VecOf<float> b) {
+    return acc + a * b;
+  }
 };
 template <>
 struct Contraction<double> {
@@ -264,6 +267,9 @@ struct Contraction<double> {
   static ATTNEXT_INLINE VecOf<double> load_elems(const double* p) { return load(p); }
   static ATTNEXT_INLINE VecOf<double> fma(VecOf<double> acc, const double* e, VecOf<double> b) {
     return acc + *e * b;
+  }
+  static ATTNEXT_INLINE VecOf<double> dot(VecOf<double> acc, VecOf<double> a, VecOf<double> b) {
+    return acc + a * b;
   }
 };
 template <>
@@ -274,14 +280,15 @@ struct Contraction<Pair> {
     return load(reinterpret_cast<const float*>(p));
   }
   static ATTNEXT_INLINE VecOf<float> fma(VecOf<float> acc, const Pair* e, VecOf<float> b) {
-    uint32_t bits;
+    int32_t bits;
     memcpy(&bits, e, 4);
+    return dot(acc, (VecOf<float>)(bits - IntOf<float>{}), b);
+  }
+  static ATTNEXT_INLINE VecOf<float> dot(VecOf<float> acc, VecOf<float> a, VecOf<float> b) {
 #if defined(__AVX512BF16__) && ATTNEXT_VECTOR_BYTES == 64
-    return (VecOf<float>)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32((int)bits),
-                                          (__m512bh)(__m512)b);
+    return (VecOf<float>)_mm512_dpbf16_ps((__m512)acc, (__m512bh)(__m512)a, (__m512bh)(__m512)b);
 #else
-    const IntOf<float> x = static_cast<int32_t>(bits) - IntOf<float>{};
-    const IntOf<float> y = (IntOf<float>)b;
+    const IntOf<float> x = (IntOf<float>)a, y = (IntOf<float>)b;
     acc += (VecOf<float>)(x & (int32_t)0xffff0000) * (VecOf<float>)(y & (int32_t)0xffff0000);
     return acc + (VecOf<float>)(x << 16) * (VecOf<float>)(y << 16);
 #endif

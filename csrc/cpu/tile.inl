@@ -6,6 +6,9 @@
 //   product       out[m][lanes]  = sum_c rows[m][c] * b[c][lanes]    (scores; dK, dV)
 //   accumulate    o[d][lanes]   += sum_j rows[j][d] * p[j][lanes]    (output; dQ)
 //
+// A tile with hardly a query (decoding) would waste its lanes: row_scores and row_accumulate do one
+// query at a time with head_dim in the lanes.
+//
 // kRows x 2 vectors of accumulators fill the register file. Where only one vector is active, tiles are
 // taller, for a multiply-add's latency needs eight sums to hide. Tails are instantiated, not padded.
 #pragma once
@@ -181,6 +184,86 @@ void outer(const Elem* p, int64_t ld_p, int64_t count, int64_t depth, const Elem
     const int64_t rows = next_rows(count - j, kRows);
     outer_rows<Elem, kRows>(rows, p + j * ld_p, ld_p, depth, b, ld_b, out + j, dim);
     j += rows;
+  }
+}
+
+// Sums the lanes of each of kLanes vectors; lane i of the result is the sum of r[i].
+template <class Acc>
+ATTNEXT_INLINE VecOf<Acc> sum_each(VecOf<Acc>* r) {
+  transpose_step<Acc, 1>(r);
+  VecOf<Acc> total = r[0];
+#pragma GCC unroll 16
+  for (int i = 1; i < Simd<Acc>::kLanes; ++i) total += r[i];
+  return total;
+}
+
+// out[j * ld_out] = sum_c keys[j][c] * q[c] for keys j in [begin, end). q is padded with zeros.
+template <class Elem>
+void row_scores(const Elem* const* keys, int64_t begin, int64_t end, int64_t depth, const Elem* q,
+                AccOf<Elem>* out, int64_t ld_out) {
+  using C = Contraction<Elem>;
+  using Acc = AccOf<Elem>;
+  constexpr int kLanes = Simd<Acc>::kLanes;
+  for (int64_t j = begin; j < end; j += kLanes) {
+    const int count = end - j < kLanes ? static_cast<int>(end - j) : kLanes;
+    VecOf<Acc> acc[kLanes];
+    for (int m = 0; m < kLanes; ++m) {
+      acc[m] = VecOf<Acc>{};
+      if (m >= count) continue;
+      const Elem* row = keys[j + m];
+      int64_t c = 0;
+      for (; c + kLanes <= depth; c += kLanes) {
+        acc[m] = C::dot(acc[m], C::load_elems(row + c), C::load_elems(q + c));
+      }
+      if (c < depth) {
+        Elem tail[kLanes] = {};
+        memcpy(tail, row + c, sizeof(Elem) * (depth - c));
+        acc[m] = C::dot(acc[m], C::load_elems(tail), C::load_elems(q + c));
+      }
+    }
+    const VecOf<Acc> sums = sum_each<Acc>(acc);
+    for (int m = 0; m < count; ++m) out[(j + m) * ld_out] = sums[m];
+  }
+}
+
+template <class Elem, int N>
+ATTNEXT_INLINE void row_accumulate_tile(const Elem* const* rows, int64_t begin, int64_t end,
+                                        int64_t d, const Elem* p, int64_t ld_p, AccOf<Elem>* o) {
+  using C = Contraction<Elem>;
+  constexpr int kLanes = Simd<AccOf<Elem>>::kLanes;
+  VecOf<AccOf<Elem>> acc[N] = {};
+  for (int64_t j = begin; j < end; ++j) {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      acc[n] = C::fma(acc[n], p + j * ld_p, C::load_elems(rows[j] + d + n * kLanes));
+    }
+  }
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) store(o + d + n * kLanes, acc[n]);
+}
+
+// o[d] = sum over rows [begin, end) of p[j * ld_p] * rows[j][d] for d < dim.
+template <class Elem>
+void row_accumulate(const Elem* const* rows, int64_t begin, int64_t end, int64_t dim, const Elem* p,
+                    int64_t ld_p, AccOf<Elem>* o) {
+  constexpr int kLanes = Simd<AccOf<Elem>>::kLanes;
+  int64_t d = 0;
+  for (; d + 8 * kLanes <= dim; d += 8 * kLanes) {
+    row_accumulate_tile<Elem, 8>(rows, begin, end, d, p, ld_p, o);
+  }
+  for (; d + 4 * kLanes <= dim; d += 4 * kLanes) {
+    row_accumulate_tile<Elem, 4>(rows, begin, end, d, p, ld_p, o);
+  }
+  for (; d + kLanes <= dim; d += kLanes) {
+    row_accumulate_tile<Elem, 1>(rows, begin, end, d, p, ld_p, o);
+  }
+  for (; d < dim; ++d) {
+    VecOf<AccOf<Elem>> acc{};
+    for (int64_t j = begin; j < end; ++j) {
+      Elem one[kLanes] = {rows[j][d]};
+      acc = Contraction<Elem>::fma(acc, p + j * ld_p, Contraction<Elem>::load_elems(one));
+    }
+    o[d] = acc[0];
   }
 }
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <memory>
 #include <new>
+#include <tuple>
 #include <vector>
 
 #include "isa.h"
@@ -157,13 +158,25 @@ void window_forward(const WindowParams& p, const Geometry& geometry, const int32
     partial_bytes = std::max(partial_bytes, kernels.partial_size(p, v) * acc_size(p.dtype));
   }
   const Memory partials = allocate(items * most_splits * partial_bytes);
+  // Heads that share keys read the same part of them one after the other.
+  const int64_t group = p.heads / p.kv_heads;
+  std::vector<int64_t> order(items * most_splits);
+  for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int64_t>(i);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) {
+    const auto place = [&](int64_t i) {
+      const Item item = item_at(i / most_splits);
+      return std::make_tuple(item.b, item.h / group, i % most_splits);
+    };
+    return place(x) < place(y);
+  });
   const auto splits_of = [&](const Item& item) {
     const int64_t keys = walk_length(p, problem.view_of(item.h), item.tile);
     return std::clamp<int64_t>(keys / kMinKeys, 1, most_splits);
   };
   parallel_for(items * most_splits, 1, problem.serial, [&](int64_t begin, int64_t end) {
     void* memory = thread_buffer(0, scratch);
-    for (int64_t i = begin; i < end; ++i) {
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t i = order[n];
       const Item item = item_at(i / most_splits);
       const int64_t k = i % most_splits, count = splits_of(item);
       if (k >= count) continue;

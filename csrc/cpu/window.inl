@@ -103,6 +103,8 @@ class Window {
     rows = arena.template take<Acc>(max_lanes * widest);
     columns = arena.template take<Acc>(widest * max_lanes);
     qt = arena.template take<Elem>(dp * max_lanes);
+    q_row = arena.template take<Elem>(dp);
+    row_out = arena.template take<Acc>(dvp);
     s = arena.template take<Acc>(kBlock * max_lanes);
     if (kPairs) pair_s = arena.template take<Elem>(kBlock / 2 * max_lanes);
     ot = arena.template take<Acc>((backward ? widest : dvp) * max_lanes);
@@ -421,6 +423,49 @@ class Window {
   }
   int64_t tile_shift(int v) const { return -tile.bias_shift[v]; }
 
+  // The two products with head_dim in the lanes, for tiles that hardly have a query.
+  static constexpr int kFewQueries = kLanes >= 8 ? kLanes / 4 : 1;
+  bool is_sparse() const { return __builtin_popcountll(tile.live) <= kFewQueries; }
+
+  void sparse_scores() {
+    const int64_t depth = (p.head_dim + kDepth - 1) / kDepth;
+    for (uint64_t rest = tile.live; rest; rest &= rest - 1) {
+      const int lane = __builtin_ctzll(rest), v = lane / kLanes;
+      if constexpr (kPairs) {
+        for (int64_t d = 0; d < dp; d += kLanes) {
+          narrow(reinterpret_cast<bf16*>(q_row) + d, load(rows + lane * dp + d));
+        }
+        memset(q_row + dp / 2, 0, sizeof(Elem) * (dp - dp / 2));
+      } else {
+        memcpy(q_row, rows + lane * dp, sizeof(Acc) * dp);
+      }
+      row_scores<Elem>(key_rows, block.lo[v], block.hi[v], depth, q_row, s + lane, tile.lanes);
+    }
+  }
+  void sparse_accumulate(const Vec* factor) {
+    for (uint64_t rest = tile.live; rest; rest &= rest - 1) {
+      const int lane = __builtin_ctzll(rest), v = lane / kLanes;
+      const Elem* weights;
+      if constexpr (kPairs) {
+        for (int64_t j = block.lo[v]; j < block.hi[v]; j += 2) {
+          store(reinterpret_cast<Acc*>(pair_s) + j / 2 * tile.lanes + v * kLanes,
+                make_pairs(load(s + j * tile.lanes + v * kLanes),
+                           load(s + (j + 1) * tile.lanes + v * kLanes)));
+        }
+        weights = pair_s;
+      } else {
+        weights = s;
+      }
+      row_accumulate<Elem>(value_rows, block.lo[v] / kDepth, block.hi[v] / kDepth, p.head_dim_v,
+                           weights + lane, tile.lanes, row_out);
+      const Acc scale_old = factor[v][lane % kLanes];
+      for (int64_t d = 0; d < p.head_dim_v; ++d) {
+        Acc* o = ot + d * tile.lanes + lane;
+        *o = *o * scale_old + row_out[d];
+      }
+    }
+  }
+
   // ---- forward ---------------------------------------------------------------------------------
 
   template <bool kMasked>
@@ -461,11 +506,17 @@ class Window {
       sum[lane] = sink ? 1 : 0;
     }
     memset(ot, 0, sizeof(Acc) * dvp * tile.lanes);
-    const KeyWalk<T> walk(p, tile, zeros, walk_mask, nullptr, b, h / (p.heads / p.kv_heads));
+    KeyWalk<T> walk(p, tile, zeros, walk_mask, nullptr, b, h / (p.heads / p.kv_heads));
+    const bool sparse = is_sparse();
+    walk.prefetch = sparse;
     bool masked = false;
     while (next_block(walk, &from, to, false)) {
       masked |= block.masked;
-      block_scores(key_rows, p.head_dim, qt, s);
+      if (sparse) {
+        sparse_scores();
+      } else {
+        block_scores(key_rows, p.head_dim, qt, s);
+      }
       Vec factor[kMaxVectors];
       for (int v = 0; v < tile.vectors; ++v) {
         if (p.softcap > 0 || bias) modify(v, bias, false);
@@ -475,7 +526,11 @@ class Window {
           softmax<false>(v, factor + v);
         }
       }
-      block_accumulate(value_rows, p.head_dim_v, s, ot, factor);
+      if (sparse) {
+        sparse_accumulate(factor);
+      } else {
+        block_accumulate(value_rows, p.head_dim_v, s, ot, factor);
+      }
     }
     if (!masked || !(tile.live & (tile.live - 1))) return true;
     Vec bad{};
@@ -574,8 +629,8 @@ class Window {
   const Elem **key_rows, **value_rows;
   Elem *staged_key = nullptr, *staged_value = nullptr;
   Acc *rows, *columns;
-  Elem* qt;
-  Acc *s, *ot;
+  Elem *qt, *q_row;
+  Acc *row_out, *s, *ot;
   Elem* pair_s = nullptr;
   Elem *dot_t = nullptr, *q_rows = nullptr, *do_rows = nullptr;
   Acc *ds = nullptr, *slope = nullptr;
