@@ -281,11 +281,12 @@ def _per_head(name: str, x: Any, query: Tensor) -> tuple[list[Any], list[int]]:
         raise ValueError(
             f"{name} as a list must have one entry per query head, {query.shape[-2]}, got {len(x)}"
         )
-    distinct: list[Any] = []
     for entry in x:
-        if entry not in distinct:
-            distinct.append(entry)
-    return distinct, [distinct.index(entry) for entry in x]
+        if isinstance(entry, list):
+            raise TypeError(f"{name}: the entry of a head must be an int or a tuple, got {entry!r}")
+    number: dict[Any, int] = {}
+    head_rule = [number.setdefault(entry, len(number)) for entry in x]
+    return list(number), head_rule
 
 
 def _per_axis_windows(x: Any, rank: int) -> Sequence[Any]:
@@ -377,9 +378,9 @@ def _row_scale(scale: Any, query: Tensor, acc: torch.dtype) -> tuple[float, Tens
                 f"scale must be on the device of query, {query.device}, got {scale.device}"
             )
         rows = query.shape[:-1]
-        fits = scale.dim() <= len(rows) and all(
-            n in (1, m)
-            for n, m in zip(reversed(scale.shape), reversed(rows))  # noqa: B905
+        lead = len(rows) - scale.dim()
+        fits = lead >= 0 and all(
+            n == 1 or n == rows[lead + axis] for axis, n in enumerate(scale.shape)
         )
         if not fits:
             raise ValueError(
@@ -389,7 +390,7 @@ def _row_scale(scale: Any, query: Tensor, acc: torch.dtype) -> tuple[float, Tens
         return 1.0, scale.to(acc).expand(rows)
     if isinstance(scale, bool) or not isinstance(scale, int | float):
         raise TypeError(f"scale must be a number or a tensor, got {scale!r}")
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be finite, got {scale}")
     return float(scale), None
 
@@ -443,7 +444,7 @@ def _unit_stride(t: Tensor) -> Tensor:
 def under_autocast(*tensors: Any) -> tuple[Any, ...]:
     """The tensors in the dtype of the active autocast, if there is one (float64 stays)."""
     device = getattr(tensors[0], "device", None)
-    if device is None or not torch.is_autocast_enabled(device.type):
+    if device is None or device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return tensors
     cast = torch.get_autocast_dtype(device.type)
     return tuple(
@@ -498,7 +499,7 @@ def attend(
     if softcap is not None:
         if isinstance(softcap, bool) or not isinstance(softcap, int | float):
             raise TypeError(f"softcap must be a number, got {softcap!r}")
-        if not (softcap > 0 and math.isfinite(softcap)):
+        if not 0 < softcap < math.inf:
             raise ValueError(f"softcap must be positive and finite, got {softcap}")
     if bias is not None:
         _check_bias(bias, query)
