@@ -90,10 +90,14 @@ def problems(
     op = draw(st.sampled_from(ops))
     rank = 1 if op == "sliding_window_attention" else draw(st.sampled_from((1, 2, 2, 3)))
     limit = most * {1: 70, 2: 11, 3: 5}[rank]
-    extent = st.one_of(st.integers(1, limit), st.integers(limit // 2, limit), st.just(0))
+    extent = st.one_of(st.integers(1, limit), st.integers(limit // 2, limit))
     queries = tuple(draw(extent) for _ in range(rank))
     keys = queries if draw(st.booleans()) else tuple(draw(extent) for _ in range(rank))
-    batch = draw(st.sampled_from((1, 1, 2, 3, 0)))
+    batch = draw(st.sampled_from((1, 1, 2, 3)))
+    nothing = draw(st.sampled_from((None,) * 12 + ("batch", "queries", "keys")))
+    batch = 0 if nothing == "batch" else batch
+    queries = (0, *queries[1:]) if nothing == "queries" else queries
+    keys = (*keys[:-1], 0) if nothing == "keys" else keys
     kv_heads = draw(st.integers(1, 2))
     heads = kv_heads * draw(st.integers(1, 3))
     dtype = draw(st.sampled_from(dtypes))
@@ -180,15 +184,21 @@ def _neighborhoods(
                 sizes.append(draw(st.integers(1, keys[a] + 2)))
         return tuple(sizes)
 
-    kernel_size: Any = kernel()
+    kernels = [kernel()]
     if draw(st.integers(0, 3)) == 0:
-        kernel_size = [kernel() for _ in range(heads)]
+        kernels = [kernel() for _ in range(heads)]
+    boundary = draw(st.sampled_from(BOUNDARIES))
+    strides = [draw(st.integers(1, 5)) for _ in range(rank)]
+    if boundary == "inward":  # windows that follow one another leave no query out of its own
+        for a in range(rank):
+            sizes = [k[a] if isinstance(k[a], int) else sum(k[a]) + 1 for k in kernels]
+            strides[a] = strides[a] if causal_axes[a] else min(strides[a], *sizes)
     return {
-        "kernel_size": kernel_size,
-        "stride": per_axis(st.integers(1, 5)),
+        "kernel_size": kernels[0] if len(kernels) == 1 else kernels,
+        "stride": min(strides) if draw(st.booleans()) else tuple(strides),
         "dilation": per_axis(st.sampled_from((1, 1, 2, 3, 5))),
         "is_causal": causal,
-        "boundary": draw(st.sampled_from(BOUNDARIES)),
+        "boundary": boundary,
         "phase": per_axis(st.integers(-3, 6)),
         "offset": draw(st.sampled_from((None, None, per_axis(st.integers(-6, 6))))),
     }

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from strategies import problems
 
 import attnext
+import attnext.compat
 from attnext import reference
 from attnext.testing import available_isas, isa
 
