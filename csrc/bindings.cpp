@@ -82,7 +82,8 @@ DType dtype_of(py::handle tensor) {
     const char* names[kNumDTypes] = {"float32", "float64", "bfloat16", "float16"};
     auto** list = new PyObject*[kNumDTypes];
     for (const char* name : names) {
-      list[static_cast<int>(dtype_of(std::string(name)))] = py::object(torch.attr(name)).release().ptr();
+      list[static_cast<int>(dtype_of(std::string(name)))] =
+          py::object(torch.attr(name)).release().ptr();
     }
     return list;
   }();
@@ -169,9 +170,9 @@ Call make_call(py::handle query, py::handle key, py::handle value, py::handle ro
   const Shape k = read_tensor(key, p.dtype), v = read_tensor(value, p.dtype);
   call.rank = static_cast<int>(q.size.size()) - 3;
   const int rank = call.rank;
-  require(rank >= 1 && rank <= 3 && k.size.size() == q.size.size() &&
-              v.size.size() == q.size.size(),
-          "rank of query, key, value");
+  require(
+      rank >= 1 && rank <= 3 && k.size.size() == q.size.size() && v.size.size() == q.size.size(),
+      "rank of query, key, value");
   p.batch = q.size[0];
   p.heads = q.size[rank + 1];
   p.kv_heads = k.size[rank + 1];
@@ -284,8 +285,9 @@ Call make_call(py::handle query, py::handle key, py::handle value, py::handle ro
     p.bias_head_stride = 1;
     int64_t stride[3] = {0, 0, 0};
     for (int a = rank - 1; a >= 0; --a) {
-      require(s.size[1 + a] % 2 == 1 && (s.stride[1 + a] == p.bias_head_stride || s.size[1 + a] == 1),
-              "bias must be contiguous with odd extents");
+      require(
+          s.size[1 + a] % 2 == 1 && (s.stride[1 + a] == p.bias_head_stride || s.size[1 + a] == 1),
+          "bias must be contiguous with odd extents");
       stride[a] = p.bias_head_stride;
       p.bias_head_stride *= s.size[1 + a];
     }
@@ -296,10 +298,11 @@ Call make_call(py::handle query, py::handle key, py::handle value, py::handle ro
       for (int64_t r = 0; r < num_rules; ++r) {
         const int64_t worst = max_offset(call.geometry->tables()[3 * r + a]);
         if (worst > p.bias_reach[a]) {
-          throw std::invalid_argument(
-              "bias: its axis " + std::to_string(g < 0 ? 0 : g) + " has " +
-              std::to_string(2 * p.bias_reach[a] + 1) + " entries, but offsets up to " +
-              std::to_string(worst) + " are attended, which needs " + std::to_string(2 * worst + 1));
+          throw std::invalid_argument("bias: its axis " + std::to_string(g < 0 ? 0 : g) + " has " +
+                                      std::to_string(2 * p.bias_reach[a] + 1) +
+                                      " entries, but offsets up to " + std::to_string(worst) +
+                                      " are attended, which needs " +
+                                      std::to_string(2 * worst + 1));
         }
       }
     }
@@ -307,17 +310,17 @@ Call make_call(py::handle query, py::handle key, py::handle value, py::handle ro
   return call;
 }
 
-void window_forward(py::handle query, py::handle key, py::handle value,
-                    py::handle row_scale, py::handle bias, py::handle extra_key,
-                    py::handle extra_value, py::handle sink_logits,
-                    const std::vector<int64_t>& rules, const std::vector<int64_t>& head_rule,
-                    double scale, double softcap, int64_t sinks,
-                    const std::vector<int64_t>& cu_queries, const std::vector<int64_t>& cu_keys,
-                    py::handle out, py::handle lse) {
-  Call call = make_call(query, key, value, row_scale, bias, extra_key, extra_value,
-                        sink_logits, rules, head_rule, scale, softcap, sinks, cu_queries, cu_keys);
+void window_forward(py::handle query, py::handle key, py::handle value, py::handle row_scale,
+                    py::handle bias, py::handle extra_key, py::handle extra_value,
+                    py::handle sink_logits, const std::vector<int64_t>& rules,
+                    const std::vector<int64_t>& head_rule, double scale, double softcap,
+                    int64_t sinks, const std::vector<int64_t>& cu_queries,
+                    const std::vector<int64_t>& cu_keys, py::handle out, py::handle lse) {
+  Call call = make_call(query, key, value, row_scale, bias, extra_key, extra_value, sink_logits,
+                        rules, head_rule, scale, softcap, sinks, cu_queries, cu_keys);
   WindowParams& p = call.params;
-  p.out = call.token_tensor(read_tensor(out, p.dtype), p.batch, p.query_extent, p.heads, p.head_dim_v);
+  p.out =
+      call.token_tensor(read_tensor(out, p.dtype), p.batch, p.query_extent, p.heads, p.head_dim_v);
   if (!lse.is_none()) {
     p.lse = call.token_tensor(read_tensor(lse, accumulator(p.dtype)), p.batch, p.query_extent,
                               p.heads, 0);
@@ -326,18 +329,17 @@ void window_forward(py::handle query, py::handle key, py::handle value,
   cpu::window_forward(p, *call.geometry, call.head_rule.data());
 }
 
-void window_backward(py::handle query, py::handle key, py::handle value,
-                     py::handle row_scale, py::handle bias, py::handle extra_key,
-                     py::handle extra_value, py::handle sink_logits,
-                     const std::vector<int64_t>& rules, const std::vector<int64_t>& head_rule,
-                     double scale, double softcap, int64_t sinks,
-                     const std::vector<int64_t>& cu_queries, const std::vector<int64_t>& cu_keys,
-                     py::handle out, py::handle lse, py::handle dout, py::handle dlse,
-                     py::handle dquery, py::handle dkey, py::handle dvalue, py::handle drow_scale,
-                     py::handle dbias, py::handle dextra_key, py::handle dextra_value,
-                     py::handle dsink_logits) {
-  Call call = make_call(query, key, value, row_scale, bias, extra_key, extra_value,
-                        sink_logits, rules, head_rule, scale, softcap, sinks, cu_queries, cu_keys);
+void window_backward(py::handle query, py::handle key, py::handle value, py::handle row_scale,
+                     py::handle bias, py::handle extra_key, py::handle extra_value,
+                     py::handle sink_logits, const std::vector<int64_t>& rules,
+                     const std::vector<int64_t>& head_rule, double scale, double softcap,
+                     int64_t sinks, const std::vector<int64_t>& cu_queries,
+                     const std::vector<int64_t>& cu_keys, py::handle out, py::handle lse,
+                     py::handle dout, py::handle dlse, py::handle dquery, py::handle dkey,
+                     py::handle dvalue, py::handle drow_scale, py::handle dbias,
+                     py::handle dextra_key, py::handle dextra_value, py::handle dsink_logits) {
+  Call call = make_call(query, key, value, row_scale, bias, extra_key, extra_value, sink_logits,
+                        rules, head_rule, scale, softcap, sinks, cu_queries, cu_keys);
   WindowParams& p = call.params;
   const DType acc = accumulator(p.dtype);
   const auto queries = [&](py::handle t, int64_t dim) {

@@ -243,8 +243,9 @@ WindowPlan make_plan(AxisTable tables[3], const PlanOptions& options) {
           const int64_t r = (axis.segments[k].query - q0) / t.dilation;
           return static_cast<int32_t>(r / slab_length(a));
         };
-        Group g{s, 1, static_cast<int32_t>(c), axis.segments[s].begin, axis.segments[s].end, 0, 0,
-                slab_of(s)};
+        Group g{
+            s, 1,         static_cast<int32_t>(c), axis.segments[s].begin, axis.segments[s].end, 0,
+            0, slab_of(s)};
         while (g.num_segments < most && s + g.num_segments < first[c + 1] &&
                slab_of(s + g.num_segments) == g.slab) {
           g.end = std::max(g.end, axis.segments[s + g.num_segments].end);

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Who attends whom. A rule on one axis is a function window(i) -> [begin, end) whose ends never
-// move left; everything else here (inverse, bounds, tile plans) is derived from the tables it fills.
-// Kernels see only the plain PlanView at the bottom.
+// move left; everything else here (inverse, bounds, tile plans) is derived from the tables it
+// fills. Kernels see only the plain PlanView at the bottom.
 //
-// Units: dilation d splits a key axis into d classes (coordinate mod d) that never mix. Inside class
-// c, key index u stands for coordinate c + d*u; all intervals are in such indices.
+// Units: dilation d splits a key axis into d classes (coordinate mod d) that never mix. Inside
+// class c, key index u stands for coordinate c + d*u; all intervals are in such indices.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +37,7 @@ struct AxisTable {
   int64_t dilation = 1;
   int64_t offset = 0;
   std::vector<int32_t> begin, end;
-  std::vector<int32_t> position;  // of packed queries, as key coordinates; else empty
+  std::vector<int32_t> position;              // of packed queries, as key coordinates; else empty
   std::vector<int32_t> sink_begin, sink_end;  // empty when there are no sinks
   int64_t sink_rows = 0;  // keys [0, sink_rows) are everybody's sinks (not so in packed sequences)
 

@@ -49,8 +49,8 @@ const Level& find(const std::string& name) {
     if (name == level.name) return level;
     all += (all.empty() ? "" : ", ") + std::string(level.name);
   }
-  throw std::invalid_argument("isa '" + name + "' is not available on this machine (available: " +
-                              all + ")");
+  throw std::invalid_argument("isa '" + name +
+                              "' is not available on this machine (available: " + all + ")");
 }
 
 std::atomic<const Level*>& current() {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which instruction set the kernels use: the best the CPU and the operating system offer, or the one
-// that ATTNEXT_ISA or set_isa() names.
+// Which instruction set the kernels use: the best the CPU and the operating system offer, or the
+// one that ATTNEXT_ISA or set_isa() names.
 #pragma once
 
 #include <string>

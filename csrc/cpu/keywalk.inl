@@ -17,7 +17,9 @@ constexpr int kMaxLanes = 64;  // one bit each in a mask
 
 ATTNEXT_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 ATTNEXT_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-ATTNEXT_INLINE int64_t clamp64(int64_t x, int64_t lo, int64_t hi) { return min64(max64(x, lo), hi); }
+ATTNEXT_INLINE int64_t clamp64(int64_t x, int64_t lo, int64_t hi) {
+  return min64(max64(x, lo), hi);
+}
 ATTNEXT_INLINE int64_t at(const TensorRef& t, int64_t b, const int64_t x[3], int64_t h) {
   return b * t.batch + x[0] * t.token[0] + x[1] * t.token[1] + x[2] * t.token[2] + h * t.head;
 }
@@ -145,12 +147,12 @@ constexpr int64_t kNoBias = -1;
 template <class T>
 struct KeyBlock {
   int64_t count;
-  bool masked;         // some live lane does not attend some key
-  const T** key;       // addresses of rows; phantom keys point at zeros
+  bool masked;    // some live lane does not attend some key
+  const T** key;  // addresses of rows; phantom keys point at zeros
   const T** value;
   uint64_t* mask;
-  int64_t* bias;       // offset of the bias row for vector 0, or kNoBias
-  int64_t* row;        // accumulator row
+  int64_t* bias;                             // offset of the bias row for vector 0, or kNoBias
+  int64_t* row;                              // accumulator row
   int64_t lo[kMaxVectors], hi[kMaxVectors];  // keys outside do not concern the vector
 };
 
@@ -162,14 +164,21 @@ struct KeyWalk {
   uint64_t* scratch_mask;  // [block]
   const LocalRows* local;  // null in the forward pass
   bool with_bias;
-  bool prefetch = false;  // keys are used too soon after the walk for the hardware to see them coming
+  bool prefetch =
+      false;  // keys are used too soon after the walk for the hardware to see them coming
   int64_t b, h_kv;
   int64_t key_base, value_base;
 
   KeyWalk(const WindowParams& params, const Tile& t, const T* zero_row, uint64_t* masks,
           const LocalRows* rows, int64_t batch, int64_t head_kv)
-      : p(params), tile(t), zeros(zero_row), scratch_mask(masks), local(rows),
-        with_bias(params.bias != nullptr), b(batch), h_kv(head_kv) {
+      : p(params),
+        tile(t),
+        zeros(zero_row),
+        scratch_mask(masks),
+        local(rows),
+        with_bias(params.bias != nullptr),
+        b(batch),
+        h_kv(head_kv) {
     const int64_t origin[3] = {0, 0, 0};
     key_base = at(p.key, b, origin, h_kv);
     value_base = at(p.value, b, origin, h_kv);
@@ -193,8 +202,7 @@ struct KeyWalk {
       const int64_t r = pos - sink_end, row = r / tile.width, column = r % tile.width;
       const int64_t n1 = tile.group[1]->end - tile.group[1]->begin;
       const int64_t u0 = row / n1, u1 = row % n1;
-      const int64_t n =
-          min64(min64(tile.width - column, to - pos), capacity - block->count);
+      const int64_t n = min64(min64(tile.width - column, to - pos), capacity - block->count);
       if (tile.row_mask[0][u0] & tile.row_mask[1][u1] & tile.live) {
         all &= emit_run(u0, u1, tile.group[2]->begin + column, n, false, block);
         pos += n;
@@ -240,7 +248,8 @@ struct KeyWalk {
     bool phantom = false;
     for (int a = 0; a < 3; ++a) {
       const int64_t c = tile.group[a]->cls;
-      const int64_t size = c < axis[a].num_keys ? (axis[a].num_keys - c - 1) / axis[a].dilation + 1 : 0;
+      const int64_t size =
+          c < axis[a].num_keys ? (axis[a].num_keys - c - 1) / axis[a].dilation + 1 : 0;
       if (a < 2 && (index[a] < 0 || index[a] >= size)) phantom = true;
       x[a] = c + axis[a].dilation * index[a];
     }
@@ -253,8 +262,7 @@ struct KeyWalk {
     const T* value = static_cast<const T*>(p.value.data) + value_base;
     const int64_t key_step = axis[2].dilation * p.key.token[2];
     const int64_t value_step = axis[2].dilation * p.value.token[2];
-    const int64_t key_at =
-        x[0] * p.key.token[0] + x[1] * p.key.token[1] + x[2] * p.key.token[2];
+    const int64_t key_at = x[0] * p.key.token[0] + x[1] * p.key.token[1] + x[2] * p.key.token[2];
     const int64_t value_at =
         x[0] * p.value.token[0] + x[1] * p.value.token[1] + x[2] * p.value.token[2];
     int64_t bias_at = 0;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The machine's own limit: independent multiply-adds in registers, as many as the kernels' tile has.
+// The machine's own limit: independent multiply-adds in registers, as many as the kernels' tile
+// has.
 #pragma once
 
 #include "tile.inl"

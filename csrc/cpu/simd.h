@@ -29,8 +29,7 @@ struct Simd<float> {
   typedef float Vec __attribute__((vector_size(ATTNEXT_VECTOR_BYTES)));
   typedef int32_t Int __attribute__((vector_size(ATTNEXT_VECTOR_BYTES)));
   typedef uint16_t Half __attribute__((vector_size(ATTNEXT_VECTOR_BYTES / 2)));
-  typedef float Unaligned
-      __attribute__((vector_size(ATTNEXT_VECTOR_BYTES), aligned(4), may_alias));
+  typedef float Unaligned __attribute__((vector_size(ATTNEXT_VECTOR_BYTES), aligned(4), may_alias));
   typedef uint16_t UnalignedHalf
       __attribute__((vector_size(ATTNEXT_VECTOR_BYTES / 2), aligned(2), may_alias));
   using Lane = int32_t;

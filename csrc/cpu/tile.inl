@@ -9,8 +9,9 @@
 // A tile with hardly a query (decoding) would waste its lanes: row_scores and row_accumulate do one
 // query at a time with head_dim in the lanes.
 //
-// kRows x 2 vectors of accumulators fill the register file. Where only one vector is active, tiles are
-// taller, for a multiply-add's latency needs eight sums to hide. Tails are instantiated, not padded.
+// kRows x 2 vectors of accumulators fill the register file. Where only one vector is active, tiles
+// are taller, for a multiply-add's latency needs eight sums to hide. Tails are instantiated, not
+// padded.
 #pragma once
 
 #include "simd.h"

@@ -139,7 +139,8 @@ void window_forward(const WindowParams& p, const Geometry& geometry, const int32
       const Item item = item_at(i);
       longest = std::max(longest, walk_length(p, problem.view_of(item.h), item.tile));
     }
-    most_splits = std::clamp<int64_t>(longest / kMinKeys, 1, kManyItems / std::max<int64_t>(items, 1));
+    most_splits =
+        std::clamp<int64_t>(longest / kMinKeys, 1, kManyItems / std::max<int64_t>(items, 1));
   }
   if (most_splits == 1) {
     const int64_t grain = std::clamp<int64_t>(items / (8 * max_threads()), 1, 16);
@@ -203,7 +204,7 @@ namespace {
 
 // The slabs of one class of the slab axis, common to all rules.
 struct ClassSlabs {
-  int64_t first = 0, count = 0;                       // in the plans' slab lists
+  int64_t first = 0, count = 0;                     // in the plans' slab lists
   std::vector<std::pair<int64_t, int64_t>> shared;  // key coordinates that are not one slab's own
 };
 
@@ -319,7 +320,8 @@ void window_backward(const WindowParams& p, const Geometry& geometry, const int3
     void* dbias = p.dbias ? thread_buffer(2, bias_bytes) : nullptr;
     for (int64_t i = begin; i < end; ++i) {
       SlabItem item = work[i];
-      const int64_t used = item.size[0] * item.size[1] * item.size[2] + sink_rows + p.extra_keys + 1;
+      const int64_t used =
+          item.size[0] * item.size[1] * item.size[2] + sink_rows + p.extra_keys + 1;
       std::fill_n(static_cast<char*>(rows), used * row_bytes, 0);
       for (int64_t g = 0; g < group_heads; ++g) {
         const int64_t h = item.kv_head * group_heads + g;
@@ -327,7 +329,8 @@ void window_backward(const WindowParams& p, const Geometry& geometry, const int3
         for (int a = 0; a < 3; ++a) {
           const std::vector<int32_t>& first = plan.axis[a].class_first_group;
           item.first_group[a] = a == s ? plan.slabs[i % num_slabs].first_group : first[item.cls[a]];
-          item.last_group[a] = a == s ? plan.slabs[i % num_slabs].last_group : first[item.cls[a] + 1];
+          item.last_group[a] =
+              a == s ? plan.slabs[i % num_slabs].last_group : first[item.cls[a] + 1];
         }
         kernels.backward(p, problem.view_of(h), item, h, problem.bias_of(h), rows, dbias,
                          want_table ? table_of(i, g) : nullptr, memory);

@@ -26,7 +26,8 @@ struct WindowKernels {
   int64_t (*backward_scratch)(const WindowParams&, const PlanView&);
   int64_t (*accumulator_row)(const WindowParams&);  // numbers in one row of dK and dV accumulators
 
-  // Expands a head's bias table for vectors of the plan's box: [keys relative to the vector][lanes].
+  // Expands a head's bias table for vectors of the plan's box: [keys relative to the
+  // vector][lanes].
   int64_t (*bias_size)(const PlanView&);
   void (*expand_bias)(const WindowParams&, const PlanView&, int64_t head, void* expanded);
 
@@ -56,8 +57,7 @@ struct WindowKernels {
   int64_t (*halo_rows)(const PlanView&, const SlabItem&);  // rows of finish_slab's halo, less tail
 };
 
-void window_forward(const WindowParams& params, const Geometry& geometry,
-                    const int32_t* head_rule);
+void window_forward(const WindowParams& params, const Geometry& geometry, const int32_t* head_rule);
 void window_backward(const WindowParams& params, const Geometry& geometry,
                      const int32_t* head_rule);
 

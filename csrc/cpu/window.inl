@@ -317,7 +317,8 @@ class Window {
           store(dst + d, join(widen(src[j] + d), widen(src[j + 1] + d)));
         }
         if (d < dim) {
-          store(dst + d, join(widen_tail(src[j] + d, dim - d), widen_tail(src[j + 1] + d, dim - d)));
+          store(dst + d,
+                join(widen_tail(src[j] + d, dim - d), widen_tail(src[j + 1] + d, dim - d)));
         }
         out[j / 2] = staged + j / 2 * ld;
       }

@@ -14,9 +14,6 @@ template <class T>
 class WindowBackward : public Window<T> {
  public:
   using Base = Window<T>;
-  using typename Base::Acc;
-  using typename Base::Elem;
-  using typename Base::Vec;
   using Base::block;
   using Base::kBlock;
   using Base::kLanes;
@@ -24,6 +21,9 @@ class WindowBackward : public Window<T> {
   using Base::p;
   using Base::plan;
   using Base::tile;
+  using typename Base::Acc;
+  using typename Base::Elem;
+  using typename Base::Vec;
 
   WindowBackward(const WindowParams& params, const PlanView& view, void* scratch)
       : Base(params, view, scratch, true) {
@@ -332,10 +332,11 @@ class WindowBackward : public Window<T> {
     for_bias(p, plan, [&](int64_t e, int64_t t) { dtable[t] += dbias[e]; });
   }
 
-  // ---- rows of key and value gradients -----------------------------------------------------------
+  // ---- rows of key and value gradients
+  // -----------------------------------------------------------
 
-  // Calls f(local row, slab-axis coordinate, token coordinates) for every key of the item's box with
-  // the slab-axis coordinate in [from, to).
+  // Calls f(local row, slab-axis coordinate, token coordinates) for every key of the item's box
+  // with the slab-axis coordinate in [from, to).
   template <class F>
   static void for_rows(const PlanView& plan, const SlabItem& item, int64_t from, int64_t to, F f) {
     const int s = plan.slab_axis;
@@ -370,10 +371,9 @@ class WindowBackward : public Window<T> {
     const int64_t stride = row_size(p);
     const int s = plan.slab_axis;
     const int64_t begin = item.begin[s], end = begin + item.size[s];
-    for_rows(plan, item, item.own_begin, item.own_end,
-             [&](int64_t r, int64_t, const int64_t x[3]) {
-               write_key(p, item, x, rows + r * stride);
-             });
+    for_rows(plan, item, item.own_begin, item.own_end, [&](int64_t r, int64_t, const int64_t x[3]) {
+      write_key(p, item, x, rows + r * stride);
+    });
     const auto save = [&](int64_t r, int64_t, const int64_t*) {
       memcpy(halo, rows + r * stride, sizeof(Acc) * stride);
       halo += stride;
@@ -442,12 +442,12 @@ class WindowBackward : public Window<T> {
         const int64_t row = halo_rows(plan, items[k]) + plan.axis[2].sink_rows + e;
         return static_cast<const Acc*>(halos[k]) + row * row_size(p);
       };
-      sum_rows(count, source, 0, p.head_dim,
-               static_cast<T*>(p.dextra_key.data) +
-                   at(p.dextra_key, whole.batch, x, whole.kv_head));
-      sum_rows(count, source, Base::padded(p.head_dim), p.head_dim_v,
-               static_cast<T*>(p.dextra_value.data) +
-                   at(p.dextra_value, whole.batch, x, whole.kv_head));
+      sum_rows(
+          count, source, 0, p.head_dim,
+          static_cast<T*>(p.dextra_key.data) + at(p.dextra_key, whole.batch, x, whole.kv_head));
+      sum_rows(
+          count, source, Base::padded(p.head_dim), p.head_dim_v,
+          static_cast<T*>(p.dextra_value.data) + at(p.dextra_value, whole.batch, x, whole.kv_head));
     }
   }
 

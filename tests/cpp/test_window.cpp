@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every instruction set and dtype against a naive float64 restatement, without Python: for sanitizer
-// builds and for machines (or emulators) that have no torch. Also: the result must not depend on the
-// number of threads, and nothing outside a tensor may be read (the sanitizer tells) or written.
+// Every instruction set and dtype against a naive float64 restatement, without Python: for
+// sanitizer builds and for machines (or emulators) that have no torch. Also: the result must not
+// depend on the number of threads, and nothing outside a tensor may be read (the sanitizer tells)
+// or written.
 #include <omp.h>
 
 #include <cmath>
@@ -214,7 +215,8 @@ void run(const Problem& c, DType type, const std::string& where, unsigned seed) 
             const double factor = c.row_scale ? scale.get(i, 0) : 0.3;
             const auto add = [&](const Tensor* source, int64_t row, int64_t extra, int64_t table) {
               double dot = 0;
-              for (int64_t d = 0; source && d < c.dim; ++d) dot += q.get(i, d) * source->get(row, d);
+              for (int64_t d = 0; source && d < c.dim; ++d)
+                dot += q.get(i, d) * source->get(row, d);
               double logit = factor * dot, slope = 1;
               if (c.softcap > 0) {
                 const double t = std::tanh(logit / c.softcap);
@@ -236,7 +238,8 @@ void run(const Problem& c, DType type, const std::string& where, unsigned seed) 
             const int64_t sink_hi = c.sinks > 0 ? tables[2].sink_end[x[2]] : 0;
             for (int64_t u0 = lo[0]; u0 < hi[0]; ++u0) {
               for (int64_t u1 = lo[1]; u1 < hi[1]; ++u1) {
-                for (int64_t u2 = std::min<int64_t>(lo[2], 0); u2 < std::max(hi[2], sink_hi); ++u2) {
+                for (int64_t u2 = std::min<int64_t>(lo[2], 0); u2 < std::max(hi[2], sink_hi);
+                     ++u2) {
                   const bool in = (u2 >= lo[2] && u2 < hi[2]) || (u2 >= 0 && u2 < sink_hi);
                   if (!in) continue;
                   const int64_t u[3] = {u0, u1, u2};
@@ -246,7 +249,8 @@ void run(const Problem& c, DType type, const std::string& where, unsigned seed) 
                     const int64_t cls = tables[a].query_class(x[a]);
                     y[a] = cls + tables[a].dilation * u[a];
                     real = real && u[a] >= 0 && y[a] < c.k[a];
-                    table = table * (2 * reach[a] + 1) + u[a] - tables[a].query_index(x[a]) + reach[a];
+                    table =
+                        table * (2 * reach[a] + 1) + u[a] - tables[a].query_index(x[a]) + reach[a];
                   }
                   add(real ? &k : nullptr, real ? k.row(b, y, hk) : -1, -1, table);
                 }
@@ -306,7 +310,8 @@ void run(const Problem& c, DType type, const std::string& where, unsigned seed) 
             for (int64_t d = 0; d < c.dim; ++d) {
               expect_close("dquery", where, dq.get(i, d), rdq[d], tolerance);
             }
-            if (c.row_scale) expect_close("dscale", where, dscale.get(i, 0), rdscale, 4 * tolerance);
+            if (c.row_scale)
+              expect_close("dscale", where, dscale.get(i, 0), rdscale, 4 * tolerance);
           }
         }
       }
@@ -388,7 +393,14 @@ int main(int argc, char** argv) {
     c.dim = 17, c.dim_v = 9;
     problems.push_back(c);
   }
-  problems.push_back({1, 2, 2, 12, 20, 1, {4, 6, 7}, {4, 6, 7},
+  problems.push_back({1,
+                      2,
+                      2,
+                      12,
+                      20,
+                      1,
+                      {4, 6, 7},
+                      {4, 6, 7},
                       {axis(1, 1, in), axis(2, 1, pad, 2), axis(2, 2, cut)}});
   problems.back().bias = true;
 
