@@ -28,7 +28,7 @@ STRETCH = 64  # consecutive rows that share the gathered keys
 # a peer's digits (the gradients of torch's flash attention use up to twice the budget), so it opens
 # at a few budgets: far below what one wrong key would cost.
 SLACK = 4.0
-WORK = 4e10  # float64 operations that one check may take, about two seconds of two cores
+WORK = 6e9  # float64 operations that one check may take: a few seconds of two cores, all told
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Reference:
         self.problem = problem
         self.training = training
         self.windowed = windowed
-        self.rows = _rows(problem.case)
+        self.rows = _rows(problem.case, windowed)
         self.output_grad = torch.zeros_like(problem.output_grad)
         grads = self.output_grad.flatten(1, -3)
         grads[:, self.rows] = problem.output_grad.flatten(1, -3)[:, self.rows]
@@ -68,7 +68,7 @@ class Reference:
         # The same formula at the precision of the inputs, also on inputs moved by a rounding:
         # one evaluation of few numbers may come out right by luck.
         plain = [self._run(problem.dtype)]
-        few = len(self.rows) <= 4 * STRETCH
+        few = problem.case.num_queries <= 4 * STRETCH
         plain += [self._run(problem.dtype, seed) for seed in range(1, 7 if few else 2)]
         self.budget = {
             name: error_budget(exact, [one[name] for one in plain], problem.dtype)["largest"]
@@ -162,11 +162,14 @@ class _Stretch:
         return result
 
 
-def _rows(case: Case) -> Tensor:
-    per_row = 14.0 * case.head_dim * case.pairs / case.num_queries  # 4 D forward, 10 D backward
+def _rows(case: Case, windowed: bool) -> Tensor:
+    every = case.batch * case.heads * case.num_queries * case.num_keys
+    pairs = case.pairs if windowed else every
+    per_row = 14.0 * case.head_dim * pairs / case.num_queries  # 4 D forward, 10 D backward
     stretches = -(-case.num_queries // STRETCH)
-    # A stretch computes the union of its windows: taken as twice one window.
-    affordable = max(int(WORK / (2 * per_row * STRETCH)), 4)
+    # A stretch computes the union of its windows: about two of them in 1-D, five of an image.
+    union = 2 if case.rank == 1 else 5
+    affordable = max(int(WORK / (union * per_row * STRETCH)), 4)
     if stretches > affordable:
         chosen = torch.linspace(0, stretches - 1, affordable).round().long().unique()
     else:

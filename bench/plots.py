@@ -136,7 +136,8 @@ def _bars(results: list[Result], record: dict[str, Any], path: Path) -> Path:
         start = place
         for name, ratio in ratios.items():
             ax.barh(place, ratio, color=f"C{names.index(name) % 10}")
-            ax.annotate(f" {ratio:.1f}×", (ratio, place), va="center", fontsize=7)
+            text = f" {ratio:.2g}×" if ratio < 10 else f" {ratio:.0f}×"
+            ax.annotate(text, (ratio, place), va="center", fontsize=7)
             place += 1
         ticks.append(
             (0.5 * (start + place - 1), f"{result['case']}\n{result['dtype']} {result['mode']}")
