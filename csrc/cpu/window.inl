@@ -547,14 +547,13 @@ class Window {
     for (int lane = 0; lane < tile.lanes; ++lane) {
       inverse[lane] = sum[lane] == 0 ? Acc(0) : Acc(1) / sum[lane];
       if (!p.lse.data || !(tile.live >> lane & 1)) continue;
+      // In fp64: what lse loses here, the backward pass would lose once more per weight.
       static_cast<Acc*>(p.lse.data)[offset_of(p.lse, lane, b, h)] =
-          sum[lane] == 0 ? Acc(-INFINITY) : maximum[lane] * Acc(1 / kLog2E) + log_of(sum[lane]);
+          sum[lane] == 0 ? Acc(-INFINITY)
+                         : static_cast<Acc>(maximum[lane] / kLog2E + ::log(double(sum[lane])));
     }
     store_rows(p.out, p.head_dim_v, inverse, b, h);
   }
-  static float log_of(float x) { return ::logf(x); }
-  static double log_of(double x) { return ::log(x); }
-
   void forward(int64_t b, int64_t h, const int64_t index[3], int64_t from, int64_t to,
                const Acc* bias, Acc* partial) {
     start_tile(index);

@@ -80,6 +80,7 @@ class WindowBackward : public Window<T> {
     bool finite = true;
     for (int lane = 0; lane < tile.lanes; ++lane) {
       lse2[lane] = Acc(INFINITY);  // weights 0
+      lse2_rest[lane] = 0;
       if (!(tile.live >> lane & 1)) {
         delta[lane] = 0;
         continue;
@@ -88,7 +89,11 @@ class WindowBackward : public Window<T> {
       if (p.dlse.data && lse != Acc(-INFINITY)) {
         delta[lane] -= static_cast<const Acc*>(p.dlse.data)[this->offset_of(p.dlse, lane, b, h)];
       }
-      if (lse != Acc(-INFINITY)) lse2[lane] = lse * Acc(kLog2E);
+      if (lse != Acc(-INFINITY)) {
+        const double exact = lse * kLog2E;
+        lse2[lane] = static_cast<Acc>(exact);
+        lse2_rest[lane] = lse * 0 == 0 ? static_cast<Acc>(exact - double(lse2[lane])) : Acc(0);
+      }
       if (dsink && lse != Acc(-INFINITY)) {
         const Acc sink = static_cast<const Acc*>(p.sink_logits)[h];
         *dsink -= this->exp2_of((sink - lse) * Acc(kLog2E)) * delta[lane];
@@ -116,9 +121,10 @@ class WindowBackward : public Window<T> {
   void differentiate(int v) {
     const int ld = tile.lanes, shift = v * kLanes;
     Acc *x = this->s + shift, *dx = this->ds + shift;
-    const Vec level = load(lse2 + shift), mean = load(delta + shift);
+    const Vec level = load(lse2 + shift), rest = load(lse2_rest + shift);
+    const Vec mean = load(delta + shift);
     for (int64_t j = block.lo[v]; j < block.hi[v]; ++j) {
-      Vec w = exp2(load(x + j * ld) - level);
+      Vec w = exp2((load(x + j * ld) - level) - rest);
       Vec g = w * (load(dx + j * ld) - mean);
       if constexpr (kMasked) {
         w = select_bits<Acc>(block.mask[j] >> shift, w, Vec{});
@@ -472,7 +478,8 @@ class WindowBackward : public Window<T> {
 
   Elem* pair_key = nullptr;
   const Elem** pair_key_rows = nullptr;
-  alignas(64) Acc lse2[kMaxLanes];
+  alignas(64) Acc lse2[kMaxLanes];  // log-sum-exp in base 2, and what rounding took from it
+  alignas(64) Acc lse2_rest[kMaxLanes];
   alignas(64) Acc delta[kMaxLanes];
 };
 
