@@ -17,10 +17,10 @@ namespace attnext {
 namespace cpu {
 namespace {
 
-std::atomic<bool> in_forked_child{false};
+std::atomic<bool> plain_threads{false};
 const bool fork_is_watched = [] {
   // libgomp's worker threads do not survive fork, and it waits for them for ever.
-  pthread_atfork(nullptr, nullptr, [] { in_forked_child = true; });
+  pthread_atfork(nullptr, nullptr, avoid_openmp);
   return true;
 }();
 
@@ -51,6 +51,8 @@ class FirstError {
 
 int max_threads() { return omp_get_max_threads(); }
 
+void avoid_openmp() { plain_threads = true; }
+
 void* thread_buffer(int slot, size_t bytes) {
   Buffer& b = buffers[slot];
   if (b.bytes < bytes) {
@@ -69,7 +71,7 @@ void run_parallel(int64_t n, int64_t grain, bool serial,
   grain = std::max<int64_t>(grain, 1);
   const int64_t chunks = (n + grain - 1) / grain;
   const int threads = static_cast<int>(std::min<int64_t>(max_threads(), chunks));
-  if (serial || threads == 1 || (!in_forked_child && omp_in_parallel())) {
+  if (serial || threads == 1 || (!plain_threads && omp_in_parallel())) {
     fn(context, 0, n);
     return;
   }
@@ -84,7 +86,7 @@ void run_parallel(int64_t n, int64_t grain, bool serial,
       error.keep();
     }
   };
-  if (in_forked_child) {
+  if (plain_threads) {
     std::vector<std::thread> pool;
     for (int t = 1; t < threads; ++t) pool.emplace_back(work);
     work();

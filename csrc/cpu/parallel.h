@@ -11,6 +11,10 @@ namespace cpu {
 
 int max_threads();
 
+// From now on threads are started afresh for every call: what a forked child does, and what a
+// thread sanitizer needs, which does not know OpenMP's barriers.
+void avoid_openmp();
+
 // Calls fn(context, begin, end) over [0, n) in chunks of `grain`, handed out as threads get free.
 void run_parallel(int64_t n, int64_t grain, bool serial,
                   void (*fn)(void* context, int64_t begin, int64_t end), void* context);

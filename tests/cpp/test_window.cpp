@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/parallel.h"
 #include "cpu/window.h"
 
 using namespace attnext;
@@ -361,6 +362,9 @@ AxisRule axis(int64_t left, int64_t right, Boundary boundary, int64_t stride = 1
 }  // namespace
 
 int main(int argc, char** argv) {
+#if defined(__SANITIZE_THREAD__)
+  cpu::avoid_openmp();
+#endif
   omp_set_num_threads(1);
   const Boundary in = Boundary::kInward, cut = Boundary::kTruncate, pad = Boundary::kZeroPad;
   const AxisRule self;
