@@ -91,7 +91,7 @@ def run(
     checked = sum(result.check.rows for result in results)
     out.print(
         f"\n[dim]error:[/] largest difference from float64 over {checked} query rows; "
-        "[dim]budget:[/] twice torch's own error at the same precision, plus one rounding."
+        "[dim]budget:[/] twice the error of torch and one rounding (four times for the largest)."
     )
     out.print(
         f"Read with no training, {guesses['next_byte']:.0%} of the text's bytes are guessed from "
