@@ -135,6 +135,8 @@ class Window {
     const Group* groups[3];
     for (int a = 0; a < 3; ++a) groups[a] = plan.axis[a].groups + index[a];
     tile.init(plan, groups, kLanes, p.extra_keys);
+    // Of the whole tile: a query that is redone alone must come out with the same bits.
+    sparse = __builtin_popcountll(tile.live) <= kFewQueries;
   }
 
   int64_t offset_of(const TensorRef& t, int lane, int64_t b, int64_t h) const {
@@ -426,7 +428,6 @@ class Window {
 
   // The two products with head_dim in the lanes, for tiles that hardly have a query.
   static constexpr int kFewQueries = kLanes >= 8 ? kLanes / 4 : 1;
-  bool is_sparse() const { return __builtin_popcountll(tile.live) <= kFewQueries; }
 
   void sparse_scores() {
     const int64_t depth = (p.head_dim + kDepth - 1) / kDepth;
@@ -508,7 +509,6 @@ class Window {
     }
     memset(ot, 0, sizeof(Acc) * dvp * tile.lanes);
     KeyWalk<T> walk(p, tile, zeros, walk_mask, nullptr, b, h / (p.heads / p.kv_heads));
-    const bool sparse = is_sparse();
     walk.prefetch = sparse;
     bool masked = false;
     while (next_block(walk, &from, to, false)) {
@@ -534,8 +534,13 @@ class Window {
       }
     }
     if (!masked || !(tile.live & (tile.live - 1))) return true;
+    return output_is_finite(p.head_dim_v);
+  }
+
+  // Whether `ot`[dim][lanes] holds neither NaN nor inf.
+  bool output_is_finite(int64_t dim) const {
     Vec bad{};
-    for (int64_t i = 0; i < p.head_dim_v * tile.lanes; i += kLanes) bad += load(ot + i) * Acc(0);
+    for (int64_t i = 0; i < dim * tile.lanes; i += kLanes) bad += load(ot + i) * Acc(0);
     for (int l = 0; l < kLanes; ++l) {
       if (bad[l] != 0) return false;
     }
@@ -622,6 +627,7 @@ class Window {
   Tile tile;
   KeyBlock<T> block;
   int max_lanes;
+  bool sparse = false;
   int64_t dp, dvp;
   uint64_t* walk_mask;
   T* zeros;

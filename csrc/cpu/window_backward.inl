@@ -208,14 +208,19 @@ class WindowBackward : public Window<T> {
 
   // ---- one tile, one slab ----------------------------------------------------------------------
 
-  void backward_lanes(int64_t b, int64_t h, const LocalRows& local, const Acc* bias,
+  // False, with the keys' share done and the query's not stored, if a key that is not finite may
+  // have reached a query that does not attend it (its weight there is 0, and 0 * inf is NaN). With
+  // `accumulators` null only the query's gradient is made.
+  bool backward_lanes(int64_t b, int64_t h, const LocalRows& local, const Acc* bias,
                       Acc* accumulators, Acc* dbias) {
     const int64_t stride = row_size(p);
     memset(this->ot, 0, sizeof(Acc) * this->dp * tile.lanes);
     const KeyWalk<T> walk(p, tile, this->zeros, this->walk_mask, &local, b,
                           h / (p.heads / p.kv_heads));
     int64_t from = 0;
+    bool masked = false;
     while (this->next_block(walk, &from, tile.total, true)) {
+      masked |= block.masked;
       const Elem* const* rows_by_key = this->key_rows;
       if constexpr (kPairs) {
         this->interleave(block.key, p.head_dim, this->dp, pair_key, pair_key_rows);
@@ -229,9 +234,12 @@ class WindowBackward : public Window<T> {
         if (p.softcap > 0 || dbias) chain(v, dbias);
       }
       this->block_accumulate(rows_by_key, p.head_dim, this->ds, this->ot, nullptr);
-      key_gradients(accumulators, stride);
+      if (accumulators) key_gradients(accumulators, stride);
     }
+    if (masked && (tile.live & (tile.live - 1)) && !this->output_is_finite(p.head_dim))
+      return false;
     finish_query(b, h);
+    return true;
   }
 
   // `ot` holds sum dS k: the query's gradient is scale times it, the scale's gradient its product
@@ -259,9 +267,11 @@ class WindowBackward : public Window<T> {
     const uint64_t all = tile.live;
     Acc sink = 0;
     if (load_tile(b, h, dsink ? &sink : nullptr) || !(all & (all - 1))) {
-      backward_lanes(b, h, local, bias, accumulators, dbias);
       if (dsink) *dsink += sink;
-      return;
+      if (backward_lanes(b, h, local, bias, accumulators, dbias)) return;
+      accumulators = nullptr;
+      dbias = nullptr;
+      dsink = nullptr;
     }
     // Something is not finite: one query at a time, so that 0 * NaN reaches no other row.
     for (uint64_t rest = all; rest; rest &= rest - 1) {
