@@ -10,6 +10,7 @@ what the same formula costs at another precision.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -34,6 +35,7 @@ class Axis(NamedTuple):
     offset: int = 0
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def attended_keys(axis: Axis, i: int, num_keys: int) -> list[int]:
     """Key coordinates that query ``i`` attends; those outside ``[0, num_keys)`` are phantoms."""
     position = i + axis.offset
