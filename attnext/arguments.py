@@ -401,6 +401,9 @@ def _reach(rules: Sequence[Any], axis: int, rank: int, query: Tensor, key: Tenso
     n_q, n_k = query.shape[1 + axis], key.shape[1 + axis]
     for left, right, stride, _, dilation, _, boundary, offset in rules[axis::rank]:
         window = left + right + stride - 1
+        if boundary == "inward":  # windows of queries beyond the keys are shifted back to them
+            overhang = max(0, n_q + offset - n_k, -offset)
+            window = window + (overhang + dilation - 1) // dilation
         if boundary != "zero_pad":
             extent = max(n_k, n_q + offset, n_k - offset)
             window = min(window, (extent + dilation - 1) // dilation)

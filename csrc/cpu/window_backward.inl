@@ -62,20 +62,20 @@ class WindowBackward : public Window<T> {
       for (int64_t i = 0; i < tile.lanes * ld; i += kLanes) bad += load(this->rows + i) * Acc(0);
     };
     // delta = sum dO * O - dLSE, and the log-sum-exp in base 2.
+    // The sum runs as that of dP does, so that a query with one key gets a dS of exactly 0.
     this->load_rows(p.out, p.head_dim_v, dvp, b, h);
-    memcpy(this->columns, this->rows, sizeof(Acc) * tile.lanes * dvp);
+    this->transpose(this->rows, dvp, tile.lanes, dvp, this->columns, tile.lanes);
     this->load_rows(p.dout, p.head_dim_v, dvp, b, h);
     check(dvp);
-    for (int lane = 0; lane < tile.lanes; ++lane) {
+    this->transpose(this->rows, dvp, tile.lanes, dvp, this->ot, tile.lanes);
+    for (int l = 0; l < tile.lanes; l += kLanes) {
       Vec dot{};
-      for (int64_t d = 0; d < dvp; d += kLanes) {
-        dot += load(this->rows + lane * dvp + d) * load(this->columns + lane * dvp + d);
+      for (int64_t d = 0; d < p.head_dim_v; ++d) {
+        dot += load(this->ot + d * tile.lanes + l) * load(this->columns + d * tile.lanes + l);
       }
-      Acc total = 0;
-      for (int l = 0; l < kLanes; ++l) total += dot[l];
-      delta[lane] = total;
+      store(delta + l, dot);
     }
-    this->pack_columns(dvp, this->dot_t);  // takes over `columns`
+    this->pack_columns(dvp, this->dot_t);
     this->pack_lanes(dvp, this->do_rows);
     bool finite = true;
     for (int lane = 0; lane < tile.lanes; ++lane) {
