@@ -246,7 +246,7 @@ Call make_call(py::handle query, py::handle key, py::handle value, py::handle ro
     signature = rules;
     signature.insert(signature.end(), p.query_extent, p.query_extent + 3);
     signature.insert(signature.end(), p.key_extent, p.key_extent + 3);
-    signature.insert(signature.end(), {rank, sinks});
+    signature.insert(signature.end(), {rank, order[0], order[1], order[2], sinks});
   }
   call.geometry = shared_geometry(signature, build);
   call.head_rule.assign(p.heads, 0);

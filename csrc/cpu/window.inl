@@ -246,14 +246,17 @@ class Window {
       }
     }
   }
-  // Folded into the query: scores come out in base 2, or as 1/softcap of the logit.
-  Acc score_unit() const { return p.softcap > 0 ? Acc(1 / p.softcap) : Acc(kLog2E); }
-
+  // Loads the queries with their scale folded in: scores come out in base 2, or as logit / softcap.
+  // Both passes call this, so that they see the same bits and weights stay normalised.
   void load_queries(int64_t b, int64_t h) {
     row_scales(b, h);
     load_rows(p.query, p.head_dim, dp, b, h);
+    const double unit = p.softcap > 0 ? 1 / p.softcap : kLog2E;
     Acc factor[kMaxLanes];
-    for (int lane = 0; lane < tile.lanes; ++lane) factor[lane] = scale[lane] * score_unit();
+    for (int lane = 0; lane < tile.lanes; ++lane) {
+      factor[lane] = p.row_scale.data ? static_cast<Acc>(scale[lane] * unit)
+                                      : static_cast<Acc>(p.scale * unit);
+    }
     scale_rows(dp, factor);
     pack_columns(dp, qt);
   }

@@ -101,17 +101,12 @@ class WindowBackward : public Window<T> {
       finite &= delta[lane] * 0 == 0 && (lse * 0 == 0 || lse == Acc(-INFINITY));
     }
 
-    this->row_scales(b, h);
+    this->load_queries(b, h);
     this->load_rows(p.query, p.head_dim, dp, b, h);
     check(dp);
     for (int l = 0; l < kLanes; ++l) finite &= bad[l] == 0;
     this->scale_rows(dp, this->scale);
     this->pack_lanes(dp, this->q_rows);  // dK takes scale * q
-    const Acc unit = this->score_unit();
-    Acc units[kMaxLanes];
-    for (int lane = 0; lane < tile.lanes; ++lane) units[lane] = unit;
-    this->scale_rows(dp, units);
-    this->pack_columns(dp, this->qt);
     return finite;
   }
 
