@@ -14,7 +14,7 @@ _COMMON = {
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 }
 settings.register_profile("default", max_examples=60, **_COMMON)
-settings.register_profile("heavy", max_examples=1000, **{**_COMMON, "derandomize": False})
+settings.register_profile("heavy", max_examples=300, **{**_COMMON, "derandomize": False})
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

@@ -60,7 +60,7 @@ def test_window_attention(problem):
     check(problem)
 
 
-@settings(max_examples=20)
+@settings(max_examples=6)
 @given(problems(most=4))
 def test_more_tokens_than_a_tile(problem):
     check(problem)
@@ -74,7 +74,7 @@ def test_many_problems(problem):
 
 
 @pytest.mark.heavy
-@settings(settings.get_profile("heavy"), max_examples=200)
+@settings(settings.get_profile("heavy"), max_examples=10)
 @given(problems(most=5))
 def test_many_large_problems(problem):
     check(problem)
