@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every test runs under: poisoned memory, a fixed seed, two amounts of Hypothesis."""
+"""What every test runs under: poisoned memory, a fixed seed, three amounts of Hypothesis."""
 
 import os
 
@@ -9,12 +9,14 @@ from hypothesis import HealthCheck, settings
 
 _COMMON = {
     "deadline": None,
-    "derandomize": True,  # the same examples on every run; `heavy` is where new ones are found
+    # The same examples on every run; HYPOTHESIS_PROFILE=explore looks for new ones.
+    "derandomize": os.environ.get("HYPOTHESIS_PROFILE") != "explore",
     "print_blob": True,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 }
 settings.register_profile("default", max_examples=60, **_COMMON)
-settings.register_profile("heavy", max_examples=300, **{**_COMMON, "derandomize": False})
+settings.register_profile("heavy", max_examples=300, **_COMMON)
+settings.register_profile("explore", max_examples=1000, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

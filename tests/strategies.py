@@ -8,7 +8,6 @@ other entries are NaN, or one batch item read for all.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,15 +41,22 @@ def axes(draw: st.DrawFn, most: int = 40) -> tuple[Axis, int, int]:
     return axis, draw(st.integers(0, most)), draw(st.integers(0, most))
 
 
-@dataclass
 class Problem:
-    """A call: ``getattr(attnext, op)(**tensors, **options)``, and cotangents of its results."""
+    """A call: ``getattr(attnext, op)(**tensors, **options)``, and cotangents of its results.
 
-    op: str
-    tensors: dict[str, Tensor]
-    options: dict[str, Any]
-    cotangents: tuple[Tensor, Tensor]
-    layouts: dict[str, str] = field(default_factory=dict)
+    Not a dataclass: Hypothesis would print one field by field, whole tensors included.
+    """
+
+    def __init__(
+        self,
+        op: str,
+        tensors: dict[str, Tensor],
+        options: dict[str, Any],
+        cotangents: tuple[Tensor, Tensor],
+        layouts: dict[str, str] | None = None,
+    ) -> None:
+        self.op, self.tensors, self.options = op, tensors, options
+        self.cotangents, self.layouts = cotangents, layouts or {}
 
     def __repr__(self) -> str:
         shapes = {

@@ -15,8 +15,6 @@ namespace ATTNEXT_ISA {
 constexpr int kMaxVectors = 4;
 constexpr int kMaxLanes = 64;  // one bit each in a mask
 
-ATTNEXT_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-ATTNEXT_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 ATTNEXT_INLINE int64_t clamp64(int64_t x, int64_t lo, int64_t hi) {
   return min64(max64(x, lo), hi);
 }
@@ -35,10 +33,10 @@ struct Tile {
   const AxisView* axis;
   const Group* group[3];
   int stack;
-  int vectors;       // in use
-  int lanes;         // vectors * kLanes
-  uint64_t live;     // lanes that hold a query
-  uint64_t ignored;  // the other lanes, which no mask needs to clear
+  int vectors;     // in use
+  int lanes;       // vectors * kLanes
+  uint64_t whole;  // lanes that hold a query; no mask needs to clear the others
+  uint64_t live;   // those at work
   int32_t query[3][kMaxLanes];
   int64_t bias_shift[kMaxVectors];
   int64_t bias_origin[3];
@@ -51,7 +49,7 @@ struct Tile {
   void axis_masks(int a, int64_t from, int64_t to, uint64_t* out) const {
     const AxisView& v = axis[a];
     for (int64_t u = from; u < to; ++u) out[u - from] = 0;
-    uint64_t state = ignored;
+    uint64_t state = ~whole;
     const auto toggle = [&](int64_t begin, int64_t end, uint64_t bit) {
       begin = max64(begin, from), end = min64(end, to);
       if (begin >= end) return;
@@ -62,7 +60,7 @@ struct Tile {
       }
       if (end < to) out[end - from] ^= bit;
     };
-    for (uint64_t rest = live; rest; rest &= rest - 1) {
+    for (uint64_t rest = whole; rest; rest &= rest - 1) {
       const int lane = __builtin_ctzll(rest);
       const int32_t i = query[a][lane];
       const uint64_t bit = uint64_t(1) << lane;
@@ -81,7 +79,7 @@ struct Tile {
     for (int a = 0; a < 3; ++a) group[a] = groups[a];
     vectors = group[stack]->num_segments;
     lanes = vectors * kLanes;
-    live = 0;
+    whole = 0;
     const int32_t b0 = plan.box[0], b1 = plan.box[1], b2 = plan.box[2];
     for (int v = 0; v < vectors; ++v) {
       const Segment* s[3];
@@ -97,7 +95,7 @@ struct Tile {
             query[0][lane] = s[0]->query + static_cast<int32_t>(axis[0].dilation) * r0;
             query[1][lane] = s[1]->query + static_cast<int32_t>(axis[1].dilation) * r1;
             query[2][lane] = s[2]->query + static_cast<int32_t>(axis[2].dilation) * r2;
-            live |= uint64_t(1) << lane;
+            whole |= uint64_t(1) << lane;
           }
         }
       }
@@ -119,13 +117,7 @@ struct Tile {
     for (int v = 0; v < vectors; ++v) {
       bias_shift[v] = (first[v].position - first[0].position) * bias_stride[stack];
     }
-    use_lanes(live);
-  }
-
-  // Restricts the tile to some of its queries.
-  void use_lanes(uint64_t subset) {
-    live = subset;
-    ignored = ~subset;
+    live = whole;
     axis_masks(0, group[0]->begin, group[0]->end, row_mask[0]);
     axis_masks(1, group[1]->begin, group[1]->end, row_mask[1]);
     if (rows > 1) axis_masks(2, group[2]->begin, group[2]->end, row_mask[2]);
@@ -143,7 +135,9 @@ inline int64_t mask_capacity(const PlanView& plan, int a, int64_t block) {
 
 constexpr int64_t kNoBias = -1;
 
-// Up to `capacity` keys that at least one live lane attends.
+// Up to `capacity` keys that a query of the tile attends. Where only some lanes are live the keys
+// come in the same blocks, or sums would take other bits; those that no live lane attends are
+// phantoms.
 template <class T>
 struct KeyBlock {
   int64_t count;
@@ -203,7 +197,7 @@ struct KeyWalk {
       const int64_t n1 = tile.group[1]->end - tile.group[1]->begin;
       const int64_t u0 = row / n1, u1 = row % n1;
       const int64_t n = min64(min64(tile.width - column, to - pos), capacity - block->count);
-      if (tile.row_mask[0][u0] & tile.row_mask[1][u1] & tile.live) {
+      if (tile.row_mask[0][u0] & tile.row_mask[1][u1] & tile.whole) {
         all &= emit_run(u0, u1, tile.group[2]->begin + column, n, false, block);
         pos += n;
       } else {
@@ -279,10 +273,10 @@ struct KeyWalk {
     int64_t j = block->count;
     for (int64_t k = 0; k < n; ++k) {
       const uint64_t mask = mask01 & mask2[k];
-      if (!(mask & tile.live)) continue;
-      const bool real = k >= real_begin && k < real_end;
-      all &= mask;
-      block->mask[j] = mask;
+      if (!(mask & tile.whole)) continue;
+      const bool real = k >= real_begin && k < real_end && (mask & tile.live);
+      block->mask[j] = mask | ~tile.live;
+      all &= block->mask[j];
       block->key[j] = real ? key + (key_at + k * key_step) : zeros;
       block->value[j] = real ? value + (value_at + k * value_step) : zeros;
       if (prefetch) {

@@ -151,12 +151,15 @@ ATTNEXT_INLINE VecOf<double> exp2(VecOf<double> x) {
   return p * (V)((IntOf<double>)shifted << 52);
 }
 
-// tanh(z) from t = 2 z log2(e). Small arguments take the odd series, the rest 1 - 2/(1 + e^2z).
+ATTNEXT_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+ATTNEXT_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// tanh, as Cephes has it: small arguments by their own series, the rest by 1 - 2/(1 + e^2z).
 template <class Acc>
 ATTNEXT_INLINE VecOf<Acc> tanh(VecOf<Acc> z) {
   using V = VecOf<Acc>;
   const V magnitude = z < 0 ? -z : z;
-  const Acc cut = sizeof(Acc) == 4 ? Acc(0.625) : Acc(0.02);
+  const Acc cut = Acc(0.625);
   const Acc far = sizeof(Acc) == 4 ? Acc(10) : Acc(20);
   const V capped = magnitude > far ? broadcast(far) : magnitude;
   const V e = exp2(capped * Acc(2 * 1.4426950408889634));
@@ -164,20 +167,20 @@ ATTNEXT_INLINE VecOf<Acc> tanh(VecOf<Acc> z) {
   big = z < 0 ? -big : big;
   const V s = z * z;
   V small;
-  if constexpr (sizeof(Acc) == 4) {  // Cephes tanhf
+  if constexpr (sizeof(Acc) == 4) {
     small = broadcast(-5.70498872745e-3f);
     small = small * s + 2.06390887954e-2f;
     small = small * s + -5.37397155531e-2f;
     small = small * s + 1.33314422036e-1f;
     small = small * s + -3.33332819422e-1f;
-    small = small * s * z + z;
-  } else {  // Taylor; |z| < 0.02
-    small = broadcast(Acc(62.0 / 2835));
-    small = small * s + Acc(-17.0 / 315);
-    small = small * s + Acc(2.0 / 15);
-    small = small * s + Acc(-1.0 / 3);
-    small = small * s * z + z;
+  } else {
+    const V above = (s * -9.64399179425052238628e-1 + -9.92877231001918586564e1) * s +
+                    -1.61468768441708447952e3;
+    const V below = ((s + 1.12811678491632931402e2) * s + 2.23548839060100448583e3) * s +
+                    4.84406305325125486048e3;
+    small = above / below;
   }
+  small = small * s * z + z;
   return magnitude < cut ? small : (magnitude >= cut ? big : z);
 }
 
@@ -256,9 +259,6 @@ struct Contraction<float> {
   static ATTNEXT_INLINE VecOf<float> fma(VecOf<float> acc, const float* e, VecOf<float> b) {
     return acc + *e * b;
   }
-  static ATTNEXT_INLINE VecOf<float> dot(VecOf<float> acc, VecOf<float> a, VecOf<float> b) {
-    return acc + a * b;
-  }
 };
 template <>
 struct Contraction<double> {
@@ -267,9 +267,6 @@ struct Contraction<double> {
   static ATTNEXT_INLINE VecOf<double> load_elems(const double* p) { return load(p); }
   static ATTNEXT_INLINE VecOf<double> fma(VecOf<double> acc, const double* e, VecOf<double> b) {
     return acc + *e * b;
-  }
-  static ATTNEXT_INLINE VecOf<double> dot(VecOf<double> acc, VecOf<double> a, VecOf<double> b) {
-    return acc + a * b;
   }
 };
 template <>
@@ -294,6 +291,15 @@ struct Contraction<Pair> {
 #endif
   }
 };
+
+ATTNEXT_INLINE VecOf<float> round_to_bf16(VecOf<float> v) {
+#if defined(__AVX512BF16__) && ATTNEXT_VECTOR_BYTES == 64
+  return (VecOf<float>)_mm512_slli_epi32(
+      _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v)), 16);
+#else
+  return (VecOf<float>)(bf16_bits(v) << 16);
+#endif
+}
 
 // Two rows of numbers as one row of bf16 pairs: `even` in the low half.
 ATTNEXT_INLINE VecOf<float> make_pairs(VecOf<float> even, VecOf<float> odd) {

@@ -7,7 +7,7 @@
 //   accumulate    o[d][lanes]   += sum_j rows[j][d] * p[j][lanes]    (output; dQ)
 //
 // A tile with hardly a query (decoding) would waste its lanes: row_scores and row_accumulate do one
-// query at a time with head_dim in the lanes.
+// query at a time with keys and with head_dim in the lanes.
 //
 // kRows x 2 vectors of accumulators fill the register file. Where only one vector is active, tiles
 // are taller, for a multiply-add's latency needs eight sums to hide. Tails are instantiated, not
@@ -188,42 +188,51 @@ void outer(const Elem* p, int64_t ld_p, int64_t count, int64_t depth, const Elem
   }
 }
 
-// Sums the lanes of each of kLanes vectors; lane i of the result is the sum of r[i].
-template <class Acc>
-ATTNEXT_INLINE VecOf<Acc> sum_each(VecOf<Acc>* r) {
-  transpose_step<Acc, 1>(r);
-  VecOf<Acc> total = r[0];
+// Scores of one query with G vectors of keys, transposed in registers: for the same bits that
+// `scores` gives, a sum runs over its dims in order. Several vectors hide the latency of that.
+template <class Elem, int G>
+ATTNEXT_INLINE void row_scores_tile(const Elem* const* keys, int64_t count, int64_t depth,
+                                    const Elem* q, AccOf<Elem>* out, int64_t ld_out) {
+  using C = Contraction<Elem>;
+  using Acc = AccOf<Elem>;
+  constexpr int kLanes = Simd<Acc>::kLanes;
+  VecOf<Acc> acc[G] = {};
+  for (int64_t c = 0; c < depth; c += kLanes) {
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) {
+      VecOf<Acc> column[kLanes];
 #pragma GCC unroll 16
-  for (int i = 1; i < Simd<Acc>::kLanes; ++i) total += r[i];
-  return total;
+      for (int m = 0; m < kLanes; ++m) {
+        const Elem* row = keys[min64(g * kLanes + m, count - 1)] + c;
+        if (c + kLanes <= depth) {
+          column[m] = C::load_elems(row);
+        } else {
+          Elem tail[kLanes] = {};
+          memcpy(tail, row, sizeof(Elem) * (depth - c));
+          column[m] = C::load_elems(tail);
+        }
+      }
+      transpose_step<Acc, 1>(column);
+#pragma GCC unroll 16
+      for (int m = 0; m < kLanes; ++m) acc[g] = C::fma(acc[g], q + c + m, column[m]);
+    }
+  }
+  for (int64_t j = 0; j < count; ++j) out[j * ld_out] = acc[j / kLanes][j % kLanes];
 }
 
 // out[j * ld_out] = sum_c keys[j][c] * q[c] for keys j in [begin, end). q is padded with zeros.
 template <class Elem>
 void row_scores(const Elem* const* keys, int64_t begin, int64_t end, int64_t depth, const Elem* q,
                 AccOf<Elem>* out, int64_t ld_out) {
-  using C = Contraction<Elem>;
-  using Acc = AccOf<Elem>;
-  constexpr int kLanes = Simd<Acc>::kLanes;
-  for (int64_t j = begin; j < end; j += kLanes) {
-    const int count = end - j < kLanes ? static_cast<int>(end - j) : kLanes;
-    VecOf<Acc> acc[kLanes];
-    for (int m = 0; m < kLanes; ++m) {
-      acc[m] = VecOf<Acc>{};
-      if (m >= count) continue;
-      const Elem* row = keys[j + m];
-      int64_t c = 0;
-      for (; c + kLanes <= depth; c += kLanes) {
-        acc[m] = C::dot(acc[m], C::load_elems(row + c), C::load_elems(q + c));
-      }
-      if (c < depth) {
-        Elem tail[kLanes] = {};
-        memcpy(tail, row + c, sizeof(Elem) * (depth - c));
-        acc[m] = C::dot(acc[m], C::load_elems(tail), C::load_elems(q + c));
-      }
+  constexpr int64_t kLanes = Simd<AccOf<Elem>>::kLanes;
+  for (int64_t j = begin; j < end;) {
+    const int64_t count = min64(end - j, 4 * kLanes);
+    if (count > kLanes) {
+      row_scores_tile<Elem, 4>(keys + j, count, depth, q, out + j * ld_out, ld_out);
+    } else {
+      row_scores_tile<Elem, 1>(keys + j, count, depth, q, out + j * ld_out, ld_out);
     }
-    const VecOf<Acc> sums = sum_each<Acc>(acc);
-    for (int m = 0; m < count; ++m) out[(j + m) * ld_out] = sums[m];
+    j += count;
   }
 }
 

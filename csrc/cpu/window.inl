@@ -6,7 +6,9 @@
 //                               5 output O += V' P
 // Backward, per block of keys:  1 walk   2 S and dP = V dO'   3 P and dS   4 dQ += K' dS
 //                               5 dV += P dO, dK += dS Q
-// Scores live in base 2: log2(e) is folded into the query.
+// Logits live in base 2. Scores are those of the queries as they are, exact products even of bf16;
+// the scale and log2(e) multiply them in the softmax, where a fused multiply-add costs what a
+// subtraction did.
 #pragma once
 
 #include <math.h>
@@ -118,6 +120,7 @@ class Window {
         lane_ds = arena.template take<Elem>(kBlock * max_lanes);
       }
       if (p.softcap > 0) slope = arena.template take<Acc>(kBlock * max_lanes);
+      if (p.drow_scale.data) raw = arena.template take<Acc>(kBlock * max_lanes);
       dk_rows = arena.template take<Acc*>(kBlock);
       dv_rows = arena.template take<Acc*>(kBlock);
     }
@@ -135,8 +138,8 @@ class Window {
     const Group* groups[3];
     for (int a = 0; a < 3; ++a) groups[a] = plan.axis[a].groups + index[a];
     tile.init(plan, groups, kLanes, p.extra_keys);
-    // Of the whole tile: a query that is redone alone must come out with the same bits.
-    sparse = __builtin_popcountll(tile.live) <= kFewQueries;
+    // A query that is redone alone must come out with the same bits.
+    sparse = __builtin_popcountll(tile.whole) <= kFewQueries;
   }
 
   int64_t offset_of(const TensorRef& t, int lane, int64_t b, int64_t h) const {
@@ -246,19 +249,25 @@ class Window {
       }
     }
   }
-  // Loads the queries with their scale folded in: scores come out in base 2, or as logit / softcap.
-  // Both passes call this, so that they see the same bits and weights stay normalised.
-  void load_queries(int64_t b, int64_t h) {
+  // Loads the queries, and `unit`: what a score is multiplied with to be a logit in base 2, or
+  // logit / softcap. Units are positive and finite: a sign, and what is not finite, go into the
+  // query. False if there was any.
+  bool load_queries(int64_t b, int64_t h) {
     row_scales(b, h);
     load_rows(p.query, p.head_dim, dp, b, h);
-    const double unit = p.softcap > 0 ? 1 / p.softcap : kLog2E;
-    Acc factor[kMaxLanes];
+    const double base = p.softcap > 0 ? 1 / p.softcap : kLog2E;
+    bool untouched = true;
     for (int lane = 0; lane < tile.lanes; ++lane) {
-      factor[lane] = p.row_scale.data ? static_cast<Acc>(scale[lane] * unit)
-                                      : static_cast<Acc>(p.scale * unit);
+      const double exact = (p.row_scale.data ? double(scale[lane]) : p.scale) * base;
+      const Acc magnitude = static_cast<Acc>(::fabs(exact));
+      const bool apart = magnitude > 0 && magnitude * 0 == 0;
+      unit[lane] = apart ? magnitude : Acc(1);
+      sign[lane] = !apart ? static_cast<Acc>(exact) : exact < 0 ? Acc(-1) : Acc(1);
+      untouched &= sign[lane] == 1;
     }
-    scale_rows(dp, factor);
+    if (!untouched) scale_rows(dp, sign);
     pack_columns(dp, qt);
+    return untouched;
   }
 
   // ---- a block of keys -------------------------------------------------------------------------
@@ -410,40 +419,43 @@ class Window {
   void modify(int v, const Acc* bias, bool want_slope) {
     const int ld = tile.lanes;
     Acc* x = s + v * kLanes;
+    Vec factor = load(unit + v * kLanes);
     if (p.softcap > 0) {
-      const Acc unit = Acc(p.softcap * kLog2E);
+      const Acc cap = Acc(p.softcap * kLog2E);
       for (int64_t j = block.lo[v]; j < block.hi[v]; ++j) {
-        const Vec t = tanh<Acc>(load(x + j * ld));
+        const Vec t = tanh<Acc>(load(x + j * ld) * factor);
         if (want_slope) store(slope + j * ld + v * kLanes, Acc(1) - t * t);
-        store(x + j * ld, t * unit);
+        store(x + j * ld, t * cap);
       }
+      factor = broadcast(Acc(1));
     }
     if (bias) {
       for (int64_t j = block.lo[v]; j < block.hi[v]; ++j) {
-        store(x + j * ld, load(x + j * ld) + load(bias_row(bias, v, j)));
+        store(x + j * ld, load(x + j * ld) * factor + load(bias_row(bias, v, j)));
       }
     }
+  }
+  // Makes what is in `s` for vector v a logit in base 2.
+  ATTNEXT_INLINE Vec logit_unit(int v, bool modified) const {
+    return modified ? broadcast(Acc(1)) : load(unit + v * kLanes);
   }
   ATTNEXT_INLINE const Acc* bias_row(const Acc* bias, int v, int64_t j) const {
     return block.bias[j] == kNoBias ? no_bias : bias + block.bias[j] + tile_shift(v);
   }
   int64_t tile_shift(int v) const { return -tile.bias_shift[v]; }
 
-  // The two products with head_dim in the lanes, for tiles that hardly have a query.
+  // The products with head_dim in the lanes, for tiles that hardly have a query. Both passes take
+  // the scores from here: a weight is normalised by the sum that had the same bits.
   static constexpr int kFewQueries = kLanes >= 8 ? kLanes / 4 : 1;
 
-  void sparse_scores() {
+  void query_scores() {
+    if (!sparse) return block_scores(key_rows, p.head_dim, qt, s);
     const int64_t depth = (p.head_dim + kDepth - 1) / kDepth;
+    memset(s, 0, sizeof(Acc) * block.count * tile.lanes);  // as in dead lanes of a full tile
     for (uint64_t rest = tile.live; rest; rest &= rest - 1) {
       const int lane = __builtin_ctzll(rest), v = lane / kLanes;
-      if constexpr (kPairs) {
-        for (int64_t d = 0; d < dp; d += kLanes) {
-          narrow(reinterpret_cast<bf16*>(q_row) + d, load(rows + lane * dp + d));
-        }
-        memset(q_row + dp / 2, 0, sizeof(Elem) * (dp - dp / 2));
-      } else {
-        memcpy(q_row, rows + lane * dp, sizeof(Acc) * dp);
-      }
+      memset(q_row, 0, sizeof(Elem) * dp);
+      for (int64_t c = 0; c < depth; ++c) q_row[c] = qt[c * tile.lanes + lane];
       row_scores<Elem>(key_rows, block.lo[v], block.hi[v], depth, q_row, s + lane, tile.lanes);
     }
   }
@@ -474,11 +486,11 @@ class Window {
   // ---- forward ---------------------------------------------------------------------------------
 
   template <bool kMasked>
-  void softmax(int v, Vec* factor) {
+  void softmax(int v, Vec in_base_2, Vec* factor) {
     const int ld = tile.lanes, shift = v * kLanes;
     Acc* x = s + shift;
     const Vec lowest = broadcast(Acc(-INFINITY));
-    Vec top = load(maximum + shift);
+    Vec top = lowest;
     for (int64_t j = block.lo[v]; j < block.hi[v]; ++j) {
       Vec y = load(x + j * ld);
       if constexpr (kMasked) {
@@ -487,16 +499,30 @@ class Window {
       }
       top = max_or_second(y, top);
     }
+    const Vec before = load(maximum + shift);
+    top = max_or_second(top * in_base_2, before);
     const Vec base = top == lowest ? Vec{} : top;  // a row that saw nothing yet
-    *factor = exp2(load(maximum + shift) - base);
-    Vec total = load(sum + shift) * *factor;
-    for (int64_t j = block.lo[v]; j < block.hi[v]; ++j) {
-      const Vec w = exp2(load(x + j * ld) - base);
+    *factor = exp2(before - base);
+    // Four sums, by the key's place in the block: many equal weights added to one would all be
+    // rounded the same way.
+    Vec part[4] = {}, applied = kPairs ? load(norm + shift) * *factor : Vec{};
+    const auto weigh = [&](int64_t j, Vec& total) {
+      Vec w = exp2(load(x + j * ld) * in_base_2 - base);
       total += w;
+      if constexpr (kPairs) applied += w = round_to_bf16(w);
       store(x + j * ld, w);
+    };
+    int64_t j = block.lo[v];
+    for (; j < block.hi[v] && j % 4; ++j) weigh(j, part[j % 4]);
+    for (; j + 4 <= block.hi[v]; j += 4) {
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) weigh(j + r, part[r]);
     }
+    for (; j < block.hi[v]; ++j) weigh(j, part[j % 4]);
+    const Vec total = load(sum + shift) * *factor + ((part[0] + part[1]) + (part[2] + part[3]));
     store(maximum + shift, top);
     store(sum + shift, total);
+    if constexpr (kPairs) store(norm + shift, applied);
   }
 
   // Runs the live lanes of the current tile; false if something non-finite met a mask, in which
@@ -508,7 +534,7 @@ class Window {
       const bool sink = p.sink_logits && with_sink;
       maximum[lane] =
           sink ? static_cast<const Acc*>(p.sink_logits)[h] * Acc(kLog2E) : Acc(-INFINITY);
-      sum[lane] = sink ? 1 : 0;
+      sum[lane] = norm[lane] = sink ? 1 : 0;
     }
     memset(ot, 0, sizeof(Acc) * dvp * tile.lanes);
     KeyWalk<T> walk(p, tile, zeros, walk_mask, nullptr, b, h / (p.heads / p.kv_heads));
@@ -516,18 +542,15 @@ class Window {
     bool masked = false;
     while (next_block(walk, &from, to, false)) {
       masked |= block.masked;
-      if (sparse) {
-        sparse_scores();
-      } else {
-        block_scores(key_rows, p.head_dim, qt, s);
-      }
+      query_scores();
       Vec factor[kMaxVectors];
       for (int v = 0; v < tile.vectors; ++v) {
-        if (p.softcap > 0 || bias) modify(v, bias, false);
+        const bool modified = p.softcap > 0 || bias;
+        if (modified) modify(v, bias, false);
         if (block.masked) {
-          softmax<true>(v, factor + v);
+          softmax<true>(v, logit_unit(v, modified), factor + v);
         } else {
-          softmax<false>(v, factor + v);
+          softmax<false>(v, logit_unit(v, modified), factor + v);
         }
       }
       if (sparse) {
@@ -553,7 +576,8 @@ class Window {
   void finish_forward(int64_t b, int64_t h) {
     Acc inverse[kMaxLanes];
     for (int lane = 0; lane < tile.lanes; ++lane) {
-      inverse[lane] = sum[lane] == 0 ? Acc(0) : Acc(1) / sum[lane];
+      const Acc weights = kPairs ? norm[lane] : sum[lane];
+      inverse[lane] = weights == 0 ? Acc(0) : Acc(1) / weights;
       if (!p.lse.data || !(tile.live >> lane & 1)) continue;
       // In fp64: what lse loses here, the backward pass would lose once more per weight.
       static_cast<Acc*>(p.lse.data)[offset_of(p.lse, lane, b, h)] =
@@ -567,29 +591,29 @@ class Window {
     start_tile(index);
     to = min64(to, tile.total);
     const bool with_sink = from == 0;
-    const uint64_t all = tile.live;
     if (forward_lanes(b, h, from, to, bias, with_sink)) {
       partial ? save_partial(partial) : finish_forward(b, h);
       return;
     }
-    for (uint64_t rest = all; rest; rest &= rest - 1) {
-      tile.use_lanes(rest & -rest);
+    for (uint64_t rest = tile.whole; rest; rest &= rest - 1) {
+      tile.live = rest & -rest;
       forward_lanes(b, h, from, to, bias, with_sink);
       partial ? save_partial(partial) : finish_forward(b, h);
     }
   }
 
-  // partial: [dvp][lanes], maximum[lanes], sum[lanes], with lanes of a full tile.
+  // partial: [dvp][lanes], maximum[lanes], sum[lanes], norm[lanes], with lanes of a full tile.
   void save_partial(Acc* partial) const {
     for (uint64_t rest = tile.live; rest; rest &= rest - 1) {
       const int lane = __builtin_ctzll(rest);
       for (int64_t d = 0; d < dvp; ++d) partial[d * max_lanes + lane] = ot[d * tile.lanes + lane];
       partial[dvp * max_lanes + lane] = maximum[lane];
       partial[(dvp + 1) * max_lanes + lane] = sum[lane];
+      partial[(dvp + 2) * max_lanes + lane] = norm[lane];
     }
   }
   static int64_t partial_size(const WindowParams& p, const PlanView& plan) {
-    return (padded(p.head_dim_v) + 2) * plan.vectors * kLanes;
+    return (padded(p.head_dim_v) + 3) * plan.vectors * kLanes;
   }
   void merge_partials(int64_t b, int64_t h, const int64_t index[3], int64_t count,
                       const Acc* partials) {
@@ -603,19 +627,21 @@ class Window {
         const Acc m = partials[k * size + dvp * max_lanes + lane];
         top = m > top ? m : top;
       }
-      Acc total = 0;
+      Acc total = 0, applied = 0;
       for (int64_t k = 0; k < count; ++k) {
         const Acc* part = partials + k * size + lane;
         const Acc m = part[dvp * max_lanes], l = part[(dvp + 1) * max_lanes];
         if (l == 0) continue;
         const Acc w = exp2_of(m - top);
         total += w * l;
+        applied += w * part[(dvp + 2) * max_lanes];
         for (int64_t d = 0; d < p.head_dim_v; ++d) {
           ot[d * tile.lanes + lane] += w * part[d * max_lanes];
         }
       }
       maximum[lane] = top;
       sum[lane] = total;
+      norm[lane] = applied;
     }
     finish_forward(b, h);
   }
@@ -642,12 +668,16 @@ class Window {
   Acc *row_out, *s, *ot;
   Elem* pair_s = nullptr;
   Elem *dot_t = nullptr, *q_rows = nullptr, *do_rows = nullptr;
-  Acc *ds = nullptr, *slope = nullptr;
+  Acc *ds = nullptr, *slope = nullptr, *raw = nullptr;
   Elem *lane_p = nullptr, *lane_ds = nullptr;
   Acc **dk_rows = nullptr, **dv_rows = nullptr;
   alignas(64) Acc scale[kMaxLanes];
+  alignas(64) Acc unit[kMaxLanes];
+  alignas(64) Acc sign[kMaxLanes];
   alignas(64) Acc maximum[kMaxLanes];
   alignas(64) Acc sum[kMaxLanes];
+  alignas(
+      64) Acc norm[kMaxLanes];  // sum of the weights as the output took them, if they were rounded
 };
 
 }  // namespace ATTNEXT_ISA

@@ -101,8 +101,7 @@ class WindowBackward : public Window<T> {
       finite &= delta[lane] * 0 == 0 && (lse * 0 == 0 || lse == Acc(-INFINITY));
     }
 
-    this->load_queries(b, h);
-    this->load_rows(p.query, p.head_dim, dp, b, h);
+    if (!this->load_queries(b, h)) this->load_rows(p.query, p.head_dim, dp, b, h);
     check(dp);
     for (int l = 0; l < kLanes; ++l) finite &= bad[l] == 0;
     this->scale_rows(dp, this->scale);
@@ -113,13 +112,13 @@ class WindowBackward : public Window<T> {
   // ---- a block of keys -------------------------------------------------------------------------
 
   template <bool kMasked>
-  void differentiate(int v) {
+  void differentiate(int v, Vec in_base_2) {
     const int ld = tile.lanes, shift = v * kLanes;
     Acc *x = this->s + shift, *dx = this->ds + shift;
     const Vec level = load(lse2 + shift), rest = load(lse2_rest + shift);
     const Vec mean = load(delta + shift);
     for (int64_t j = block.lo[v]; j < block.hi[v]; ++j) {
-      Vec w = exp2((load(x + j * ld) - level) - rest);
+      Vec w = exp2((load(x + j * ld) * in_base_2 - level) - rest);
       Vec g = w * (load(dx + j * ld) - mean);
       if constexpr (kMasked) {
         w = select_bits<Acc>(block.mask[j] >> shift, w, Vec{});
@@ -146,6 +145,16 @@ class WindowBackward : public Window<T> {
         store(dx + j * ld, load(dx + j * ld) * load(this->slope + j * ld + shift));
       }
     }
+  }
+
+  // The gradient of a row's scale is sum dS (q k): before anything is rounded to bf16.
+  void scale_gradient(int v) {
+    const int ld = tile.lanes, shift = v * kLanes;
+    Vec total = load(dscale + shift);
+    for (int64_t j = block.lo[v]; j < block.hi[v]; ++j) {
+      total += load(this->ds + j * ld + shift) * load(this->raw + j * ld + shift);
+    }
+    store(dscale + shift, total);
   }
 
   // dV += P dO and dK += dS Q for stretches of keys that the same vectors attend.
@@ -212,6 +221,7 @@ class WindowBackward : public Window<T> {
     memset(this->ot, 0, sizeof(Acc) * this->dp * tile.lanes);
     const KeyWalk<T> walk(p, tile, this->zeros, this->walk_mask, &local, b,
                           h / (p.heads / p.kv_heads));
+    for (int lane = 0; lane < tile.lanes; ++lane) dscale[lane] = 0;
     int64_t from = 0;
     bool masked = false;
     while (this->next_block(walk, &from, tile.total, true)) {
@@ -221,12 +231,16 @@ class WindowBackward : public Window<T> {
         this->interleave(block.key, p.head_dim, this->dp, pair_key, pair_key_rows);
         rows_by_key = pair_key_rows;
       }
-      this->block_scores(this->key_rows, p.head_dim, this->qt, this->s);
+      this->query_scores();
+      if (p.drow_scale.data) memcpy(this->raw, this->s, sizeof(Acc) * block.count * tile.lanes);
       this->block_scores(this->value_rows, p.head_dim_v, this->dot_t, this->ds);
       for (int v = 0; v < tile.vectors; ++v) {
-        if (p.softcap > 0 || bias) this->modify(v, bias, true);
-        block.masked ? differentiate<true>(v) : differentiate<false>(v);
+        const bool modified = p.softcap > 0 || bias;
+        if (modified) this->modify(v, bias, true);
+        const Vec in_base_2 = this->logit_unit(v, modified);
+        block.masked ? differentiate<true>(v, in_base_2) : differentiate<false>(v, in_base_2);
         if (p.softcap > 0 || dbias) chain(v, dbias);
+        if (p.drow_scale.data) scale_gradient(v);
       }
       this->block_accumulate(rows_by_key, p.head_dim, this->ds, this->ot, nullptr);
       if (accumulators) key_gradients(accumulators, stride);
@@ -237,21 +251,20 @@ class WindowBackward : public Window<T> {
     return true;
   }
 
-  // `ot` holds sum dS k: the query's gradient is scale times it, the scale's gradient its product
-  // with q.
+  // `ot` holds sum dS k: the query's gradient is scale times it, the scale's its product with q.
   void finish_query(int64_t b, int64_t h) {
-    if (p.drow_scale.data) {
-      for (uint64_t rest = tile.live; rest; rest &= rest - 1) {
-        const int lane = __builtin_ctzll(rest);
+    for (uint64_t rest = p.drow_scale.data ? tile.live : 0; rest; rest &= rest - 1) {
+      const int lane = __builtin_ctzll(rest);
+      Acc total = dscale[lane] * this->sign[lane];
+      if (this->sign[lane] == 0) {  // the scores were not those of q
         const T* q = static_cast<const T*>(p.query.data) + this->offset_of(p.query, lane, b, h);
-        Acc total = 0;
         for (int64_t d = 0; d < p.head_dim; ++d) {
           T one[kLanes] = {q[d]};
           total += widen(one)[0] * this->ot[d * tile.lanes + lane];
         }
-        static_cast<Acc*>(p.drow_scale.data)[this->offset_of(p.drow_scale, lane, b, h)] =
-            total * Acc(p.scale);
       }
+      static_cast<Acc*>(p.drow_scale.data)[this->offset_of(p.drow_scale, lane, b, h)] =
+          total * Acc(p.scale);
     }
     this->store_rows(p.dquery, p.head_dim, this->scale, b, h);
   }
@@ -259,9 +272,8 @@ class WindowBackward : public Window<T> {
   void tile_backward(int64_t b, int64_t h, const int64_t index[3], const LocalRows& local,
                      const Acc* bias, Acc* accumulators, Acc* dbias, Acc* dsink) {
     this->start_tile(index);
-    const uint64_t all = tile.live;
     Acc sink = 0;
-    if (load_tile(b, h, dsink ? &sink : nullptr) || !(all & (all - 1))) {
+    if (load_tile(b, h, dsink ? &sink : nullptr) || !(tile.whole & (tile.whole - 1))) {
       if (dsink) *dsink += sink;
       if (backward_lanes(b, h, local, bias, accumulators, dbias)) return;
       accumulators = nullptr;
@@ -269,8 +281,10 @@ class WindowBackward : public Window<T> {
       dsink = nullptr;
     }
     // Something is not finite: one query at a time, so that 0 * NaN reaches no other row.
-    for (uint64_t rest = all; rest; rest &= rest - 1) {
-      tile.use_lanes(rest & -rest);
+    for (int i = 0; i < tile.lanes; ++i) {
+      // VDPBF16PS adds the odd one of a pair first; so does this, for the same bits in dK and dV.
+      tile.live = tile.whole & uint64_t(1) << (kPairs ? i ^ 1 : i);
+      if (!tile.live) continue;
       load_tile(b, h, dsink);
       backward_lanes(b, h, local, bias, accumulators, dbias);
     }
@@ -485,6 +499,7 @@ class WindowBackward : public Window<T> {
   const Elem** pair_key_rows = nullptr;
   alignas(64) Acc lse2[kMaxLanes];  // log-sum-exp in base 2, and what rounding took from it
   alignas(64) Acc lse2_rest[kMaxLanes];
+  alignas(64) Acc dscale[kMaxLanes];
   alignas(64) Acc delta[kMaxLanes];
 };
 
