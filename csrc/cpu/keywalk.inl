@@ -73,10 +73,11 @@ struct Tile {
     for (int64_t u = 0; u < to - from; ++u) out[u] = state ^= out[u];
   }
 
-  void init(const PlanView& plan, const Group* const groups[3], int kLanes, int64_t extra_keys) {
+  // Which queries the lanes hold.
+  void place(const PlanView& plan, const int64_t index[3], int kLanes) {
     axis = plan.axis;
     stack = plan.stack_axis;
-    for (int a = 0; a < 3; ++a) group[a] = groups[a];
+    for (int a = 0; a < 3; ++a) group[a] = axis[a].groups + index[a];
     vectors = group[stack]->num_segments;
     lanes = vectors * kLanes;
     whole = 0;
@@ -100,6 +101,10 @@ struct Tile {
         }
       }
     }
+  }
+
+  void init(const PlanView& plan, const int64_t index[3], int kLanes, int64_t extra_keys) {
+    place(plan, index, kLanes);
     const int64_t n0 = group[0]->end - group[0]->begin, n1 = group[1]->end - group[1]->begin;
     rows = n0 * n1;
     width = group[2]->end - group[2]->begin;
@@ -158,8 +163,6 @@ struct KeyWalk {
   uint64_t* scratch_mask;  // [block]
   const LocalRows* local;  // null in the forward pass
   bool with_bias;
-  bool prefetch =
-      false;  // keys are used too soon after the walk for the hardware to see them coming
   int64_t b, h_kv;
   int64_t key_base, value_base;
 
@@ -210,6 +213,7 @@ struct KeyWalk {
   }
 
  private:
+  // Rows of one head lie far apart: the hardware does not see the next one coming.
   static ATTNEXT_INLINE void fetch(const T* row, int64_t dim) {
     constexpr int64_t kLine = 64 / sizeof(T);
     for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(row + d);
@@ -279,10 +283,8 @@ struct KeyWalk {
       all &= block->mask[j];
       block->key[j] = real ? key + (key_at + k * key_step) : zeros;
       block->value[j] = real ? value + (value_at + k * value_step) : zeros;
-      if (prefetch) {
-        fetch(block->key[j], p.head_dim);
-        fetch(block->value[j], p.head_dim_v);
-      }
+      fetch(block->key[j], p.head_dim);
+      fetch(block->value[j], p.head_dim_v);
       if (with_bias) block->bias[j] = bias_at + k * tile.bias_stride[2];
       if (local) block->row[j] = real ? row_at + k : local->dump_row;
       ++j;

@@ -146,8 +146,13 @@ void window_forward(const WindowParams& p, const Geometry& geometry, const int32
     const int64_t grain = std::clamp<int64_t>(items / (8 * max_threads()), 1, 16);
     parallel_for(items, grain, problem.serial, [&](int64_t begin, int64_t end) {
       void* memory = thread_buffer(0, scratch);
+      Item next = item_at(begin);
       for (int64_t i = begin; i < end; ++i) {
-        const Item item = item_at(i);
+        const Item item = next;
+        if (i + 1 < end) {
+          next = item_at(i + 1);
+          kernels.fetch_queries(p, problem.view_of(next.h), next.b, next.h, next.tile);
+        }
         kernels.forward(p, problem.view_of(item.h), item.b, item.h, item.tile, 0, INT64_MAX,
                         problem.bias_of(item.h), memory, nullptr);
       }

@@ -31,6 +31,9 @@ struct WindowKernels {
   int64_t (*bias_size)(const PlanView&);
   void (*expand_bias)(const WindowParams&, const PlanView&, int64_t head, void* expanded);
 
+  // Starts loading the queries of a tile whose turn comes soon.
+  void (*fetch_queries)(const WindowParams&, const PlanView&, int64_t batch, int64_t head,
+                        const int64_t tile[3]);
   // One tile of one head, keys [from, to) of its walk. With `partial` the unnormalised result goes
   // there: [head_dim_v][lanes], then maximum and sum per lane.
   void (*forward)(const WindowParams&, const PlanView&, int64_t batch, int64_t head,

@@ -135,11 +135,23 @@ class Window {
   // ---- queries ---------------------------------------------------------------------------------
 
   void start_tile(const int64_t index[3]) {
-    const Group* groups[3];
-    for (int a = 0; a < 3; ++a) groups[a] = plan.axis[a].groups + index[a];
-    tile.init(plan, groups, kLanes, p.extra_keys);
+    tile.init(plan, index, kLanes, p.extra_keys);
     // A query that is redone alone must come out with the same bits.
     sparse = __builtin_popcountll(tile.whole) <= kFewQueries;
+  }
+
+  // Queries of a tile are far apart in memory: a tile ahead, nobody waits for them.
+  static void fetch_queries(const WindowParams& p, const PlanView& plan, int64_t b, int64_t h,
+                            const int64_t index[3]) {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    Tile next;
+    next.place(plan, index, kLanes);
+    for (uint64_t rest = next.whole; rest; rest &= rest - 1) {
+      const int lane = __builtin_ctzll(rest);
+      const int64_t x[3] = {next.query[0][lane], next.query[1][lane], next.query[2][lane]};
+      const T* row = static_cast<const T*>(p.query.data) + at(p.query, b, x, h);
+      for (int64_t d = 0; d < p.head_dim; d += kLine) __builtin_prefetch(row + d);
+    }
   }
 
   int64_t offset_of(const TensorRef& t, int lane, int64_t b, int64_t h) const {
@@ -537,8 +549,7 @@ class Window {
       sum[lane] = norm[lane] = sink ? 1 : 0;
     }
     memset(ot, 0, sizeof(Acc) * dvp * tile.lanes);
-    KeyWalk<T> walk(p, tile, zeros, walk_mask, nullptr, b, h / (p.heads / p.kv_heads));
-    walk.prefetch = sparse;
+    const KeyWalk<T> walk(p, tile, zeros, walk_mask, nullptr, b, h / (p.heads / p.kv_heads));
     bool masked = false;
     while (next_block(walk, &from, to, false)) {
       masked |= block.masked;

@@ -45,9 +45,10 @@ struct WindowEntry {
   }
 
   static constexpr WindowKernels table() {
-    return {W::kLanes,    ATTNEXT_TILE_VECTORS, forward_scratch, backward_scratch, B::row_size,
-            B::bias_size, expand_bias,          forward,         W::partial_size,  merge_partials,
-            backward,     finish_slab,          B::merge_slabs,  B::merge_extra,   B::halo_rows};
+    return {W::kLanes,   ATTNEXT_TILE_VECTORS, forward_scratch, backward_scratch,
+            B::row_size, B::bias_size,         expand_bias,     W::fetch_queries,
+            forward,     W::partial_size,      merge_partials,  backward,
+            finish_slab, B::merge_slabs,       B::merge_extra,  B::halo_rows};
   }
 };
 
