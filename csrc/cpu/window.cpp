@@ -3,6 +3,7 @@
 #include "window.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
 #include <new>
 #include <tuple>
@@ -29,6 +30,9 @@ Memory allocate(int64_t bytes) {
   return m;
 }
 
+int64_t size_of(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
 int64_t acc_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
 
 // The plans of all rules and what the heads share.
@@ -109,14 +113,28 @@ void window_forward(const WindowParams& p, const Geometry& geometry, const int32
   const Problem problem(p, geometry, head_rule, false);
   const WindowKernels& kernels = problem.kernels;
 
-  // Item = (batch, head, tile); a head's tiles are neighbours, so that its keys stay in the caches.
-  std::vector<int64_t> first(1, 0);
-  int64_t scratch = 0, longest = 0;
-  for (int64_t h = 0; h < p.heads; ++h) {
-    first.push_back(first.back() + num_tiles(problem.view_of(h)));
-  }
+  // Item = (batch, turn, head, tile). A head's tiles are neighbours, so that its keys stay in the
+  // caches. Where the heads of a token lie side by side they take turns, so that its pages do too:
+  // each would come from memory once per head.
+  constexpr int64_t kTurnBytes = 2 << 20;  // of keys and values, all heads
+  int64_t most_tiles = 1, scratch = 0, longest = 0;
   for (const PlanView& v : problem.views) {
+    most_tiles = std::max(most_tiles, num_tiles(v));
     scratch = std::max(scratch, kernels.forward_scratch(p, v));
+  }
+  const int64_t tile_bytes = int64_t(kernels.lanes) * kernels.vectors * p.kv_heads *
+                             (p.head_dim + p.head_dim_v) * size_of(p.dtype);
+  const bool side_by_side = std::abs(p.key.head) < std::abs(p.key.token[2]);
+  const int64_t turns =
+      side_by_side ? (most_tiles - 1) / std::max<int64_t>(1, kTurnBytes / tile_bytes) + 1 : 1;
+  const auto first_tile = [&](int64_t turn, int64_t h) {
+    return num_tiles(problem.view_of(h)) * turn / turns;
+  };
+  std::vector<int64_t> first(1, 0);  // item, per turn and head
+  for (int64_t turn = 0; turn < turns; ++turn) {
+    for (int64_t h = 0; h < p.heads; ++h) {
+      first.push_back(first.back() + first_tile(turn + 1, h) - first_tile(turn, h));
+    }
   }
   const int64_t items = p.batch * first.back();
   struct Item {
@@ -126,8 +144,9 @@ void window_forward(const WindowParams& p, const Geometry& geometry, const int32
     Item item;
     item.b = i / first.back();
     i %= first.back();
-    item.h = std::upper_bound(first.begin(), first.end(), i) - first.begin() - 1;
-    tile_index(problem.view_of(item.h), i - first[item.h], item.tile);
+    const int64_t k = std::upper_bound(first.begin(), first.end(), i) - first.begin() - 1;
+    item.h = k % p.heads;
+    tile_index(problem.view_of(item.h), first_tile(k / p.heads, item.h) + i - first[k], item.tile);
     return item;
   };
 
@@ -319,11 +338,19 @@ void window_backward(const WindowParams& p, const Geometry& geometry, const int3
   const auto table_of = [&](int64_t i, int64_t g) {
     return partial_tables.get() + (i * group_heads + g) * table_bytes;
   };
+  // Heads and classes take turns slab by slab, for the sake of the pages that they share.
+  const int64_t sharing = p.kv_heads * d0 * d1;
+  const auto nth = [&](int64_t n) {
+    const int64_t b = n / (sharing * num_slabs), slab = n / sharing % num_slabs;
+    const int64_t cls = n % sharing / p.kv_heads, head = n % p.kv_heads;
+    return ((b * p.kv_heads + head) * d0 * d1 + cls) * num_slabs + slab;
+  };
   parallel_for(items, 1, problem.serial, [&](int64_t begin, int64_t end) {
     void* memory = thread_buffer(0, scratch);
     void* rows = thread_buffer(1, most_rows * row_bytes);
     void* dbias = p.dbias ? thread_buffer(2, bias_bytes) : nullptr;
-    for (int64_t i = begin; i < end; ++i) {
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t i = nth(n);
       SlabItem item = work[i];
       const int64_t used =
           item.size[0] * item.size[1] * item.size[2] + sink_rows + p.extra_keys + 1;
