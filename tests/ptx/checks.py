@@ -35,8 +35,9 @@ class Finding:
 
     def __str__(self) -> str:
         return (
-            f"{self.kind} in {self.kernel}, PTX line {self.line} ({self.text}), block {self.block}, "
-            f"thread {self.thread}, address {self.address:#x}: {self.detail} [{self.count} times]"
+            f"{self.kind} in {self.kernel}, PTX line {self.line} ({self.text}), "
+            f"block {self.block}, thread {self.thread}, address {self.address:#x}: "
+            f"{self.detail} [{self.count} times]"
         )
 
 
@@ -134,14 +135,14 @@ class SharedRaces:
         self.group[:] = -1
         self.read_at[:] = 0
 
-    def _known(self, lanes: Array) -> tuple[Array, Array, Array]:
+    def _known(self, lanes: Array) -> tuple[Array, Array]:
         block, warp = lanes // self.threads, (lanes % self.threads) // 32
-        return block, warp, self.clocks.now[block, warp]
+        return warp, self.clocks.now[block, warp]
 
     def _against_writer(
         self, lanes: Array, granules: Array, known: Array, anyone: bool
     ) -> tuple[Array, Array, Array]:
-        """(race, early, writer): conflicts with the last write; `early` are copies not waited for."""
+        """(race, early, writer): conflicts with the last write; `early`: a copy not waited for."""
         writer = self.writer[granules]
         if not writer.any():
             nothing = np.zeros(granules.shape, bool)
@@ -161,7 +162,7 @@ class SharedRaces:
     def read(
         self, lanes: Array, granules: Array, collective: bool
     ) -> list[tuple[str, Array, Array]]:
-        block, warp, known = self._known(lanes)
+        warp, known = self._known(lanes)
         race, early, writer = self._against_writer(lanes, granules, known, collective)
         now = (known[np.arange(len(lanes)), warp] + 1)[:, None]
         w = warp[:, None]
@@ -183,7 +184,7 @@ class SharedRaces:
     def write(
         self, lanes: Array, granules: Array, asynchronous: bool
     ) -> list[tuple[str, Array, Array]]:
-        block, warp, known = self._known(lanes)
+        warp, known = self._known(lanes)
         race, early, writer = self._against_writer(lanes, granules, known, False)
         read_at = self.read_at[:, granules]
         after_read = read_at > known.T[:, :, None]
@@ -194,8 +195,8 @@ class SharedRaces:
             reader = self.reader[:, granules]
             harmless = (reader == lane) | (reader == COLLECTIVE)
             after_read &= ~(mine[:, :, None] & harmless)
-        unordered = after_read.any(axis=0)
-        culprit = np.where(unordered, after_read.argmax(axis=0) * 32 + 1, 0)
+        unordered: Array = np.asarray(after_read.any(axis=0))
+        culprit: Array = np.where(unordered, after_read.argmax(axis=0) * 32 + 1, 0)
         self.writer[granules] = (lanes + 1)[:, None]
         self.written_at[granules] = known[np.arange(len(lanes)), warp][:, None]
         self.group[granules] = self.copies.committed[lanes][:, None] if asynchronous else -1
@@ -255,7 +256,7 @@ class GlobalRaces:
         return [("global read-write race", race, writer)]
 
     def write(self, lanes: Array, granules: Array, strong: bool) -> list[tuple[str, Array, Array]]:
-        thread, block, known = self._who(lanes)
+        thread, _, known = self._who(lanes)
         writer = self.writer[granules]
         race = np.zeros(granules.shape, bool)
         if writer.any():

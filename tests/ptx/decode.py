@@ -8,6 +8,7 @@ Modifiers are consumed: what a decoder does not ask for is unknown, and unknown 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ Getter = Callable[[], Any]
 Setter = Callable[[Any], None]
 Decoder = Callable[["Code", "Mods"], Step]
 DECODERS: dict[str, Decoder] = {}
-# Warp instructions that name their partners in the last operand, and those that need the whole warp.
+# Warp instructions that name their partners in the last operand, and those of whole warps.
 NAMED_GATES = ("shfl", "vote", "match", "redux", "elect")
 ALIGNED_GATES = ("mma", "ldmatrix", "stmatrix", "movmatrix")
 FULL_MASK = 0xFFFFFFFF
@@ -122,7 +123,7 @@ class Code:
     def view(self, operand: Operand, dtype: np.dtype[Any]) -> Array:
         """The row seen as `dtype`: of a wider register, its low bytes."""
         row = self.row(operand)
-        if dtype == bool or row.dtype == bool:
+        if dtype.kind == "b" or row.dtype.kind == "b":
             return row
         if row.dtype.itemsize >= dtype.itemsize:
             return row.view(dtype)[:: row.dtype.itemsize // dtype.itemsize]
@@ -133,7 +134,7 @@ class Code:
             if operand.name not in self.symbols:
                 raise self.ins.error(f"unknown symbol {operand.name}")
             return dtype.type(self.symbols[operand.name] + operand.offset)
-        if dtype == bool:
+        if dtype.kind == "b":
             return np.bool_(operand.value != 0)
         width = dtype.itemsize
         if operand.float_bits and dtype.kind == "f":
@@ -201,7 +202,7 @@ class Code:
         return lambda: np.full(len(machine.lanes()), value, np.uint64)
 
     def parameter(self, operand: Operand, size: int) -> bytes | None:
-        """The bytes of a kernel parameter at a fixed offset; None if `operand` is something else."""
+        """The bytes of a kernel parameter at a fixed offset; None for any other operand."""
         if not isinstance(operand, Address) or not isinstance(operand.base, Symbol):
             return None
         data = self.parameters.get(operand.base.name)
@@ -275,7 +276,7 @@ class Code:
         starts = [*leaders(code, self.labels, set(gates)), len(code)]
         steps = [self.step(pc, i) for pc, i in enumerate(code)]
         made = {}
-        for start, end in zip(starts, starts[1:], strict=False):
+        for start, end in pairwise(starts):
             guard = code[start].guard
             condition = None
             if start in gates and guard is not None:

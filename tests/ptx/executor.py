@@ -253,9 +253,9 @@ class Program:
             layout.shared = _up(layout.shared, max(v.align for v in extern))
             layout.symbols.update({v.name: layout.shared for v in extern})
         layout.shared += dynamic
-        for name, data in packed.items():  # for kernels that take a parameter's address
+        for name, raw in packed.items():  # for kernels that take a parameter's address
             if name in used:
-                values = np.frombuffer(data, np.uint8)
+                values = np.frombuffer(raw, np.uint8)
                 layout.symbols[name] = memory.buffer(name, values, writable=False).address
         return layout
 

@@ -73,7 +73,7 @@ def call(code: Code, mods: Mods) -> Step:
 
 @opcode("bar", "barrier")
 def barrier(code: Code, mods: Mods) -> Step:
-    """bar.sync and barrier.sync: all of the block, or as many threads as the second operand says."""
+    """bar.sync and barrier.sync: all of the block, or as many threads as the operand says."""
     machine = code.machine
     if mods.has("warp"):
         mods.drop("sync")

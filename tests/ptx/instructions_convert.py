@@ -21,6 +21,7 @@ def to_tf32(values: Any, rounding: str) -> Array:
     """f32 with 10 bits of mantissa: rna is to nearest, ties away; rn ties to even; rz truncates."""
     bits = np.asarray(values, np.float32).view(np.uint32)
     special = (bits & np.uint32(0x7F800000)) == np.uint32(0x7F800000)
+    up: Any
     if rounding == "rna":
         up = np.uint32(0x1000)
     elif rounding == "rn":
@@ -44,7 +45,8 @@ def directed16(nearest: Array, exact: Array, rounding: str) -> Array:
     if rounding == "rn":
         return nearest
     wide = nearest.astype(np.float64)
-    towards = {"rz": np.where(exact > 0, -np.inf, np.inf), "rm": -np.inf, "rp": np.inf}[rounding]
+    goals: dict[str, Any] = {"rm": -np.inf, "rp": np.inf}
+    towards = goals.get(rounding, np.where(exact > 0, -np.inf, np.inf))
     goal = np.broadcast_to(towards, wide.shape).astype(np.float16)
     wrong = np.where(goal < 0, wide > exact, wide < exact)
     return np.where(wrong, np.nextafter(nearest, goal), nearest)

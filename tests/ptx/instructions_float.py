@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Floating point: f32 and f64, and f16 and bf16 alone or packed in pairs.
 
-add, sub, mul, fma, div, rcp and sqrt round once, as the hardware does. The approximations (ex2, lg2,
-sin, cos, tanh, rsqrt, div.approx, div.full) are computed in float64 and rounded: they are closer to
-the truth than the hardware, never further. f64 fma keeps the product's error and is within an ulp.
+add, sub, mul, fma, div, rcp and sqrt round once, as the hardware does. The approximations (ex2,
+lg2, sin, cos, tanh, rsqrt, div.approx, div.full) are computed in float64 and rounded: they are
+closer to the truth than the hardware, never further. f64 fma keeps the product's error and is
+within an ulp.
 """
 
 from __future__ import annotations

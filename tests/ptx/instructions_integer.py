@@ -53,7 +53,7 @@ def add_sub(code: Code, mods: Mods) -> Step:
     if carry:
         return _carry_step(code, kind, use=False)
     if saturated:
-        return lambda: put(saturate(op(np.int64(a()), np.int64(b())), kind))
+        return lambda: put(saturate(np.asarray(op(np.int64(a()), np.int64(b()))), kind))
     return lambda: put(op(a(), b()))
 
 
@@ -121,7 +121,7 @@ def multiply(code: Code, mods: Mods) -> Step:
         return lambda: put(product(a(), b()))
     c = code.get(code.ins.args[3], result)
     if saturated:
-        return lambda: put(saturate(np.int64(product(a(), b())) + np.int64(c()), kind))
+        return lambda: put(saturate(np.asarray(np.int64(product(a(), b())) + np.int64(c())), kind))
     return lambda: put(product(a(), b()) + c())
 
 
@@ -374,7 +374,7 @@ def permute_bytes(code: Code, mods: Mods) -> Step:
         return [base, base + np.uint32(1)] * 2
 
     def step() -> None:
-        both = np.uint64(a()) | (np.uint64(b()) << np.uint64(32))
+        both: Any = np.uint64(a()) | (np.uint64(b()) << np.uint64(32))
         result: Any = np.uint32(0)
         for i, s in enumerate(selectors(c())):
             byte = (both >> (np.uint64(s & np.uint32(7)) * np.uint64(8))) & np.uint64(0xFF)
@@ -451,11 +451,17 @@ COMPARE: dict[str, Binary] = {
 }
 COMPARE.update({"lo": COMPARE["lt"], "ls": COMPARE["le"]})
 COMPARE.update({"hi": COMPARE["gt"], "hs": COMPARE["ge"]})
-# The unordered comparisons hold when the opposite ordered one does not.
-for _name, _opposite in (("eq", "ne"), ("ne", "eq"), ("lt", "ge"), ("le", "gt")):
-    COMPARE[_name + "u"] = lambda a, b, f=COMPARE[_opposite]: ~f(a, b)
-for _name, _opposite in (("gt", "le"), ("ge", "lt")):
-    COMPARE[_name + "u"] = lambda a, b, f=COMPARE[_opposite]: ~f(a, b)
+
+
+def _unordered(opposite: Binary) -> Binary:
+    """Holds for NaN too: wherever the opposite ordered comparison does not."""
+    return lambda a, b: ~opposite(a, b)
+
+
+for _name, _opposite in zip(
+    ("eq", "ne", "lt", "le", "gt", "ge"), ("ne", "eq", "ge", "gt", "le", "lt"), strict=True
+):
+    COMPARE[_name + "u"] = _unordered(COMPARE[_opposite])
 
 
 def nan(a: Any, b: Any) -> Any:

@@ -80,7 +80,7 @@ class Gatherer:
 
 
 def accumulator(rows: int, columns: int) -> Array:
-    """index[row, column] for 32-bit accumulators: registers {row g: two columns, row g + 8: two}."""
+    """index[row, column] for 32-bit accumulators: two columns of row g, then of row g + 8."""
     index = np.zeros((rows, columns), np.int64)
     registers = rows * columns // 32
     for register in range(registers):
@@ -139,7 +139,7 @@ def _matrix_modifiers(code: Code, mods: Mods) -> tuple[int, bool]:
 
 @opcode("ldmatrix")
 def load_matrix(code: Code, mods: Mods) -> Step:
-    """Lanes 8i .. 8i+7 give the row addresses of matrix i; lane l gets row l/4, columns 2(l%4), +1."""
+    """Lanes 8i .. 8i+7 address the rows of matrix i; lane l gets columns 2(l%4), +1 of row l/4."""
     count, trans = _matrix_modifiers(code, mods)
     puts = [code.put(x, "b32") for x in code.vector(code.ins.args[0])]
     address, machine, mark = code.address(code.ins.args[1]), code.machine, marker(code)

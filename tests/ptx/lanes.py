@@ -80,10 +80,10 @@ class Machine:
         return self.all_lanes if isinstance(self.sel, slice) else self.sel
 
     def _fixed_specials(self) -> None:
-        t, (x, y, z) = self.thread_of, self.block
+        t, (x, y, _) = self.thread_of, self.block
         lane = (self.all_lanes % 32).astype(np.uint32)
         one = np.uint32(1)
-        values = {
+        values: dict[str, Array] = {
             "tid.x": t % x,
             "tid.y": t // x % y,
             "tid.z": t // (x * y),
@@ -186,7 +186,7 @@ class Machine:
         outside = (mask & bit) == 0
         code = self.function.code[block.start]
         self.findings.at(code.line, code.text)
-        self._report("sync mask without the executing lane", lanes[outside])
+        self.report("sync mask without the executing lane", lanes[outside])
         total = self.size // 32
         arrived = np.bincount(warp, weights=bit.astype(np.float64), minlength=total)
         alive_lanes = np.flatnonzero(self.state != EXITED)
@@ -196,14 +196,14 @@ class Machine:
         missing = mask & alive_mask[warp] & ~arrived.astype(np.uint64)[warp]
         if aligned:
             gone = lanes[alive_mask[warp] != FULL_MASK]
-            self._report("warp instruction with lanes that have exited", gone)
+            self.report("warp instruction with lanes that have exited", gone)
         parked = lanes[missing != 0]
         if not len(parked):
             return
         self.state[parked] = PARKED
         self.sel = np.sort(np.concatenate([passing, lanes[missing == 0]]))
 
-    def _report(self, kind: str, lanes: Array, detail: str = "") -> None:
+    def report(self, kind: str, lanes: Array, detail: str = "") -> None:
         if len(lanes):
             block, thread = divmod(int(lanes[0]), self.threads)
             block += self.memories.first_block
@@ -218,12 +218,12 @@ class Machine:
         if len(parked):
             code = self.function.code[int(self.pc[parked[0]])]
             self.findings.at(code.line, code.text)
-            self._report("sync mask names lanes that never arrive", parked)
+            self.report("sync mask names lanes that never arrive", parked)
             self.state[parked] = EXITED
         if len(waiting):
             code = self.function.code[int(self.barrier_pc[waiting[0]])]
             self.findings.at(code.line, code.text)
-            self._report("deadlock at a barrier", waiting, "others of the block never arrive")
+            self.report("deadlock at a barrier", waiting, "others of the block never arrive")
             self.state[waiting] = EXITED
         return True
 
@@ -268,7 +268,7 @@ class Machine:
             return
         warp, pc = lanes // 32, self.barrier_pc[lanes]
         mixed = (warp[1:] == warp[:-1]) & (pc[1:] != pc[:-1])
-        self._report("divergent barrier", lanes[1:][mixed], "lanes of a warp at different barriers")
+        self.report("divergent barrier", lanes[1:][mixed], "lanes of a warp at different barriers")
 
 
 def guard_step(machine: Machine, predicate: Array, negated: bool, step: Step, pc: int) -> Step:
@@ -293,7 +293,7 @@ def guard_step(machine: Machine, predicate: Array, negated: bool, step: Step, pc
 
 
 def leaders(code: list[Instruction], labels: dict[str, int], gates: set[int]) -> list[int]:
-    """Where basic blocks begin: at labels, after control flow and barriers, at warp instructions."""
+    """Where basic blocks begin: labels, behind control flow and barriers, warp instructions."""
     starts = {0, *labels.values(), *gates}
     for pc, instruction in enumerate(code):
         if instruction.op in ("bra", "brx", "ret", "exit", "trap", "bar", "barrier", "call"):

@@ -33,7 +33,7 @@ def _rename(operand: Operand, names: dict[str, str]) -> Operand:
     if isinstance(operand, Address):
         base = _rename(operand.base, names)
         assert isinstance(base, Reg | Symbol) or base is operand.base
-        return Address(base, operand.offset)  # type: ignore[arg-type]
+        return Address(base, operand.offset)
     if isinstance(operand, Vector):
         return Vector(tuple(_rename(x, names) for x in operand.items))
     if isinstance(operand, Pair):

@@ -29,7 +29,7 @@ _ALL_WRITTEN = {n: UNSIGNED[n].type(int("01" * n, 16)) for n in (1, 2, 4, 8)}
 
 
 class Space:
-    """Bytes with shadows; addresses here are offsets into `data`, already resolved and in bounds."""
+    """Bytes with shadows; offsets into `data` come here resolved and in bounds."""
 
     def __init__(self, size: int, granule: int = 4) -> None:
         size = -(-size // 16) * 16
@@ -226,7 +226,7 @@ class Memories:
                 shown = f"with block {block}, thread {thread}"
                 if not kind.startswith("global"):
                     shown = f"with thread {thread} of the block"
-                self.report(kind, lanes, where, bad.any(axis=1), shown)
+                self.report(kind, lanes, where, np.asarray(bad.any(axis=1)), shown)
 
     def generic(self, addresses: Array) -> list[tuple[str, Array, int]]:
         """Splits generic addresses into (space, which, base)."""
@@ -279,7 +279,7 @@ class Memories:
         target = self._space(space)
         words, written = target.load(offsets, width, count)
         if not written.all():
-            bad = ~written.all(axis=1)
+            bad = np.asarray(~written.all(axis=1))
             where = ""
             if space == "global":
                 where = self.memory.describe(int(offsets[np.flatnonzero(bad)[0]]))
@@ -346,7 +346,7 @@ class Memories:
         lost = self._space(space).store(offsets, values, width)
         if lost.any():
             kind = f"two lanes of one {space} store write different values"
-            self.report(kind, lanes, addresses, lost.any(axis=1), "the same address")
+            self.report(kind, lanes, addresses, np.asarray(lost.any(axis=1)), "the same address")
 
     def atomic(
         self, space: str, lanes: Array, addresses: Array, width: int
