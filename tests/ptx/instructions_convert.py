@@ -66,6 +66,11 @@ def float_to_int(values: Array, kind: str, source: str) -> Array:
     return np.where(np.isnan(values), bits, result)
 
 
+def clamp_negative(values: Any) -> Any:
+    """.relu: what is not above zero, -0 included, becomes +0; NaN stays."""
+    return np.where((values > 0) | np.isnan(values), values, np.zeros_like(values))
+
+
 @opcode("cvt")
 def convert(code: Code, mods: Mods) -> Step:
     target, source = mods.type(), mods.type()
@@ -83,7 +88,7 @@ def convert(code: Code, mods: Mods) -> Step:
             parts = []
             for read in (low, high):
                 x = np.atleast_1d(np.asarray(read(), np.float64))
-                x = np.where(x < 0, 0.0, x) if relu else x
+                x = clamp_negative(x) if relu else x
                 parts.append(to_half(_finite(x, kind) if satfinite else x, kind, rounding))
             put(pack(*parts))
 
@@ -91,7 +96,7 @@ def convert(code: Code, mods: Mods) -> Step:
     read = reader(code, args[1], source, ftz)
     if target == "tf32":
         put = code.put(args[0], "b32")
-        return lambda: put(to_tf32(np.fmax(read(), 0) if relu else read(), rounding))
+        return lambda: put(to_tf32(clamp_negative(read()) if relu else read(), rounding))
     if source not in FLOATS and target not in FLOATS:
         return _int_to_int(code, read, target, source, sat)
     if target not in FLOATS:
@@ -112,7 +117,7 @@ def convert(code: Code, mods: Mods) -> Step:
         if integral:
             wide = ROUND_INT[integral](wide)
         if relu:
-            wide = np.where(wide < 0, 0.0, wide)
+            wide = clamp_negative(wide)
         if sat:
             wide = np.clip(np.where(np.isnan(wide), 0.0, wide), 0.0, 1.0)
         if target == "f64":
