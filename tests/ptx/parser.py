@@ -193,6 +193,8 @@ def _statements(text: str) -> Iterator[tuple[int, str]]:
             if nesting:
                 nesting -= 1
                 buffer += c
+            elif stripped:
+                raise PtxError(f"PTX line {start_line}: unfinished statement: {stripped[:80]}")
             else:
                 yield line, "}"
                 buffer = ""
