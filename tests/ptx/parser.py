@@ -395,14 +395,11 @@ def parse(text: str) -> Module:
         if statement.startswith(".target"):
             module.target = statement.split()[1].rstrip(",")
         elif statement.startswith(".") and _ENTRY.search(statement) and body is None:
-            function = _header(statement, line)
-            if statement.startswith(".extern") or function.name in module.functions:
-                continue
-            pending = function
-            module.functions[function.name] = function
+            pending = _header(statement, line)  # a prototype, unless a body follows
         elif body is None:
             if statement == "{":
                 body = _Body(pending)
+                module.functions[pending.name] = pending
             else:
                 declared = variable(statement, line)
                 module.variables[declared.name] = declared
