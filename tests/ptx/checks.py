@@ -127,6 +127,7 @@ class SharedRaces:
         self.writer = np.zeros(total, np.int32)  # lane + 1
         self.written_at = np.zeros(total, np.int32)
         self.group = np.full(total, -1, np.int32)  # of an asynchronous write
+        self.strong = np.zeros(total, bool)  # written by an atomic or a strong store
         self.read_at = np.zeros((self.warps, total), np.int32)  # clock + 1 of the reading warp
         self.reader = np.zeros((self.warps, total), np.int8)
 
@@ -140,7 +141,7 @@ class SharedRaces:
         return warp, self.clocks.now[block, warp]
 
     def _against_writer(
-        self, lanes: Array, granules: Array, known: Array, anyone: bool
+        self, lanes: Array, granules: Array, known: Array, anyone: bool, strong: bool
     ) -> tuple[Array, Array, Array]:
         """(race, early, writer): conflicts with the last write; `early`: a copy not waited for."""
         writer = self.writer[granules]
@@ -157,13 +158,21 @@ class SharedRaces:
             early = (group >= 0) & (done == NEVER) & (writer > 0)
         knows = np.take_along_axis(known, (lane % self.threads) // 32, axis=1)
         other = (writer > 0) & (anyone | (writer != lanes[:, None] + 1))
+        if strong:
+            other &= ~self.strong[granules]
         return other & (knows <= when) & ~early, early, writer
 
     def read(
-        self, lanes: Array, granules: Array, collective: bool
+        self, lanes: Array, granules: Array, collective: bool, strong: bool
     ) -> list[tuple[str, Array, Array]]:
         warp, known = self._known(lanes)
-        race, early, writer = self._against_writer(lanes, granules, known, collective)
+        race, early, writer = self._against_writer(lanes, granules, known, collective, strong)
+        found = [
+            ("read-write race", race, writer),
+            ("cp.async read before its wait", early, writer),
+        ]
+        if strong:  # later strong writes do not mind
+            return found
         now = (known[np.arange(len(lanes)), warp] + 1)[:, None]
         w = warp[:, None]
         tag = np.full(granules.shape, COLLECTIVE, np.int8)
@@ -179,13 +188,13 @@ class SharedRaces:
             tag = np.where(self.reader[w, granules] != tag, SEVERAL, tag).astype(np.int8)
         self.reader[w, granules] = tag
         self.read_at[w, granules] = now
-        return [("read-write race", race, writer), ("cp.async read before its wait", early, writer)]
+        return found
 
     def write(
-        self, lanes: Array, granules: Array, asynchronous: bool
+        self, lanes: Array, granules: Array, asynchronous: bool, strong: bool
     ) -> list[tuple[str, Array, Array]]:
         warp, known = self._known(lanes)
-        race, early, writer = self._against_writer(lanes, granules, known, False)
+        race, early, writer = self._against_writer(lanes, granules, known, False, strong)
         read_at = self.read_at[:, granules]
         after_read = read_at > known.T[:, :, None]
         # Lanes of one warp that read since its last bar.warp.sync.
@@ -200,6 +209,7 @@ class SharedRaces:
         self.writer[granules] = (lanes + 1)[:, None]
         self.written_at[granules] = known[np.arange(len(lanes)), warp][:, None]
         self.group[granules] = self.copies.committed[lanes][:, None] if asynchronous else -1
+        self.strong[granules] = strong
         return [
             ("write-write race", race, writer),
             ("write-read race", unordered, culprit),

@@ -306,9 +306,9 @@ class Memories:
         if space == "shared" and self.shared_races:
             granules = self.shared.granules(offsets, size)
             if write:
-                found = self.shared_races.write(lanes, granules, asynchronous)
+                found = self.shared_races.write(lanes, granules, asynchronous, strong)
             else:
-                found = self.shared_races.read(lanes, granules, collective)
+                found = self.shared_races.read(lanes, granules, collective, strong)
             self._races(found, lanes, addresses)
         elif space == "global" and self.global_races:
             granules = self.memory.space.granules(offsets, size)
@@ -365,6 +365,5 @@ class Memories:
             self.report(
                 f"read of unwritten {space} memory", lanes[ok], addresses[ok], ~written[:, 0], ""
             )
-            if space == "global":
-                self.track(space, lanes[ok], addresses[ok], offsets[ok], width, True, strong=True)
+            self.track(space, lanes[ok], addresses[ok], offsets[ok], width, True, strong=True)
         return self._space(space), offsets, ok

@@ -24,7 +24,9 @@ def kernel(body: str, params: int = 0, variables: str = "", outside: str = "") -
     names = sorted(set(re.findall(r"%([phrd])(\d+)", body)))
     declared = "\n".join(f".reg .{classes[c]} %{c}{n};" for c, n in names)
     formal = ", ".join(f".param .u64 p{i}" for i in range(params))
-    return f"{HEAD}{outside}\n.visible .entry k({formal})\n{{\n{declared}\n{variables}\n{body}\n}}\n"
+    return (
+        f"{HEAD}{outside}\n.visible .entry k({formal})\n{{\n{declared}\n{variables}\n{body}\n}}\n"
+    )
 
 
 def run(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every check finds the smallest program that is wrong in its way, and leaves its right twin alone."""
+"""Every check finds the smallest program that is wrong in its way, and spares its right twin."""
 
 from __future__ import annotations
 
@@ -153,6 +153,15 @@ def test_neighbouring_bytes_do_not_race() -> None:
     assert only(go(body.replace("bar.sync 0;", ""))).kind == "read-write race"
 
 
+def test_atomics_on_shared_memory() -> None:
+    zero = "setp.eq.u32 %p1, %r1, 0; @%p1 st.shared.u32 [%r2], 0; {between}"
+    body = zero + "atom.shared.add.u32 %r9, [%r2], 1; {after} ld.shared.u32 %r9, [%r2];"
+    barrier = "bar.sync 0;"
+    assert not go(body.format(between=barrier, after=barrier)).findings
+    assert go(body.format(between="", after=barrier)).kinds() == {"write-write race"}
+    assert go(body.format(between=barrier, after="")).kinds() == {"read-write race"}
+
+
 def test_lanes_of_one_store() -> None:
     found = only(go("st.shared.u32 [%r2], %r1;", threads=32))
     assert found.kind == "two lanes of one shared store write different values"
@@ -245,7 +254,9 @@ def test_divergent_barrier() -> None:
 
 
 def test_deadlock() -> None:
-    body = """setp.lt.u32 %p1, %r1, 32; @%p1 bra A; bar.sync 1, 64; bra END; A: bar.sync 2, 64; END:"""
+    body = (
+        """setp.lt.u32 %p1, %r1, 32; @%p1 bra A; bar.sync 1, 64; bra END; A: bar.sync 2, 64; END:"""
+    )
     assert only(go(body)).kind == "deadlock at a barrier"
 
 

@@ -47,7 +47,9 @@ def test_guards() -> None:
         @%p1 add.u32 {o}, {a}, 100;
         @!%p1 sub.u32 {o}, {a}, 5;
     """
-    np.testing.assert_array_equal(apply(text, "u32", a=("u32", a)), np.where(a < 10, a + 100, a - 5))
+    np.testing.assert_array_equal(
+        apply(text, "u32", a=("u32", a)), np.where(a < 10, a + 100, a - 5)
+    )
 
 
 def test_brx() -> None:
@@ -96,7 +98,8 @@ def test_calls_are_inlined() -> None:
             {{ .param .b32 p0; st.param.b32 [p0+0], %r2; .param .b32 q; st.param.b32 [q+0], 0;
               @%p1 call (q), f, (p0); ld.param.b32 %r3, [q+0]; }}
             add.u32 %r2, %r2, %r3;
-            ld.param.u64 %d1, [to]; mad.wide.u32 %d1, %r1, 4, %d1; st.global.u32 [%d1], %r2; ret; }}"""
+            ld.param.u64 %d1, [to]; mad.wide.u32 %d1, %r1, 4, %d1;
+            st.global.u32 [%d1], %r2; ret; }}"""
     memory = Memory()
     out = memory.allocate("out", 128)
     load(text).launch("k", 1, 32, [out], memory=memory).check()
@@ -178,7 +181,7 @@ def test_an_endless_loop_ends() -> None:
 def test_launch_limits() -> None:
     for options in ({"threads": 1025}, {"grid": (1, 65536)}, {"grid": 0}):
         with pytest.raises(PtxError, match="grid"):
-            run("ret;", **options)  # type: ignore[arg-type]
+            run("ret;", **options)
     with pytest.raises(PtxError, match="shared memory"):
         run("ret;", shared=1 << 20)
 

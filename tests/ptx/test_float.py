@@ -25,7 +25,8 @@ def f32_edges() -> Array:
 
 def tuples(count: int) -> tuple[Array, ...]:
     values = f32_edges() if count == 2 else f32_edges()[::2]
-    return tuple(np.array(x, np.float32) for x in zip(*itertools.product(values, repeat=count)))
+    rows = np.array(list(itertools.product(values, repeat=count)), np.float32)
+    return tuple(rows.T.copy())
 
 
 def round_f32(value: Fraction) -> np.float32:
@@ -157,7 +158,9 @@ def test_directed_rounding(rounding: str, op: str) -> None:
     ],
 )
 def test_special_functions(text: str, function: Any) -> None:
-    a = np.concatenate([np.linspace(-90, 90, 181), [np.inf, -np.inf, np.nan, 0.0]]).astype(np.float32)
+    a = np.concatenate([np.linspace(-90, 90, 181), [np.inf, -np.inf, np.nan, 0.0]]).astype(
+        np.float32
+    )
     got = apply(f"{text} {{o}}, {{a}};", "f32", a=("f32", a))
     with np.errstate(all="ignore"):
         want = function(a.astype(np.float64))
@@ -258,7 +261,9 @@ def test_half_arithmetic(kind: str, packed: bool) -> None:
     raw[0, :3] = [np.inf, np.nan, 0.0]
     (a, x), (b, y), (c, z) = (half_bits(r, kind) for r in raw)
     word, name = ("u32", kind + "x2") if packed else ("u16", kind)
-    columns = {n: (word, v.view(np.uint32) if packed else v) for n, v in zip("abc", (a, b, c))}
+    columns = {
+        n: (word, v.view(np.uint32) if packed else v) for n, v in zip("abc", (a, b, c), strict=True)
+    }
 
     def check(text: str, want: torch.Tensor) -> None:
         same_half(apply(text, word, **columns).view(np.uint16), to_bits(want, kind), kind)

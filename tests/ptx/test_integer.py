@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,9 +25,14 @@ def edges(kind: str, more: int = 20) -> Array:
     return np.unique(np.concatenate([np.array(known, DTYPE[kind]), drawn]))
 
 
+def grid(*axes: Array) -> tuple[Array, ...]:
+    """All combinations, as flat columns that keep the type of their axis."""
+    return tuple(x.reshape(-1) for x in np.meshgrid(*axes, indexing="ij"))
+
+
 def pairs(kind: str, count: int = 2) -> tuple[Array, ...]:
     values = edges(kind, 20 if count == 2 else 3)
-    return tuple(np.array(x, DTYPE[kind]) for x in zip(*itertools.product(values, repeat=count)))
+    return grid(*([values] * count))
 
 
 def wrap(value: int, kind: str) -> int:
@@ -133,8 +137,7 @@ def test_carries_make_a_double_word(kind: str, bits: int) -> None:
     text = f"sub.cc.{kind} {{o}}, {{a}}, {{b}}; subc.{kind} {{o1}}, {{c}}, {{b}};"
     under, over = apply(text, (kind, kind), **columns)
     text = (
-        f"mad.lo.cc.{kind} {{o}}, {{a}}, {{b}}, {{c}}; "
-        f"madc.hi.{kind} {{o1}}, {{a}}, {{b}}, {{c}};"
+        f"mad.lo.cc.{kind} {{o}}, {{a}}, {{b}}, {{c}}; madc.hi.{kind} {{o1}}, {{a}}, {{b}}, {{c}};"
     )
     bottom, top = apply(text, (kind, kind), **columns)
     for i, (x, y, z) in enumerate(zip(a.tolist(), b.tolist(), c.tolist(), strict=True)):
@@ -150,7 +153,7 @@ def test_carries_make_a_double_word(kind: str, bits: int) -> None:
 def test_shifts_clamp_their_count(kind: str) -> None:
     bits = 8 * DTYPE[kind].itemsize
     values, counts = edges(kind), np.array([0, 1, 5, 15, 16, 31, 32, 33, 63, 64, 200, 2**31])
-    a, n = (np.array(x) for x in zip(*itertools.product(values, counts)))
+    a, n = grid(values, counts)
     columns = {"a": (kind, a), "n": ("u32", n)}
     got = apply(f"shr.{kind} {{o}}, {{a}}, {{n}};", kind, **columns)
     np.testing.assert_array_equal(got, expect(lambda x, y: x >> min(y, 128), kind, a, n))
@@ -245,8 +248,7 @@ def test_bits(kind: str) -> None:
 def test_bit_fields(kind: str) -> None:
     bits = 8 * DTYPE[kind].itemsize
     starts = lengths = np.array([0, 1, 5, 8, 31, 32, 63, 64, 255])
-    a, s, n = (np.array(x) for x in zip(*itertools.product(edges(kind, 5), starts, lengths)))
-    a = a.astype(DTYPE[kind])
+    a, s, n = grid(edges(kind, 5), starts, lengths)
 
     def extract(value: int, start: int, length: int) -> int:
         """Bit by bit, as the ISA's pseudocode reads."""
@@ -267,7 +269,11 @@ def test_bit_fields(kind: str) -> None:
     def insert(value: int, into: int, start: int, length: int) -> int:
         for i in range(length):
             if start + i < bits:
-                into = into & ~(1 << (start + i)) | (value >> i & 1) << (start + i) if i < bits else into
+                into = (
+                    into & ~(1 << (start + i)) | (value >> i & 1) << (start + i)
+                    if i < bits
+                    else into
+                )
         return into
 
     if kind[0] == "u":

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from .compile import compile_ptx
-from .executor import Program, Report, load
+from .executor import Parameter, Program, Report, load
 from .memory import Buffer, Memory
 from .words import Array
 
@@ -30,12 +30,13 @@ def test_vector_add_has_a_tail(n: int) -> None:
     rng = np.random.default_rng(n)
     x, y = rng.standard_normal((2, n)).astype(np.float32)
     memory = Memory()
-    buffers = [memory.buffer("x", x), memory.buffer("y", y), memory.allocate("out", 4 * n)]
-    report = program().launch("vector_add", -(-n // 128), 128, [*buffers, n], memory=memory)
-    np.testing.assert_array_equal(report.check() and buffers[2].array(np.float32), x + y)
+    out = memory.allocate("out", 4 * n)
+    params: list[Parameter] = [memory.buffer("x", x), memory.buffer("y", y), out]
+    report = program().launch("vector_add", -(-n // 128), 128, [*params, n], memory=memory)
+    np.testing.assert_array_equal(report.check() and out.array(np.float32), x + y)
     assert report.coverage() == 1.0 or n == 128  # where no thread leaves early
     # One element too many is outside all three buffers.
-    report = program().launch("vector_add", -(-n // 128) + 1, 128, [*buffers, n + 1], memory=memory)
+    report = program().launch("vector_add", -(-n // 128) + 1, 128, [*params, n + 1], memory=memory)
     assert report.kinds() == {"global read out of bounds", "global write out of bounds"}
 
 
@@ -44,7 +45,7 @@ def test_block_sum(n: int, threads: int) -> None:
     x = np.random.default_rng(n).standard_normal(n).astype(np.float32)
     memory = Memory()
     partial = memory.allocate("partial", 4 * 3)
-    params = [memory.buffer("x", x), partial, n]
+    params: list[Parameter] = [memory.buffer("x", x), partial, n]
     program().launch("block_sum", 3, threads, params, memory=memory).check()
     got = partial.array(np.float32).astype(np.float64).sum()
     np.testing.assert_allclose(got, x.astype(np.float64).sum(), atol=1e-4)
@@ -55,7 +56,7 @@ def test_softmax_rows(rows: int, columns: int) -> None:
     x = (np.random.default_rng(columns).standard_normal((rows, columns)) * 30).astype(np.float32)
     memory = Memory()
     out = memory.allocate("out", x.nbytes)
-    params = [memory.buffer("x", x), out, rows, columns]
+    params: list[Parameter] = [memory.buffer("x", x), out, rows, columns]
     program().launch("softmax_rows", -(-rows // 4), 128, params, memory=memory).check()
     want = np.exp(x.astype(np.float64) - x.max(axis=1, keepdims=True))
     want /= want.sum(axis=1, keepdims=True)
@@ -68,16 +69,22 @@ def bf16(values: Array) -> tuple[Array, Array]:
     return rounded.view(torch.uint16).numpy(), rounded.double().numpy()
 
 
-def gemm(m: int, n: int, k: int, *defines: str, arch: str = "sm_80") -> tuple[Report, Buffer, Array]:
+def gemm(
+    m: int, n: int, k: int, *defines: str, arch: str = "sm_80"
+) -> tuple[Report, Buffer, Array]:
     """(report, out, what out should be). Rows of B are as long as its tile grid."""
     rng = np.random.default_rng(m + n + k)
     (a_bits, a), (b_bits, b) = bf16(rng.standard_normal((m, k))), bf16(rng.standard_normal((k, n)))
     memory = Memory()
     out = memory.allocate("out", 4 * m * n)
-    params = [memory.buffer("a", a_bits), memory.buffer("b", b_bits), out, m, n, k]
+    params: list[Parameter] = [memory.buffer("a", a_bits), memory.buffer("b", b_bits), out, m, n, k]
     grid = (-(-n // 64), -(-m // 64))
     ready = program(*defines, arch=arch)
-    return ready.launch("gemm", grid, 128, params, GEMM_SHARED, memory), out, a @ b
+    return (
+        ready.launch("gemm", grid, 128, params, GEMM_SHARED, memory),
+        out,
+        np.einsum("ik,kj->ij", a, b),
+    )
 
 
 def close(out: Buffer, want: Array) -> bool:
@@ -136,10 +143,10 @@ def test_results_do_not_depend_on_how_many_blocks_run_together() -> None:
     rng = np.random.default_rng(130 + 128 + 64)
     a, b = bf16(rng.standard_normal((130, 64)))[0], bf16(rng.standard_normal((64, 128)))[0]
     alone = memory.allocate("out", out.size)
-    params = [memory.buffer("a", a), memory.buffer("b", b), alone, 130, 128, 64]
-    report = program().launch(
-        "gemm", (2, 3), 128, params, GEMM_SHARED, memory, blocks_at_once=1
-    ).check()
+    params: list[Parameter] = [memory.buffer("a", a), memory.buffer("b", b), alone, 130, 128, 64]
+    report = (
+        program().launch("gemm", (2, 3), 128, params, GEMM_SHARED, memory, blocks_at_once=1).check()
+    )
     assert report.blocks_at_once == 1
     np.testing.assert_array_equal(alone.array(np.float32, want.shape), first)
 
@@ -152,7 +159,8 @@ __device__ __noinline__ float polynomial(float x, int n) {
   for (int i = 0; i < n; ++i) y = y * x + i;
   return y;
 }
-extern "C" __global__ void many(const float* x, const int* n, float* out, long long* whole, int count) {
+extern "C" __global__ void many(const float* x, const int* n, float* out, long long* whole,
+                                int count) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= count) return;
   const float v = x[i];
@@ -190,7 +198,7 @@ def test_code_of_the_math_library() -> None:
     n = rng.integers(-1000, 1000, count).astype(np.int32)
     memory = Memory()
     out, whole = memory.allocate("out", 4 * 12 * count), memory.allocate("whole", 8 * 6 * count)
-    params = [memory.buffer("x", x), memory.buffer("n", n), out, whole, count]
+    params: list[Parameter] = [memory.buffer("x", x), memory.buffer("n", n), out, whole, count]
     load(compile_ptx(INTRINSICS)).launch("many", 3, 128, params, memory=memory).check()
     got, v = out.array(np.float32, (count, 12)), x.astype(np.float64)
     poly = np.zeros(count)
@@ -205,7 +213,9 @@ def test_code_of_the_math_library() -> None:
         torch.erf(torch.tensor(v)).numpy(),
     ]  # fmt: skip
     for column, values in enumerate(want):
-        np.testing.assert_allclose(got[:, column], values, rtol=3e-6, atol=3e-6, err_msg=f"{column}")
+        np.testing.assert_allclose(
+            got[:, column], values, rtol=3e-6, atol=3e-6, err_msg=f"{column}"
+        )
     integers = whole.array(np.int64, (count, 6))
     for i in range(count):
         k, u = int(n[i]), int(n[i]) & 0xFFFFFFFF

@@ -124,6 +124,7 @@ def test_ldmatrix(count: int, trans: bool) -> None:
     source, out = memory.buffer("m", matrices), memory.allocate("out", 4 * count * 32)
     # The rows lie in shared memory in reverse order, so that each lane's address matters.
     registers = ", ".join(f"%r{10 + i}" for i in range(count))
+    shape = f"x{count}.trans" if trans else f"x{count}"
     stores = "\n".join(f"st.global.b32 [%d2+{4 * i}], %r{10 + i};" for i in range(count))
     body = f"""
         mov.u32 %r1, %tid.x;
@@ -138,7 +139,7 @@ def test_ldmatrix(count: int, trans: bool) -> None:
         ld.global.v4.b32 {{%r4, %r5, %r6, %r7}}, [%d1];
         st.shared.v4.b32 [%r2], {{%r4, %r5, %r6, %r7}};
         LOADED: bar.warp.sync 0xffffffff;
-        ldmatrix.sync.aligned.m8n8.x{count}{".trans" if trans else ""}.shared.b16 {{{registers}}}, [%r2];
+        ldmatrix.sync.aligned.m8n8.{shape}.shared.b16 {{{registers}}}, [%r2];
         ld.param.u64 %d2, [p1];
         mad.wide.u32 %d2, %r1, {4 * count}, %d2;
         {stores}
@@ -159,6 +160,7 @@ def test_stmatrix(count: int, trans: bool) -> None:
     memory = Memory()
     source, out = memory.buffer("f", values), memory.allocate("out", count * 128)
     registers = ", ".join(f"%r{10 + i}" for i in range(count))
+    shape = f"x{count}.trans" if trans else f"x{count}"
     loads = "\n".join(f"ld.global.b32 %r{10 + i}, [%d1+{4 * i}];" for i in range(count))
     body = f"""
         mov.u32 %r1, %tid.x;
@@ -168,7 +170,7 @@ def test_stmatrix(count: int, trans: bool) -> None:
         rem.u32 %r2, %r1, {8 * count};
         mov.u32 %r3, s;
         mad.lo.u32 %r3, %r2, 16, %r3;
-        stmatrix.sync.aligned.m8n8.x{count}{".trans" if trans else ""}.shared.b16 [%r3], {{{registers}}};
+        stmatrix.sync.aligned.m8n8.{shape}.shared.b16 [%r3], {{{registers}}};
         bar.warp.sync 0xffffffff;
         setp.ge.u32 %p1, %r1, {8 * count};
         @%p1 bra END;
@@ -201,6 +203,4 @@ def test_movmatrix() -> None:
         ret;
     """
     run(body, (source, out), memory=memory).check()
-    np.testing.assert_array_equal(
-        out.array(np.uint16, (8, 8)), values.reshape(8, 8).T
-    )
+    np.testing.assert_array_equal(out.array(np.uint16, (8, 8)), values.reshape(8, 8).T)

@@ -18,7 +18,9 @@ from .words import DTYPE
 ADDRESS = "mov.u32 %r1, %tid.x; ld.param.u64 %d1, [p0]; ld.param.u64 %d2, [p1];"
 
 
-@pytest.mark.parametrize("kind", ["s8", "u8", "s16", "u16", "s32", "u32", "s64", "u64", "f32", "f64"])
+@pytest.mark.parametrize(
+    "kind", ["s8", "u8", "s16", "u16", "s32", "u32", "s64", "u64", "f32", "f64"]
+)
 @pytest.mark.parametrize("space", ["global", "generic"])
 def test_widths_are_extended(kind: str, space: str) -> None:
     dtype = DTYPE[kind]
@@ -110,7 +112,8 @@ def test_constants_locals_and_module_variables() -> None:
 
 def test_parameters_are_laid_out_as_the_driver_does() -> None:
     text = f"""{HEAD}
-        .visible .entry k(.param .u64 out, .param .u8 a, .param .align 8 .b8 s[24], .param .f32 f) {{
+        .visible .entry k(.param .u64 out, .param .u8 a, .param .align 8 .b8 s[24],
+            .param .f32 f) {{
         .reg .b64 %d<4>; .reg .b32 %r<5>; .reg .b16 %h<2>;
         ld.param.u64 %d0, [out];
         ld.param.u8 %h0, [a]; cvt.u32.u16 %r0, %h0;
@@ -124,9 +127,7 @@ def test_parameters_are_laid_out_as_the_driver_does() -> None:
     struct_bytes = struct.pack("<qqii", 1, 2, 3, 4)
     raw = struct.pack("<QB7x", out.address, 9) + struct_bytes + struct.pack("<f", 2.5)
     program = load(text)
-    assert pack(program.kernel("k"), raw) == pack(
-        program.kernel("k"), [out, 9, struct_bytes, 2.5]
-    )
+    assert pack(program.kernel("k"), raw) == pack(program.kernel("k"), [out, 9, struct_bytes, 2.5])
     program.launch("k", 1, 1, raw, memory=memory).check()
     got = out.array()
     assert got[0:4].view(np.uint32) == 9 and got[8:16].view(np.int64) == 2
@@ -220,7 +221,9 @@ def test_cp_async_fills_with_zeros(size: int, cache: str) -> None:
     inside = np.arange(size) < wanted[:, None]
     x.set_written(inside)
     kind = {4: ".b32", 8: ".v2.b32", 16: ".v4.b32"}[size]
-    registers = "{" + ", ".join(f"%r{10 + i}" for i in range(size // 4)) + "}" if size > 4 else "%r10"
+    registers = (
+        "{" + ", ".join(f"%r{10 + i}" for i in range(size // 4)) + "}" if size > 4 else "%r10"
+    )
     body = f"""{ADDRESS} rem.u32 %r2, %r1, {size + 1};
         mov.u32 %r3, s; mad.lo.u32 %r3, %r1, {size}, %r3;
         mad.wide.u32 %d1, %r1, {size}, %d1; mad.wide.u32 %d2, %r1, {size}, %d2;

@@ -28,7 +28,9 @@ def test_without_nvcc_one_sentence_says_how_to_get_one(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     no_nvcc(monkeypatch, tmp_path)
-    with pytest.raises(compiler.NoNvcc, match=r"no nvcc: .*CUDA_HOME.*pip install nvidia-cuda-nvcc"):
+    with pytest.raises(
+        compiler.NoNvcc, match=r"no nvcc: .*CUDA_HOME.*pip install nvidia-cuda-nvcc"
+    ):
         compiler.compile_ptx(NOTHING)
 
 

@@ -15,7 +15,8 @@ extern "C" __global__ void vector_add(const float* x, const float* y, float* out
 extern "C" __global__ void block_sum(const float* x, float* partial, int n) {
   __shared__ float of_warp[32];
   float sum = 0.f;
-  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x) sum += x[i];
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x)
+    sum += x[i];
   for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = sum;
   __syncthreads();
@@ -51,9 +52,10 @@ extern "C" __global__ void softmax_rows(const float* x, float* out, int rows, in
     out[static_cast<int64_t>(row) * columns + j] = __expf(from[j] - top) / sum;
 }
 
-// ---- tiled GEMM: out[m, n] = a[m, k] b[k, n], bf16 in, f32 out -----------------------------------
-// A block owns 64 x 64 of out and walks k in steps of 32, two stages of cp.async ahead of the
-// products. Four warps, each 16 rows by 64 columns. Shared rows are swizzled in chunks of 16 bytes.
+// ---- tiled GEMM: out[m, n] = a[m, k] b[k, n], bf16 in, f32 out
+// ----------------------------------- A block owns 64 x 64 of out and walks k in steps of 32, two
+// stages of cp.async ahead of the products. Four warps, each 16 rows by 64 columns. Shared rows are
+// swizzled in chunks of 16 bytes.
 
 constexpr int kTile = 64, kStep = 32, kStages = 2;
 
@@ -78,11 +80,12 @@ __device__ void copy16(void* to, const void* from, bool inside) {
                "r"(inside ? 16 : 0));
 }
 
-extern "C" __global__ __launch_bounds__(128) void gemm(const __nv_bfloat16* a, const __nv_bfloat16* b,
-                                                       float* out, int m, int n, int k) {
+extern "C" __global__ __launch_bounds__(128) void gemm(const __nv_bfloat16* a,
+                                                       const __nv_bfloat16* b, float* out, int m,
+                                                       int n, int k) {
   extern __shared__ __align__(128) __nv_bfloat16 tiles[];
-  __nv_bfloat16* a_tiles = tiles;                             // [stage][64][32]
-  __nv_bfloat16* b_tiles = tiles + kStages * kTile * kStep;   // [stage][32][64]
+  __nv_bfloat16* a_tiles = tiles;                            // [stage][64][32]
+  __nv_bfloat16* b_tiles = tiles + kStages * kTile * kStep;  // [stage][32][64]
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int row0 = blockIdx.y * kTile, column0 = blockIdx.x * kTile;
   float sum[8][4] = {};
@@ -92,12 +95,13 @@ extern "C" __global__ __launch_bounds__(128) void gemm(const __nv_bfloat16* a, c
     __nv_bfloat16* bt = b_tiles + step % kStages * kTile * kStep;
     for (int c = threadIdx.x; c < kTile * kStep / 8; c += 128) {
       const int row = c / 4, chunk = c % 4;
-      copy16(at + a_at(row, chunk), a + static_cast<int64_t>(row0 + row) * k + step * kStep + chunk * 8,
-             row0 + row < m);
+      copy16(at + a_at(row, chunk),
+             a + static_cast<int64_t>(row0 + row) * k + step * kStep + chunk * 8, row0 + row < m);
     }
     for (int c = threadIdx.x; c < kTile * kStep / 8; c += 128) {
       const int row = c / 8, chunk = c % 8;
-      copy16(bt + b_at(row, chunk), b + static_cast<int64_t>(step * kStep + row) * n + column0 + chunk * 8,
+      copy16(bt + b_at(row, chunk),
+             b + static_cast<int64_t>(step * kStep + row) * n + column0 + chunk * 8,
              column0 + chunk * 8 < n);
     }
   };
