@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +150,27 @@ def test_results_do_not_depend_on_how_many_blocks_run_together() -> None:
     )
     assert report.blocks_at_once == 1
     np.testing.assert_array_equal(alone.array(np.float32, want.shape), first)
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (16, 16), (17, 40), (50, 33)])
+def test_attention(n: int, m: int) -> None:
+    """Parameters come as one struct in bytes; rows and keys end where they like."""
+    rng = np.random.default_rng(n * m)
+    (q_bits, q), (k_bits, k), (v_bits, v) = (
+        bf16(rng.standard_normal((length, 32)) * 2) for length in (n, m, m)
+    )
+    memory = Memory()
+    buffers = [memory.buffer(x, b) for x, b in (("q", q_bits), ("k", k_bits), ("v", v_bits))]
+    out = memory.allocate("out", 4 * n * 32)
+    scale = 32**-0.5
+    addresses = [b.address for b in (*buffers, out)]
+    params = struct.pack("<4Q2if4x", *addresses, n, m, scale * np.log2(np.e))
+    program().launch("attention", -(-n // 16), 32, params, memory=memory).check()
+    scores = np.einsum("id,jd->ij", q, k) * scale
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    want = np.einsum("ij,jd->id", weights / weights.sum(axis=1, keepdims=True), v)
+    assert out.written(np.float32).all()
+    np.testing.assert_allclose(out.array(np.float32, (n, 32)), want, atol=2e-2)
 
 
 INTRINSICS = r"""

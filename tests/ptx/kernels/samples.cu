@@ -169,3 +169,104 @@ extern "C" __global__ __launch_bounds__(128) void gemm(const __nv_bfloat16* a,
 #endif
     }
 }
+
+// ---- attention of one head: q [n, 32], k and v [m, 32] in bf16, out [n, 32] in f32
+// --------------- A warp owns 16 queries and walks the keys in steps of 16 with an online softmax
+// in base 2. The probabilities never leave registers: an accumulator of the first product is,
+// rounded to bf16, the left operand of the second. Keys past m are masked with -inf and read as
+// zeros.
+
+constexpr int kDim = 32;
+
+struct AttentionParams {
+  const __nv_bfloat16 *q, *k, *v;
+  float* out;
+  int n, m;
+  float scale_log2;
+};
+
+__device__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ uint32_t pair(float low, float high) {
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+extern "C" __global__ __launch_bounds__(32) void attention(
+    const __grid_constant__ AttentionParams p) {
+  __shared__ __align__(16) __nv_bfloat16 keys[16][kDim + 8], values[16][kDim + 8];
+  const int lane = threadIdx.x, row0 = blockIdx.x * 16;
+  uint32_t q[kDim / 16][4];
+  for (int c = 0; c < kDim / 16; ++c)
+    for (int e = 0; e < 4; ++e) {
+      const int row = row0 + lane / 4 + e % 2 * 8, column = c * 16 + lane % 4 * 2 + e / 2 * 8;
+      q[c][e] = row < p.n ? *reinterpret_cast<const uint32_t*>(p.q + row * kDim + column) : 0;
+    }
+  float out[kDim / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+  for (int j0 = 0; j0 < p.m; j0 += 16) {
+    __syncwarp();
+    for (int c = lane; c < 16 * kDim / 8; c += 32) {
+      const int row = c / (kDim / 8), column = c % (kDim / 8) * 8;
+      const bool inside = j0 + row < p.m;
+      const int64_t at = static_cast<int64_t>(inside ? j0 + row : 0) * kDim + column;
+      copy16(&keys[row][column], p.k + at, inside);
+      copy16(&values[row][column], p.v + at, inside);
+    }
+    asm volatile("cp.async.wait_all;");
+    __syncwarp();
+    float s[2][4] = {};
+    for (int c = 0; c < kDim / 16; ++c) {
+      uint32_t b[4];
+      asm volatile(
+          "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+          : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+          : "r"(shared_address(&keys[lane % 8 + lane / 16 * 8][c * 16 + lane / 8 % 2 * 8])));
+      multiply(s[0], q[c], b[0], b[1]);
+      multiply(s[1], q[c], b[2], b[3]);
+    }
+    for (int half = 0; half < 2; ++half) {
+      float best = top[half];
+      for (int t = 0; t < 2; ++t)
+        for (int e = 0; e < 2; ++e) {
+          float& x = s[t][half * 2 + e];
+          x = j0 + t * 8 + lane % 4 * 2 + e < p.m ? x * p.scale_log2 : -INFINITY;
+          best = fmaxf(best, x);
+        }
+      best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 1));
+      best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 2));
+      const float shrink = exp2f(top[half] - best);
+      top[half] = best;
+      sum[half] *= shrink;
+      for (auto& d : out) d[half * 2] *= shrink, d[half * 2 + 1] *= shrink;
+      for (int t = 0; t < 2; ++t)
+        for (int e = 0; e < 2; ++e)
+          sum[half] += s[t][half * 2 + e] = exp2f(s[t][half * 2 + e] - best);
+    }
+    const uint32_t a[4] = {pair(s[0][0], s[0][1]), pair(s[0][2], s[0][3]), pair(s[1][0], s[1][1]),
+                           pair(s[1][2], s[1][3])};
+    for (int c = 0; c < kDim / 8; c += 2) {
+      uint32_t b[4];
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+                   : "r"(shared_address(&values[lane % 16][c * 8 + lane / 16 * 8])));
+      multiply(out[c], a, b[0], b[1]);
+      multiply(out[c + 1], a, b[2], b[3]);
+    }
+  }
+  for (int half = 0; half < 2; ++half) {
+    sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 1);
+    sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 2);
+    const int row = row0 + lane / 4 + half * 8;
+    if (row < p.n)
+      for (int c = 0; c < kDim / 8; ++c)
+        *reinterpret_cast<float2*>(p.out + row * kDim + c * 8 + lane % 4 * 2) =
+            make_float2(out[c][half * 2] / sum[half], out[c][half * 2 + 1] / sum[half]);
+  }
+}
