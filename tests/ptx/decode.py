@@ -117,6 +117,8 @@ class Code:
                 raise self.ins.error(f"register {operand.name} is not declared")
             return self.rows[operand.name]
         if isinstance(operand, Special):
+            if operand.name not in self.machine.special:
+                raise self.ins.error(f"special register %{operand.name} is not known")
             return self.machine.special[operand.name]
         raise self.ins.error(f"a register is wanted, not {operand}")
 

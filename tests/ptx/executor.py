@@ -140,6 +140,7 @@ class Program:
     def __init__(self, module: Module) -> None:
         self.module = module
         self._inlined: dict[str, Function] = {}
+        self.step_limit = 2_000_000  # basic blocks of one batch: an endless loop ends
 
     @property
     def kernels(self) -> list[str]:
@@ -166,7 +167,7 @@ class Program:
         races: bool = True,
         metrics: bool = True,
         blocks_at_once: int | None = None,
-        step_limit: int = 2_000_000,
+        step_limit: int | None = None,
         symbols: dict[str, Buffer] | None = None,
     ) -> Report:
         """Runs a kernel over the whole grid.
@@ -176,7 +177,7 @@ class Program:
         """
         kernel, memory = self.kernel(name), memory or Memory()
         grid3, block3 = _three(grid), _three(block)
-        if math.prod(block3) > 1024 or min(*grid3, *block3) < 1:
+        if math.prod(block3) > kernel.max_threads or min(*grid3, *block3) < 1:
             raise PtxError(f"{kernel.name}: grid {grid3} and block {block3} cannot be launched")
         if grid3[1] > 65535 or grid3[2] > 65535:
             raise PtxError(f"{kernel.name}: grid {grid3}: y and z end at 65535")
@@ -188,7 +189,9 @@ class Program:
         total = math.prod(grid3)
         at_once = min(total, blocks_at_once or _batch(kernel, block3, layout))
         machine = Machine(kernel, block3, grid3, at_once, findings)
-        machine.step_limit = step_limit
+        machine.step_limit = step_limit or self.step_limit
+        for register, value in (("dynamic", shared_bytes), ("total", layout.shared)):
+            machine.special[f"{register}_smem_size"] = np.full(machine.size, value, np.uint32)
         granule = {s: _granule(kernel, s) for s in ("shared", "global")}
         memory.space.granule = granule["global"]
         machine.memories = Memories(

@@ -58,6 +58,7 @@ def inline(module: Module, function: Function, depth: int = 0) -> Function:
         list(function.variables),
         tables=dict(function.tables),
         line=function.line,
+        max_threads=function.max_threads,
     )
     moved: dict[int, int] = {}
     for pc, instruction in enumerate(function.code):

@@ -137,6 +137,8 @@ class Memory:
 
     def inside(self, offsets: Array, size: Array | int, write: bool) -> Array:
         """Which accesses lie in one buffer (and may write there)."""
+        if not self.buffers:
+            return np.zeros(len(offsets), bool)
         k = np.searchsorted(self.starts, offsets, "right") - 1
         ok = (k >= 0) & (offsets + size <= self.ends[k])
         if write:

@@ -66,7 +66,7 @@ class Count:
 
 @dataclass
 class Traffic:
-    """Sectors and wavefronts by PTX line. Only the first `blocks` blocks of the batch count."""
+    """Sectors and wavefronts by PTX line."""
 
     enabled: bool = True
     line: int = 0

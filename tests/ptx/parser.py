@@ -9,6 +9,7 @@ to know about scopes.
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from collections.abc import Iterator
@@ -107,6 +108,7 @@ class Function:
     labels: dict[str, int] = field(default_factory=dict)
     tables: dict[str, list[str]] = field(default_factory=dict)
     line: int = 0
+    max_threads: int = 1024
 
 
 @dataclass
@@ -122,6 +124,7 @@ WIDTH.update({f"{k}{n}": n // 8 for k in "busf" for n in (8, 16, 32, 64, 128)})
 
 _SKIPPED = re.compile(r"^\.(version|address_size|file|loc|pragma|section|alias)\b")
 _WHOLE_LINE = re.compile(r"^\.(version|target|address_size|file|loc)\b")  # no semicolon ends these
+_DECIMAL = re.compile(r"^-?\d+\.\d*([eE][+-]?\d+)?$")
 _NUMBER = re.compile(r"^(-?)(0[xX][0-9a-fA-F]+|0[fFdD][0-9a-fA-F]+|0[bB][01]+|\d+)[uU]?$")
 _IDENTIFIER = re.compile(r"^[A-Za-z_$%][\w$]*$")
 _SPECIAL = re.compile(
@@ -130,7 +133,7 @@ _SPECIAL = re.compile(
 )
 _DECLARATION = re.compile(
     r"^(?:\.visible\s+|\.weak\s+)*(?P<extern>\.extern\s+)?\.(?P<space>global|const|shared|local|param)\s+"
-    r"(?:\.align\s+(?P<align>\d+)\s+)?(?:\.ptr\s+(?:\.\w+\s+)*(?:\.align\s+\d+\s+)?)?"
+    r"(?:\.align\s+(?P<align>\d+)\s+)?"
     r"\.(?P<type>\w+)\s+(?:\.ptr\s*(?:\.(?:global|shared|const|local)\s*)?(?:\.align\s+\d+\s+)?)?"
     r"(?P<name>[\w$%]+)(?P<dims>(?:\[\d*\])*)\s*(?:=\s*(?P<init>.*))?$",
     re.S,
@@ -140,6 +143,8 @@ _ENTRY = re.compile(r"\.(?P<kind>entry|func)\s*(?P<ret>\([^)]*\))?\s*(?P<name>[\
 
 def number(text: str) -> Imm | None:
     """A PTX literal, or None: decimal, hex, binary, 0f (bits of an f32), 0d (bits of an f64)."""
+    if _DECIMAL.match(text):
+        return Imm(float_bits(float(text)), 64)
     found = _NUMBER.match(text)
     if not found:
         return None
@@ -154,13 +159,14 @@ def number(text: str) -> Imm | None:
     return Imm(-value if sign else value)
 
 
-def _strip_comments(text: str) -> str:
-    """Comments become blanks of the same number of lines, so line numbers stay true."""
+def _strip(text: str) -> str:
+    """Comments and debug sections become as many empty lines, so line numbers stay true."""
 
     def blank(found: re.Match[str]) -> str:
         return "\n" * found.group().count("\n")
 
-    return re.sub(r"/\*.*?\*/|//[^\n]*", blank, text, flags=re.S)
+    text = re.sub(r"/\*.*?\*/|//[^\n]*", blank, text, flags=re.S)
+    return re.sub(r"^\s*\.section\s+[.\w]+\s*\{[^}]*\}", blank, text, flags=re.M)
 
 
 def _statements(text: str) -> Iterator[tuple[int, str]]:
@@ -379,6 +385,9 @@ def _header(text: str, line: int) -> Function:
             if depth == 0:
                 break
         function.params = [variable(t, line) for t in _split(rest[1:end])]
+    limit = re.search(r"\.(?:maxntid|reqntid)\s+([\d,\s]+)", rest)
+    if limit:
+        function.max_threads = math.prod(int(n) for n in limit[1].split(",") if n.strip())
     if found["ret"]:
         function.returns = [variable(t, line) for t in _split(found["ret"][1:-1])]
     return function
@@ -389,7 +398,7 @@ def parse(text: str) -> Module:
     module = Module("", {}, {}, text)
     body: _Body | None = None
     previous_label: str | None = None
-    for line, statement in _statements(_strip_comments(text)):
+    for line, statement in _statements(_strip(text)):
         if not statement or _SKIPPED.match(statement):
             continue
         if statement.startswith(".target"):
@@ -425,6 +434,6 @@ def parse(text: str) -> Module:
     return module
 
 
-def float_bits(value: float, bits: int) -> int:
-    """The bits of `value` as an f32 or an f64."""
-    return int.from_bytes(struct.pack("<f" if bits == 32 else "<d", value), "little")
+def float_bits(value: float) -> int:
+    """The bits of `value` as an f64."""
+    return int.from_bytes(struct.pack("<d", value), "little")

@@ -9,7 +9,7 @@ import pytest
 from .executor import load
 from .memory import Memory
 from .parser import PtxError, parse
-from .snippets import HEAD, apply, run
+from .snippets import HEAD, apply, kernel, run
 
 
 def collatz(n: int) -> int:
@@ -182,6 +182,10 @@ def test_launch_limits() -> None:
     for options in ({"threads": 1025}, {"grid": (1, 65536)}, {"grid": 0}):
         with pytest.raises(PtxError, match="grid"):
             run("ret;", **options)
+    bounded = kernel("ret;").replace("k()", "k()\n.maxntid 64, 2, 1\n.minnctapersm 2\n")
+    load(bounded).launch("k", 1, 128, []).check()
+    with pytest.raises(PtxError, match="block"):
+        load(bounded).launch("k", 1, 160, [])
     with pytest.raises(PtxError, match="shared memory"):
         run("ret;", shared=1 << 20)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from . import mutate
 from .compile import compile_ptx
 from .executor import Parameter, Program, Report, load
 from .memory import Buffer, Memory
@@ -71,7 +72,12 @@ def bf16(values: Array) -> tuple[Array, Array]:
 
 
 def gemm(
-    m: int, n: int, k: int, *defines: str, arch: str = "sm_80"
+    m: int,
+    n: int,
+    k: int,
+    *defines: str,
+    arch: str = "sm_80",
+    candidate: Program | None = None,
 ) -> tuple[Report, Buffer, Array]:
     """(report, out, what out should be). Rows of B are as long as its tile grid."""
     rng = np.random.default_rng(m + n + k)
@@ -80,7 +86,7 @@ def gemm(
     out = memory.allocate("out", 4 * m * n)
     params: list[Parameter] = [memory.buffer("a", a_bits), memory.buffer("b", b_bits), out, m, n, k]
     grid = (-(-n // 64), -(-m // 64))
-    ready = program(*defines, arch=arch)
+    ready = candidate or program(*defines, arch=arch)
     return (
         ready.launch("gemm", grid, 128, params, GEMM_SHARED, memory),
         out,
@@ -171,6 +177,37 @@ def test_attention(n: int, m: int) -> None:
     want = np.einsum("ij,jd->id", weights / weights.sum(axis=1, keepdims=True), v)
     assert out.written(np.float32).all()
     np.testing.assert_allclose(out.array(np.float32, (n, 32)), want, atol=2e-2)
+
+
+def softmax_passes(candidate: Program) -> bool:
+    """The test of softmax_rows as a question."""
+    x = (np.random.default_rng(0).standard_normal((5, 70)) * 30).astype(np.float32)
+    memory = Memory()
+    out = memory.allocate("out", x.nbytes)
+    params: list[Parameter] = [memory.buffer("x", x), out, *x.shape]
+    report = candidate.launch("softmax_rows", 2, 128, params, memory=memory)
+    want = np.exp(x.astype(np.float64) - x.max(axis=1, keepdims=True))
+    want /= want.sum(axis=1, keepdims=True)
+    return not report.findings and np.allclose(out.array(np.float32, x.shape), want, atol=3e-6)
+
+
+def gemm_passes(candidate: Program) -> bool:
+    report, out, want = gemm(70, 64, 96, candidate=candidate)
+    return not report.findings and report.conflicts_over_ideal() == 1.0 and close(out, want)
+
+
+@pytest.mark.parametrize("kernel", ["softmax_rows", "gemm"])
+def test_mutants_are_caught(kernel: str) -> None:
+    passes = {"softmax_rows": softmax_passes, "gemm": gemm_passes}[kernel]
+    assert passes(program())
+    outcome = mutate.run(program(), kernel, passes, count=120, step_limit=2000)
+    assert outcome.share >= 0.8, "\n".join(map(str, outcome.survivors))
+
+
+@pytest.mark.parametrize("flags", [("-O3", "-lineinfo"), ("-G",)])
+def test_debug_builds(flags: tuple[str, ...]) -> None:
+    """Line tables are skipped; without optimisation every address is generic."""
+    assert softmax_passes(load(compile_ptx(SOURCE, flags=(*flags, "-std=c++17"))))
 
 
 INTRINSICS = r"""

@@ -75,7 +75,6 @@ def test_cache_policies_are_hints() -> None:
         ld.global.L2::cache_hint.b64 %d3, [%d1], %d9;
         st.global.L2::cache_hint.b64 [%d2], %d3, %d9;
         ret;"""
-    body = body.replace("1.0;", "0f3F800000;")
     run(body, (x, y), memory=memory).check()
     np.testing.assert_array_equal(y.array(np.int64), np.arange(32))
     found = run(body.replace("prefetch.global.L2 [%d1]", "prefetch.global.L2 [%d1+4096]"), (x, y),
