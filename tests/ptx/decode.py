@@ -107,7 +107,16 @@ class Code:
         self.pc = 0
         for name, kind in machine.function.registers.items():
             self.rows[name] = np.zeros(machine.size, _row_dtype(kind))
+        self.poison()
         self.labels = machine.function.labels
+
+    def poison(self) -> None:
+        """What a register holds before it is written: NaN in every float type, and no zero."""
+        for row in self.rows.values():
+            if row.dtype.kind == "b":
+                row[::2], row[1::2] = True, False
+            else:
+                row.view(np.uint16)[:] = 0xFFF1
 
     # ---- operands ----
 

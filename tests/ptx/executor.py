@@ -208,9 +208,11 @@ class Program:
             )
         began = time.perf_counter()
         with np.errstate(all="ignore"):
-            blocks = Code(machine, layout.symbols, packed, layout.local_names).blocks()
+            code = Code(machine, layout.symbols, packed, layout.local_names)
+            blocks = code.blocks()
             for first in range(0, total, at_once):
                 machine.start(first)
+                code.poison()
                 machine.run(blocks)
         return Report(
             kernel.name,

@@ -66,7 +66,8 @@ def variants(instruction: Instruction) -> Iterator[tuple[str, Instruction]]:
             yield f"{mod} for {_OTHER[mod]}", replace(instruction, mods=changed)
     if op in _OTHER_OP and "cc" not in mods and "pred" not in mods:
         yield f"{_OTHER_OP[op]} for {op}", replace(instruction, op=_OTHER_OP[op])
-    if op in _ORDERED and args[1] != args[2]:
+    symmetric = "eq" in mods or "ne" in mods
+    if op in _ORDERED and args[1] != args[2] and not symmetric:
         swapped = (args[0], args[2], args[1], *args[3:])
         yield "operands swapped", replace(instruction, args=swapped)
     for i, arg in enumerate(args):
