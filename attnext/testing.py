@@ -156,7 +156,7 @@ def assert_within_budget(
     exact = run(torch.float64, _cast(tensors, torch.float64))
     single = _cast(tensors, torch.float32)
     # A gradient of few entries needs more samples of its rounding error than a large one.
-    samples = 10 if min(result.numel() for result in exact.values()) < 16 else 4
+    samples = 10 if min(result.numel() for result in exact.values()) < _FEW else 4
     plain = [plain_run(single, None)]
     plain += [plain_run(_jitter(single, generator), generator) for _ in range(samples)]
     if stored == torch.float64:  # what float32 loses, in proportion: nothing is more exact
@@ -249,6 +249,7 @@ def _independent(errors: Tensor) -> float:
     return total / squares.square().sum().item() if total else math.inf
 
 
+_FEW = 16
 _NORMS = {"root-mean-square": _root_mean_square, "largest": _largest}
 
 

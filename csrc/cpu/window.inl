@@ -262,8 +262,8 @@ class Window {
     }
   }
   // Loads the queries, and `unit`: what a score is multiplied with to be a logit in base 2, or
-  // logit / softcap. Units are positive and finite: a sign, and what is not finite, go into the
-  // query. False if there was any.
+  // logit / softcap. Units are positive and finite; what else a scale is (negative, 0, NaN) goes
+  // into the query. False if that was anything.
   bool load_queries(int64_t b, int64_t h) {
     row_scales(b, h);
     load_rows(p.query, p.head_dim, dp, b, h);
@@ -456,8 +456,8 @@ class Window {
   }
   int64_t tile_shift(int v) const { return -tile.bias_shift[v]; }
 
-  // The products with head_dim in the lanes, for tiles that hardly have a query. Both passes take
-  // the scores from here: a weight is normalised by the sum that had the same bits.
+  // Both passes take the scores from here. A tile that hardly has a query in one of them may have
+  // many in the other, and the bits are the same, or weights would not add up to one.
   static constexpr int kFewQueries = kLanes >= 8 ? kLanes / 4 : 1;
 
   void query_scores() {
