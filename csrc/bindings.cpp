@@ -12,6 +12,7 @@
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/window.h"
+#include "cuda/plan.h"
 #include "geometry.h"
 #include "params.h"
 
@@ -99,12 +100,16 @@ DType accumulator(DType dtype) {
   return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
 }
 
-Shape read_tensor(py::handle t, DType dtype) {
+enum class Device { kCpu, kCuda };
+
+Shape read_tensor(py::handle t, DType dtype, Device device = Device::kCpu) {
   static PyObject* const data_ptr = interned("data_ptr");
   static PyObject* const stride = interned("stride");
   static PyObject* const shape = interned("shape");
   static PyObject* const is_cpu = interned("is_cpu");
-  if (dtype_of(t) != dtype || owned(PyObject_GetAttr(t.ptr(), is_cpu)).ptr() != Py_True) {
+  static PyObject* const is_cuda = interned("is_cuda");
+  PyObject* const is_there = device == Device::kCpu ? is_cpu : is_cuda;
+  if (dtype_of(t) != dtype || owned(PyObject_GetAttr(t.ptr(), is_there)).ptr() != Py_True) {
     throw py::type_error("attnext: a tensor has the wrong dtype or device: " +
                          std::string(py::str(t.attr("dtype"))) + " on " +
                          std::string(py::str(t.attr("device"))));
@@ -126,6 +131,7 @@ struct Call {
   WindowParams params{};
   std::shared_ptr<const Geometry> geometry;
   std::vector<int32_t> head_rule;
+  Device device = Device::kCpu;
   int rank = 0;
   int source[3] = {-1, -1, -1};  // which given axis stands at 0, 1, 2
 
@@ -161,13 +167,15 @@ Call make_call(py::handle query, py::handle key, py::handle value, py::handle ro
                py::handle bias, py::handle extra_key, py::handle extra_value,
                py::handle sink_logits, const std::vector<int64_t>& rules,
                const std::vector<int64_t>& head_rule, double scale, double softcap, int64_t sinks,
-               const std::vector<int64_t>& cu_queries, const std::vector<int64_t>& cu_keys) {
+               const std::vector<int64_t>& cu_queries, const std::vector<int64_t>& cu_keys,
+               Device device = Device::kCpu) {
   Call call;
+  call.device = device;
   WindowParams& p = call.params;
   p.dtype = dtype_of(query);
   const DType acc = accumulator(p.dtype);
-  const Shape q = read_tensor(query, p.dtype);
-  const Shape k = read_tensor(key, p.dtype), v = read_tensor(value, p.dtype);
+  const Shape q = read_tensor(query, p.dtype, device);
+  const Shape k = read_tensor(key, p.dtype, device), v = read_tensor(value, p.dtype, device);
   call.rank = static_cast<int>(q.size.size()) - 3;
   const int rank = call.rank;
   require(
@@ -262,24 +270,24 @@ Call make_call(py::handle query, py::handle key, py::handle value, py::handle ro
   p.softcap = softcap;
   if (!row_scale.is_none()) {
     p.row_scale =
-        call.token_tensor(read_tensor(row_scale, acc), p.batch, p.query_extent, p.heads, 0);
+        call.token_tensor(read_tensor(row_scale, acc, device), p.batch, p.query_extent, p.heads, 0);
   }
   if (!sink_logits.is_none()) {
-    const Shape s = read_tensor(sink_logits, acc);
+    const Shape s = read_tensor(sink_logits, acc, device);
     require(s.size.size() == 1 && s.size[0] == p.heads && (s.stride[0] == 1 || p.heads == 1),
             "sink_logits");
     p.sink_logits = s.data;
   }
   if (!extra_key.is_none()) {
-    const Shape ek = read_tensor(extra_key, p.dtype);
-    const Shape ev = read_tensor(extra_value, p.dtype);
+    const Shape ek = read_tensor(extra_key, p.dtype, device);
+    const Shape ev = read_tensor(extra_value, p.dtype, device);
     require(ek.size.size() == 4, "additional keys");
     p.extra_keys = ek.size[1];
     p.extra_key = call.extra_tensor(ek, p.head_dim);
     p.extra_value = call.extra_tensor(ev, p.head_dim_v);
   }
   if (!bias.is_none()) {
-    const Shape s = read_tensor(bias, acc);
+    const Shape s = read_tensor(bias, acc, device);
     require(s.size.size() == size_t(rank) + 1 && s.size[0] == p.heads, "bias");
     p.bias = s.data;
     p.bias_head_stride = 1;
@@ -377,6 +385,55 @@ void window_backward(py::handle query, py::handle key, py::handle value, py::han
   cpu::window_backward(p, *call.geometry, call.head_rule.data());
 }
 
+// ---- CUDA: what would be launched ---------------------------------------------------------------
+
+py::dict describe(const cuda::Launch& launch) {
+  py::dict out;
+  out["kernel"] = launch.kernel;
+  out["grid"] = launch.grid;
+  out["threads"] = launch.threads;
+  out["shared_bytes"] = launch.shared_bytes;
+  out["params"] = py::bytes(reinterpret_cast<const char*>(&launch.params), sizeof launch.params);
+  return out;
+}
+
+py::list describe(const std::vector<cuda::Launch>& launches) {
+  py::list out;
+  for (const cuda::Launch& launch : launches) out.append(describe(launch));
+  return out;
+}
+
+// A forward pass on a GPU, worked out: which tables it reads, how much scratch, what is launched.
+struct CudaForward {
+  Call call;
+  std::shared_ptr<const cuda::Tables> tables;
+
+  explicit CudaForward(const py::args& problem)
+      : call(make_call(problem[0], problem[1], problem[2], problem[3], problem[4], problem[5],
+                       problem[6], problem[7], problem[8].cast<std::vector<int64_t>>(),
+                       problem[9].cast<std::vector<int64_t>>(), problem[10].cast<double>(),
+                       problem[11].cast<double>(), problem[12].cast<int64_t>(),
+                       problem[13].cast<std::vector<int64_t>>(),
+                       problem[14].cast<std::vector<int64_t>>(), Device::kCuda)) {
+    const cuda::KernelShape shape = cuda::forward_shape(call.params);
+    tables = cuda::shared_tables(call.geometry, call.head_rule, false, shape.rows());
+  }
+  int64_t workspace_bytes() const { return cuda::forward_workspace(call.params, *tables); }
+
+  std::vector<cuda::Launch> prepare(py::handle out, py::handle lse, uintptr_t device_tables,
+                                    uintptr_t workspace) {
+    WindowParams& p = call.params;
+    p.out = call.token_tensor(read_tensor(out, p.dtype, Device::kCuda), p.batch, p.query_extent,
+                              p.heads, p.head_dim_v);
+    if (!lse.is_none()) {
+      p.lse = call.token_tensor(read_tensor(lse, accumulator(p.dtype), Device::kCuda), p.batch,
+                                p.query_extent, p.heads, 0);
+    }
+    return cuda::forward_launches(p, *tables, reinterpret_cast<const int32_t*>(device_tables),
+                                  reinterpret_cast<void*>(workspace));
+  }
+};
+
 // ---- geometry as plain values ------------------------------------------------------------------
 
 AxisTable table_of(const std::vector<int64_t>& rule, int64_t num_queries, int64_t num_keys) {
@@ -438,6 +495,23 @@ PYBIND11_MODULE(_C, m) {
   m.attr("__version__") = ATTNEXT_VERSION;
   m.def("window_forward", &window_forward);
   m.def("window_backward", &window_backward);
+  py::class_<cuda::Tables, std::shared_ptr<cuda::Tables>>(m, "CudaTables")
+      .def_readonly("id", &cuda::Tables::id)
+      .def_readonly("useful_pairs", &cuda::Tables::useful_pairs)
+      .def_readonly("computed_pairs", &cuda::Tables::computed_pairs)
+      .def("data", [](const cuda::Tables& t) {
+        return py::bytes(reinterpret_cast<const char*>(t.data.data()),
+                         t.data.size() * sizeof(int32_t));
+      });
+  py::class_<CudaForward>(m, "CudaForward")
+      .def(py::init<const py::args&>())
+      .def_property_readonly(
+          "tables", [](const CudaForward& f) { return std::const_pointer_cast<cuda::Tables>(f.tables); })
+      .def_property_readonly("workspace_bytes", &CudaForward::workspace_bytes)
+      .def("launches", [](CudaForward& f, py::handle out, py::handle lse, uintptr_t tables,
+                          uintptr_t workspace) {
+        return describe(f.prepare(out, lse, tables, workspace));
+      });
   m.def("axis_intervals", &axis_intervals, py::arg("rule"), py::arg("num_queries"),
         py::arg("num_keys"));
   m.def(

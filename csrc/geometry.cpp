@@ -67,9 +67,13 @@ AxisTable make_table(const AxisRule& rule, int64_t n_q, int64_t n_k, int64_t sin
   return table;
 }
 
+}  // namespace
+
 int64_t first_query_of_class(const AxisTable& table, int64_t c) {
   return floor_mod(c - table.offset, table.dilation);
 }
+
+namespace {
 
 int64_t queries_of_class(const AxisTable& table, int64_t c) {
   return AxisTable::class_size(first_query_of_class(table, c), table.num_queries, table.dilation);
@@ -99,9 +103,16 @@ void cut_segments(const AxisTable& table, int64_t length, bool at_jumps, int64_t
         if (table.query_index(i) != table.query_index(i - d) + 1) break;
       }
       const int64_t i0 = first + r * d, i1 = first + (stop - 1) * d;
+      int32_t begin = table.begin[i0], end = table.end[i1];
+      if (!table.monotone) {
+        for (int64_t i = i0; i <= i1; i += d) {
+          begin = std::min(begin, table.begin[i]);
+          end = std::max(end, table.end[i]);
+        }
+      }
       segments->push_back({static_cast<int32_t>(i0), static_cast<int32_t>(stop - r),
-                           static_cast<int32_t>(table.query_index(i0)), table.begin[i0],
-                           std::max(table.begin[i0], table.end[i1])});
+                           static_cast<int32_t>(table.query_index(i0)), begin,
+                           std::max(begin, end)});
       r = stop;
     }
     class_first->push_back(static_cast<int32_t>(segments->size()));
@@ -158,6 +169,26 @@ std::vector<std::pair<int32_t, int32_t>> inverse(const AxisTable& table) {
   return out;
 }
 
+AxisTable transposed(const AxisTable& table) {
+  AxisTable out = make_table(AxisRule{}, table.num_keys, table.num_queries, 0);
+  out.dilation = table.dilation;
+  const auto windows = inverse(table);
+  for (int64_t j = 0; j < table.num_keys; ++j) {
+    out.begin[j] = windows[j].first;
+    out.end[j] = std::max(windows[j].first, windows[j].second);
+  }
+  if (table.sink_begin.empty()) return out;
+  // The queries that see a sink are all that may see the key at all: its window is among them.
+  AxisTable sinks = table;
+  sinks.begin = table.sink_begin, sinks.end = table.sink_end;
+  const auto seen = inverse(sinks);
+  out.monotone = false;
+  for (int64_t j = 0; j < table.num_keys; ++j) {
+    if (seen[j].first < seen[j].second) out.begin[j] = seen[j].first, out.end[j] = seen[j].second;
+  }
+  return out;
+}
+
 int64_t max_offset(const AxisTable& table) {
   int64_t worst = -1;
   for (int64_t i = 0; i < table.num_queries; ++i) {
@@ -191,7 +222,12 @@ WindowPlan make_plan(AxisTable tables[3], const PlanOptions& options) {
     const int64_t longest = std::min<int64_t>(
         options.lanes, std::max<int64_t>(1, (t.num_queries + t.dilation - 1) / t.dilation));
     for (int64_t length = 1; length <= longest; ++length) {
-      // One-axis problems take whole vectors unless windows jump: spare the sweep over lengths.
+      // Long boxes: every length would be tried in vain. 48 is 3/4 of a tile.
+      const bool round = length <= 16 || length % 16 == 0 || length == longest;
+      if (!round) {
+        choices[a].push_back({std::numeric_limits<double>::infinity(), false});
+        continue;
+      }
       cut_segments(t, length, false, slab_length(a), &segments, &first);
       Choice c{union_sum(segments), false};
       if (length > 1) {

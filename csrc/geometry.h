@@ -39,6 +39,7 @@ struct AxisTable {
   std::vector<int32_t> begin, end;
   std::vector<int32_t> position;              // of packed queries, as key coordinates; else empty
   std::vector<int32_t> sink_begin, sink_end;  // empty when there are no sinks
+  bool monotone = true;   // no end of a window lies left of the one before
   int64_t sink_rows = 0;  // keys [0, sink_rows) are everybody's sinks (not so in packed sequences)
 
   int64_t query_class(int64_t i) const;
@@ -55,6 +56,13 @@ AxisTable evaluate(const AxisRule& rule, int64_t num_queries, int64_t num_keys, 
 // `rule.offset` is ignored: the last query of a sequence stands at its last key.
 AxisTable evaluate_packed(const AxisRule& rule, const std::vector<int64_t>& cu_queries,
                           const std::vector<int64_t>& cu_keys, int64_t sinks);
+
+// Walk index u of class c stands for coordinate first_of_class + dilation * u.
+int64_t first_query_of_class(const AxisTable& table, int64_t c);
+
+// The same pairs with the sides exchanged: rows are keys, their windows the queries that attend
+// them, sinks included, as indices in the class's list of queries. No sinks, no offset of its own.
+AxisTable transposed(const AxisTable& table);
 
 // For every key coordinate the queries of its class that attend it, as a range of positions in the
 // class's query list (a query list holds i = first, first + d, ...). Sinks are not included.

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+// The list of window kernels: name, element type, head-dim bucket, warps of a block, fragments of 16
+// rows that a warp holds, slots of the walk per step, whether score modifiers are compiled in. The
+// host chooses from it, the device instantiates it.
+//
+// A warp holds 32 rows where its registers allow: every fragment of the walked side that is read
+// from shared memory then serves two products.
+#pragma once
+
+#include "../dtype.h"
+
+namespace attnext {
+namespace cuda {
+
+// clang-format off
+#define ATTNEXT_FORWARD_KERNELS_16(X, T, type)                                \
+  X(window_forward_##type##_32, T, 32, 2, 2, 64, false)                       \
+  X(window_forward_##type##_64, T, 64, 2, 2, 64, false)                       \
+  X(window_forward_##type##_128, T, 128, 2, 2, 32, false)                     \
+  X(window_forward_##type##_256, T, 256, 4, 1, 32, false)                     \
+  X(window_forward_##type##_32_modified, T, 32, 2, 2, 64, true)               \
+  X(window_forward_##type##_64_modified, T, 64, 2, 2, 32, true)               \
+  X(window_forward_##type##_128_modified, T, 128, 4, 1, 32, true)             \
+  X(window_forward_##type##_256_modified, T, 256, 4, 1, 32, true)
+#define ATTNEXT_FORWARD_KERNELS_32(X, T, type)                                \
+  X(window_forward_##type##_32, T, 32, 4, 1, 32, true)                        \
+  X(window_forward_##type##_64, T, 64, 4, 1, 32, true)                        \
+  X(window_forward_##type##_128, T, 128, 4, 1, 32, true)                      \
+  X(window_forward_##type##_256, T, 256, 2, 1, 16, true)
+// clang-format on
+
+constexpr int align_up(int x, int to) { return (x + to - 1) / to * to; }
+
+// Shared memory of a block: tiles of rows that stay, two stages of two operands of the walk, the
+// addresses of what is copied, and numbers of walked tokens.
+template <int kElem, int kDim, int kRows, int kStep, int kHeld, int kNumbers>
+struct SharedPlan {
+  static constexpr int kRowTile = kRows * kDim * kElem;
+  static constexpr int kWalkTile = kStep * kDim * kElem;
+  static constexpr int kAddresses = kRows > kStep ? kRows : kStep;
+  static constexpr int kWalkAt = kHeld * kRowTile;
+  static constexpr int kAddressAt = kWalkAt + 2 * 2 * kWalkTile;
+  static constexpr int kNumbersAt = kAddressAt + 2 * 2 * kAddresses * 8;
+  static constexpr int kBytes = kNumbersAt + 3 * kNumbers * kStep * 4;
+};
+
+}  // namespace cuda
+}  // namespace attnext

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a CUDA kernel is started with: tables of the geometry as 32-bit integers, parameters, grid.
+// Plain C++ that needs no CUDA: the library launches what `forward_launches` and
+// `backward_launches` describe, and so does whoever runs the kernels elsewhere.
+//
+// Rows are the side a block holds still, the walk is the side it passes over: queries and keys in
+// the forward pass and for dQ, keys and queries for dK and dV.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "../geometry.h"
+#include "../params.h"
+
+namespace attnext {
+namespace cuda {
+
+// A segment of rows on one axis and the walk that its windows cover. Walk index u of the tile's
+// dilation class stands for coordinate first + dilation * u, and for position base + u.
+struct AxisTile {
+  int32_t row, count;
+  int32_t position;  // of `row`, in steps of the dilation
+  int32_t first, base;
+  int32_t begin, end;
+  int32_t sink_begin, sink_end;  // walked before `begin`
+};
+
+// One axis of one rule. Offsets count from the start of the tables; -1: not there.
+struct AxisTiles {
+  int32_t begin, end, sink_begin, sink_end;  // [rows], walk indices that a row attends
+  int32_t walk_position;                     // [walked], of packed sequences
+  int32_t tiles, num_tiles;                  // AxisTile[num_tiles]
+  int32_t dilation, num_walked;
+};
+
+struct RuleTiles {
+  AxisTiles axis[3];
+  int32_t box[3];  // rows of a tile per axis
+  int32_t num_tiles;
+};
+
+constexpr int32_t kTileInts = sizeof(AxisTile) / 4;
+
+// All rules of a problem for one direction: RuleTiles[num_rules], the rule of each head, the rest.
+struct Tables {
+  int64_t id = 0;  // of a kept one: whoever holds a copy on a device asks by it
+  std::vector<int32_t> data;
+  int32_t num_rules = 0;
+  int32_t most_tiles = 0;    // of any rule
+  int64_t longest_walk = 0;  // of any tile, extra keys not counted
+  double useful_pairs = 0, computed_pairs = 0;
+};
+
+// By query (for the forward pass and dQ) or by key; `rows` is what a tile holds at most.
+Tables make_tables(const Geometry& geometry, const std::vector<int32_t>& head_rule, bool by_key,
+                   int32_t rows);
+
+// The same, from the last few or made now.
+std::shared_ptr<const Tables> shared_tables(const std::shared_ptr<const Geometry>& geometry,
+                                            const std::vector<int32_t>& head_rule, bool by_key,
+                                            int32_t rows);
+
+// How a kernel is built: rows and walk of one block.
+struct KernelShape {
+  int32_t dim;  // head_dim and head_dim_v are at most this
+  int32_t warps, frags, step;
+  int32_t rows() const { return warps * frags * 16; }
+  int32_t threads() const { return warps * 32; }
+};
+KernelShape forward_shape(const WindowParams& params);
+
+// What every window kernel takes.
+struct WindowLaunch {
+  WindowParams window;
+  const int32_t* tables;
+  int32_t num_rules, most_tiles;
+  int32_t splits;      // blocks that share one tile's walk
+  int32_t split_step;  // walk slots of each, a multiple of the kernel's step
+  int32_t aligned;     // all rows that are copied start at multiples of 16 bytes
+  int32_t aligned_out;
+  int32_t rows;        // of a tile, for kernels that have no tiles of their own
+  float* partial;     // [tile block][split][rows][dim + 2]: unnormalised output, maximum, sum
+  float* statistics;  // backward: lse in base 2, its rest, delta; [batch, tokens, heads] each
+};
+
+struct Launch {
+  std::string kernel;
+  int64_t grid;
+  int32_t threads;
+  int32_t shared_bytes;
+  WindowLaunch params;
+};
+
+// Bytes of scratch in global memory.
+int64_t forward_workspace(const WindowParams& params, const Tables& tables);
+int64_t backward_workspace(const WindowParams& params);
+
+std::vector<Launch> forward_launches(const WindowParams& params, const Tables& tables,
+                                     const int32_t* device_tables, void* workspace);
+std::vector<Launch> backward_launches(const WindowParams& params, const Tables& queries,
+                                      const int32_t* device_queries, const Tables& keys,
+                                      const int32_t* device_keys, void* workspace);
+
+}  // namespace cuda
+}  // namespace attnext

@@ -1,0 +1,348 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which rows a block holds, and the walk over what they attend: extra keys, then sinks, then the box
+// that is the union of the rows' windows, token by token in raster order. The only code on the
+// device that turns the tables of plan.h into work.
+#pragma once
+
+#include "plan.h"
+#include "tile.cuh"
+
+namespace attnext {
+namespace cuda {
+
+constexpr int32_t kNoBias = INT32_MIN;
+
+ATTNEXT_DEVICE int64_t offset_of(const TensorRef& t, int64_t batch, const int32_t (&x)[3],
+                                 int64_t head) {
+  return batch * t.batch + x[0] * t.token[0] + x[1] * t.token[1] + x[2] * t.token[2] +
+         head * t.head;
+}
+
+// Bits [begin, end) of a word; both may lie outside of it.
+ATTNEXT_DEVICE uint32_t bits_below(int n) { return ~__funnelshift_lc(0u, ~0u, max(n, 0)); }
+ATTNEXT_DEVICE uint32_t bit_range(int begin, int end) {
+  return bits_below(end) & ~bits_below(begin);
+}
+
+struct Interval {
+  int32_t begin, end;
+  ATTNEXT_DEVICE bool contains(int32_t u) const { return begin <= u && u < end; }
+};
+
+// One row of the tile: where it stands and what it attends.
+struct Row {
+  bool live;
+  int32_t token[3], position[3];
+  Interval window[3], sinks;
+};
+
+struct Walk {
+  const int32_t* tables;
+  const RuleTiles* rule;
+  const AxisTile* tile[3];
+  int32_t extra, sinks, width, lines, lines1;  // lines = lines0 * lines1
+  int32_t total;                               // slots
+
+  // False if the rule has no such tile.
+  ATTNEXT_DEVICE bool start(const WindowLaunch& p, int64_t head, int32_t index, int32_t extra_keys) {
+    tables = p.tables;
+    const int32_t* head_rule = tables + p.num_rules * (sizeof(RuleTiles) / 4);
+    rule = reinterpret_cast<const RuleTiles*>(tables) + (p.num_rules > 1 ? head_rule[head] : 0);
+    if (index >= rule->num_tiles) return false;
+#pragma unroll
+    for (int a = 2; a >= 0; --a) {
+      const AxisTiles& axis = rule->axis[a];
+      const int32_t mine = a > 0 ? index % axis.num_tiles : index;
+      tile[a] = reinterpret_cast<const AxisTile*>(tables + axis.tiles) + mine;
+      if (a > 0) index /= axis.num_tiles;
+    }
+    extra = extra_keys;
+    sinks = tile[2]->sink_end - tile[2]->sink_begin;
+    width = tile[2]->end - tile[2]->begin;
+    lines1 = tile[1]->end - tile[1]->begin;
+    lines = lines1 * (tile[0]->end - tile[0]->begin);
+    if (width <= 0 || lines <= 0) width = 0, lines = lines1 = 1;
+    total = extra + sinks + width * lines;
+    return true;
+  }
+
+  ATTNEXT_DEVICE Row row(int r) const {
+    Row row;
+    row.live = true;
+#pragma unroll
+    for (int a = 2; a >= 0; --a) {
+      const AxisTiles& axis = rule->axis[a];
+      const int32_t mine = a > 0 ? r % rule->box[a] : r;
+      if (a > 0) r /= rule->box[a];
+      row.live &= mine < tile[a]->count;
+      row.token[a] = tile[a]->row + mine * axis.dilation;
+      row.position[a] = tile[a]->position + mine;
+    }
+    row.sinks = {0, 0};
+#pragma unroll
+    for (int a = 0; a < 3; ++a) {
+      const AxisTiles& axis = rule->axis[a];
+      row.window[a] = {0, 0};
+      if (!row.live) continue;
+      row.window[a] = {tables[axis.begin + row.token[a]], tables[axis.end + row.token[a]]};
+      if (a == 2 && axis.sink_begin >= 0) {
+        row.sinks = {tables[axis.sink_begin + row.token[a]], tables[axis.sink_end + row.token[a]]};
+      }
+    }
+    return row;
+  }
+
+  // ---- slots -----------------------------------------------------------------------------------
+
+  struct Slot {
+    enum Kind { kNone, kExtra, kToken, kPhantom } kind;
+    int32_t token[3];  // or, of an extra key, its index at [2]
+    int32_t index[3];  // in the class, as windows count
+  };
+
+  ATTNEXT_DEVICE Slot slot(int32_t s) const {
+    Slot at;
+    at.kind = s < total ? Slot::kToken : Slot::kNone;
+    if (s < extra) at.kind = Slot::kExtra;
+    at.index[0] = tile[0]->begin;
+    at.index[1] = tile[1]->begin;
+    if (s < extra + sinks) {
+      at.index[2] = tile[2]->sink_begin + s - extra;
+    } else {
+      int32_t r = s - extra - sinks, line = 0;
+      if (lines > 1) line = r / width, r -= line * width;
+      at.index[2] = tile[2]->begin + r;
+      if (lines > 1) {
+        const int32_t c0 = line / lines1;
+        at.index[0] += c0;
+        at.index[1] += line - c0 * lines1;
+      }
+    }
+#pragma unroll
+    for (int a = 0; a < 3; ++a) {
+      const AxisTiles& axis = rule->axis[a];
+      at.token[a] = tile[a]->first + axis.dilation * at.index[a];
+      const bool real = 0 <= at.token[a] && at.token[a] < axis.num_walked;
+      if (at.kind == Slot::kToken && !real) at.kind = Slot::kPhantom;
+    }
+    if (at.kind == Slot::kExtra) at.token[2] = s;
+    return at;
+  }
+
+  // Position of a walked token on an axis, for the bias.
+  ATTNEXT_DEVICE int32_t position(const Slot& at, int a) const {
+    const AxisTiles& axis = rule->axis[a];
+    return axis.walk_position >= 0 ? tables[axis.walk_position + at.token[a]]
+                                   : tile[a]->base + at.index[a];
+  }
+
+  ATTNEXT_DEVICE static bool attends(const Row& row, const Slot& at) {
+    if (!row.live || at.kind == Slot::kNone) return false;
+    return at.kind == Slot::kExtra ||
+           (row.window[0].contains(at.index[0]) && row.window[1].contains(at.index[1]) &&
+            (row.window[2].contains(at.index[2]) || row.sinks.contains(at.index[2])));
+  }
+};
+
+// Walks in steps of kStep slots and tells, for the rows of a warp, what a step holds.
+enum class Step { kSkip, kFull, kEdge };
+
+template <int kStep>
+struct Steps {
+  static constexpr int kWords = (kStep + 31) / 32;
+
+  Interval reach[3], common[3];  // union and intersection of the windows of the warp's rows
+  bool any_row;  // rows that are not live may hold anything
+  int32_t line0, line1, column;  // where the next step begins in the box; before it: column < 0
+
+  // `count` rows of a warp lie in its first lanes.
+  ATTNEXT_DEVICE void start(const Walk& walk, const Row& row, bool counts, int32_t from) {
+    any_row = __any_sync(~0u, counts && row.live);
+#pragma unroll
+    for (int a = 0; a < 3; ++a) {
+      const bool use = counts && row.live;
+      reach[a].begin = __reduce_min_sync(~0u, use ? row.window[a].begin : INT32_MAX);
+      reach[a].end = __reduce_max_sync(~0u, use ? row.window[a].end : INT32_MIN);
+      common[a].begin = __reduce_max_sync(~0u, use ? row.window[a].begin : INT32_MIN);
+      common[a].end = __reduce_min_sync(~0u, use ? row.window[a].end : INT32_MAX);
+    }
+    seek(walk, from);
+  }
+
+  ATTNEXT_DEVICE void seek(const Walk& walk, int32_t slot) {
+    column = slot - walk.extra - walk.sinks;
+    line0 = line1 = 0;
+    if (column > 0 && walk.lines > 1) {
+      const int32_t line = column / walk.width;
+      column -= line * walk.width;
+      line0 = line / walk.lines1;
+      line1 = line - line0 * walk.lines1;
+    }
+  }
+
+  ATTNEXT_DEVICE void advance(const Walk& walk) {
+    column += kStep;
+    if (walk.lines == 1) return;
+    while (column >= walk.width) {
+      column -= walk.width;
+      if (++line1 == walk.lines1) line1 = 0, ++line0;
+    }
+  }
+
+  // Of the step at `slot`. Extra keys and sinks are left to the masks.
+  ATTNEXT_DEVICE Step kind(const Walk& walk, int32_t slot) const {
+    if (column < 0) return Step::kEdge;
+    if (!any_row) return Step::kSkip;
+    const int32_t u = walk.tile[2]->begin + column;
+    const int32_t u1 = walk.tile[1]->begin + line1, u0 = walk.tile[0]->begin + line0;
+    if (walk.lines == 1) {
+      const bool sinks = walk.rule->axis[2].sink_begin >= 0;
+      if (!sinks && (u >= reach[2].end || u + kStep <= reach[2].begin)) return Step::kSkip;
+      const bool full = common[2].begin <= u && u + kStep <= common[2].end &&
+                        common[1].contains(u1) && common[0].contains(u0);
+      return full ? Step::kFull : Step::kEdge;
+    }
+    // Lines that the step touches: [first, last] of the axis 1, or wholes of it.
+    const int32_t last_line = (column + kStep - 1) / walk.width;
+    const int32_t last1 = u1 + last_line;
+    const bool wraps = last1 >= walk.tile[1]->begin + walk.lines1;
+    if (u0 >= reach[0].end) return Step::kSkip;
+    if (!wraps && (u0 < reach[0].begin || u1 >= reach[1].end || last1 < reach[1].begin)) {
+      return Step::kSkip;
+    }
+    const bool whole_lines = common[2].begin <= walk.tile[2]->begin &&
+                             common[2].end >= walk.tile[2]->begin + walk.width;
+    const bool full = whole_lines && !wraps && slot + kStep <= walk.total &&
+                      common[0].contains(u0) && common[1].begin <= u1 && last1 < common[1].end;
+    return full ? Step::kFull : Step::kEdge;
+  }
+
+  // Which slots of the step at `slot` a row attends.
+  ATTNEXT_DEVICE void mask(const Walk& walk, const Row& row, int32_t slot,
+                           uint32_t (&bits)[kWords]) const {
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) bits[w] = 0;
+    if (!row.live) return;
+    const auto add = [&](int32_t begin, int32_t end) {
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) bits[w] |= bit_range(begin - 32 * w, end - 32 * w);
+    };
+    if (column < 0) {
+      add(0, walk.extra - slot);
+      const int32_t to_sinks = walk.extra - slot - walk.tile[2]->sink_begin;  // index to bit
+      const int32_t last = walk.extra + walk.sinks - slot;
+      const auto add_sinks = [&](const Interval& i) {
+        add(max(i.begin + to_sinks, walk.extra - slot), min(i.end + to_sinks, last));
+      };
+      add_sinks(row.window[2]);
+      add_sinks(row.sinks);
+    }
+    int32_t c = column, l1 = line1, l0 = line0;
+    int32_t at = 0;  // bit of the first slot of the current line
+    if (c < 0) at = -c, c = 0;
+    while (at < kStep && (walk.lines == 1 || l0 * walk.lines1 + l1 < walk.lines)) {
+      const int32_t here = min(walk.width - c, kStep - at);
+      if (here > 0 && row.window[0].contains(walk.tile[0]->begin + l0) &&
+          row.window[1].contains(walk.tile[1]->begin + l1)) {
+        const int32_t to_bit = at - (walk.tile[2]->begin + c);
+        const auto add_window = [&](const Interval& i) {
+          add(max(i.begin + to_bit, at), min(i.end + to_bit, at + here));
+        };
+        add_window(row.window[2]);
+        if (walk.rule->axis[2].sink_begin >= 0) add_window(row.sinks);
+      }
+      if (walk.lines == 1) break;
+      at += here;
+      c = 0;
+      if (++l1 == walk.lines1) l1 = 0, ++l0;
+    }
+  }
+};
+
+// ---- rows of a tensor into a tile ------------------------------------------------------------
+
+// kRows rows, whose addresses (0: a row of zeros) lie in shared memory. `bytes` of each are real.
+template <class T, int kDim, int kRows, int kThreads>
+ATTNEXT_DEVICE void copy_rows(uint32_t tile, const uint64_t* address, int bytes, bool aligned) {
+  using L = Layout<T, kDim>;
+  static_assert(kThreads % L::kChunks == 0, "a thread copies the same chunk of every row");
+  constexpr int kTogether = kThreads / L::kChunks;
+  const int chunk = threadIdx.x % L::kChunks, row0 = threadIdx.x / L::kChunks;
+  const int mine = min(max(bytes - chunk * 16, 0), 16);
+#pragma unroll
+  for (int i = 0; i < (kRows + kTogether - 1) / kTogether; ++i) {
+    const int r = row0 + i * kTogether;
+    if (kRows % kTogether != 0 && r >= kRows) break;
+    const uint64_t from = address[r];
+    const char* source = reinterpret_cast<const char*>(from) + chunk * 16;
+    const uint32_t to = tile + L::at(r, chunk);
+    if (aligned) {
+      copy_chunk_async(to, source, from ? mine : 0);
+    } else {
+      T elems[L::kElems];
+#pragma unroll
+      for (int e = 0; e < L::kElems; ++e) {
+        elems[e] = T{};
+        if (from && e * static_cast<int>(sizeof(T)) < mine) {
+          elems[e] = reinterpret_cast<const T*>(source)[e];
+        }
+      }
+      uint4 whole;
+      memcpy(&whole, elems, 16);
+      store_shared(to, whole);
+    }
+  }
+}
+
+// Rows of accumulators, times `factor` of each (of rows g and g + 8 of a fragment), rounded, to
+// global memory by way of the warp's part of a tile. Lane r has the address of row r, 0 for none.
+template <class T, int kDim, int kFrags>
+ATTNEXT_DEVICE void store_rows(uint32_t tile, int row0, const float (&x)[kFrags][kDim / 8][4],
+                               const float (&factor)[kFrags][2], uint64_t address, int dim,
+                               bool aligned) {
+  using L = Layout<T, kDim>;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  __syncwarp();
+#pragma unroll
+  for (int f = 0; f < kFrags; ++f) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = row0 + f * 16 + half * 8 + g;
+      const float scale = factor[f][half];
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n) {
+        const float a = x[f][n][2 * half] * scale, b = x[f][n][2 * half + 1] * scale;
+        if constexpr (sizeof(T) == 4) {
+          store_shared(tile + L::at(r, n * 2 + t / 2) + t % 2 * 8, a, b);
+        } else {
+          store_shared(tile + L::at(r, n) + t * 4, Number<T>::pack(a, b));
+        }
+      }
+    }
+  }
+  __syncwarp();
+  constexpr int kTogether = L::kChunks < 32 ? 32 / L::kChunks : 1;
+#pragma unroll
+  for (int i = 0; i < kFrags * 16 * L::kChunks / 32; ++i) {
+    const int item = i * 32 + lane;
+    const int r = item / L::kChunks, chunk = item % L::kChunks;
+    const uint64_t row = __shfl_sync(~0u, address, kTogether == 1 ? i * 32 / L::kChunks : r);
+    const uint4 whole = load_shared(tile + L::at(row0 + r, chunk));
+    T* to = reinterpret_cast<T*>(row) + chunk * L::kElems;
+    const int left = dim - chunk * L::kElems;
+    if (row == 0 || left <= 0) continue;
+    if (aligned && left >= L::kElems) {
+      *reinterpret_cast<uint4*>(to) = whole;
+    } else {
+      T elems[L::kElems];
+      memcpy(elems, &whole, 16);
+#pragma unroll
+      for (int e = 0; e < L::kElems; ++e) {
+        if (e < left) to[e] = elems[e];
+      }
+    }
+  }
+}
+
+}  // namespace cuda
+}  // namespace attnext

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""attnext's CUDA kernels under the executor: the public functions run on it as on a GPU.
+
+The library plans, packs the parameters and sizes the grid; here they are only carried out. Inside
+``on_executor()`` every window op of attnext does its forward and backward pass this way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attnext import _C, ops
+
+from .compile import compile_ptx
+from .executor import Program, Report, load
+from .memory import Buffer, Memory
+
+CSRC = Path(__file__).parents[2] / "csrc"
+FLAGS = ("-O3", "-std=c++17")
+
+
+@dataclass(frozen=True)
+class DeviceTensor:
+    """What the binary asks of a tensor, at an address of the executor's memory."""
+
+    address: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    is_cpu: bool = False
+    is_cuda: bool = True
+
+    def data_ptr(self) -> int:
+        return self.address
+
+    def stride(self) -> tuple[int, ...]:
+        return self.strides
+
+
+def put(memory: Memory, name: str, tensor: Tensor | None) -> DeviceTensor | None:
+    """Copies a tensor with all of its storage; what the tensor does not show counts as unwritten."""
+    if tensor is None:
+        return None
+    storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+    buffer = memory.buffer(name, storage.view(torch.uint8).numpy(), writable=False)
+    shown = torch.zeros(storage.numel(), dtype=torch.uint8)
+    shown.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(1)
+    buffer.set_written(shown.repeat_interleave(tensor.element_size()).numpy())
+    address = buffer.address + tensor.storage_offset() * tensor.element_size()
+    return DeviceTensor(address, tensor.dtype, tuple(tensor.shape), tensor.stride())
+
+
+@dataclass
+class Output:
+    """An uninitialised tensor in the executor's memory."""
+
+    buffer: Buffer
+    tensor: DeviceTensor
+
+    @classmethod
+    def like(cls, memory: Memory, name: str, x: Tensor) -> Output:
+        buffer = memory.allocate(name, max(1, x.numel()) * x.element_size())
+        return cls(buffer, DeviceTensor(buffer.address, x.dtype, tuple(x.shape), x.stride()))
+
+    def get(self) -> Tensor:
+        """The result; every entry must have been written."""
+        numel = int(np.prod(self.tensor.shape))
+        size = self.tensor.dtype.itemsize
+        assert self.buffer.written().reshape(-1)[: numel * size].all(), "not all was written"
+        data = torch.from_numpy(self.buffer.array())[: numel * size]
+        return data.view(self.tensor.dtype).reshape(self.tensor.shape)
+
+
+@functools.lru_cache(maxsize=8)
+def program(source: str, *defines: str, arch: str = "sm_80") -> Program:
+    """A compiled and parsed source file of the library."""
+    flags = (*FLAGS, *(f"-D{d}" for d in defines))
+    path = CSRC / "cuda" / source
+    return load(compile_ptx(path, flags=flags, arch=arch, include=[CSRC]))
+
+
+def find(kernel: str) -> Program:
+    """The program that has a kernel: window_forward_bf16_64 is in window_forward_bf16.cu."""
+    family = "forward" if "merge" in kernel else kernel.split("_")[1]
+    dtype = next(t for t in ("bf16", "fp16", "fp32") if t in kernel)
+    return program(f"window_{family}_{dtype}.cu")
+
+
+@dataclass
+class Recorder:
+    """Every launch that was carried out, and how."""
+
+    reports: list[Report] = field(default_factory=list)
+    metrics: bool = False
+    races: bool = True
+
+    def carry_out(self, memory: Memory, launches: list[dict[str, Any]]) -> None:
+        for launch in launches:
+            report = find(launch["kernel"]).launch(
+                launch["kernel"],
+                launch["grid"],
+                launch["threads"],
+                launch["params"],
+                launch["shared_bytes"],
+                memory=memory,
+                metrics=self.metrics,
+                races=self.races,
+            )
+            self.reports.append(report)
+            report.check()
+
+
+_NAMES = ("query", "key", "value", "row_scale", "bias", "extra_key", "extra_value", "sink_logits")
+
+
+def _native(memory: Memory, problem: tuple[Any, ...]) -> list[Any]:
+    native = ops._native(problem)
+    tensors = [put(memory, n, t) for n, t in zip(_NAMES, native, strict=False)]
+    return [*tensors, *native[len(_NAMES) :]]
+
+
+def forward(recorder: Recorder, *problem: Any) -> tuple[Tensor, Tensor]:
+    memory = Memory()
+    fakes = ops._window_forward_fake(*problem)
+    outputs = [Output.like(memory, n, x) for n, x in zip(("out", "lse"), fakes, strict=True)]
+    call = _C.CudaForward(*_native(memory, problem))
+    data = np.frombuffer(call.tables.data(), np.uint8)
+    tables = memory.buffer("tables", data, writable=False)
+    workspace = memory.allocate("workspace", max(1, call.workspace_bytes))
+    launches = call.launches(
+        *(o.tensor for o in outputs), tables.address, workspace.address
+    )
+    recorder.carry_out(memory, launches)
+    out, lse = (o.get() for o in outputs)
+    return out, lse
+
+
+@contextlib.contextmanager
+def on_executor(**options: Any) -> Iterator[Recorder]:
+    """Runs the window ops of attnext on the executor; the recorder has the reports."""
+    recorder = Recorder(**options)
+    kept = ops._forward, ops._window_forward_cpu, ops._is_plain
+    run = functools.partial(forward, recorder)
+    ops._forward = ops._window_forward_cpu = run
+    ops._is_plain = lambda *_: False
+    try:
+        yield recorder
+    finally:
+        ops._forward, ops._window_forward_cpu, ops._is_plain = kept
