@@ -318,6 +318,56 @@ Call make_call(py::handle query, py::handle key, py::handle value, py::handle ro
   return call;
 }
 
+// Where the results of the forward pass are, to be written or to be read.
+void set_results(Call* call, py::handle out, py::handle lse) {
+  WindowParams& p = call->params;
+  p.out = call->token_tensor(read_tensor(out, p.dtype, call->device), p.batch, p.query_extent,
+                             p.heads, p.head_dim_v);
+  if (!lse.is_none()) {
+    p.lse = call->token_tensor(read_tensor(lse, accumulator(p.dtype), call->device), p.batch,
+                               p.query_extent, p.heads, 0);
+  }
+}
+
+void set_gradients(Call* call, py::handle dout, py::handle dlse, py::handle dquery, py::handle dkey,
+                   py::handle dvalue, py::handle drow_scale, py::handle dbias,
+                   py::handle dextra_key, py::handle dextra_value, py::handle dsink_logits) {
+  WindowParams& p = call->params;
+  const DType acc = accumulator(p.dtype);
+  const auto queries = [&](py::handle t, int64_t dim) {
+    const DType dtype = dim > 0 ? p.dtype : acc;
+    return call->token_tensor(read_tensor(t, dtype, call->device), p.batch, p.query_extent, p.heads,
+                              dim);
+  };
+  const auto keys = [&](py::handle t, int64_t dim) {
+    return call->token_tensor(read_tensor(t, p.dtype, call->device), p.batch, p.key_extent,
+                              p.kv_heads, dim);
+  };
+  p.dout = queries(dout, p.head_dim_v);
+  if (!dlse.is_none()) p.dlse = queries(dlse, 0);
+  p.dquery = queries(dquery, p.head_dim);
+  p.dkey = keys(dkey, p.head_dim);
+  p.dvalue = keys(dvalue, p.head_dim_v);
+  if (!drow_scale.is_none()) p.drow_scale = queries(drow_scale, 0);
+  if (p.extra_keys > 0) {
+    p.dextra_key = call->extra_tensor(read_tensor(dextra_key, p.dtype, call->device), p.head_dim);
+    p.dextra_value =
+        call->extra_tensor(read_tensor(dextra_value, p.dtype, call->device), p.head_dim_v);
+  }
+  if (!dbias.is_none()) {
+    const Shape s = read_tensor(dbias, acc, call->device);
+    int64_t n = 1;
+    for (int64_t size : s.size) n *= size;
+    require(p.bias && n == p.heads * p.bias_head_stride, "bias gradient");
+    p.dbias = s.data;
+  }
+  if (!dsink_logits.is_none()) {
+    const Shape s = read_tensor(dsink_logits, acc, call->device);
+    require(p.sink_logits && s.size.size() == 1 && s.size[0] == p.heads, "sink gradient");
+    p.dsink_logits = s.data;
+  }
+}
+
 void window_forward(py::handle query, py::handle key, py::handle value, py::handle row_scale,
                     py::handle bias, py::handle extra_key, py::handle extra_value,
                     py::handle sink_logits, const std::vector<int64_t>& rules,
@@ -326,15 +376,9 @@ void window_forward(py::handle query, py::handle key, py::handle value, py::hand
                     const std::vector<int64_t>& cu_keys, py::handle out, py::handle lse) {
   Call call = make_call(query, key, value, row_scale, bias, extra_key, extra_value, sink_logits,
                         rules, head_rule, scale, softcap, sinks, cu_queries, cu_keys);
-  WindowParams& p = call.params;
-  p.out =
-      call.token_tensor(read_tensor(out, p.dtype), p.batch, p.query_extent, p.heads, p.head_dim_v);
-  if (!lse.is_none()) {
-    p.lse = call.token_tensor(read_tensor(lse, accumulator(p.dtype)), p.batch, p.query_extent,
-                              p.heads, 0);
-  }
+  set_results(&call, out, lse);
   const py::gil_scoped_release release;
-  cpu::window_forward(p, *call.geometry, call.head_rule.data());
+  cpu::window_forward(call.params, *call.geometry, call.head_rule.data());
 }
 
 void window_backward(py::handle query, py::handle key, py::handle value, py::handle row_scale,
@@ -348,41 +392,11 @@ void window_backward(py::handle query, py::handle key, py::handle value, py::han
                      py::handle dextra_key, py::handle dextra_value, py::handle dsink_logits) {
   Call call = make_call(query, key, value, row_scale, bias, extra_key, extra_value, sink_logits,
                         rules, head_rule, scale, softcap, sinks, cu_queries, cu_keys);
-  WindowParams& p = call.params;
-  const DType acc = accumulator(p.dtype);
-  const auto queries = [&](py::handle t, int64_t dim) {
-    const DType dtype = dim > 0 ? p.dtype : acc;
-    return call.token_tensor(read_tensor(t, dtype), p.batch, p.query_extent, p.heads, dim);
-  };
-  const auto keys = [&](py::handle t, int64_t dim) {
-    return call.token_tensor(read_tensor(t, p.dtype), p.batch, p.key_extent, p.kv_heads, dim);
-  };
-  p.out = queries(out, p.head_dim_v);
-  p.lse = queries(lse, 0);
-  p.dout = queries(dout, p.head_dim_v);
-  if (!dlse.is_none()) p.dlse = queries(dlse, 0);
-  p.dquery = queries(dquery, p.head_dim);
-  p.dkey = keys(dkey, p.head_dim);
-  p.dvalue = keys(dvalue, p.head_dim_v);
-  if (!drow_scale.is_none()) p.drow_scale = queries(drow_scale, 0);
-  if (p.extra_keys > 0) {
-    p.dextra_key = call.extra_tensor(read_tensor(dextra_key, p.dtype), p.head_dim);
-    p.dextra_value = call.extra_tensor(read_tensor(dextra_value, p.dtype), p.head_dim_v);
-  }
-  if (!dbias.is_none()) {
-    const Shape s = read_tensor(dbias, acc);
-    int64_t n = 1;
-    for (int64_t size : s.size) n *= size;
-    require(p.bias && n == p.heads * p.bias_head_stride, "bias gradient");
-    p.dbias = s.data;
-  }
-  if (!dsink_logits.is_none()) {
-    const Shape s = read_tensor(dsink_logits, acc);
-    require(p.sink_logits && s.size.size() == 1 && s.size[0] == p.heads, "sink gradient");
-    p.dsink_logits = s.data;
-  }
+  set_results(&call, out, lse);
+  set_gradients(&call, dout, dlse, dquery, dkey, dvalue, drow_scale, dbias, dextra_key,
+                dextra_value, dsink_logits);
   const py::gil_scoped_release release;
-  cpu::window_backward(p, *call.geometry, call.head_rule.data());
+  cpu::window_backward(call.params, *call.geometry, call.head_rule.data());
 }
 
 // ---- CUDA: what would be launched ---------------------------------------------------------------
@@ -403,34 +417,57 @@ py::list describe(const std::vector<cuda::Launch>& launches) {
   return out;
 }
 
-// A forward pass on a GPU, worked out: which tables it reads, how much scratch, what is launched.
-struct CudaForward {
+// A problem as a GPU takes it, worked out: which tables its kernels read, how much scratch they
+// need, what is launched.
+struct CudaCall {
   Call call;
-  std::shared_ptr<const cuda::Tables> tables;
 
-  explicit CudaForward(const py::args& problem)
+  explicit CudaCall(const py::args& problem)
       : call(make_call(problem[0], problem[1], problem[2], problem[3], problem[4], problem[5],
                        problem[6], problem[7], problem[8].cast<std::vector<int64_t>>(),
                        problem[9].cast<std::vector<int64_t>>(), problem[10].cast<double>(),
                        problem[11].cast<double>(), problem[12].cast<int64_t>(),
                        problem[13].cast<std::vector<int64_t>>(),
-                       problem[14].cast<std::vector<int64_t>>(), Device::kCuda)) {
-    const cuda::KernelShape shape = cuda::forward_shape(call.params);
-    tables = cuda::shared_tables(call.geometry, call.head_rule, false, shape.rows());
-  }
-  int64_t workspace_bytes() const { return cuda::forward_workspace(call.params, *tables); }
+                       problem[14].cast<std::vector<int64_t>>(), Device::kCuda)) {}
 
-  std::vector<cuda::Launch> prepare(py::handle out, py::handle lse, uintptr_t device_tables,
+  std::shared_ptr<const cuda::Tables> tables(cuda::Pass pass) const {
+    return cuda::shared_tables(call.geometry, call.head_rule, pass == cuda::Pass::kKeyGradient,
+                               cuda::kernel_shape(call.params, pass).rows(),
+                               call.params.extra_keys);
+  }
+};
+
+struct CudaForward : CudaCall {
+  std::shared_ptr<const cuda::Tables> queries;
+
+  explicit CudaForward(const py::args& problem)
+      : CudaCall(problem), queries(tables(cuda::Pass::kForward)) {}
+  int64_t workspace_bytes() const { return cuda::forward_workspace(call.params, *queries); }
+  std::vector<cuda::Launch> prepare(py::handle out, py::handle lse, uintptr_t device_queries,
                                     uintptr_t workspace) {
-    WindowParams& p = call.params;
-    p.out = call.token_tensor(read_tensor(out, p.dtype, Device::kCuda), p.batch, p.query_extent,
-                              p.heads, p.head_dim_v);
-    if (!lse.is_none()) {
-      p.lse = call.token_tensor(read_tensor(lse, accumulator(p.dtype), Device::kCuda), p.batch,
-                                p.query_extent, p.heads, 0);
-    }
-    return cuda::forward_launches(p, *tables, reinterpret_cast<const int32_t*>(device_tables),
+    set_results(&call, out, lse);
+    return cuda::forward_launches(call.params, *queries,
+                                  reinterpret_cast<const int32_t*>(device_queries),
                                   reinterpret_cast<void*>(workspace));
+  }
+};
+
+struct CudaBackward : CudaCall {
+  std::shared_ptr<const cuda::Tables> queries, keys;
+
+  explicit CudaBackward(const py::args& problem)
+      : CudaCall(problem),
+        queries(tables(cuda::Pass::kQueryGradient)),
+        keys(tables(cuda::Pass::kKeyGradient)) {}
+  int64_t workspace_bytes() const { return cuda::backward_workspace(call.params, *queries); }
+  std::vector<cuda::Launch> prepare(const py::args& t, uintptr_t device_queries,
+                                    uintptr_t device_keys, uintptr_t workspace) {
+    set_results(&call, t[0], t[1]);
+    set_gradients(&call, t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9], t[10], t[11]);
+    return cuda::backward_launches(call.params, *queries,
+                                   reinterpret_cast<const int32_t*>(device_queries), *keys,
+                                   reinterpret_cast<const int32_t*>(device_keys),
+                                   reinterpret_cast<void*>(workspace));
   }
 };
 
@@ -503,14 +540,25 @@ PYBIND11_MODULE(_C, m) {
         return py::bytes(reinterpret_cast<const char*>(t.data.data()),
                          t.data.size() * sizeof(int32_t));
       });
+  const auto shared = [](const std::shared_ptr<const cuda::Tables>& t) {
+    return std::const_pointer_cast<cuda::Tables>(t);
+  };
   py::class_<CudaForward>(m, "CudaForward")
       .def(py::init<const py::args&>())
-      .def_property_readonly(
-          "tables", [](const CudaForward& f) { return std::const_pointer_cast<cuda::Tables>(f.tables); })
+      .def_property_readonly("queries", [shared](const CudaForward& f) { return shared(f.queries); })
       .def_property_readonly("workspace_bytes", &CudaForward::workspace_bytes)
-      .def("launches", [](CudaForward& f, py::handle out, py::handle lse, uintptr_t tables,
+      .def("launches", [](CudaForward& f, py::handle out, py::handle lse, uintptr_t queries,
                           uintptr_t workspace) {
-        return describe(f.prepare(out, lse, tables, workspace));
+        return describe(f.prepare(out, lse, queries, workspace));
+      });
+  py::class_<CudaBackward>(m, "CudaBackward")
+      .def(py::init<const py::args&>())
+      .def_property_readonly("queries", [shared](const CudaBackward& b) { return shared(b.queries); })
+      .def_property_readonly("keys", [shared](const CudaBackward& b) { return shared(b.keys); })
+      .def_property_readonly("workspace_bytes", &CudaBackward::workspace_bytes)
+      .def("launches", [](CudaBackward& b, uintptr_t queries, uintptr_t keys, uintptr_t workspace,
+                          const py::args& tensors) {
+        return describe(b.prepare(tensors, queries, keys, workspace));
       });
   m.def("axis_intervals", &axis_intervals, py::arg("rule"), py::arg("num_queries"),
         py::arg("num_keys"));

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The list of window kernels: name, element type, head-dim bucket, warps of a block, fragments of 16
-// rows that a warp holds, slots of the walk per step, whether score modifiers are compiled in. The
-// host chooses from it, the device instantiates it.
+// rows that a warp holds, slots of the walk per step, whether score modifiers are compiled in, and
+// how many blocks share the columns of a tile's result. The host chooses from it, the device
+// instantiates it.
 //
 // A warp holds 32 rows where its registers allow: every fragment of the walked side that is read
-// from shared memory then serves two products.
+// from shared memory then serves two products. fp32 is one variant with everything.
 #pragma once
 
 #include "../dtype.h"
@@ -13,26 +14,63 @@ namespace attnext {
 namespace cuda {
 
 // clang-format off
-#define ATTNEXT_FORWARD_KERNELS_16(X, T, type)                                \
-  X(window_forward_##type##_32, T, 32, 2, 2, 64, false)                       \
-  X(window_forward_##type##_64, T, 64, 2, 2, 64, false)                       \
-  X(window_forward_##type##_128, T, 128, 2, 2, 32, false)                     \
-  X(window_forward_##type##_256, T, 256, 4, 1, 32, false)                     \
-  X(window_forward_##type##_32_modified, T, 32, 2, 2, 64, true)               \
-  X(window_forward_##type##_64_modified, T, 64, 2, 2, 32, true)               \
-  X(window_forward_##type##_128_modified, T, 128, 4, 1, 32, true)             \
-  X(window_forward_##type##_256_modified, T, 256, 4, 1, 32, true)
-#define ATTNEXT_FORWARD_KERNELS_32(X, T, type)                                \
-  X(window_forward_##type##_32, T, 32, 4, 1, 32, true)                        \
-  X(window_forward_##type##_64, T, 64, 4, 1, 32, true)                        \
-  X(window_forward_##type##_128, T, 128, 4, 1, 32, true)                      \
-  X(window_forward_##type##_256, T, 256, 2, 1, 16, true)
+#define ATTNEXT_FORWARD_KERNELS_16(X, T, type) \
+  X(window_forward_##type##_32, T, 32, 2, 2, 64, false, 1) \
+  X(window_forward_##type##_64, T, 64, 2, 2, 64, false, 1) \
+  X(window_forward_##type##_128, T, 128, 2, 2, 32, false, 1) \
+  X(window_forward_##type##_256, T, 256, 4, 1, 32, false, 1) \
+  X(window_forward_##type##_32_modified, T, 32, 2, 2, 64, true, 1) \
+  X(window_forward_##type##_64_modified, T, 64, 2, 2, 32, true, 1) \
+  X(window_forward_##type##_128_modified, T, 128, 4, 1, 32, true, 1) \
+  X(window_forward_##type##_256_modified, T, 256, 4, 1, 32, true, 1)
+#define ATTNEXT_FORWARD_KERNELS_32(X, T, type) \
+  X(window_forward_##type##_32, T, 32, 4, 1, 32, true, 1) \
+  X(window_forward_##type##_64, T, 64, 4, 1, 32, true, 1) \
+  X(window_forward_##type##_128, T, 128, 4, 1, 32, true, 1) \
+  X(window_forward_##type##_256, T, 256, 2, 1, 16, true, 1)
+#define ATTNEXT_QUERY_GRADIENT_KERNELS_16(X, T, type) \
+  X(window_query_gradient_##type##_32, T, 32, 2, 2, 32, false, 1) \
+  X(window_query_gradient_##type##_64, T, 64, 2, 2, 32, false, 1) \
+  X(window_query_gradient_##type##_128, T, 128, 4, 1, 32, false, 1) \
+  X(window_query_gradient_##type##_256, T, 256, 4, 1, 16, false, 1) \
+  X(window_query_gradient_##type##_32_modified, T, 32, 2, 2, 32, true, 1) \
+  X(window_query_gradient_##type##_64_modified, T, 64, 2, 2, 32, true, 1) \
+  X(window_query_gradient_##type##_128_modified, T, 128, 4, 1, 32, true, 1) \
+  X(window_query_gradient_##type##_256_modified, T, 256, 4, 1, 16, true, 1)
+#define ATTNEXT_QUERY_GRADIENT_KERNELS_32(X, T, type) \
+  X(window_query_gradient_##type##_32, T, 32, 4, 1, 32, true, 1) \
+  X(window_query_gradient_##type##_64, T, 64, 4, 1, 32, true, 1) \
+  X(window_query_gradient_##type##_128, T, 128, 4, 1, 16, true, 1) \
+  X(window_query_gradient_##type##_256, T, 256, 1, 1, 16, true, 1)
+#define ATTNEXT_BIAS_GRADIENT_KERNELS_16(X, T, type) \
+  X(window_bias_gradient_##type##_32, T, 32, 4, 1, 32, true, 1) \
+  X(window_bias_gradient_##type##_64, T, 64, 4, 1, 32, true, 1) \
+  X(window_bias_gradient_##type##_128, T, 128, 4, 1, 32, true, 1) \
+  X(window_bias_gradient_##type##_256, T, 256, 4, 1, 16, true, 1)
+#define ATTNEXT_BIAS_GRADIENT_KERNELS_32(X, T, type) \
+  X(window_bias_gradient_##type##_32, T, 32, 4, 1, 32, true, 1) \
+  X(window_bias_gradient_##type##_64, T, 64, 4, 1, 32, true, 1) \
+  X(window_bias_gradient_##type##_128, T, 128, 4, 1, 16, true, 1) \
+  X(window_bias_gradient_##type##_256, T, 256, 1, 1, 16, true, 1)
+#define ATTNEXT_KEY_GRADIENT_KERNELS_16(X, T, type) \
+  X(window_key_gradient_##type##_32, T, 32, 2, 2, 32, false, 1) \
+  X(window_key_gradient_##type##_64, T, 64, 2, 2, 32, false, 1) \
+  X(window_key_gradient_##type##_128, T, 128, 4, 1, 32, false, 1) \
+  X(window_key_gradient_##type##_256, T, 256, 4, 1, 16, false, 2) \
+  X(window_key_gradient_##type##_32_modified, T, 32, 2, 2, 32, true, 1) \
+  X(window_key_gradient_##type##_64_modified, T, 64, 2, 2, 32, true, 1) \
+  X(window_key_gradient_##type##_128_modified, T, 128, 4, 1, 32, true, 1) \
+  X(window_key_gradient_##type##_256_modified, T, 256, 4, 1, 16, true, 2)
+#define ATTNEXT_KEY_GRADIENT_KERNELS_32(X, T, type) \
+  X(window_key_gradient_##type##_32, T, 32, 4, 1, 32, true, 1) \
+  X(window_key_gradient_##type##_64, T, 64, 4, 1, 32, true, 1) \
+  X(window_key_gradient_##type##_128, T, 128, 4, 1, 16, true, 1) \
+  X(window_key_gradient_##type##_256, T, 256, 1, 1, 16, true, 2)
 // clang-format on
 
-constexpr int align_up(int x, int to) { return (x + to - 1) / to * to; }
-
 // Shared memory of a block: tiles of rows that stay, two stages of two operands of the walk, the
-// addresses of what is copied, and numbers of walked tokens.
+// addresses of what is copied, and numbers of walked tokens. Shared memory of every kernel fits in
+// the 99 KB that compute capabilities 8.6, 8.9 and 12.0 give a block.
 template <int kElem, int kDim, int kRows, int kStep, int kHeld, int kNumbers>
 struct SharedPlan {
   static constexpr int kRowTile = kRows * kDim * kElem;

@@ -12,10 +12,11 @@ namespace attnext {
 namespace cuda {
 namespace {
 
-enum class Pass { kForward, kQueryGradient, kKeyGradient };
+// ---- kernels -------------------------------------------------------------------------------------
 
 struct Kernel {
   const char* name;
+  Pass pass;
   DType dtype;
   KernelShape shape;
   bool modified;
@@ -23,37 +24,52 @@ struct Kernel {
 };
 
 template <class T>
-struct DTypeOf;
-template <>
-struct DTypeOf<float> {
-  static constexpr DType value = DType::kFloat32;
-};
-template <>
-struct DTypeOf<bf16> {
-  static constexpr DType value = DType::kBFloat16;
-};
-template <>
-struct DTypeOf<fp16> {
-  static constexpr DType value = DType::kFloat16;
-};
+constexpr DType dtype_of() {
+  return sizeof(T) == 4               ? DType::kFloat32
+         : std::is_same<T, bf16>::value ? DType::kBFloat16
+                                        : DType::kFloat16;
+}
 
-#define ATTNEXT_DESCRIBE(name, T, dim, warps, frags, step, modified)                   \
-  Kernel{#name,                                                                        \
-         DTypeOf<T>::value,                                                            \
-         {dim, warps, frags, step},                                                    \
-         modified,                                                                     \
-         SharedPlan<sizeof(T), dim, (warps) * (frags) * 16, step, 1, (modified) ? 1 : 0>::kBytes},
+#define ATTNEXT_DESCRIBE(pass, held, numbers, name, T, dim, warps, frags, step, modified, slices) \
+  Kernel{#name,                                                                                   \
+         pass,                                                                                    \
+         dtype_of<T>(),                                                                           \
+         {dim, warps, frags, step, slices},                                                       \
+         modified,                                                                                \
+         SharedPlan<sizeof(T), dim, (warps) * (frags) * 16, step, held, numbers>::kBytes},
+#define ATTNEXT_DESCRIBE_FORWARD(name, T, dim, warps, frags, step, modified, slices)              \
+  ATTNEXT_DESCRIBE(Pass::kForward, 1, (modified) ? 1 : 0, name, T, dim, warps, frags, step,       \
+                   modified, slices)
+#define ATTNEXT_DESCRIBE_QUERY(name, T, dim, warps, frags, step, modified, slices)                \
+  ATTNEXT_DESCRIBE(Pass::kQueryGradient, 2, (modified) ? 1 : 0, name, T, dim, warps, frags, step, \
+                   modified, slices)
+#define ATTNEXT_DESCRIBE_KEY(name, T, dim, warps, frags, step, modified, slices)                  \
+  ATTNEXT_DESCRIBE(Pass::kKeyGradient, 2, (modified) ? 6 : 3, name, T, dim, warps, frags, step,   \
+                   modified, slices)
+#define ATTNEXT_DESCRIBE_BIAS(name, T, dim, warps, frags, step, modified, slices)                 \
+  ATTNEXT_DESCRIBE(Pass::kBiasGradient, 2, (modified) ? 1 : 0, name, T, dim, warps, frags, step,  \
+                   modified, slices)
+#define ATTNEXT_DESCRIBE_ALL(bits, T, type)                                \
+  ATTNEXT_FORWARD_KERNELS_##bits(ATTNEXT_DESCRIBE_FORWARD, T, type)        \
+      ATTNEXT_QUERY_GRADIENT_KERNELS_##bits(ATTNEXT_DESCRIBE_QUERY, T, type) \
+          ATTNEXT_KEY_GRADIENT_KERNELS_##bits(ATTNEXT_DESCRIBE_KEY, T, type) \
+              ATTNEXT_BIAS_GRADIENT_KERNELS_##bits(ATTNEXT_DESCRIBE_BIAS, T, type)
 
-const Kernel kForwardKernels[] = {ATTNEXT_FORWARD_KERNELS_16(ATTNEXT_DESCRIBE, bf16, bf16)
-                                      ATTNEXT_FORWARD_KERNELS_16(ATTNEXT_DESCRIBE, fp16, fp16)
-                                          ATTNEXT_FORWARD_KERNELS_32(ATTNEXT_DESCRIBE, float, fp32)};
+const Kernel kKernels[] = {ATTNEXT_DESCRIBE_ALL(16, bf16, bf16) ATTNEXT_DESCRIBE_ALL(16, fp16, fp16)
+                               ATTNEXT_DESCRIBE_ALL(32, float, fp32)};
 
-// The smallest bucket that holds both; kernels with modifiers serve any problem.
-const Kernel& choose(const WindowParams& p, bool modified) {
+// Whether scores are more than a positive number times q k.
+bool is_modified(const WindowParams& p) {
+  return p.row_scale.data || p.bias || p.softcap > 0 || !(p.scale > 0);
+}
+
+// The smallest bucket that holds both dims; kernels with modifiers serve any problem.
+const Kernel& choose(const WindowParams& p, Pass pass) {
   const int64_t dim = std::max(p.head_dim, p.head_dim_v);
   const Kernel* best = nullptr;
-  for (const Kernel& k : kForwardKernels) {
-    if (k.dtype != p.dtype || k.shape.dim < dim || (modified && !k.modified)) continue;
+  for (const Kernel& k : kKernels) {
+    if (k.pass != pass || k.dtype != p.dtype || k.shape.dim < dim) continue;
+    if (is_modified(p) && !k.modified) continue;
     if (!best || k.shape.dim < best->shape.dim ||
         (k.shape.dim == best->shape.dim && k.modified < best->modified)) {
       best = &k;
@@ -63,91 +79,174 @@ const Kernel& choose(const WindowParams& p, bool modified) {
   return *best;
 }
 
-// Whether scores are more than a positive number times q k.
-bool is_modified(const WindowParams& p) {
-  return p.row_scale.data || p.bias || p.softcap > 0 || !(p.scale > 0);
-}
-
 int32_t narrow(int64_t x, const char* what) {
-  if (x > INT32_MAX) throw std::invalid_argument(std::string("too large for a CUDA kernel: ") + what);
+  if (x > INT32_MAX) {
+    throw std::invalid_argument(std::string("too large for a CUDA kernel: ") + what);
+  }
   return static_cast<int32_t>(x);
 }
 
-bool starts_at_16(const TensorRef& t, int64_t elem) {
-  const auto whole = [&](int64_t n) { return n * elem % 16 == 0; };
-  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && whole(t.batch) && whole(t.token[0]) &&
-         whole(t.token[1]) && whole(t.token[2]) && whole(t.head);
-}
+// ---- tables --------------------------------------------------------------------------------------
 
 constexpr int32_t kRuleInts = sizeof(RuleTiles) / 4;
 
+class TableWriter {
+ public:
+  TableWriter(int32_t num_rules, const std::vector<int32_t>& head_rule, Tables* out) : out_(out) {
+    out->data.assign(int64_t(num_rules) * kRuleInts, 0);
+    // The rule of each head follows those of the geometry, whatever stands after them.
+    out->data.insert(out->data.end(), head_rule.begin(), head_rule.end());
+  }
+  int32_t append(const std::vector<int32_t>& values) {
+    const int32_t at = narrow(static_cast<int64_t>(out_->data.size()), "tables");
+    out_->data.insert(out_->data.end(), values.begin(), values.end());
+    return values.empty() ? -1 : at;
+  }
+  int32_t append(const std::vector<AxisTile>& tiles) {
+    std::vector<int32_t> ints(tiles.size() * kTileInts);
+    if (!tiles.empty()) std::memcpy(ints.data(), tiles.data(), ints.size() * 4);
+    return append(ints);
+  }
+  void set_rule(int32_t index, const RuleTiles& rule) {
+    std::memcpy(&out_->data[int64_t(index) * kRuleInts], &rule, sizeof rule);
+  }
+
+ private:
+  Tables* out_;
+};
+
+// Tables whose windows hold those of every rule, axis by axis.
+void hull(const std::vector<AxisTable>& tables, AxisTable (&all)[3]) {
+  for (size_t k = 0; k < tables.size(); ++k) {
+    AxisTable& out = all[k % 3];
+    if (k < 3) {
+      out = tables[k];
+      continue;
+    }
+    out.monotone &= tables[k].monotone;
+    for (size_t i = 0; i < out.begin.size(); ++i) {
+      out.begin[i] = std::min(out.begin[i], tables[k].begin[i]);
+      out.end[i] = std::max(out.end[i], tables[k].end[i]);
+    }
+  }
+}
+
+std::vector<AxisTile> tiles_of(const AxisPlan& plan) {
+  std::vector<AxisTile> tiles;
+  for (const Group& g : plan.groups) {
+    const Segment& s = plan.segments[g.first_segment];
+    tiles.push_back({s.query, s.count, s.position, g.cls, 0, g.begin, g.end, g.sink_begin,
+                     g.sink_end});
+  }
+  return tiles;
+}
+
+// Rows by key, of a rule: what the tile's own windows reach, and where walked queries stand.
+void walk_queries(const AxisTable& keys, const AxisTable& original, std::vector<AxisTile>* tiles) {
+  for (AxisTile& tile : *tiles) {
+    const int64_t cls = tile.first, first = first_query_of_class(original, cls);
+    tile.first = static_cast<int32_t>(first);
+    tile.base =
+        original.position.empty() ? static_cast<int32_t>(original.query_index(first)) : 0;
+    tile.begin = INT32_MAX, tile.end = 0;
+    for (int32_t r = 0; r < tile.count; ++r) {
+      const int64_t row = tile.row + r * keys.dilation;
+      if (keys.begin[row] >= keys.end[row]) continue;
+      tile.begin = std::min(tile.begin, keys.begin[row]);
+      tile.end = std::max(tile.end, keys.end[row]);
+    }
+    tile.begin = std::min(tile.begin, tile.end);
+  }
+}
+
+RuleTiles extra_rule(int64_t extra_keys, const std::vector<AxisTable>& given, int32_t rows,
+                     TableWriter* writer) {
+  RuleTiles rule{};
+  for (int a = 0; a < 3; ++a) {
+    const int64_t count = a == 2 ? extra_keys : 1, box = a == 2 ? rows : 1;
+    const int32_t walked = static_cast<int32_t>(given[a].num_queries);
+    AxisTiles& axis = rule.axis[a];
+    axis.begin = writer->append(std::vector<int32_t>(count, 0));
+    axis.end = writer->append(std::vector<int32_t>(count, walked));
+    axis.sink_begin = axis.sink_end = axis.walk_position = -1;
+    axis.dilation = 1;
+    axis.num_walked = walked;
+    std::vector<AxisTile> tiles;
+    for (int64_t row = 0; row < count; row += box) {
+      const int64_t here = std::min(box, count - row);
+      tiles.push_back({static_cast<int32_t>(row), static_cast<int32_t>(here), 0, 0, 0, 0, walked,
+                       0, 0});
+    }
+    axis.num_tiles = static_cast<int32_t>(tiles.size());
+    axis.tiles = writer->append(tiles);
+    rule.box[a] = static_cast<int32_t>(box);
+  }
+  rule.num_tiles = rule.axis[2].num_tiles;
+  return rule;
+}
+
 }  // namespace
 
-Tables make_tables(const Geometry& geometry, const std::vector<int32_t>& head_rule,
-                   bool by_key, int32_t rows) {
+Tables make_tables(const Geometry& geometry, const std::vector<int32_t>& head_rule, bool by_key,
+                   int32_t rows, int64_t extra_keys) {
   const std::vector<AxisTable>& given = geometry.tables();
   Tables out;
   out.num_rules = static_cast<int32_t>(given.size() / 3);
-  out.data.assign(int64_t(out.num_rules) * kRuleInts, 0);
-  out.data.insert(out.data.end(), head_rule.begin(), head_rule.end());
-  const auto append = [&](const std::vector<int32_t>& values) {
-    const int32_t at = narrow(static_cast<int64_t>(out.data.size()), "tables");
-    out.data.insert(out.data.end(), values.begin(), values.end());
-    return values.empty() ? -1 : at;
-  };
+  TableWriter writer(out.num_rules + (by_key && extra_keys > 0 ? 1 : 0), head_rule, &out);
+  std::vector<AxisTable> tables;
+  for (const AxisTable& t : given) tables.push_back(by_key ? transposed(t) : t);
+  PlanOptions options;
+  options.lanes = rows;
+  options.vectors = 1;
+  WindowPlan common;
+  if (by_key) {
+    AxisTable all[3];
+    hull(tables, all);
+    common = make_plan(all, options);
+  }
   for (int32_t r = 0; r < out.num_rules; ++r) {
-    RuleTiles rule{};
-    AxisTable tables[3];
-    for (int a = 0; a < 3; ++a) {
-      tables[a] = by_key ? transposed(given[3 * r + a]) : given[3 * r + a];
+    WindowPlan own;
+    if (!by_key) {
+      AxisTable copy[3] = {tables[3 * r], tables[3 * r + 1], tables[3 * r + 2]};
+      own = make_plan(copy, options);
     }
-    PlanOptions options;
-    options.lanes = rows;
-    options.vectors = 1;
-    const WindowPlan plan = make_plan(tables, options);
+    const WindowPlan& plan = by_key ? common : own;
     out.useful_pairs += plan.useful_pairs;
     out.computed_pairs += plan.computed_pairs;
+    RuleTiles rule{};
     int64_t tiles = 1, walk = 1, sinks = 0;
     for (int a = 0; a < 3; ++a) {
-      const AxisTable& t = plan.table[a];
-      const AxisTable& original = given[3 * r + a];
+      const AxisTable& t = tables[3 * r + a];
       AxisTiles& axis = rule.axis[a];
-      rule.box[a] = plan.box[a];
-      axis.begin = append(t.begin);
-      axis.end = append(t.end);
-      axis.sink_begin = append(t.sink_begin);
-      axis.sink_end = append(t.sink_end);
-      axis.walk_position = by_key ? append(original.position) : -1;
+      axis.begin = writer.append(t.begin);
+      axis.end = writer.append(t.end);
+      axis.sink_begin = writer.append(t.sink_begin);
+      axis.sink_end = writer.append(t.sink_end);
+      axis.walk_position = by_key ? writer.append(given[3 * r + a].position) : -1;
       axis.dilation = static_cast<int32_t>(t.dilation);
       axis.num_walked = static_cast<int32_t>(t.num_keys);
-      axis.num_tiles = static_cast<int32_t>(plan.axis[a].groups.size());
-      std::vector<int32_t> ints;
+      std::vector<AxisTile> list = tiles_of(plan.axis[a]);
+      if (by_key) walk_queries(t, given[3 * r + a], &list);
       int64_t widest = 0;
-      for (const Group& g : plan.axis[a].groups) {
-        const Segment& s = plan.axis[a].segments[g.first_segment];
-        AxisTile tile{s.query, s.count, s.position, g.cls, 0,
-                      g.begin, g.end,   g.sink_begin, g.sink_end};
-        if (by_key) {
-          const int64_t first = first_query_of_class(original, g.cls);
-          tile.first = static_cast<int32_t>(first);
-          if (original.position.empty()) {
-            tile.base = static_cast<int32_t>(original.query_index(first));
-          }
-        }
-        widest = std::max<int64_t>(widest, g.end - g.begin);
-        sinks = std::max<int64_t>(sinks, g.sink_end - g.sink_begin);
-        const size_t at = ints.size();
-        ints.resize(at + kTileInts);
-        std::memcpy(&ints[at], &tile, sizeof tile);
+      for (const AxisTile& tile : list) {
+        widest = std::max<int64_t>(widest, tile.end - tile.begin);
+        sinks = std::max<int64_t>(sinks, tile.sink_end - tile.sink_begin);
       }
-      axis.tiles = append(ints);
+      axis.num_tiles = static_cast<int32_t>(list.size());
+      axis.tiles = writer.append(list);
+      rule.box[a] = plan.box[a];
       tiles *= axis.num_tiles;
       walk *= widest;
     }
     rule.num_tiles = narrow(tiles, "number of tiles");
     out.most_tiles = std::max(out.most_tiles, rule.num_tiles);
     out.longest_walk = std::max(out.longest_walk, walk + sinks);
-    std::memcpy(&out.data[int64_t(r) * kRuleInts], &rule, sizeof rule);
+    writer.set_rule(r, rule);
+  }
+  if (by_key && extra_keys > 0) {
+    const RuleTiles rule = extra_rule(extra_keys, given, rows, &writer);
+    out.extra_tiles = rule.num_tiles;
+    writer.set_rule(out.num_rules, rule);
   }
   narrow(out.longest_walk, "walk of a tile");
   return out;
@@ -155,73 +254,116 @@ Tables make_tables(const Geometry& geometry, const std::vector<int32_t>& head_ru
 
 std::shared_ptr<const Tables> shared_tables(const std::shared_ptr<const Geometry>& geometry,
                                             const std::vector<int32_t>& head_rule, bool by_key,
-                                            int32_t rows) {
+                                            int32_t rows, int64_t extra_keys) {
   constexpr size_t kKept = 64;
   struct Entry {
     std::shared_ptr<const Geometry> geometry;  // kept alive, so that its address stays its own
     std::vector<int32_t> head_rule;
     bool by_key;
     int32_t rows;
+    int64_t extra_keys;
     std::shared_ptr<const Tables> tables;
   };
   static std::mutex mutex;
   static std::vector<Entry> entries;
   static int64_t made = 0;
+  if (!by_key) extra_keys = 0;
   const std::lock_guard<std::mutex> lock(mutex);
   for (const Entry& e : entries) {
-    if (e.geometry == geometry && e.head_rule == head_rule && e.by_key == by_key && e.rows == rows) {
+    if (e.geometry == geometry && e.head_rule == head_rule && e.by_key == by_key &&
+        e.rows == rows && e.extra_keys == extra_keys) {
       return e.tables;
     }
   }
-  auto tables = std::make_shared<Tables>(make_tables(*geometry, head_rule, by_key, rows));
+  auto tables =
+      std::make_shared<Tables>(make_tables(*geometry, head_rule, by_key, rows, extra_keys));
   tables->id = ++made;
   if (entries.size() == kKept) entries.erase(entries.begin());
-  entries.push_back({geometry, head_rule, by_key, rows, tables});
+  entries.push_back({geometry, head_rule, by_key, rows, extra_keys, tables});
   return tables;
 }
 
-KernelShape forward_shape(const WindowParams& p) { return choose(p, is_modified(p)).shape; }
+// ---- launches ------------------------------------------------------------------------------------
+
+KernelShape kernel_shape(const WindowParams& p, Pass pass) { return choose(p, pass).shape; }
 
 namespace {
 
-// Few tiles leave most of a GPU idle: the walk of each is then shared by several blocks.
-void split(const WindowParams& p, const Tables& tables, const KernelShape& shape,
-           WindowLaunch* launch) {
-  constexpr int64_t kEnoughBlocks = 2 * 132, kLeastSteps = 4, kMostSplits = 128;
-  const int64_t walk = tables.longest_walk + p.extra_keys;
-  const int64_t steps = std::max<int64_t>(1, (walk + shape.step - 1) / shape.step);
-  const int64_t blocks = std::max<int64_t>(1, p.batch * p.heads * tables.most_tiles);
-  int64_t splits = std::min({kEnoughBlocks / blocks, steps / kLeastSteps, kMostSplits});
-  splits = std::max<int64_t>(1, splits);
-  const int64_t share = (steps + splits - 1) / splits;
-  launch->splits = static_cast<int32_t>((steps + share - 1) / share);
-  launch->split_step = narrow(share * shape.step, "walk of a tile");
+constexpr int64_t kEnoughBlocks = 2 * 132;  // of the largest GPU, twice over
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t rows_of(const WindowParams& p) {
+  return p.batch * p.heads * p.query_extent[0] * p.query_extent[1] * p.query_extent[2];
 }
 
-WindowLaunch forward_params(const WindowParams& p, const Tables& tables,
-                            const int32_t* device_tables, void* workspace,
-                            const KernelShape& shape) {
+const char* suffix(DType dtype) {
+  return dtype == DType::kFloat32 ? "_fp32" : dtype == DType::kBFloat16 ? "_bf16" : "_fp16";
+}
+
+bool starts_at_16(const WindowParams& p, const TensorRef& t) {
   const int64_t elem = p.dtype == DType::kFloat32 ? 4 : 2;
+  const auto whole = [&](int64_t n) { return n * elem % 16 == 0; };
+  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && whole(t.batch) && whole(t.token[0]) &&
+         whole(t.token[1]) && whole(t.token[2]) && whole(t.head);
+}
+
+WindowLaunch start_params(const WindowParams& p, const Tables& tables,
+                          const int32_t* device_tables) {
   WindowLaunch launch{};
   launch.window = p;
   launch.tables = device_tables;
   launch.num_rules = tables.num_rules;
   launch.most_tiles = tables.most_tiles;
-  launch.aligned = starts_at_16(p.query, elem) && starts_at_16(p.key, elem) &&
-                   starts_at_16(p.value, elem) &&
-                   (p.extra_keys == 0 ||
-                    (starts_at_16(p.extra_key, elem) && starts_at_16(p.extra_value, elem)));
-  launch.aligned_out = starts_at_16(p.out, elem);
-  launch.partial = static_cast<float*>(workspace);
-  split(p, tables, shape, &launch);
+  launch.extra_tiles = tables.extra_tiles;
+  launch.splits = 1;
+  launch.split_step = INT32_MAX / 2;
+  launch.aligned = starts_at_16(p, p.query) && starts_at_16(p, p.key) && starts_at_16(p, p.value) &&
+                   starts_at_16(p, p.dout) && starts_at_16(p, p.extra_key) &&
+                   starts_at_16(p, p.extra_value);
+  launch.aligned_out = starts_at_16(p, p.out) && starts_at_16(p, p.dquery) &&
+                       starts_at_16(p, p.dkey) && starts_at_16(p, p.dvalue) &&
+                       starts_at_16(p, p.dextra_key) && starts_at_16(p, p.dextra_value);
   return launch;
+}
+
+Launch launch_of(const Kernel& kernel, int64_t blocks, const WindowLaunch& params) {
+  Launch launch{kernel.name, narrow(blocks * kernel.shape.slices, "grid"), kernel.shape.threads(),
+                kernel.shared_bytes, params};
+  launch.params.rows = kernel.shape.rows();
+  return launch;
+}
+
+// Few tiles leave most of a GPU idle: the walk of each is then shared by several blocks.
+void split(const WindowParams& p, const Tables& tables, const KernelShape& shape,
+           WindowLaunch* launch) {
+  constexpr int64_t kLeastSteps = 4, kMostSplits = 128;
+  const int64_t steps =
+      std::max<int64_t>(1, ceil_div(tables.longest_walk + p.extra_keys, shape.step));
+  const int64_t blocks = std::max<int64_t>(1, p.batch * p.heads * tables.most_tiles);
+  const int64_t splits = std::max<int64_t>(
+      1, std::min({kEnoughBlocks / blocks, steps / kLeastSteps, kMostSplits}));
+  if (splits == 1) return;
+  const int64_t share = ceil_div(steps, splits);
+  launch->splits = static_cast<int32_t>(ceil_div(steps, share));
+  launch->split_step = narrow(share * shape.step, "walk of a tile");
+}
+
+// Floats of the statistics, rounded up so that what follows is aligned.
+int64_t statistics_size(const WindowParams& p) { return ceil_div(3 * rows_of(p), 4) * 4; }
+
+int64_t bias_blocks(const WindowParams& p, const Tables& queries) {
+  const int64_t tiles = std::max<int64_t>(1, p.batch * queries.most_tiles);
+  return std::max<int64_t>(1, std::min(tiles, kEnoughBlocks / p.heads));
 }
 
 }  // namespace
 
 int64_t forward_workspace(const WindowParams& p, const Tables& tables) {
-  const KernelShape shape = forward_shape(p);
-  const WindowLaunch launch = forward_params(p, tables, nullptr, nullptr, shape);
+  const KernelShape shape = kernel_shape(p, Pass::kForward);
+  WindowLaunch launch{};
+  launch.splits = 1;
+  split(p, tables, shape, &launch);
   if (launch.splits == 1) return 0;
   return p.batch * p.heads * tables.most_tiles * launch.splits * shape.rows() *
          (p.head_dim_v + 2) * int64_t(sizeof(float));
@@ -229,18 +371,55 @@ int64_t forward_workspace(const WindowParams& p, const Tables& tables) {
 
 std::vector<Launch> forward_launches(const WindowParams& p, const Tables& tables,
                                      const int32_t* device_tables, void* workspace) {
-  const Kernel& kernel = choose(p, is_modified(p));
-  const WindowLaunch params = forward_params(p, tables, device_tables, workspace, kernel.shape);
+  const Kernel& kernel = choose(p, Pass::kForward);
   const int64_t tiles = p.batch * p.heads * tables.most_tiles;
   if (tiles == 0) return {};
-  std::vector<Launch> out;
-  out.push_back({kernel.name, narrow(tiles * params.splits, "grid"), kernel.shape.threads(),
-                 kernel.shared_bytes, params});
+  WindowLaunch params = start_params(p, tables, device_tables);
+  params.partial = static_cast<float*>(workspace);
+  split(p, tables, kernel.shape, &params);
+  std::vector<Launch> out{launch_of(kernel, tiles * params.splits, params)};
   if (params.splits > 1) {
-    static const char* const kMerge[] = {"window_merge_fp32", "", "window_merge_bf16",
-                                         "window_merge_fp16"};
-    out.push_back({kMerge[static_cast<int>(p.dtype)], narrow(tiles, "grid"), 128, 0, params});
+    out.push_back({std::string("window_merge") + suffix(p.dtype), tiles, 128, 0, params});
     out.back().params.rows = kernel.shape.rows();
+  }
+  return out;
+}
+
+int64_t backward_workspace(const WindowParams& p, const Tables& queries) {
+  int64_t floats = statistics_size(p);
+  if (p.bias) {
+    const KernelShape shape = kernel_shape(p, Pass::kBiasGradient);
+    floats += p.heads * bias_blocks(p, queries) * shape.warps * p.bias_head_stride;
+  }
+  return floats * int64_t(sizeof(float));
+}
+
+std::vector<Launch> backward_launches(const WindowParams& p, const Tables& queries,
+                                      const int32_t* device_queries, const Tables& keys,
+                                      const int32_t* device_keys, void* workspace) {
+  std::vector<Launch> out;
+  const int64_t rows = rows_of(p);
+  WindowLaunch by_query = start_params(p, queries, device_queries);
+  WindowLaunch by_key = start_params(p, keys, device_keys);
+  by_query.statistics = by_key.statistics = static_cast<float*>(workspace);
+  if (rows > 0) {
+    out.push_back({std::string("window_statistics") + suffix(p.dtype),
+                   narrow(ceil_div(rows, 4), "grid"), 128, 0, by_query});
+    out.push_back(launch_of(choose(p, Pass::kQueryGradient),
+                            p.batch * p.heads * queries.most_tiles, by_query));
+  }
+  if (p.dsink_logits) out.push_back({"window_sink_gradient", p.heads, 256, 0, by_query});
+  const int64_t key_blocks = p.batch * p.kv_heads * (keys.most_tiles + keys.extra_tiles);
+  if (key_blocks > 0) out.push_back(launch_of(choose(p, Pass::kKeyGradient), key_blocks, by_key));
+  if (p.dbias) {
+    const Kernel& kernel = choose(p, Pass::kBiasGradient);
+    WindowLaunch params = by_query;
+    params.partial = static_cast<float*>(workspace) + statistics_size(p);
+    params.splits = static_cast<int32_t>(bias_blocks(p, queries));
+    out.push_back(launch_of(kernel, p.heads * params.splits, params));
+    params.rows = kernel.shape.warps;
+    out.push_back({"window_merge_bias",
+                   narrow(ceil_div(p.heads * p.bias_head_stride, 128), "grid"), 128, 0, params});
   }
   return out;
 }

@@ -49,35 +49,40 @@ struct Tables {
   int64_t id = 0;  // of a kept one: whoever holds a copy on a device asks by it
   std::vector<int32_t> data;
   int32_t num_rules = 0;
+  int32_t extra_tiles = 0;   // tiles of extra keys, by key
   int32_t most_tiles = 0;    // of any rule
   int64_t longest_walk = 0;  // of any tile, extra keys not counted
   double useful_pairs = 0, computed_pairs = 0;
 };
 
-// By query (for the forward pass and dQ) or by key; `rows` is what a tile holds at most.
+// By query (for the forward pass and dQ) or by key; `rows` is what a tile holds at most. By key, the
+// rows of all rules are cut alike, and extra keys are a rule of their own after the last: a block
+// holds its keys while it walks over the queries of one head after another.
 Tables make_tables(const Geometry& geometry, const std::vector<int32_t>& head_rule, bool by_key,
-                   int32_t rows);
+                   int32_t rows, int64_t extra_keys);
 
 // The same, from the last few or made now.
 std::shared_ptr<const Tables> shared_tables(const std::shared_ptr<const Geometry>& geometry,
                                             const std::vector<int32_t>& head_rule, bool by_key,
-                                            int32_t rows);
+                                            int32_t rows, int64_t extra_keys);
 
 // How a kernel is built: rows and walk of one block.
 struct KernelShape {
   int32_t dim;  // head_dim and head_dim_v are at most this
-  int32_t warps, frags, step;
+  int32_t warps, frags, step, slices;
   int32_t rows() const { return warps * frags * 16; }
   int32_t threads() const { return warps * 32; }
 };
-KernelShape forward_shape(const WindowParams& params);
+enum class Pass { kForward, kQueryGradient, kKeyGradient, kBiasGradient };
+KernelShape kernel_shape(const WindowParams& params, Pass pass);
 
 // What every window kernel takes.
 struct WindowLaunch {
   WindowParams window;
   const int32_t* tables;
   int32_t num_rules, most_tiles;
-  int32_t splits;      // blocks that share one tile's walk
+  int32_t extra_tiles;  // of the rule after the last, whose rows are extra keys
+  int32_t splits;      // blocks that share one tile's walk, or (bias gradient) one head's tiles
   int32_t split_step;  // walk slots of each, a multiple of the kernel's step
   int32_t aligned;     // all rows that are copied start at multiples of 16 bytes
   int32_t aligned_out;
@@ -96,7 +101,7 @@ struct Launch {
 
 // Bytes of scratch in global memory.
 int64_t forward_workspace(const WindowParams& params, const Tables& tables);
-int64_t backward_workspace(const WindowParams& params);
+int64_t backward_workspace(const WindowParams& params, const Tables& queries);
 
 std::vector<Launch> forward_launches(const WindowParams& params, const Tables& tables,
                                      const int32_t* device_tables, void* workspace);

@@ -347,10 +347,11 @@ ATTNEXT_DEVICE void product(float (&s)[kFrags][kWalk / 8][4],
   }
 }
 
-// out += weights x walk
-template <class T, int kDim, int kFrags, int kWalk>
-ATTNEXT_DEVICE void accumulate(float (&out)[kFrags][kDim / 8][4],
-                               const float (&weights)[kFrags][kWalk / 8][4], uint32_t walk_tile) {
+// out += weights x kOut columns of the walk from `chunk0` on
+template <class T, int kDim, int kOut, int kFrags, int kWalk>
+ATTNEXT_DEVICE void accumulate(float (&out)[kFrags][kOut / 8][4],
+                               const float (&weights)[kFrags][kWalk / 8][4], uint32_t walk_tile,
+                               int chunk0) {
   constexpr int kDepth = Products<T>::kDepth;
 #pragma unroll
   for (int k = 0; k < kWalk / kDepth; ++k) {
@@ -358,9 +359,9 @@ ATTNEXT_DEVICE void accumulate(float (&out)[kFrags][kDim / 8][4],
 #pragma unroll
     for (int f = 0; f < kFrags; ++f) a[f] = Products<T>::round(&weights[f][k * kDepth / 8]);
 #pragma unroll
-    for (int d = 0; d < kDim / 16; ++d) {
+    for (int d = 0; d < kOut / 16; ++d) {
       const auto b = Products<T>::template load_right_transposed<kDim>(
-          walk_tile, k * kDepth, d * 16 / Layout<T, kDim>::kElems);
+          walk_tile, k * kDepth, chunk0 + d * 16 / Layout<T, kDim>::kElems);
 #pragma unroll
       for (int f = 0; f < kFrags; ++f) {
         Products<T>::multiply(out[f][2 * d], out[f][2 * d + 1], a[f], b);

@@ -43,11 +43,15 @@ struct Walk {
   int32_t extra, sinks, width, lines, lines1;  // lines = lines0 * lines1
   int32_t total;                               // slots
 
+  ATTNEXT_DEVICE static int32_t rule_of(const WindowLaunch& p, int32_t head) {
+    return p.tables[p.num_rules * (sizeof(RuleTiles) / 4) + head];
+  }
+
   // False if the rule has no such tile.
-  ATTNEXT_DEVICE bool start(const WindowLaunch& p, int64_t head, int32_t index, int32_t extra_keys) {
+  ATTNEXT_DEVICE bool start(const WindowLaunch& p, int32_t which, int32_t index,
+                            int32_t extra_keys) {
     tables = p.tables;
-    const int32_t* head_rule = tables + p.num_rules * (sizeof(RuleTiles) / 4);
-    rule = reinterpret_cast<const RuleTiles*>(tables) + (p.num_rules > 1 ? head_rule[head] : 0);
+    rule = reinterpret_cast<const RuleTiles*>(tables) + which;
     if (index >= rule->num_tiles) return false;
 #pragma unroll
     for (int a = 2; a >= 0; --a) {
@@ -129,11 +133,35 @@ struct Walk {
     return at;
   }
 
-  // Position of a walked token on an axis, for the bias.
-  ATTNEXT_DEVICE int32_t position(const Slot& at, int a) const {
-    const AxisTiles& axis = rule->axis[a];
-    return axis.walk_position >= 0 ? tables[axis.walk_position + at.token[a]]
+  // Entry of a head's bias table for a walked key and a query: bias_entry - bias_origin. Where keys
+  // are rows and queries are walked, signs are the other way round.
+  ATTNEXT_DEVICE int32_t bias_entry(const WindowParams& w, const Slot& at) const {
+    if (at.kind == Slot::kExtra) return kNoBias;
+    int32_t entry = 0;
+#pragma unroll
+    for (int a = 0; a < 3; ++a) {
+      const AxisTiles& axis = rule->axis[a];
+      const int32_t position = axis.walk_position >= 0 && at.kind == Slot::kToken
+                                   ? tables[axis.walk_position + at.token[a]]
                                    : tile[a]->base + at.index[a];
+      entry += position * static_cast<int32_t>(w.bias_stride[a]);
+    }
+    return entry;
+  }
+  ATTNEXT_DEVICE static int32_t bias_position(const WindowParams& w, const Row& row) {
+    int32_t entry = 0;
+#pragma unroll
+    for (int a = 0; a < 3; ++a) entry += row.position[a] * static_cast<int32_t>(w.bias_stride[a]);
+    return entry;
+  }
+  ATTNEXT_DEVICE static int32_t bias_center(const WindowParams& w) {
+    int32_t entry = 0;
+#pragma unroll
+    for (int a = 0; a < 3; ++a) entry += static_cast<int32_t>(w.bias_reach[a] * w.bias_stride[a]);
+    return entry;
+  }
+  ATTNEXT_DEVICE static int32_t bias_origin(const WindowParams& w, const Row& row) {
+    return bias_position(w, row) - bias_center(w);
   }
 
   ATTNEXT_DEVICE static bool attends(const Row& row, const Slot& at) {
@@ -261,43 +289,55 @@ struct Steps {
 
 // ---- rows of a tensor into a tile ------------------------------------------------------------
 
+// `bytes` (0 to 16) of a row at `from` (0: none) plus `offset`, zeros after them.
+template <class T>
+ATTNEXT_DEVICE void copy_chunk(uint32_t to, uint64_t from, int offset, int bytes, bool aligned) {
+  const char* source = reinterpret_cast<const char*>(from) + offset;
+  if (aligned) {
+    copy_chunk_async(to, source, from ? bytes : 0);
+    return;
+  }
+  constexpr int kElems = 16 / static_cast<int>(sizeof(T));
+  T elems[kElems];
+#pragma unroll
+  for (int e = 0; e < kElems; ++e) {
+    elems[e] = T{};
+    if (from && e * static_cast<int>(sizeof(T)) < bytes) {
+      elems[e] = reinterpret_cast<const T*>(source)[e];
+    }
+  }
+  uint4 whole;
+  memcpy(&whole, elems, 16);
+  store_shared(to, whole);
+}
+
 // kRows rows, whose addresses (0: a row of zeros) lie in shared memory. `bytes` of each are real.
 template <class T, int kDim, int kRows, int kThreads>
 ATTNEXT_DEVICE void copy_rows(uint32_t tile, const uint64_t* address, int bytes, bool aligned) {
   using L = Layout<T, kDim>;
-  static_assert(kThreads % L::kChunks == 0, "a thread copies the same chunk of every row");
-  constexpr int kTogether = kThreads / L::kChunks;
-  const int chunk = threadIdx.x % L::kChunks, row0 = threadIdx.x / L::kChunks;
-  const int mine = min(max(bytes - chunk * 16, 0), 16);
+  constexpr int kTogether = kThreads / L::kChunks;  // rows that the threads copy at once
+  static_assert(kTogether == 0 ? L::kChunks % kThreads == 0 : kThreads % L::kChunks == 0, "uneven");
+  constexpr int kPieces = kTogether == 0 ? L::kChunks / kThreads : 1;  // chunks of a row a thread
+  constexpr int kRowsAtOnce = kTogether == 0 ? 1 : kTogether;
 #pragma unroll
-  for (int i = 0; i < (kRows + kTogether - 1) / kTogether; ++i) {
-    const int r = row0 + i * kTogether;
-    if (kRows % kTogether != 0 && r >= kRows) break;
-    const uint64_t from = address[r];
-    const char* source = reinterpret_cast<const char*>(from) + chunk * 16;
-    const uint32_t to = tile + L::at(r, chunk);
-    if (aligned) {
-      copy_chunk_async(to, source, from ? mine : 0);
-    } else {
-      T elems[L::kElems];
+  for (int piece = 0; piece < kPieces; ++piece) {
+    const int chunk = kPieces == 1 ? threadIdx.x % L::kChunks : piece * kThreads + threadIdx.x;
+    const int row0 = kPieces == 1 ? threadIdx.x / L::kChunks : 0;
+    const int mine = min(max(bytes - chunk * 16, 0), 16);
 #pragma unroll
-      for (int e = 0; e < L::kElems; ++e) {
-        elems[e] = T{};
-        if (from && e * static_cast<int>(sizeof(T)) < mine) {
-          elems[e] = reinterpret_cast<const T*>(source)[e];
-        }
-      }
-      uint4 whole;
-      memcpy(&whole, elems, 16);
-      store_shared(to, whole);
+    for (int i = 0; i < (kRows + kRowsAtOnce - 1) / kRowsAtOnce; ++i) {
+      const int r = row0 + i * kRowsAtOnce;
+      if (kRows % kRowsAtOnce != 0 && r >= kRows) break;
+      copy_chunk<T>(tile + L::at(r, chunk), address[r], chunk * 16, mine, aligned);
     }
   }
 }
 
 // Rows of accumulators, times `factor` of each (of rows g and g + 8 of a fragment), rounded, to
 // global memory by way of the warp's part of a tile. Lane r has the address of row r, 0 for none.
-template <class T, int kDim, int kFrags>
-ATTNEXT_DEVICE void store_rows(uint32_t tile, int row0, const float (&x)[kFrags][kDim / 8][4],
+// Columns are the first kOut of the tile's.
+template <class T, int kDim, int kOut, int kFrags>
+ATTNEXT_DEVICE void store_rows(uint32_t tile, int row0, const float (&x)[kFrags][kOut / 8][4],
                                const float (&factor)[kFrags][2], uint64_t address, int dim,
                                bool aligned) {
   using L = Layout<T, kDim>;
@@ -310,7 +350,7 @@ ATTNEXT_DEVICE void store_rows(uint32_t tile, int row0, const float (&x)[kFrags]
       const int r = row0 + f * 16 + half * 8 + g;
       const float scale = factor[f][half];
 #pragma unroll
-      for (int n = 0; n < kDim / 8; ++n) {
+      for (int n = 0; n < kOut / 8; ++n) {
         const float a = x[f][n][2 * half] * scale, b = x[f][n][2 * half + 1] * scale;
         if constexpr (sizeof(T) == 4) {
           store_shared(tile + L::at(r, n * 2 + t / 2) + t % 2 * 8, a, b);
@@ -321,12 +361,12 @@ ATTNEXT_DEVICE void store_rows(uint32_t tile, int row0, const float (&x)[kFrags]
     }
   }
   __syncwarp();
-  constexpr int kTogether = L::kChunks < 32 ? 32 / L::kChunks : 1;
+  constexpr int kChunks = kOut / L::kElems;
 #pragma unroll
-  for (int i = 0; i < kFrags * 16 * L::kChunks / 32; ++i) {
+  for (int i = 0; i < kFrags * 16 * kChunks / 32; ++i) {
     const int item = i * 32 + lane;
-    const int r = item / L::kChunks, chunk = item % L::kChunks;
-    const uint64_t row = __shfl_sync(~0u, address, kTogether == 1 ? i * 32 / L::kChunks : r);
+    const int r = item / kChunks, chunk = item % kChunks;
+    const uint64_t row = __shfl_sync(~0u, address, r);
     const uint4 whole = load_shared(tile + L::at(row0 + r, chunk));
     T* to = reinterpret_cast<T*>(row) + chunk * L::kElems;
     const int left = dim - chunk * L::kElems;

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,8 +91,10 @@ def program(source: str, *defines: str, arch: str = "sm_80") -> Program:
 
 def find(kernel: str) -> Program:
     """The program that has a kernel: window_forward_bf16_64 is in window_forward_bf16.cu."""
-    family = "forward" if "merge" in kernel else kernel.split("_")[1]
-    dtype = next(t for t in ("bf16", "fp16", "fp32") if t in kernel)
+    if kernel in ("window_sink_gradient", "window_merge_bias"):
+        return program("window_sums.cu")
+    family, dtype = re.match(r"window_(.*?)_(bf16|fp16|fp32)", kernel).groups()  # type: ignore
+    family = {"merge": "forward", "statistics": "query_gradient"}.get(family, family)
     return program(f"window_{family}_{dtype}.cu")
 
 
@@ -128,31 +131,63 @@ def _native(memory: Memory, problem: tuple[Any, ...]) -> list[Any]:
     return [*tensors, *native[len(_NAMES) :]]
 
 
+def _tables(memory: Memory, name: str, tables: Any) -> int:
+    return memory.buffer(name, np.frombuffer(tables.data(), np.uint8), writable=False).address
+
+
 def forward(recorder: Recorder, *problem: Any) -> tuple[Tensor, Tensor]:
     memory = Memory()
     fakes = ops._window_forward_fake(*problem)
-    outputs = [Output.like(memory, n, x) for n, x in zip(("out", "lse"), fakes, strict=True)]
+    out, lse = (Output.like(memory, n, x) for n, x in zip(("out", "lse"), fakes, strict=True))
     call = _C.CudaForward(*_native(memory, problem))
-    data = np.frombuffer(call.tables.data(), np.uint8)
-    tables = memory.buffer("tables", data, writable=False)
+    queries = _tables(memory, "queries", call.queries)
     workspace = memory.allocate("workspace", max(1, call.workspace_bytes))
-    launches = call.launches(
-        *(o.tensor for o in outputs), tables.address, workspace.address
+    recorder.carry_out(
+        memory, call.launches(out.tensor, lse.tensor, queries, workspace.address)
     )
-    recorder.carry_out(memory, launches)
-    out, lse = (o.get() for o in outputs)
-    return out, lse
+    return out.get(), lse.get()
+
+
+def backward(recorder: Recorder, *args: Any) -> tuple[Tensor, ...]:
+    memory = Memory()
+    problem, (out, lse, dout, dlse, needs) = args[:-5], args[-5:]
+    fakes = ops._window_backward_fake(*args)
+    if dout.stride(-1) != 1 and dout.shape[-1] > 1:
+        dout = dout.contiguous()
+    call = _C.CudaBackward(*_native(memory, problem))
+    grads = [
+        Output.like(memory, f"d{name}", fake) if tensor is not None and need else None
+        for name, fake, tensor, need in zip(
+            _NAMES, fakes, problem[: ops._NUM_GRADS], ops._written(needs), strict=True
+        )
+    ]
+    given = [
+        put(memory, name, x)
+        for name, x in (("out", out), ("lse", lse), ("dout", dout), ("dlse", dlse))
+    ]
+    queries = _tables(memory, "queries", call.queries)
+    keys = _tables(memory, "keys", call.keys)
+    workspace = memory.allocate("workspace", max(1, call.workspace_bytes))
+    recorder.carry_out(
+        memory,
+        call.launches(
+            queries, keys, workspace.address, *given, *(g and g.tensor for g in grads)
+        ),
+    )
+    return tuple(g.get() if g else fake for g, fake in zip(grads, fakes, strict=True))
 
 
 @contextlib.contextmanager
 def on_executor(**options: Any) -> Iterator[Recorder]:
     """Runs the window ops of attnext on the executor; the recorder has the reports."""
     recorder = Recorder(**options)
-    kept = ops._forward, ops._window_forward_cpu, ops._is_plain
-    run = functools.partial(forward, recorder)
-    ops._forward = ops._window_forward_cpu = run
+    names = ("_forward", "_window_forward_cpu", "_backward", "_is_plain")
+    kept = {name: getattr(ops, name) for name in names}
+    ops._forward = ops._window_forward_cpu = functools.partial(forward, recorder)
+    ops._backward = functools.partial(backward, recorder)
     ops._is_plain = lambda *_: False
     try:
         yield recorder
     finally:
-        ops._forward, ops._window_forward_cpu, ops._is_plain = kept
+        for name, function in kept.items():
+            setattr(ops, name, function)

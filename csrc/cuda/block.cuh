@@ -1,0 +1,315 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the window kernels share: a block's rows, and the walk's two operands that pass through
+// shared memory in steps. Copies run one step ahead of the products, addresses two; a step has one
+// barrier.
+#pragma once
+
+#include "kernels.h"
+#include "walk.cuh"
+
+namespace attnext {
+namespace cuda {
+
+// Bits per slot of what a thread's accumulators hold: columns 8 n + 2 t and 8 n + 2 t + 1.
+template <int kStep, int kFrags>
+struct LaneMask {
+  uint32_t bits[kFrags][2][(kStep + 31) / 32];
+
+  // `mine`: the mask of the row that lies in this lane.
+  ATTNEXT_DEVICE void spread(const uint32_t (&mine)[(kStep + 31) / 32]) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int f = 0; f < kFrags; ++f) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int w = 0; w < (kStep + 31) / 32; ++w) {
+          bits[f][half][w] = __shfl_sync(~0u, mine[w], f * 16 + half * 8 + g) >> (2 * t);
+        }
+      }
+    }
+  }
+  ATTNEXT_DEVICE void fill() {
+#pragma unroll
+    for (int f = 0; f < kFrags; ++f) {
+#pragma unroll
+      for (int w = 0; w < (kStep + 31) / 32; ++w) bits[f][0][w] = bits[f][1][w] = ~0u;
+    }
+  }
+  ATTNEXT_DEVICE bool operator()(int f, int half, int n, int e) const {
+    return bits[f][half][n / 4] & (1u << (n % 4 * 8 + e));
+  }
+};
+
+// A number of each row, in the lanes of the accumulators.
+template <int kFrags, class X>
+ATTNEXT_DEVICE void spread(X mine, X (&out)[kFrags][2]) {
+  const int g = threadIdx.x % 32 / 4;
+#pragma unroll
+  for (int f = 0; f < kFrags; ++f) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      out[f][half] = __shfl_sync(~0u, mine, f * 16 + half * 8 + g);
+    }
+  }
+}
+// The way back: the number of row r in lane r. All lanes of a quad hold the same.
+template <int kFrags>
+ATTNEXT_DEVICE float gather(const float (&x)[kFrags][2]) {
+  const int lane = threadIdx.x % 32;
+  float mine = 0.f;
+#pragma unroll
+  for (int f = 0; f < kFrags; ++f) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float here = __shfl_sync(~0u, x[f][half], lane % 8 * 4);
+      if (lane / 8 == f * 2 + half) mine = here;
+    }
+  }
+  return mine;
+}
+ATTNEXT_DEVICE float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+ATTNEXT_DEVICE float warp_sum(float x) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+  return x;
+}
+
+template <int kFrags, int kColumns>
+ATTNEXT_DEVICE void clear(float (&x)[kFrags][kColumns][4]) {
+#pragma unroll
+  for (int f = 0; f < kFrags; ++f) {
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) x[f][n][0] = x[f][n][1] = x[f][n][2] = x[f][n][3] = 0.f;
+  }
+}
+template <int kFrags, int kColumns>
+ATTNEXT_DEVICE bool is_finite(const float (&x)[kFrags][kColumns][4]) {
+  float bad = 0.f;
+#pragma unroll
+  for (int f = 0; f < kFrags; ++f) {
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+      bad += (x[f][n][0] + x[f][n][1]) * 0.f + (x[f][n][2] + x[f][n][3]) * 0.f;
+    }
+  }
+  return bad == 0.f;
+}
+
+// What the score modifiers make of a product of a query and a key: a logit in base 2.
+struct Modifiers {
+  const float* bias;  // of the head, null without
+  float cap;          // softcap in base 2, 0 without
+
+  ATTNEXT_DEVICE void start(const WindowParams& w, int64_t head) {
+    bias = w.bias ? static_cast<const float*>(w.bias) + head * w.bias_head_stride : nullptr;
+    cap = static_cast<float>(w.softcap * kLog2E);
+  }
+  // Of one row of scores: the product with it makes a logit in base 2, or what the cap is taken of.
+  ATTNEXT_DEVICE static float unit(const WindowParams& w, float scale) {
+    return scale * static_cast<float>(w.softcap > 0 ? 1 / w.softcap : kLog2E);
+  }
+  // `slope`: the derivative of the logit by the product, less its unit.
+  ATTNEXT_DEVICE float operator()(float x, int64_t entry, bool has_bias, float* slope) const {
+    if (cap > 0.f) {
+      const float t = tanhf(x);
+      if (slope) *slope = 1.f - t * t;
+      x = t * cap;
+    }
+    if (bias && has_bias) x += bias[entry] * static_cast<float>(kLog2E);
+    return x;
+  }
+};
+
+ATTNEXT_DEVICE float scale_of(const WindowParams& w, int64_t batch, const int32_t (&token)[3],
+                              int64_t head) {
+  float scale = static_cast<float>(w.scale);
+  if (w.row_scale.data) {
+    scale *= static_cast<const float*>(w.row_scale.data)[offset_of(w.row_scale, batch, token, head)];
+  }
+  return scale;
+}
+
+// Kernel: the class that derives, which has `note(slot, at, numbers)` for what it wants to know of
+// walked tokens besides their two rows.
+template <class Kernel, class Elem, int kDim_, int kWarps_, int kFrags_, int kStep_, int kHeld,
+          int kNumbers_>
+struct Block {
+  using T = Elem;
+  static constexpr int kDim = kDim_, kWarps = kWarps_, kFrags = kFrags_, kStep = kStep_;
+  static constexpr int kWarpRows = kFrags * 16, kRows = kWarps * kWarpRows;
+  static constexpr int kThreads = kWarps * 32;
+  static constexpr int kColumns = kStep / 8;
+  static constexpr int kMine = (kDim + 31) / 32;  // numbers of a row that a lane of a warp has
+  static constexpr int kNumbers = kNumbers_;
+  using S = SharedPlan<sizeof(T), kDim, kRows, kStep, kHeld, kNumbers>;
+  using Scores = float[kFrags][kColumns][4];
+  using Mask = LaneMask<kStep, kFrags>;
+
+  const WindowLaunch& p;
+  const WindowParams& w;
+  uint8_t* memory;
+  uint32_t shared;
+  Walk walk;
+  int32_t batch, head, kv_head;
+  int lane, warp;
+  // The walk's operands, and where extra keys have theirs.
+  const TensorRef *first, *second, *extra_first, *extra_second;
+  int32_t walk_head;
+
+  ATTNEXT_DEVICE Block(const WindowLaunch& launch, uint8_t* shared_memory)
+      : p(launch), w(launch.window), memory(shared_memory), shared(shared_address(shared_memory)) {
+    lane = threadIdx.x % 32;
+    warp = threadIdx.x / 32;
+  }
+
+  ATTNEXT_DEVICE uint64_t* address(int buffer, int operand) const {
+    return reinterpret_cast<uint64_t*>(memory + S::kAddressAt) +
+           (buffer * 2 + operand) * S::kAddresses;
+  }
+  // A number of each slot of a step: kept until the step has been worked on, so in three buffers.
+  ATTNEXT_DEVICE float* number(int buffer, int which) const {
+    return reinterpret_cast<float*>(memory + S::kNumbersAt) + (buffer * kNumbers + which) * kStep;
+  }
+  ATTNEXT_DEVICE int32_t* integer(int buffer, int which) const {
+    return reinterpret_cast<int32_t*>(number(buffer, which));
+  }
+  ATTNEXT_DEVICE uint32_t held_tile(int i) const { return shared + i * S::kRowTile; }
+  ATTNEXT_DEVICE uint32_t walk_tile(int stage, int operand) const {
+    return shared + S::kWalkAt + (stage * 2 + operand) * S::kWalkTile;
+  }
+
+  ATTNEXT_DEVICE static uint64_t row_address(const TensorRef& t, int64_t offset) {
+    return reinterpret_cast<uint64_t>(static_cast<const T*>(t.data) + offset);
+  }
+  ATTNEXT_DEVICE uint64_t slot_address(const TensorRef* t, const TensorRef* extra,
+                                       const Walk::Slot& at) const {
+    if (at.kind == Walk::Slot::kToken) {
+      return row_address(*t, offset_of(*t, batch, at.token, walk_head));
+    }
+    if (at.kind != Walk::Slot::kExtra) return 0;
+    return row_address(*extra, batch * extra->batch + at.token[2] * extra->token[2] +
+                                   walk_head * extra->head);
+  }
+
+  // ---- rows --------------------------------------------------------------------------------------
+
+  // Copies the rows that lie at lanes' addresses (0: none) to a held tile. All threads call it.
+  ATTNEXT_DEVICE void hold(int tile, uint64_t mine, int64_t dim) {
+    __syncthreads();
+    if (lane < kWarpRows) address(0, 0)[warp * kWarpRows + lane] = mine;
+    __syncthreads();
+    copy_rows<T, kDim, kRows, kThreads>(held_tile(tile), address(0, 0),
+                                        static_cast<int>(dim * sizeof(T)), p.aligned);
+  }
+
+  // ---- the walk ----------------------------------------------------------------------------------
+
+  ATTNEXT_DEVICE void find_step(int32_t slot, int buffer, int numbers) {
+#pragma unroll
+    for (int i0 = 0; i0 < 2 * kStep; i0 += kThreads) {
+      const int i = i0 + threadIdx.x, operand = i / kStep, j = i % kStep;
+      if (2 * kStep % kThreads != 0 && i >= 2 * kStep) break;
+      const Walk::Slot at = walk.slot(slot + j);
+      const bool is_first = operand == 0;
+      address(buffer, operand)[j] =
+          slot_address(is_first ? first : second, is_first ? extra_first : extra_second, at);
+      if (kNumbers > 0 && is_first) static_cast<Kernel*>(this)->note(j, at, numbers);
+    }
+  }
+
+  ATTNEXT_DEVICE void copy_step(int stage, int64_t dim_first, int64_t dim_second) {
+    copy_rows<T, kDim, kStep, kThreads>(walk_tile(stage, 0), address(stage, 0),
+                                        static_cast<int>(dim_first * sizeof(T)), p.aligned);
+    copy_rows<T, kDim, kStep, kThreads>(walk_tile(stage, 1), address(stage, 1),
+                                        static_cast<int>(dim_second * sizeof(T)), p.aligned);
+    commit_copies();
+  }
+
+  // Calls visit(is_masked, stage, numbers, mask) for the steps of slots [from, to) that concern the
+  // warp; `ready` once what was held has arrived. True if any step was masked.
+  template <class Ready, class Visit>
+  ATTNEXT_DEVICE bool pass(const Row& row, int32_t from, int32_t to, Ready ready, Visit visit) {
+    const int64_t dim_first = w.head_dim, dim_second = w.head_dim_v;
+    Steps<kStep> steps;
+    steps.start(walk, row, lane < kWarpRows, from);
+    __syncthreads();
+    find_step(from, 0, 0);
+    __syncthreads();
+    copy_step(0, dim_first, dim_second);
+    if (from + kStep < to) find_step(from + kStep, 1, 1);
+    wait_copies<0>();
+    __syncthreads();
+    ready();
+
+    bool masked = false;
+    int stage = 0, numbers = 0;
+    for (int32_t slot = from; slot < to; slot += kStep) {
+      if (slot != from) {
+        wait_copies<0>();
+        __syncthreads();
+      }
+      if (slot + kStep < to) copy_step(stage ^ 1, dim_first, dim_second);
+      if (slot + 2 * kStep < to) find_step(slot + 2 * kStep, stage, numbers == 0 ? 2 : numbers - 1);
+#ifdef ATTNEXT_ONLY_FULL
+      const Step kind = Step::kFull;
+#elif defined(ATTNEXT_ONLY_EDGE)
+      const Step kind = Step::kEdge;
+#else
+      const Step kind = steps.kind(walk, slot);
+#endif
+      Mask mask;
+      if (kind == Step::kFull) {
+        mask.fill();
+        visit(Bool<false>(), stage, numbers, mask);
+      } else if (kind != Step::kSkip) {
+        uint32_t mine[Steps<kStep>::kWords];
+        steps.mask(walk, row, slot, mine);
+        mask.spread(mine);
+        masked = true;
+        visit(Bool<true>(), stage, numbers, mask);
+      }
+      steps.advance(walk);
+      stage ^= 1;
+      numbers = numbers == 2 ? 0 : numbers + 1;
+    }
+    return masked;
+  }
+  template <bool kValue>
+  struct Bool {
+    static constexpr bool value = kValue;
+  };
+
+  // ---- a row by a warp ---------------------------------------------------------------------------
+
+  // Numbers lane, lane + 32, ... of a row; zeros at address 0.
+  ATTNEXT_DEVICE void load_row(uint64_t from, int64_t dim, float (&x)[kMine]) const {
+    const T* row = reinterpret_cast<const T*>(from);
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) {
+      const int d = lane + 32 * i;
+      x[i] = row && d < dim ? Number<T>::widen(row[d]) : 0.f;
+    }
+  }
+  ATTNEXT_DEVICE void store_row(uint64_t to, int64_t dim, const float (&x)[kMine],
+                                int begin = 0) const {
+    T* row = reinterpret_cast<T*>(to);
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) {
+      const int d = lane + 32 * i;
+      if (begin <= d && d < dim) row[d] = Number<T>::narrow(x[i]);
+    }
+  }
+  ATTNEXT_DEVICE static float dot(const float (&x)[kMine], const float (&y)[kMine]) {
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) sum += x[i] * y[i];
+    return warp_sum(sum);
+  }
+};
+
+}  // namespace cuda
+}  // namespace attnext

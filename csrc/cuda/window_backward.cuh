@@ -1,0 +1,602 @@
+// SPDX-License-Identifier: Apache-2.0
+// Window attention backward. Weights are made again from the log-sum-exp. dQ holds queries and walks
+// over keys; dK and dV hold keys and walk over the queries that attend them (the inverse windows),
+// so that every sum has one owner and one order: no atomics.
+//
+//   P = exp(S - lse)    dS = P (dO V' - delta)    dQ = dS K    dK = dS' Q    dV = P' dO
+//   delta = sum dO O - dLSE
+#pragma once
+
+#include "block.cuh"
+
+namespace attnext {
+namespace cuda {
+
+// What the backward pass knows of a query row: one number for each, rows in the order
+// [batch, tokens, heads].
+struct Statistics {
+  float lse, rest;  // log-sum-exp in base 2, in two parts
+  float delta;
+
+  ATTNEXT_DEVICE static int64_t rows(const WindowParams& w) {
+    return w.batch * w.query_extent[0] * w.query_extent[1] * w.query_extent[2] * w.heads;
+  }
+  ATTNEXT_DEVICE static int64_t index(const WindowParams& w, int32_t batch,
+                                      const int32_t (&x)[3], int32_t head) {
+    const int64_t token =
+        ((batch * w.query_extent[0] + x[0]) * w.query_extent[1] + x[1]) * w.query_extent[2] + x[2];
+    return token * w.heads + head;
+  }
+  ATTNEXT_DEVICE static Statistics load(const WindowLaunch& p, int64_t index) {
+    const int64_t n = rows(p.window);
+    return {p.statistics[index], p.statistics[n + index], p.statistics[2 * n + index]};
+  }
+  ATTNEXT_DEVICE static Statistics none() { return {INFINITY, 0.f, 0.f}; }  // weights of 0
+};
+
+// One warp a row.
+template <class T>
+ATTNEXT_DEVICE void find_statistics(const WindowLaunch& p) {
+  const WindowParams& w = p.window;
+  const int lane = threadIdx.x % 32;
+  const int64_t n = Statistics::rows(w);
+  const int64_t index = int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+  if (index >= n) return;
+  int64_t at = index;
+  const int32_t head = at % w.heads;
+  at /= w.heads;
+  int32_t x[3];
+#pragma unroll
+  for (int a = 2; a >= 0; --a) {
+    x[a] = at % w.query_extent[a];
+    at /= w.query_extent[a];
+  }
+  const T* out = static_cast<const T*>(w.out.data) + offset_of(w.out, at, x, head);
+  const T* dout = static_cast<const T*>(w.dout.data) + offset_of(w.dout, at, x, head);
+  float delta = 0.f;
+  for (int64_t d = lane; d < w.head_dim_v; d += 32) {
+    delta += Number<T>::widen(out[d]) * Number<T>::widen(dout[d]);
+  }
+  delta = warp_sum(delta);
+  if (lane != 0) return;
+  const float lse = static_cast<const float*>(w.lse.data)[offset_of(w.lse, at, x, head)];
+  Statistics s = Statistics::none();
+  if (lse != -INFINITY) {
+    if (w.dlse.data) {
+      delta -= static_cast<const float*>(w.dlse.data)[offset_of(w.dlse, at, x, head)];
+    }
+    constexpr float kHigh = static_cast<float>(kLog2E);
+    constexpr float kLow = static_cast<float>(kLog2E - kHigh);
+    s.lse = lse * kHigh;
+    s.rest = isfinite(lse) ? fmaf(lse, kLow, fmaf(lse, kHigh, -s.lse)) : 0.f;
+  }
+  p.statistics[index] = s.lse;
+  p.statistics[n + index] = s.rest;
+  p.statistics[2 * n + index] = delta;
+}
+
+// The gradient of a head's sink: one block a head, sums in one order.
+ATTNEXT_DEVICE void sink_gradient(const WindowLaunch& p) {
+  const WindowParams& w = p.window;
+  const int64_t head = blockIdx.x, n = Statistics::rows(w);
+  const float sink =
+      static_cast<const float*>(w.sink_logits)[head] * static_cast<float>(kLog2E);
+  float sum = 0.f;
+  for (int64_t row = threadIdx.x * w.heads + head; row < n; row += blockDim.x * w.heads) {
+    const Statistics s = Statistics::load(p, row);
+    if (s.lse != INFINITY) sum -= exp2_approx(sink - s.lse - s.rest) * s.delta;
+  }
+  __shared__ float of_warp[32];
+  sum = warp_sum(sum);
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  float total = 0.f;
+  for (int i = 0; i < blockDim.x / 32; ++i) total += of_warp[i];
+  static_cast<float*>(w.dsink_logits)[head] = total;
+}
+
+// What both gradients do with one product of a query and a key.
+struct Chain {
+  Modifiers modifiers;
+
+  // In: the product and dO V'. Out: the weight, the gradient of the logit, and of unit * product.
+  ATTNEXT_DEVICE void operator()(float product, float unit, float slope_of_values, float lse,
+                                 float rest, float delta, int64_t entry, bool has_bias,
+                                 float* weight, float* of_logit, float* of_product) const {
+    float slope = 1.f;
+    const float x = modifiers(product * unit, entry, has_bias, &slope);
+    *weight = exp2_approx(x - lse - rest);
+    *of_logit = *weight * (slope_of_values - delta);
+    *of_product = *of_logit * slope;
+  }
+};
+
+enum class Wanted { kQuery, kBias };
+
+// dQ and the gradient of the row scale; or, walking over many tiles, the gradient of the bias.
+template <class T, int kDim, int kWarps, int kFrags, int kStep, bool kModified, Wanted kWanted>
+struct QueryGradient
+    : Block<QueryGradient<T, kDim, kWarps, kFrags, kStep, kModified, kWanted>, T, kDim, kWarps,
+            kFrags, kStep, 2, kModified ? 1 : 0> {
+  using Base = Block<QueryGradient, T, kDim, kWarps, kFrags, kStep, 2, kModified ? 1 : 0>;
+  using Base::batch, Base::head, Base::kv_head, Base::lane, Base::p, Base::w, Base::walk,
+      Base::warp;
+  using Base::kColumns, Base::kMine, Base::kRows, Base::kWarpRows;
+  using typename Base::Mask;
+  using Base::Base;
+  static constexpr bool kExact = sizeof(T) == 4;  // the rest of lse tells only in fp32
+  using Rows = LeftRows<T, kDim, kFrags, false>;
+
+  float dquery[kFrags][kDim / 8][4];
+  float unit[kFrags][2], lse[kFrags][2], rest[kFrags][2], delta[kFrags][2];
+  float dscale[kFrags][2];
+  int32_t row_bias[kFrags][2];
+  Chain chain;
+
+  ATTNEXT_DEVICE void note(int j, const Walk::Slot& at, int numbers) {
+    if constexpr (kModified) {
+      this->integer(numbers, 0)[j] = w.bias ? walk.bias_entry(w, at) : kNoBias;
+    }
+  }
+
+  template <bool kMasked>
+  ATTNEXT_DEVICE void attend(int stage, int numbers, const Rows& queries, const Rows& douts,
+                             const Mask& mask) {
+    const int t = lane % 4;
+    float s[kFrags][kColumns][4], ds[kFrags][kColumns][4];
+    product<T, kDim, kFrags, kStep, false>(s, queries, this->walk_tile(stage, 0));
+    product<T, kDim, kFrags, kStep, false>(ds, douts, this->walk_tile(stage, 1));
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        int32_t key = kNoBias;
+        if constexpr (kModified) key = this->integer(numbers, 0)[n * 8 + 2 * t + e];
+#pragma unroll
+        for (int f = 0; f < kFrags; ++f) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const float x = s[f][n][2 * half + e];
+            float& g = ds[f][n][2 * half + e];
+            const bool attended = !kMasked || mask(f, half, n, e);
+            if constexpr (kModified) {
+              float weight, of_logit, of_product;
+              chain(x, unit[f][half], g, lse[f][half], rest[f][half], delta[f][half],
+                    key - row_bias[f][half], key != kNoBias && attended, &weight, &of_logit,
+                    &of_product);
+              g = kWanted == Wanted::kBias ? of_logit : of_product;
+              if (!attended) g = 0.f;
+              if (kWanted == Wanted::kQuery && attended) dscale[f][half] += g * x;
+            } else {
+              float y = fmaf(x, unit[f][half], -lse[f][half]);
+              if constexpr (kExact) y -= rest[f][half];
+              float weight = exp2_approx(y);
+              if constexpr (kMasked) weight = attended ? weight : 0.f;
+              g = weight * (g - delta[f][half]);
+            }
+          }
+        }
+      }
+    }
+    if constexpr (kWanted == Wanted::kQuery) {
+      accumulate<T, kDim, kDim, kFrags, kStep>(dquery, ds, this->walk_tile(stage, 0), 0);
+    } else {
+      add_bias(ds, numbers);
+    }
+  }
+
+  // ---- the tile ----------------------------------------------------------------------------------
+
+  ATTNEXT_DEVICE bool start(int32_t index) {
+    if (!walk.start(p, walk.rule_of(p, head), index, static_cast<int32_t>(w.extra_keys))) {
+      return false;
+    }
+    kv_head = head / static_cast<int32_t>(w.heads / w.kv_heads);
+    this->first = &w.key, this->extra_first = &w.extra_key;
+    this->second = &w.value, this->extra_second = &w.extra_value;
+    this->walk_head = kv_head;
+    return true;
+  }
+
+  // Walks over one tile's keys. True if something was masked.
+  ATTNEXT_DEVICE bool walk_tile_of(const Row& row) {
+    const auto at = [&](const TensorRef& t) {
+      return row.live ? this->row_address(t, offset_of(t, batch, row.token, head)) : 0;
+    };
+    this->hold(0, at(w.query), w.head_dim);
+    this->hold(1, at(w.dout), w.head_dim_v);
+    Statistics mine = Statistics::none();
+    if (row.live) mine = Statistics::load(p, Statistics::index(w, batch, row.token, head));
+    spread<kFrags>(mine.lse, lse);
+    spread<kFrags>(mine.rest, rest);
+    spread<kFrags>(mine.delta, delta);
+    spread<kFrags>(Modifiers::unit(w, row.live ? scale_of(w, batch, row.token, head) : 0.f), unit);
+    if constexpr (kModified) {
+      spread<kFrags>(Walk::bias_origin(w, row), row_bias);
+      chain.modifiers.start(w, head);
+    }
+    Rows queries, douts;
+    return this->pass(
+        row, 0, walk.total,
+        [&] {
+          queries.load(this->held_tile(0), warp * kWarpRows);
+          douts.load(this->held_tile(1), warp * kWarpRows);
+        },
+        [&](auto is_masked, int stage, int numbers, const Mask& mask) {
+          attend<decltype(is_masked)::value>(stage, numbers, queries, douts, mask);
+        });
+  }
+
+  ATTNEXT_DEVICE void run() {
+    uint32_t block = blockIdx.x;
+    const int32_t index = block % p.most_tiles;
+    block /= p.most_tiles;
+    head = block % static_cast<uint32_t>(w.heads);
+    batch = block / static_cast<uint32_t>(w.heads);
+    if (!start(index)) return;
+    const Row row = walk.row(warp * kWarpRows + lane % kWarpRows);
+    clear(dquery);
+#pragma unroll
+    for (int f = 0; f < kFrags; ++f) dscale[f][0] = dscale[f][1] = 0.f;
+    const bool masked = walk_tile_of(row);
+    if ((masked || sizeof(T) == 4) && !__all_sync(~0u, is_finite(dquery))) {
+      for (int r = 0; r < kWarpRows; ++r) attend_alone(warp * kWarpRows + r);
+      return;
+    }
+    const bool mine = row.live && lane < kWarpRows;
+    float factor[kFrags][2];
+    spread<kFrags>(row.live ? scale_of(w, batch, row.token, head) : 0.f, factor);
+    const uint64_t to_row =
+        mine ? this->row_address(w.dquery, offset_of(w.dquery, batch, row.token, head)) : 0;
+    store_rows<T, kDim, kDim, kFrags>(this->held_tile(0), warp * kWarpRows, dquery, factor, to_row,
+                                      static_cast<int>(w.head_dim), p.aligned_out);
+    if constexpr (kModified) {
+#pragma unroll
+      for (int f = 0; f < kFrags; ++f) {
+        dscale[f][0] = quad_sum(dscale[f][0]);
+        dscale[f][1] = quad_sum(dscale[f][1]);
+      }
+      const float of_row = gather<kFrags>(dscale);
+      if (w.drow_scale.data && mine) store_dscale(row, of_row);
+    }
+  }
+  ATTNEXT_DEVICE void store_dscale(const Row& row, float sum) const {
+    static_cast<float*>(w.drow_scale.data)[offset_of(w.drow_scale, batch, row.token, head)] =
+        sum * static_cast<float>(w.scale);
+  }
+
+  // One query by one warp, over the keys it attends and no other.
+  ATTNEXT_DEVICE void attend_alone(int r) {
+    const Row row = walk.row(r);
+    if (!row.live) return;
+    float query[kMine], dout[kMine], key[kMine], value[kMine], sum[kMine];
+    const auto load = [&](const TensorRef& t, int64_t dim, float (&x)[kMine]) {
+      this->load_row(this->row_address(t, offset_of(t, batch, row.token, head)), dim, x);
+    };
+    load(w.query, w.head_dim, query);
+    load(w.dout, w.head_dim_v, dout);
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) sum[i] = 0.f;
+    const Statistics mine = Statistics::load(p, Statistics::index(w, batch, row.token, head));
+    const float scale = scale_of(w, batch, row.token, head);
+    float total = 0.f;
+    Chain alone;
+    alone.modifiers.start(w, head);
+    for (int32_t s = 0; s < walk.total; ++s) {
+      const Walk::Slot at = walk.slot(s);
+      if (!Walk::attends(row, at)) continue;
+      this->load_row(this->slot_address(&w.key, &w.extra_key, at), w.head_dim, key);
+      this->load_row(this->slot_address(&w.value, &w.extra_value, at), w.head_dim_v, value);
+      const int32_t entry = w.bias ? walk.bias_entry(w, at) : kNoBias;
+      const float x = this->dot(query, key);
+      float weight, of_logit, of_product;
+      alone(x, Modifiers::unit(w, scale), this->dot(dout, value), mine.lse, mine.rest, mine.delta,
+            entry - Walk::bias_origin(w, row), entry != kNoBias, &weight, &of_logit, &of_product);
+      total += of_product * x;
+#pragma unroll
+      for (int i = 0; i < kMine; ++i) sum[i] += of_product * key[i];
+    }
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) sum[i] *= scale;
+    this->store_row(this->row_address(w.dquery, offset_of(w.dquery, batch, row.token, head)),
+                    w.head_dim, sum);
+    if (w.drow_scale.data && lane == 0) store_dscale(row, total);
+  }
+
+  // ---- the bias ----------------------------------------------------------------------------------
+
+  // A warp adds one row of dS after another to a table of its own: the slots of a row have
+  // different entries.
+  ATTNEXT_DEVICE float* table() const {
+    return p.partial + (int64_t(blockIdx.x) * kWarps + warp) * w.bias_head_stride;
+  }
+  ATTNEXT_DEVICE void add_bias(const float (&ds)[kFrags][kColumns][4], int numbers) {
+    // The held dO of the warp's rows has room for a row of dS: but it is still needed, so numbers
+    // travel by shuffles: row r lies in the quad of lanes 4 (r % 8).
+    float* const mine = table();
+#pragma unroll
+    for (int f = 0; f < kFrags; ++f) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        for (int g = 0; g < 8; ++g) {
+          const int32_t origin = __shfl_sync(~0u, row_bias[f][half], g * 4);
+#pragma unroll
+          for (int n0 = 0; n0 < kColumns; n0 += 4) {  // 32 slots: slot 8 n + 2 t + e
+            float x = 0.f;
+#pragma unroll
+            for (int n = n0; n < n0 + 4 && n < kColumns; ++n) {
+#pragma unroll
+              for (int e = 0; e < 2; ++e) {
+                const float here =
+                    __shfl_sync(~0u, ds[f][n][2 * half + e], g * 4 + lane % 8 / 2);
+                if (lane / 8 == n - n0 && lane % 2 == e) x = here;
+              }
+            }
+            const int slot = n0 * 8 + lane;
+            const int32_t key = slot < kStep ? this->integer(numbers, 0)[slot] : kNoBias;
+            if (x != 0.f && key != kNoBias) mine[key - origin] += x;
+            __syncwarp();
+          }
+        }
+      }
+    }
+  }
+
+  // Blocks of a head share its tiles.
+  ATTNEXT_DEVICE void run_bias() {
+    head = blockIdx.x / p.splits;
+    for (int64_t e = lane; e < w.bias_head_stride; e += 32) table()[e] = 0.f;
+    __syncwarp();
+    const int64_t tiles = int64_t(p.most_tiles) * w.batch;
+    for (int64_t tile = blockIdx.x % p.splits; tile < tiles; tile += p.splits) {
+      batch = static_cast<int32_t>(tile / p.most_tiles);
+      if (!start(static_cast<int32_t>(tile % p.most_tiles))) continue;
+      walk_tile_of(walk.row(warp * kWarpRows + lane % kWarpRows));
+      __syncthreads();
+    }
+  }
+};
+
+// Adds up the tables of a head's blocks, always in the same order.
+ATTNEXT_DEVICE void merge_bias(const WindowLaunch& p) {
+  const WindowParams& w = p.window;
+  const int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (at >= w.heads * w.bias_head_stride) return;
+  const int64_t head = at / w.bias_head_stride, entry = at % w.bias_head_stride;
+  const int64_t tables = int64_t(p.splits) * p.rows;  // warps of a block
+  float sum = 0.f;
+  for (int64_t i = 0; i < tables; ++i) {
+    sum += p.partial[(head * tables + i) * w.bias_head_stride + entry];
+  }
+  static_cast<float*>(w.dbias)[at] = sum;
+}
+
+// dK and dV of a tile of keys, of kDim / kSlices columns: those that fit in registers.
+template <class T, int kDim, int kWarps, int kFrags, int kStep, bool kModified, int kSlices>
+struct KeyGradient
+    : Block<KeyGradient<T, kDim, kWarps, kFrags, kStep, kModified, kSlices>, T, kDim, kWarps,
+            kFrags, kStep, 2, kModified ? 6 : 3> {
+  using Base = Block<KeyGradient, T, kDim, kWarps, kFrags, kStep, 2, kModified ? 6 : 3>;
+  using Base::batch, Base::head, Base::kv_head, Base::lane, Base::p, Base::w, Base::walk,
+      Base::warp;
+  using Base::kColumns, Base::kMine, Base::kRows, Base::kWarpRows;
+  using typename Base::Mask;
+  using Base::Base;
+  static constexpr int kOut = kDim / kSlices;
+  static constexpr bool kExact = sizeof(T) == 4;
+  using Rows = LeftRows<T, kDim, kFrags, false>;
+  enum { kLse, kRest, kDelta, kUnit, kScale, kBias };  // numbers of a walked query
+
+  float dkey[kFrags][kOut / 8][4], dvalue[kFrags][kOut / 8][4];
+  int32_t row_bias[kFrags][2];
+  int32_t slice;
+  Chain chain;
+
+  ATTNEXT_DEVICE void note(int j, const Walk::Slot& at, int numbers) {
+    Statistics s = Statistics::none();
+    const bool real = at.kind == Walk::Slot::kToken;
+    if (real) s = Statistics::load(p, Statistics::index(w, batch, at.token, head));
+    this->number(numbers, kLse)[j] = s.lse;
+    this->number(numbers, kRest)[j] = s.rest;
+    this->number(numbers, kDelta)[j] = s.delta;
+    if constexpr (kModified) {
+      const float scale = real ? scale_of(w, batch, at.token, head) : 0.f;
+      this->number(numbers, kUnit)[j] = Modifiers::unit(w, scale);
+      this->number(numbers, kScale)[j] = scale;
+      this->integer(numbers, kBias)[j] = w.bias && real ? walk.bias_entry(w, at) : kNoBias;
+    }
+  }
+
+  template <bool kMasked>
+  ATTNEXT_DEVICE void attend(int stage, int numbers, const Rows& keys, const Rows& values,
+                             const Mask& mask) {
+    const int t = lane % 4;
+    float s[kFrags][kColumns][4], ds[kFrags][kColumns][4];
+    product<T, kDim, kFrags, kStep, false>(s, keys, this->walk_tile(stage, 0));
+    product<T, kDim, kFrags, kStep, false>(ds, values, this->walk_tile(stage, 1));
+    const float plain_unit = static_cast<float>(w.scale) * static_cast<float>(kLog2E);
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int slot = n * 8 + 2 * t + e;
+        const float lse = this->number(numbers, kLse)[slot];
+        const float delta = this->number(numbers, kDelta)[slot];
+        const float rest = kExact || kModified ? this->number(numbers, kRest)[slot] : 0.f;
+#pragma unroll
+        for (int f = 0; f < kFrags; ++f) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            float& x = s[f][n][2 * half + e];
+            float& g = ds[f][n][2 * half + e];
+            const bool attended = !kMasked || mask(f, half, n, e);
+            float weight;
+            if constexpr (kModified) {
+              const int32_t query = this->integer(numbers, kBias)[slot];
+              float of_logit, of_product;
+              chain(x, this->number(numbers, kUnit)[slot], g, lse, rest, delta,
+                    row_bias[f][half] - query, has_bias && query != kNoBias && attended, &weight,
+                    &of_logit, &of_product);
+              g = attended ? of_product * this->number(numbers, kScale)[slot] : 0.f;
+              weight = attended ? weight : 0.f;
+            } else {
+              float y = fmaf(x, plain_unit, -lse);
+              if constexpr (kExact) y -= rest;
+              weight = exp2_approx(y);
+              if constexpr (kMasked) weight = attended ? weight : 0.f;
+              g = weight * (g - delta);
+            }
+            x = weight;
+          }
+        }
+      }
+    }
+    const int chunk = slice * (kOut / Layout<T, kDim>::kElems);
+    accumulate<T, kDim, kOut, kFrags, kStep>(dvalue, s, this->walk_tile(stage, 1), chunk);
+    accumulate<T, kDim, kOut, kFrags, kStep>(dkey, ds, this->walk_tile(stage, 0), chunk);
+  }
+
+  // ---- the tile ----------------------------------------------------------------------------------
+
+  bool is_extra, has_bias;
+  int32_t index;
+
+  ATTNEXT_DEVICE bool start_head(int32_t query_head) {
+    head = query_head;
+    this->walk_head = head;
+    return walk.start(p, is_extra ? p.num_rules : walk.rule_of(p, head), index, 0);
+  }
+  ATTNEXT_DEVICE uint64_t row_of(const TensorRef& t, const TensorRef& extra, const Row& row) const {
+    if (!row.live) return 0;
+    if (!is_extra) return this->row_address(t, offset_of(t, batch, row.token, kv_head));
+    return this->row_address(
+        extra, batch * extra.batch + row.token[2] * extra.token[2] + kv_head * extra.head);
+  }
+
+  ATTNEXT_DEVICE void run() {
+    uint32_t block = blockIdx.x;
+    slice = block % kSlices;
+    block /= kSlices;
+    index = block % (p.most_tiles + p.extra_tiles);
+    block /= p.most_tiles + p.extra_tiles;
+    kv_head = block % static_cast<uint32_t>(w.kv_heads);
+    batch = block / static_cast<uint32_t>(w.kv_heads);
+    is_extra = index >= p.most_tiles;
+    has_bias = w.bias && !is_extra;
+    if (is_extra) index -= p.most_tiles;
+    const int32_t group = static_cast<int32_t>(w.heads / w.kv_heads);
+    if (!start_head(kv_head * group)) return;
+    this->first = &w.query, this->second = &w.dout;
+    this->extra_first = this->extra_second = nullptr;
+
+    Row row = walk.row(warp * kWarpRows + lane % kWarpRows);
+    this->hold(0, row_of(w.key, w.extra_key, row), w.head_dim);
+    this->hold(1, row_of(w.value, w.extra_value, row), w.head_dim_v);
+    clear(dkey);
+    clear(dvalue);
+    Rows keys, values;
+    bool masked = sizeof(T) == 4;
+    for (int32_t g = 0; g < group; ++g) {
+      if (g > 0) {
+        start_head(kv_head * group + g);
+        row = walk.row(warp * kWarpRows + lane % kWarpRows);
+      }
+      if constexpr (kModified) {
+        spread<kFrags>(Walk::bias_position(w, row) + Walk::bias_center(w), row_bias);
+        chain.modifiers.start(w, head);
+      }
+      masked |= this->pass(
+          row, 0, walk.total,
+          [&] {
+            keys.load(this->held_tile(0), warp * kWarpRows);
+            values.load(this->held_tile(1), warp * kWarpRows);
+          },
+          [&](auto is_masked, int stage, int numbers, const Mask& mask) {
+            attend<decltype(is_masked)::value>(stage, numbers, keys, values, mask);
+          });
+    }
+    if (masked && !__all_sync(~0u, is_finite(dkey) && is_finite(dvalue))) {
+      for (int r = 0; r < kWarpRows; ++r) attend_alone(warp * kWarpRows + r, group);
+      return;
+    }
+    float factor_key[kFrags][2], factor_value[kFrags][2];
+#pragma unroll
+    for (int f = 0; f < kFrags; ++f) {
+      factor_key[f][0] = factor_key[f][1] = kModified ? 1.f : static_cast<float>(w.scale);
+      factor_value[f][0] = factor_value[f][1] = 1.f;
+    }
+    const int column = slice * kOut;
+    const auto store = [&](const TensorRef& t, const TensorRef& extra, int64_t dim, const auto& x,
+                           const float (&factor)[kFrags][2], int tile) {
+      uint64_t to_row = lane < kWarpRows ? row_of(t, extra, row) : 0;
+      if (to_row) to_row += column * sizeof(T);
+      store_rows<T, kDim, kOut, kFrags>(this->held_tile(tile), warp * kWarpRows, x, factor, to_row,
+                                        static_cast<int>(dim) - column, p.aligned_out);
+    };
+    store(w.dkey, w.dextra_key, w.head_dim, dkey, factor_key, 0);
+    store(w.dvalue, w.dextra_value, w.head_dim_v, dvalue, factor_value, 1);
+  }
+
+  // One key by one warp, over the queries that attend it and no other.
+  ATTNEXT_DEVICE void attend_alone(int r, int32_t group) {
+    start_head(kv_head * group);
+    Row row = walk.row(r);
+    if (!row.live) return;
+    float key[kMine], value[kMine], query[kMine], dout[kMine], dk[kMine], dv[kMine];
+    this->load_row(row_of(w.key, w.extra_key, row), w.head_dim, key);
+    this->load_row(row_of(w.value, w.extra_value, row), w.head_dim_v, value);
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) dk[i] = dv[i] = 0.f;
+    for (int32_t g = 0; g < group; ++g) {
+      start_head(kv_head * group + g);
+      row = walk.row(r);
+      Chain alone;
+      alone.modifiers.start(w, head);
+      for (int32_t s = 0; s < walk.total; ++s) {
+        const Walk::Slot at = walk.slot(s);
+        if (!Walk::attends(row, at)) continue;
+        this->load_row(this->slot_address(&w.query, nullptr, at), w.head_dim, query);
+        this->load_row(this->slot_address(&w.dout, nullptr, at), w.head_dim_v, dout);
+        const Statistics of = Statistics::load(p, Statistics::index(w, batch, at.token, head));
+        const float scale = scale_of(w, batch, at.token, head);
+        const int32_t entry =
+            has_bias ? Walk::bias_position(w, row) + Walk::bias_center(w) - walk.bias_entry(w, at)
+                     : 0;
+        float weight, of_logit, of_product;
+        alone(this->dot(query, key), Modifiers::unit(w, scale), this->dot(dout, value), of.lse,
+              of.rest, of.delta, entry, has_bias, &weight, &of_logit, &of_product);
+#pragma unroll
+        for (int i = 0; i < kMine; ++i) {
+          dk[i] += of_product * scale * query[i];
+          dv[i] += weight * dout[i];
+        }
+      }
+    }
+    const int begin = slice * kOut, end = begin + kOut;
+    this->store_row(row_of(w.dkey, w.dextra_key, row), min(w.head_dim, int64_t(end)), dk, begin);
+    this->store_row(row_of(w.dvalue, w.dextra_value, row), min(w.head_dim_v, int64_t(end)), dv,
+                    begin);
+  }
+};
+
+extern __shared__ __align__(1024) uint8_t shared_memory[];
+
+#define ATTNEXT_KERNEL(name, threads)               \
+  extern "C" __global__ void __launch_bounds__(threads) \
+      name(const __grid_constant__ WindowLaunch p)
+#define ATTNEXT_QUERY_GRADIENT(name, T, dim, warps, frags, step, modified, slices)                      \
+  ATTNEXT_KERNEL(name, (warps) * 32) {                                                          \
+    QueryGradient<T, dim, warps, frags, step, modified, Wanted::kQuery>(p, shared_memory).run(); \
+  }
+#define ATTNEXT_BIAS_GRADIENT(name, T, dim, warps, frags, step, modified, slices)                           \
+  ATTNEXT_KERNEL(name, (warps) * 32) {                                                              \
+    QueryGradient<T, dim, warps, frags, step, modified, Wanted::kBias>(p, shared_memory).run_bias(); \
+  }
+#define ATTNEXT_KEY_GRADIENT(name, T, dim, warps, frags, step, modified, slices)                  \
+  ATTNEXT_KERNEL(name, (warps) * 32) {                                                            \
+    KeyGradient<T, dim, warps, frags, step, modified, slices>(p, shared_memory).run();            \
+  }
+
+}  // namespace cuda
+}  // namespace attnext
