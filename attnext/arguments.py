@@ -219,9 +219,12 @@ def _check_qkv(query: Tensor, key: Tensor, value: Tensor) -> int:
             )
         if t.shape[0] != q[0]:
             raise ValueError(f"{name} must have the batch size of query, {q[0]}, got {t.shape[0]}")
-    if query.device.type not in ("cpu", "meta"):
+    if query.device.type == "cuda":
+        _check_cuda(query, value)
+    elif query.device.type not in ("cpu", "meta"):
         raise NotImplementedError(
-            f"query is on {query.device}: the kernels run on CPU tensors (and meta, for shapes)"
+            f"query is on {query.device}: the kernels run on CPU and CUDA tensors (and meta, for "
+            "shapes)"
         )
     if k[:-1] != v[:-1]:
         raise ValueError(

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -97,7 +98,8 @@ def _written(needs: list[bool]) -> list[bool]:
     return [True, True, True, needs[3], needs[4], True, True, needs[7]]
 
 
-def _window_backward_cpu(*args: Any) -> tuple[Tensor, ...]:
+def _backward_tensors(*args: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    """Fresh gradients, and what the binary takes after the problem."""
     problem, (out, lse, dout, dlse, needs) = args[:-5], args[-5:]
     grads = _window_backward_fake(*args)
     if dout.stride(-1) != 1 and dout.shape[-1] > 1:  # e.g. the expanded gradient of a sum
@@ -106,12 +108,74 @@ def _window_backward_cpu(*args: Any) -> tuple[Tensor, ...]:
         g if t is not None and need else None
         for g, t, need in zip(grads, problem[:_NUM_GRADS], _written(needs), strict=True)
     )
-    _C.window_backward(*_native(problem), out, lse, dout, dlse, *given)
+    return grads, (out, lse, dout, dlse, *given)
+
+
+def _window_backward_cpu(*args: Any) -> tuple[Tensor, ...]:
+    grads, tensors = _backward_tensors(*args)
+    _C.window_backward(*_native(args[:-5]), *tensors)
+    return grads
+
+
+# ---- CUDA ----------------------------------------------------------------------------------------
+
+_CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CUDA_HEAD_DIM = 256
+
+
+def _check_cuda(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """What the CUDA kernels do not do, said before anything is launched."""
+    if query.dtype not in _CUDA_DTYPES:
+        raise NotImplementedError(
+            f"query has dtype {query.dtype}: on CUDA only float32, bfloat16 and float16"
+        )
+    for name, t in (("query", query), ("value", value)):
+        if t.shape[-1] > _CUDA_HEAD_DIM:
+            raise NotImplementedError(
+                f"{name} has head_dim {t.shape[-1]}: on CUDA at most {_CUDA_HEAD_DIM}"
+            )
+
+
+@functools.lru_cache(maxsize=64)
+def _device_tables(tables: Any, device: torch.device) -> Tensor:
+    """The geometry's tables on a device. The binary gives the same object for the same geometry."""
+    host = torch.frombuffer(bytearray(tables.data()), dtype=torch.int32)
+    return host.to(device)
+
+
+def _where(query: Tensor) -> tuple[int, int]:
+    """Index of the device, and the stream on it that the caller works on."""
+    return query.get_device(), torch.cuda.current_stream(query.device).cuda_stream
+
+
+def _window_forward_cuda(*problem: Any) -> tuple[Tensor, Tensor]:
+    query = problem[0]
+    _check_cuda(*problem[:3])
+    out, lse = _window_forward_fake(*problem)
+    call = _C.CudaForward(*_native(problem))
+    workspace = query.new_empty(call.workspace_bytes, dtype=torch.uint8)
+    queries = _device_tables(call.queries, query.device)
+    call.run(out, lse, queries.data_ptr(), workspace.data_ptr(), *_where(query))
+    return out, lse
+
+
+def _window_backward_cuda(*args: Any) -> tuple[Tensor, ...]:
+    problem, query = args[:-5], args[0]
+    _check_cuda(*problem[:3])
+    grads, tensors = _backward_tensors(*args)
+    call = _C.CudaBackward(*_native(problem))
+    workspace = query.new_empty(call.workspace_bytes, dtype=torch.uint8)
+    queries, keys = (_device_tables(t, query.device) for t in (call.queries, call.keys))
+    call.run(
+        queries.data_ptr(), keys.data_ptr(), workspace.data_ptr(), *_where(query), *tensors
+    )
     return grads
 
 
 _LIBRARY.impl("window_forward", _window_forward_cpu, "CPU")
 _LIBRARY.impl("window_backward", _window_backward_cpu, "CPU")
+_LIBRARY.impl("window_forward", _window_forward_cuda, "CUDA")
+_LIBRARY.impl("window_backward", _window_backward_cuda, "CUDA")
 torch.library.register_fake("attnext::window_forward", _window_forward_fake, lib=_LIBRARY)
 torch.library.register_fake("attnext::window_backward", _window_backward_fake, lib=_LIBRARY)
 

@@ -12,6 +12,7 @@
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/window.h"
+#include "cuda/launch.h"
 #include "cuda/plan.h"
 #include "geometry.h"
 #include "params.h"
@@ -533,7 +534,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("window_forward", &window_forward);
   m.def("window_backward", &window_backward);
   py::class_<cuda::Tables, std::shared_ptr<cuda::Tables>>(m, "CudaTables")
-      .def_readonly("id", &cuda::Tables::id)
       .def_readonly("useful_pairs", &cuda::Tables::useful_pairs)
       .def_readonly("computed_pairs", &cuda::Tables::computed_pairs)
       .def("data", [](const cuda::Tables& t) {
@@ -550,6 +550,12 @@ PYBIND11_MODULE(_C, m) {
       .def("launches", [](CudaForward& f, py::handle out, py::handle lse, uintptr_t queries,
                           uintptr_t workspace) {
         return describe(f.prepare(out, lse, queries, workspace));
+      })
+      .def("run", [](CudaForward& f, py::handle out, py::handle lse, uintptr_t queries,
+                     uintptr_t workspace, int device, uintptr_t stream) {
+        const auto launches = f.prepare(out, lse, queries, workspace);
+        const py::gil_scoped_release release;
+        cuda::launch(launches, device, stream, "window_forward");
       });
   py::class_<CudaBackward>(m, "CudaBackward")
       .def(py::init<const py::args&>())
@@ -559,7 +565,14 @@ PYBIND11_MODULE(_C, m) {
       .def("launches", [](CudaBackward& b, uintptr_t queries, uintptr_t keys, uintptr_t workspace,
                           const py::args& tensors) {
         return describe(b.prepare(tensors, queries, keys, workspace));
+      })
+      .def("run", [](CudaBackward& b, uintptr_t queries, uintptr_t keys, uintptr_t workspace,
+                     int device, uintptr_t stream, const py::args& tensors) {
+        const auto launches = b.prepare(tensors, queries, keys, workspace);
+        const py::gil_scoped_release release;
+        cuda::launch(launches, device, stream, "window_backward");
       });
+  m.attr("cuda_architectures") = cuda::built_architectures();
   m.def("axis_intervals", &axis_intervals, py::arg("rule"), py::arg("num_queries"),
         py::arg("num_keys"));
   m.def(

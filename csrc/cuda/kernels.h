@@ -66,6 +66,20 @@ namespace cuda {
   X(window_key_gradient_##type##_64, T, 64, 4, 1, 32, true, 1) \
   X(window_key_gradient_##type##_128, T, 128, 4, 1, 16, true, 1) \
   X(window_key_gradient_##type##_256, T, 256, 1, 1, 16, true, 2)
+
+#define ATTNEXT_DTYPE_KERNELS(X, bits, T, type)           \
+  ATTNEXT_FORWARD_KERNELS_##bits(X, T, type)              \
+  ATTNEXT_QUERY_GRADIENT_KERNELS_##bits(X, T, type)       \
+  ATTNEXT_KEY_GRADIENT_KERNELS_##bits(X, T, type)         \
+  ATTNEXT_BIAS_GRADIENT_KERNELS_##bits(X, T, type)        \
+  X(window_merge_##type, T)                               \
+  X(window_statistics_##type, T)
+#define ATTNEXT_ALL_KERNELS(X)                            \
+  ATTNEXT_DTYPE_KERNELS(X, 16, bf16, bf16)                \
+  ATTNEXT_DTYPE_KERNELS(X, 16, fp16, fp16)                \
+  ATTNEXT_DTYPE_KERNELS(X, 32, float, fp32)               \
+  X(window_sink_gradient, float)                          \
+  X(window_merge_bias, float)
 // clang-format on
 
 // Shared memory of a block: tiles of rows that stay, two stages of two operands of the walk, the

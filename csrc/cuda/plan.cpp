@@ -94,8 +94,7 @@ class TableWriter {
  public:
   TableWriter(int32_t num_rules, const std::vector<int32_t>& head_rule, Tables* out) : out_(out) {
     out->data.assign(int64_t(num_rules) * kRuleInts, 0);
-    // The rule of each head follows those of the geometry, whatever stands after them.
-    out->data.insert(out->data.end(), head_rule.begin(), head_rule.end());
+    out->head_rule = append(head_rule);
   }
   int32_t append(const std::vector<int32_t>& values) {
     const int32_t at = narrow(static_cast<int64_t>(out_->data.size()), "tables");
@@ -266,7 +265,6 @@ std::shared_ptr<const Tables> shared_tables(const std::shared_ptr<const Geometry
   };
   static std::mutex mutex;
   static std::vector<Entry> entries;
-  static int64_t made = 0;
   if (!by_key) extra_keys = 0;
   const std::lock_guard<std::mutex> lock(mutex);
   for (const Entry& e : entries) {
@@ -276,8 +274,7 @@ std::shared_ptr<const Tables> shared_tables(const std::shared_ptr<const Geometry
     }
   }
   auto tables =
-      std::make_shared<Tables>(make_tables(*geometry, head_rule, by_key, rows, extra_keys));
-  tables->id = ++made;
+      std::make_shared<const Tables>(make_tables(*geometry, head_rule, by_key, rows, extra_keys));
   if (entries.size() == kKept) entries.erase(entries.begin());
   entries.push_back({geometry, head_rule, by_key, rows, extra_keys, tables});
   return tables;
@@ -316,6 +313,7 @@ WindowLaunch start_params(const WindowParams& p, const Tables& tables,
   launch.num_rules = tables.num_rules;
   launch.most_tiles = tables.most_tiles;
   launch.extra_tiles = tables.extra_tiles;
+  launch.head_rule = tables.head_rule;
   launch.splits = 1;
   launch.split_step = INT32_MAX / 2;
   launch.aligned = starts_at_16(p, p.query) && starts_at_16(p, p.key) && starts_at_16(p, p.value) &&

@@ -46,10 +46,10 @@ constexpr int32_t kTileInts = sizeof(AxisTile) / 4;
 
 // All rules of a problem for one direction: RuleTiles[num_rules], the rule of each head, the rest.
 struct Tables {
-  int64_t id = 0;  // of a kept one: whoever holds a copy on a device asks by it
   std::vector<int32_t> data;
   int32_t num_rules = 0;
-  int32_t extra_tiles = 0;   // tiles of extra keys, by key
+  int32_t extra_tiles = 0;  // tiles of extra keys, by key
+  int32_t head_rule = 0;    // where the rule of each head stands
   int32_t most_tiles = 0;    // of any rule
   int64_t longest_walk = 0;  // of any tile, extra keys not counted
   double useful_pairs = 0, computed_pairs = 0;
@@ -81,6 +81,7 @@ struct WindowLaunch {
   WindowParams window;
   const int32_t* tables;
   int32_t num_rules, most_tiles;
+  int32_t head_rule;    // where the tables have the rule of each head
   int32_t extra_tiles;  // of the rule after the last, whose rows are extra keys
   int32_t splits;      // blocks that share one tile's walk, or (bias gradient) one head's tiles
   int32_t split_step;  // walk slots of each, a multiple of the kernel's step

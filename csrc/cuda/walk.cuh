@@ -44,7 +44,7 @@ struct Walk {
   int32_t total;                               // slots
 
   ATTNEXT_DEVICE static int32_t rule_of(const WindowLaunch& p, int32_t head) {
-    return p.tables[p.num_rules * (sizeof(RuleTiles) / 4) + head];
+    return p.tables[p.head_rule + head];
   }
 
   // False if the rule has no such tile.
