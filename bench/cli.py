@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line. Exit status: 0, or 1 if attnext has no figure, 2 usage, 3 package missing."""
+"""The command line. Exit status: 0, or 1 if attnext has no figure or a kernel is over its budget, 2
+usage, 3 package or program missing."""
 
 from __future__ import annotations
 
@@ -14,10 +15,11 @@ import torch
 
 from attnext import _C
 
-from . import report
+from . import kernels, report, static
 from .cases import CASES, GROUPS, MODES, select
 from .peers import CONTENDERS, contenders_for
 from .run import Settings, run
+from .toolkit import NoTool
 
 RED = 1
 NEEDED = 3
@@ -163,6 +165,67 @@ def plot(path: Path, out: Path) -> None:
         raise click.ClickException(f"{path} holds no figures to draw")
     for each in written:
         click.echo(each)
+
+
+@cli.command("static")
+@click.argument("patterns", metavar="[KERNEL]...", nargs=-1)
+@click.option(
+    "--arch",
+    "architectures",
+    multiple=True,
+    type=click.Choice([str(arch) for arch in static.ARCHITECTURES]),
+    help="Only these; default: all.",
+)
+@click.option("--loops/--no-loops", default=True, help="Count the main loop's instructions.")
+@click.option("--mix", is_flag=True, help="Also the main loop's instructions by class.")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--check", is_flag=True, help="Exit 1 if a figure is over its budget.")
+@click.option("--write-budget", is_flag=True, help="Let the figures be the budget.")
+def static_(
+    patterns: tuple[str, ...],
+    architectures: tuple[str, ...],
+    loops: bool,
+    mix: bool,
+    jobs: int,
+    check: bool,
+    write_budget: bool,
+) -> None:
+    """What CUDA kernels take, from their cubins: no GPU is needed, none is asked.
+
+    Registers, spills, shared memory, blocks per SM, and the instructions of the main loop.
+    """
+    if write_budget and not loops:
+        raise click.UsageError("--write-budget needs the loops: leave out --no-loops")
+    try:
+        chosen = kernels.select(patterns)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    numbers = [int(a) for a in architectures] or static.ARCHITECTURES
+    with _tools():
+        figures = static.measure_all(chosen, numbers, loops=loops, jobs=jobs)
+        click.echo(static.markdown(static.COLUMNS, static.rows(figures)))
+        click.echo(f"\n{static.NOTE}")
+        table = static.mixes(figures) if mix else []
+        if table:
+            click.echo("\n" + static.markdown(table[0], table[1:]))
+        if write_budget:
+            static.write_budget(figures, [kernel.name for kernel in kernels.KERNELS])
+        budget = static.load_budget() if check else {}
+        worse = [s for f in figures if check for s in static.over_budget(f, budget)]
+    for sentence in worse:
+        click.echo(sentence, err=True)
+    if worse:
+        sys.exit(RED)
+
+
+@contextlib.contextmanager
+def _tools() -> Iterator[None]:
+    """A missing program is a sentence, not a traceback."""
+    try:
+        yield
+    except NoTool as error:
+        click.echo(error, err=True)
+        sys.exit(NEEDED)
 
 
 def _load(path: Path) -> dict[str, Any]:
