@@ -8,5 +8,5 @@ adds to the resident set; ``roofline`` what the machine could do. ``run`` puts i
 record, and the tables and plots are views of the record.
 
 CUDA kernels have figures without a GPU: ``static`` reads them from the compiler and from ``sass``,
-``occupancy`` from what an SM has, for the ``kernels`` there are.
+``occupancy`` from what an SM has, for the ``kernels`` there are; ``model`` is floors on paper.
 """

@@ -15,7 +15,7 @@ import torch
 
 from attnext import _C
 
-from . import kernels, report, static
+from . import kernels, model, report, static
 from .cases import CASES, GROUPS, MODES, select
 from .peers import CONTENDERS, contenders_for
 from .run import Settings, run
@@ -216,6 +216,38 @@ def static_(
         click.echo(sentence, err=True)
     if worse:
         sys.exit(RED)
+
+
+@cli.command("model")
+@click.option("--length", type=click.IntRange(min=1), default=65536, show_default=True)
+@click.option("--window", type=click.IntRange(min=1), default=512, show_default=True)
+@click.option("--head-dim", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--heads", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option(
+    "--rows", type=click.IntRange(min=1), default=64, show_default=True, help="Queries of a tile."
+)
+@click.option(
+    "--warp-rows", type=click.IntRange(min=1), default=16, show_default=True, help="Of a warp."
+)
+@click.option(
+    "--dtype", type=click.Choice(list(model.SIZES)), default="bfloat16", show_default=True
+)
+@click.option("--kernel", "name", help="Count the instructions of this one's main loop.")
+def model_(name: str | None, **problem: Any) -> None:
+    """The least time of a window forward on an A100, on paper: modelled, never run on a GPU."""
+    full = edge = 0.0
+    if name is not None:
+        try:
+            (kernel,) = kernels.select([name])
+        except ValueError as error:
+            raise click.UsageError(f"--kernel names one kernel: {error}") from error
+        if set(kernel.paths) != {"full", "edge"}:
+            raise click.UsageError(f"--kernel {name}: it has no full and edge path")
+        with _tools():
+            loops = static.measure(kernel, 80).loops
+        full, edge = (loops[path].lean / loops[path].tensor for path in ("full", "edge"))
+    for line in model.report(model.Problem(**problem), full, edge):
+        click.echo(line)
 
 
 @contextlib.contextmanager

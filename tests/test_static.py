@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The static figures: SASS, occupancy, the budget.
+"""The static figures: SASS, occupancy, the budget, the model on paper.
 
 Without nvcc or nvdisasm these fail with the sentence that says how to get them; none is skipped.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from bench import sass, static, toolkit
+from bench import model, sass, static, toolkit
 from bench.cli import cli
 from bench.kernels import KERNELS, Kernel, select
 from bench.occupancy import LIMITS, occupancy
@@ -515,9 +515,57 @@ def test_a_figure_over_its_budget_turns_the_command_red(
         (("static", "nobody"), "nobody"),
         (("static", "--arch", "70"), "70"),
         (("static", "--no-loops", "--write-budget"), "--no-loops"),
+        (("model", "--kernel", "sample gemm"), "no full and edge path"),
+        (("model", "--kernel", "sample*"), "one kernel"),
     ],
 )
 def test_mistakes_are_named(arguments: tuple[str, ...], word: str) -> None:
     done = bench(*arguments)
     assert done.exit_code == 2
     assert word in done.output
+
+
+# ---- the model ----
+
+
+def test_work_of_a_tile_by_hand() -> None:
+    """64 rows, window 512, D 64: 575 keys, of which all rows attend [63, 512): 7 steps of 64."""
+    problem = model.Problem(length=65536, window=512, head_dim=64)
+    work = model.forward(problem)
+    tile = 4 * 8 * 4 * 2  # row groups, key groups, depth groups of a step; two products
+    assert (work.full, work.edge) == (7 * tile, 2 * tile)
+    assert work.fma == 2 * 64 * 576 * 64
+    assert work.special * 32 == 64 * 576
+    assert work.shared == 5 * 2 * 576 * 64 * 2  # written once, read by four warps
+    assert work.l2 == 2 * 576 * 64 * 2 + 2 * 64 * 64 * 2
+    assert work.dram * problem.tiles == 4 * 65536 * 64 * 2
+    counted = model.forward(problem, 8.0, 10.0)
+    assert counted.issue == 8 * work.full + 10 * work.edge > work.issue
+    wide = model.forward(model.Problem(65536, 512, 64, warp_rows=32))
+    assert wide.shared == 3 * 2 * 576 * 64 * 2  # read by two
+    single = model.forward(model.Problem(65536, 512, 64, dtype="float32"))
+    assert single.full == 2 * work.full  # half the depth of a product
+
+
+def test_floors_by_hand() -> None:
+    """312 TFLOP/s of bf16 and half of that in TF32; 1555 GB/s; four instructions a clock."""
+    a100 = model.A100
+    work = model.Work(0, 0, issue=4.0, fma=156e12, fp32=0, special=0.5, shared=0, l2=0, dram=1555e9)
+    floors = model.floors(work, "bfloat16")
+    assert floors["tensor pipe"] == pytest.approx(1, rel=1e-3)
+    assert model.floors(work, "float32")["tensor pipe"] == pytest.approx(2, rel=1e-3)
+    assert floors["DRAM"] == 1
+    clock = 1 / (a100.multiprocessors * a100.clock)
+    assert floors["issue slots"] == pytest.approx(clock)
+    assert floors["special functions"] == pytest.approx(clock)
+
+
+@pytest.mark.parametrize("kernel", [(), ("--kernel", "sample paths bf16")])
+def test_what_is_modelled_says_so(kernel: tuple[str, ...]) -> None:
+    done = bench("model", "--length", "4096", "--window", "128", *kernel)
+    assert done.exit_code == 0, done.output
+    blocks = done.output.strip().split("\n\n")
+    assert len(blocks) == 3
+    assert all(model.LABEL in block for block in blocks)
+    assert done.output.count("(binds)") == 1
+    assert ("not counted" in done.output) != bool(kernel)
