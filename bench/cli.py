@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line. Exit status: 0, or 1 if attnext has no figure, 2 usage, 3 package missing."""
+"""The command line. Exit status: 0, or 1 if attnext has no figure or a kernel is over its budget, 2
+usage, 3 package or program missing."""
 
 from __future__ import annotations
 
@@ -14,10 +15,11 @@ import torch
 
 from attnext import _C
 
-from . import report
+from . import kernels, model, report, static
 from .cases import CASES, GROUPS, MODES, select
 from .peers import CONTENDERS, contenders_for
 from .run import Settings, run
+from .toolkit import NoTool
 
 RED = 1
 NEEDED = 3
@@ -163,6 +165,99 @@ def plot(path: Path, out: Path) -> None:
         raise click.ClickException(f"{path} holds no figures to draw")
     for each in written:
         click.echo(each)
+
+
+@cli.command("static")
+@click.argument("patterns", metavar="[KERNEL]...", nargs=-1)
+@click.option(
+    "--arch",
+    "architectures",
+    multiple=True,
+    type=click.Choice([str(arch) for arch in static.ARCHITECTURES]),
+    help="Only these; default: all.",
+)
+@click.option("--loops/--no-loops", default=True, help="Count the main loop's instructions.")
+@click.option("--mix", is_flag=True, help="Also the main loop's instructions by class.")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--check", is_flag=True, help="Exit 1 if a figure is over its budget.")
+@click.option("--write-budget", is_flag=True, help="Let the figures be the budget.")
+def static_(
+    patterns: tuple[str, ...],
+    architectures: tuple[str, ...],
+    loops: bool,
+    mix: bool,
+    jobs: int,
+    check: bool,
+    write_budget: bool,
+) -> None:
+    """What CUDA kernels take, from their cubins: no GPU is needed, none is asked.
+
+    Registers, spills, shared memory, blocks per SM, and the instructions of the main loop.
+    """
+    if write_budget and not loops:
+        raise click.UsageError("--write-budget needs the loops: leave out --no-loops")
+    try:
+        chosen = kernels.select(patterns)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    numbers = [int(a) for a in architectures] or static.ARCHITECTURES
+    with _tools():
+        figures = static.measure_all(chosen, numbers, loops=loops, jobs=jobs)
+        click.echo(static.markdown(static.COLUMNS, static.rows(figures)))
+        click.echo(f"\n{static.NOTE}")
+        table = static.mixes(figures) if mix else []
+        if table:
+            click.echo("\n" + static.markdown(table[0], table[1:]))
+        if write_budget:
+            static.write_budget(figures, [kernel.name for kernel in kernels.KERNELS])
+        budget = static.load_budget() if check else {}
+        worse = [s for f in figures if check for s in static.over_budget(f, budget)]
+    for sentence in worse:
+        click.echo(sentence, err=True)
+    if worse:
+        sys.exit(RED)
+
+
+@cli.command("model")
+@click.option("--length", type=click.IntRange(min=1), default=65536, show_default=True)
+@click.option("--window", type=click.IntRange(min=1), default=512, show_default=True)
+@click.option("--head-dim", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--heads", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option(
+    "--rows", type=click.IntRange(min=1), default=64, show_default=True, help="Queries of a tile."
+)
+@click.option(
+    "--warp-rows", type=click.IntRange(min=1), default=16, show_default=True, help="Of a warp."
+)
+@click.option(
+    "--dtype", type=click.Choice(list(model.SIZES)), default="bfloat16", show_default=True
+)
+@click.option("--kernel", "name", help="Count the instructions of this one's main loop.")
+def model_(name: str | None, **problem: Any) -> None:
+    """The least time of a window forward on an A100, on paper: modelled, never run on a GPU."""
+    full = edge = 0.0
+    if name is not None:
+        try:
+            (kernel,) = kernels.select([name])
+        except ValueError as error:
+            raise click.UsageError(f"--kernel names one kernel: {error}") from error
+        if set(kernel.paths) != {"full", "edge"}:
+            raise click.UsageError(f"--kernel {name}: it has no full and edge path")
+        with _tools():
+            loops = static.measure(kernel, 80).loops
+        full, edge = (loops[path].lean / loops[path].tensor for path in ("full", "edge"))
+    for line in model.report(model.Problem(**problem), full, edge):
+        click.echo(line)
+
+
+@contextlib.contextmanager
+def _tools() -> Iterator[None]:
+    """A missing program is a sentence, not a traceback."""
+    try:
+        yield
+    except NoTool as error:
+        click.echo(error, err=True)
+        sys.exit(NEEDED)
 
 
 def _load(path: Path) -> dict[str, Any]:

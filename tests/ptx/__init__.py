@@ -10,7 +10,7 @@ y.array(np.float32)
 """
 
 from .checks import Finding
-from .compile import NoNvcc, compile_ptx, find_nvcc
+from .compile import compile_ptx
 from .executor import Program, Report, WrongRun, load, pack
 from .memory import Buffer, Memory
 from .parser import PtxError, parse
@@ -19,13 +19,11 @@ __all__ = [
     "Buffer",
     "Finding",
     "Memory",
-    "NoNvcc",
     "Program",
     "PtxError",
     "Report",
     "WrongRun",
     "compile_ptx",
-    "find_nvcc",
     "load",
     "pack",
     "parse",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finding nvcc, the compile cache, the counters, and that no instruction goes untested."""
+"""The counters, and that no instruction goes untested."""
 
 from __future__ import annotations
 
@@ -9,70 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from . import compile as compiler
 from .decode import DECODERS
 from .memory import Memory
 from .snippets import run
-
-NOTHING = 'extern "C" __global__ void nothing() {}\n'
-
-
-def no_nvcc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr("sys.path", [str(tmp_path)])
-    for name in ("CUDA_HOME", "CUDA_PATH"):
-        monkeypatch.delenv(name, raising=False)
-
-
-def test_without_nvcc_one_sentence_says_how_to_get_one(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    no_nvcc(monkeypatch, tmp_path)
-    with pytest.raises(
-        compiler.NoNvcc, match=r"no nvcc: .*CUDA_HOME.*pip install nvidia-cuda-nvcc"
-    ):
-        compiler.compile_ptx(NOTHING)
-
-
-@pytest.mark.parametrize("place", ["PATH", "CUDA_HOME", "wheel"])
-def test_where_nvcc_is_looked_for(
-    place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    no_nvcc(monkeypatch, tmp_path)
-    packages = tmp_path / "site-packages"
-    folder = {
-        "PATH": tmp_path / "tools",
-        "CUDA_HOME": tmp_path / "cuda" / "bin",
-        "wheel": packages / "nvidia" / "cu13" / "bin",
-    }[place]
-    folder.mkdir(parents=True)
-    nvcc = folder / "nvcc"
-    nvcc.write_text("#!/bin/sh\n")
-    nvcc.chmod(0o755)
-    if place == "PATH":
-        monkeypatch.setenv("PATH", str(folder))
-    elif place == "CUDA_HOME":
-        monkeypatch.setenv("CUDA_HOME", str(folder.parent))
-    else:
-        monkeypatch.setattr("sys.path", [str(packages)])
-    assert compiler.find_nvcc() == nvcc
-
-
-def test_the_cache_is_keyed_on_content(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    (tmp_path / "k.cu").write_text('#include "k.cuh"\n' + NOTHING)
-    (tmp_path / "k.cuh").write_text("// one\n")
-    first = compiler.compile_ptx(tmp_path / "k.cu")
-    cache = tmp_path / "attnext-ptx"
-    assert len(list(cache.glob("*.ptx"))) == 1
-    assert compiler.compile_ptx(tmp_path / "k.cu") == first
-    assert len(list(cache.glob("*.ptx"))) == 1
-    (tmp_path / "k.cuh").write_text("// two\n")
-    compiler.compile_ptx(tmp_path / "k.cu")
-    assert len(list(cache.glob("*.ptx"))) == 2
-    with pytest.raises(RuntimeError, match="nvcc failed"):
-        compiler.compile_ptx("not CUDA")
-
 
 # ---- counters ----
 
