@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+from attnext import _C
+
 from .toolkit import FLAGS
 
 ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
 
 # What makes the other path of a main loop unreachable, so that each is counted alone.
 PATHS: dict[str, tuple[str, ...]] = {
@@ -41,14 +45,27 @@ class Kernel:
     flags: tuple[str, ...] = FLAGS
 
 
-_SAMPLES = ROOT / "tests" / "ptx" / "kernels"
 
-KERNELS: tuple[Kernel, ...] = (
-    Kernel("sample gemm", _SAMPLES / "samples.cu", "gemm", 128, 2 * 2 * 64 * 32 * 2, ("whole",)),
-    Kernel("sample attention", _SAMPLES / "samples.cu", "attention", 32, 0, ("whole",)),
-    Kernel("sample softmax", _SAMPLES / "samples.cu", "softmax_rows", 128, 0, ()),
-    Kernel("sample paths bf16", _SAMPLES / "paths.cu", "*stepped*bfloat16*", 64, 2 * 16 * 72 * 2),
-    Kernel("sample paths fp16", _SAMPLES / "paths.cu", "*stepped*half*", 64, 2 * 16 * 72 * 2),
+def source_of(kernel: str) -> Path:
+    """The file that has a kernel: window_forward_bf16_64 is in window_forward_bf16.cu."""
+    found = re.match(r"window_(.*?)_(bf16|fp16|fp32)", kernel)
+    if found is None:
+        return CSRC / "cuda" / "window_sums.cu"
+    family, dtype = found.groups()
+    family = {"merge": "forward", "statistics": "query_gradient"}.get(family, family)
+    return CSRC / "cuda" / f"window_{family}_{dtype}.cu"
+
+
+KERNELS: tuple[Kernel, ...] = tuple(
+    Kernel(
+        facts["name"],
+        source_of(facts["name"]),
+        facts["name"],
+        facts["threads"],
+        facts["shared_bytes"],
+        include=(CSRC,),
+    )
+    for facts in _C.cuda_kernels()
 )
 
 

@@ -572,6 +572,19 @@ PYBIND11_MODULE(_C, m) {
         const py::gil_scoped_release release;
         cuda::launch(launches, device, stream, "window_backward");
       });
+  m.def("cuda_kernels", [] {
+    py::list out;
+    for (const cuda::KernelFacts& k : cuda::all_kernels()) {
+      py::dict facts;
+      facts["name"] = k.name;
+      facts["threads"] = k.shape.threads();
+      facts["rows"] = k.shape.rows();
+      facts["step"] = k.shape.step;
+      facts["shared_bytes"] = k.shared_bytes;
+      out.append(facts);
+    }
+    return out;
+  });
   m.attr("cuda_architectures") = cuda::built_architectures();
   m.def("axis_intervals", &axis_intervals, py::arg("rule"), py::arg("num_queries"),
         py::arg("num_keys"));

@@ -159,6 +159,9 @@ struct Block {
   // The walk's operands, and where extra keys have theirs.
   const TensorRef *first, *second, *extra_first, *extra_second;
   int32_t walk_head;
+  bool walks_queries;
+  bool near;  // places serve: see copy_far
+  uint64_t start_first, start_second;  // of the operands' rows for this batch item and head
 
   ATTNEXT_DEVICE Block(const WindowLaunch& launch, uint8_t* shared_memory)
       : p(launch), w(launch.window), memory(shared_memory), shared(shared_address(shared_memory)) {
@@ -166,9 +169,15 @@ struct Block {
     warp = threadIdx.x / 32;
   }
 
-  ATTNEXT_DEVICE uint64_t* address(int buffer, int operand) const {
-    return reinterpret_cast<uint64_t*>(memory + S::kAddressAt) +
-           (buffer * 2 + operand) * S::kAddresses;
+  // Where the rows of a step are: 16-byte units from the operand's start, in the order in which
+  // threads copy them. A slot that has no row gets any: masks leave it out.
+  static constexpr int kChunks = Layout<T, kDim>::kChunks;
+  static constexpr int kRowBytes = Layout<T, kDim>::kRowBytes;
+  static constexpr int kAtOnce = kThreads > kChunks ? kThreads / kChunks : 1;
+  static constexpr int kEach = kStep / kAtOnce;  // rows that a thread copies
+  static_assert(kStep % kAtOnce == 0, "threads without a row to copy");
+  ATTNEXT_DEVICE uint32_t* places(int buffer, int operand) const {
+    return reinterpret_cast<uint32_t*>(memory + S::kPlacesAt) + (buffer * 2 + operand) * kStep;
   }
   // A number of each slot of a step: kept until the step has been worked on, so in three buffers.
   ATTNEXT_DEVICE float* number(int buffer, int which) const {
@@ -199,48 +208,118 @@ struct Block {
 
   // Copies the rows that lie at lanes' addresses (0: none) to a held tile. All threads call it.
   ATTNEXT_DEVICE void hold(int tile, uint64_t mine, int64_t dim) {
+    uint64_t* const addresses = reinterpret_cast<uint64_t*>(memory + S::kWalkAt);
     __syncthreads();
-    if (lane < kWarpRows) address(0, 0)[warp * kWarpRows + lane] = mine;
+    if (lane < kWarpRows) addresses[warp * kWarpRows + lane] = mine;
     __syncthreads();
-    copy_rows<T, kDim, kRows, kThreads>(held_tile(tile), address(0, 0),
+    copy_rows<T, kDim, kRows, kThreads>(held_tile(tile), addresses,
                                         static_cast<int>(dim * sizeof(T)), p.aligned);
   }
 
   // ---- the walk ----------------------------------------------------------------------------------
 
+  // Each thread finds a slot for all that will copy it. Extra keys are found by those who copy.
   ATTNEXT_DEVICE void find_step(int32_t slot, int buffer, int numbers) {
+    if (!near && kNumbers == 0) return;
 #pragma unroll
-    for (int i0 = 0; i0 < 2 * kStep; i0 += kThreads) {
-      const int i = i0 + threadIdx.x, operand = i / kStep, j = i % kStep;
-      if (2 * kStep % kThreads != 0 && i >= 2 * kStep) break;
+    for (int j0 = 0; j0 < kStep; j0 += kThreads) {
+      const int j = j0 + threadIdx.x;
+      if (kStep % kThreads != 0 && j >= kStep) break;
       const Walk::Slot at = walk.slot(slot + j);
-      const bool is_first = operand == 0;
-      address(buffer, operand)[j] =
-          slot_address(is_first ? first : second, is_first ? extra_first : extra_second, at);
-      if (kNumbers > 0 && is_first) static_cast<Kernel*>(this)->note(j, at, numbers);
+      const bool real = at.kind == Walk::Slot::kToken;
+      const int place = j % kAtOnce * kEach + j / kAtOnce;
+      const auto units = [&](const uint32_t (&stride)[3]) {
+        return at.token[0] * stride[0] + at.token[1] * stride[1] + at.token[2] * stride[2];
+      };
+      places(buffer, 0)[place] = real ? units(p.units[walks_queries ? 0 : 1]) : 0;
+      places(buffer, 1)[place] = real ? units(p.units[walks_queries ? 3 : 2]) : 0;
+      if constexpr (kNumbers > 0) static_cast<Kernel*>(this)->note(j, at, numbers);
     }
   }
 
-  ATTNEXT_DEVICE void copy_step(int stage, int64_t dim_first, int64_t dim_second) {
-    copy_rows<T, kDim, kStep, kThreads>(walk_tile(stage, 0), address(stage, 0),
-                                        static_cast<int>(dim_first * sizeof(T)), p.aligned);
-    copy_rows<T, kDim, kStep, kThreads>(walk_tile(stage, 1), address(stage, 1),
-                                        static_cast<int>(dim_second * sizeof(T)), p.aligned);
+  // What the walk's operands are; of the head that it is about.
+  ATTNEXT_DEVICE void set_walk(bool queries, int32_t of_head) {
+    walks_queries = queries;
+    first = queries ? &w.query : &w.key, extra_first = &w.extra_key;
+    second = queries ? &w.dout : &w.value, extra_second = &w.extra_value;
+    walk_head = of_head;
+    const int chunk = threadIdx.x % kChunks;
+    const int32_t origin[3] = {0, 0, 0};
+    const auto start = [&](const TensorRef& t) {
+      return row_address(t, offset_of(t, batch, origin, walk_head)) + chunk * 16;
+    };
+    start_first = start(*first), start_second = start(*second);
+  }
+
+  ATTNEXT_DEVICE void copy_step(int32_t slot, int stage) {
+    const int bytes_first = static_cast<int>(w.head_dim * sizeof(T));
+    const int bytes_second = static_cast<int>(w.head_dim_v * sizeof(T));
+    if (near && slot >= walk.extra) {
+      if (bytes_first == kRowBytes && bytes_second == kRowBytes) {
+        copy_near<true>(stage, 0, start_first, kRowBytes);
+        copy_near<true>(stage, 1, start_second, kRowBytes);
+      } else {
+        copy_near<false>(stage, 0, start_first, bytes_first);
+        copy_near<false>(stage, 1, start_second, bytes_second);
+      }
+    } else {
+      copy_far(slot, stage, 0, first, extra_first, bytes_first);
+      copy_far(slot, stage, 1, second, extra_second, bytes_second);
+    }
     commit_copies();
+  }
+  template <bool kWhole>
+  ATTNEXT_DEVICE void copy_near(int stage, int operand, uint64_t start, int bytes) {
+    constexpr int kPieces = kThreads < kChunks ? kChunks / kThreads : 1;
+    const int row0 = kPieces == 1 ? threadIdx.x / kChunks : 0;
+    uint32_t place[kEach];
+    const uint32_t* from = places(stage, operand) + row0 * kEach;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) place[i] = from[i];
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      const int chunk = kPieces == 1 ? threadIdx.x % kChunks : piece * kThreads + threadIdx.x;
+      const int mine = min(max(bytes - chunk * 16, 0), 16);
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        const uint32_t to =
+            walk_tile(stage, operand) + Layout<T, kDim>::at(row0 + i * kAtOnce, chunk);
+        const void* source = chunks_from(start + piece * kThreads * 16, place[i], p.unit_bytes);
+        if constexpr (kWhole) {
+          copy_chunk_async(to, source);
+        } else {
+          copy_chunk_async(to, source, mine);
+        }
+      }
+    }
+  }
+  // Rows that do not start at multiples of 16 bytes, are too far apart, or are those of extra keys or
+  // phantoms.
+  ATTNEXT_DEVICE void copy_far(int32_t slot, int stage, int operand, const TensorRef* t,
+                               const TensorRef* extra, int bytes) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kStep * kChunks; i += kThreads) {
+      const int r = i / kChunks, chunk = i % kChunks;
+      copy_chunk<T>(walk_tile(stage, operand) + Layout<T, kDim>::at(r, chunk),
+                    slot_address(t, extra, walk.slot(slot + r)), chunk * 16,
+                    min(max(bytes - chunk * 16, 0), 16), p.aligned);
+    }
   }
 
   // Calls visit(is_masked, stage, numbers, mask) for the steps of slots [from, to) that concern the
   // warp; `ready` once what was held has arrived. True if any step was masked.
   template <class Ready, class Visit>
   ATTNEXT_DEVICE bool pass(const Row& row, int32_t from, int32_t to, Ready ready, Visit visit) {
-    const int64_t dim_first = w.head_dim, dim_second = w.head_dim_v;
     Steps<kStep> steps;
     steps.start(walk, row, lane < kWarpRows, from);
+    near = p.near && !walk.has_phantoms();
     __syncthreads();
-    find_step(from, 0, 0);
-    __syncthreads();
-    copy_step(0, dim_first, dim_second);
-    if (from + kStep < to) find_step(from + kStep, 1, 1);
+    if (from < to) {
+      find_step(from, 0, 0);
+      __syncthreads();
+      copy_step(from, 0);
+      if (from + kStep < to) find_step(from + kStep, 1, 1);
+    }
     wait_copies<0>();
     __syncthreads();
     ready();
@@ -252,7 +331,7 @@ struct Block {
         wait_copies<0>();
         __syncthreads();
       }
-      if (slot + kStep < to) copy_step(stage ^ 1, dim_first, dim_second);
+      if (slot + kStep < to) copy_step(slot + kStep, stage ^ 1);
       if (slot + 2 * kStep < to) find_step(slot + 2 * kStep, stage, numbers == 0 ? 2 : numbers - 1);
 #ifdef ATTNEXT_ONLY_FULL
       const Step kind = Step::kFull;

@@ -5,7 +5,9 @@
 // instantiates it.
 //
 // A warp holds 32 rows where its registers allow: every fragment of the walked side that is read
-// from shared memory then serves two products. fp32 is one variant with everything.
+// from shared memory then serves two products. Tiles of 128 rows (`long`) are for sequences: warps
+// skip the steps that their own rows do not attend, and more rows share what is copied. Boxes of two
+// and three axes waste less at 64. fp32 is one variant with everything.
 #pragma once
 
 #include "../dtype.h"
@@ -19,6 +21,8 @@ namespace cuda {
   X(window_forward_##type##_64, T, 64, 2, 2, 64, false, 1) \
   X(window_forward_##type##_128, T, 128, 2, 2, 32, false, 1) \
   X(window_forward_##type##_256, T, 256, 4, 1, 32, false, 1) \
+  X(window_forward_##type##_64_long, T, 64, 4, 2, 64, false, 1) \
+  X(window_forward_##type##_128_long, T, 128, 4, 2, 32, false, 1) \
   X(window_forward_##type##_32_modified, T, 32, 2, 2, 64, true, 1) \
   X(window_forward_##type##_64_modified, T, 64, 2, 2, 32, true, 1) \
   X(window_forward_##type##_128_modified, T, 128, 4, 1, 32, true, 1) \
@@ -82,18 +86,19 @@ namespace cuda {
   X(window_merge_bias, float)
 // clang-format on
 
-// Shared memory of a block: tiles of rows that stay, two stages of two operands of the walk, the
-// addresses of what is copied, and numbers of walked tokens. Shared memory of every kernel fits in
-// the 99 KB that compute capabilities 8.6, 8.9 and 12.0 give a block.
+// Shared memory of a block: tiles of rows that stay, two stages of two operands of the walk, where
+// the rows of the walk are, and numbers of walked tokens. Shared memory of every kernel fits in the
+// 99 KB that compute capabilities 8.6, 8.9 and 12.0 give a block.
 template <int kElem, int kDim, int kRows, int kStep, int kHeld, int kNumbers>
 struct SharedPlan {
   static constexpr int kRowTile = kRows * kDim * kElem;
   static constexpr int kWalkTile = kStep * kDim * kElem;
-  static constexpr int kAddresses = kRows > kStep ? kRows : kStep;
   static constexpr int kWalkAt = kHeld * kRowTile;
-  static constexpr int kAddressAt = kWalkAt + 2 * 2 * kWalkTile;
-  static constexpr int kNumbersAt = kAddressAt + 2 * 2 * kAddresses * 8;
+  static constexpr int kPlacesAt = kWalkAt + 2 * 2 * kWalkTile;
+  static constexpr int kNumbersAt = kPlacesAt + 2 * 2 * kStep * 4;  // buffers, operands
   static constexpr int kBytes = kNumbersAt + 3 * kNumbers * kStep * 4;
+  static_assert(kRows * 8 <= 4 * kWalkTile, "addresses of rows lie where the walk will be");
+  static_assert(kBytes <= 99 * 1024, "some GPUs have no more");
 };
 
 }  // namespace cuda

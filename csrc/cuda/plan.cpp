@@ -5,6 +5,8 @@
 #include <cstring>
 #include <mutex>
 #include <stdexcept>
+#include <tuple>
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -63,17 +65,21 @@ bool is_modified(const WindowParams& p) {
   return p.row_scale.data || p.bias || p.softcap > 0 || !(p.scale > 0);
 }
 
-// The smallest bucket that holds both dims; kernels with modifiers serve any problem.
+// The smallest bucket that holds both dims; kernels with modifiers serve any problem; large tiles
+// where there is a sequence to fill them.
 const Kernel& choose(const WindowParams& p, Pass pass) {
+  constexpr int32_t kRows = 64;
   const int64_t dim = std::max(p.head_dim, p.head_dim_v);
+  const bool is_long = p.query_extent[0] * p.query_extent[1] == 1 && p.query_extent[2] > kRows;
   const Kernel* best = nullptr;
   for (const Kernel& k : kKernels) {
     if (k.pass != pass || k.dtype != p.dtype || k.shape.dim < dim) continue;
     if (is_modified(p) && !k.modified) continue;
-    if (!best || k.shape.dim < best->shape.dim ||
-        (k.shape.dim == best->shape.dim && k.modified < best->modified)) {
-      best = &k;
-    }
+    if (k.shape.rows() > kRows && !is_long) continue;
+    const auto rank = [](const Kernel& x) {
+      return std::make_tuple(x.shape.dim, x.modified, -x.shape.rows());
+    };
+    if (!best || rank(k) < rank(*best)) best = &k;
   }
   if (!best) throw std::invalid_argument("no CUDA kernel for this dtype and head_dim");
   return *best;
@@ -282,6 +288,12 @@ std::shared_ptr<const Tables> shared_tables(const std::shared_ptr<const Geometry
 
 // ---- launches ------------------------------------------------------------------------------------
 
+std::vector<KernelFacts> all_kernels() {
+  std::vector<KernelFacts> out;
+  for (const Kernel& k : kKernels) out.push_back({k.name, k.shape, k.shared_bytes});
+  return out;
+}
+
 KernelShape kernel_shape(const WindowParams& p, Pass pass) { return choose(p, pass).shape; }
 
 namespace {
@@ -298,8 +310,10 @@ const char* suffix(DType dtype) {
   return dtype == DType::kFloat32 ? "_fp32" : dtype == DType::kBFloat16 ? "_bf16" : "_fp16";
 }
 
+int64_t elem_bytes(const WindowParams& p) { return p.dtype == DType::kFloat32 ? 4 : 2; }
+
 bool starts_at_16(const WindowParams& p, const TensorRef& t) {
-  const int64_t elem = p.dtype == DType::kFloat32 ? 4 : 2;
+  const int64_t elem = elem_bytes(p);
   const auto whole = [&](int64_t n) { return n * elem % 16 == 0; };
   return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && whole(t.batch) && whole(t.token[0]) &&
          whole(t.token[1]) && whole(t.token[2]) && whole(t.head);
@@ -319,6 +333,19 @@ WindowLaunch start_params(const WindowParams& p, const Tables& tables,
   launch.aligned = starts_at_16(p, p.query) && starts_at_16(p, p.key) && starts_at_16(p, p.value) &&
                    starts_at_16(p, p.dout) && starts_at_16(p, p.extra_key) &&
                    starts_at_16(p, p.extra_value);
+  const TensorRef* tensors[4] = {&p.query, &p.key, &p.value, &p.dout};
+  launch.near = launch.aligned;
+  launch.unit_bytes = 16;
+  for (int t = 0; t < 4; ++t) {
+    int64_t reach = 0;
+    for (int a = 0; a < 3; ++a) {
+      const int64_t units = tensors[t]->token[a] * elem_bytes(p) / 16;
+      const bool by_query = t == 0 || t == 3;
+      reach += units * (by_query ? p.query_extent[a] : p.key_extent[a]);
+      launch.units[t][a] = static_cast<uint32_t>(units);
+      launch.near &= 0 <= units && reach < (int64_t(1) << 31);
+    }
+  }
   launch.aligned_out = starts_at_16(p, p.out) && starts_at_16(p, p.dquery) &&
                        starts_at_16(p, p.dkey) && starts_at_16(p, p.dvalue) &&
                        starts_at_16(p, p.dextra_key) && starts_at_16(p, p.dextra_value);

@@ -76,6 +76,14 @@ struct KernelShape {
 enum class Pass { kForward, kQueryGradient, kKeyGradient, kBiasGradient };
 KernelShape kernel_shape(const WindowParams& params, Pass pass);
 
+// Every kernel with tensor-core products, for those who look at what was compiled.
+struct KernelFacts {
+  const char* name;
+  KernelShape shape;
+  int shared_bytes;
+};
+std::vector<KernelFacts> all_kernels();
+
 // What every window kernel takes.
 struct WindowLaunch {
   WindowParams window;
@@ -85,6 +93,9 @@ struct WindowLaunch {
   int32_t extra_tiles;  // of the rule after the last, whose rows are extra keys
   int32_t splits;      // blocks that share one tile's walk, or (bias gradient) one head's tiles
   int32_t split_step;  // walk slots of each, a multiple of the kernel's step
+  int32_t near;        // units reach every walked row from the start of its batch item and head
+  uint32_t unit_bytes;   // 16
+  uint32_t units[4][3];  // between tokens of query, key, value, dout
   int32_t aligned;     // all rows that are copied start at multiples of 16 bytes
   int32_t aligned_out;
   int32_t rows;        // of a tile, for kernels that have no tiles of their own

@@ -43,6 +43,17 @@ ATTNEXT_DEVICE void copy_chunk_async(uint32_t to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
                : "memory");
 }
+// All 16 bytes: three instructions less.
+ATTNEXT_DEVICE void copy_chunk_async(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+// address + bytes * units: one instruction, but only if `bytes` is not a literal, for which a shift
+// and two additions are made.
+ATTNEXT_DEVICE const void* chunks_from(uint64_t address, uint32_t units, uint32_t bytes) {
+  uint64_t at;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(at) : "r"(units), "r"(bytes), "l"(address));
+  return reinterpret_cast<const void*>(at);
+}
 ATTNEXT_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 ATTNEXT_DEVICE void wait_copies() {

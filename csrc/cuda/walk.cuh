@@ -70,6 +70,18 @@ struct Walk {
     return true;
   }
 
+  // Whether the box of the walk sticks out of the map: keys of zeros that take part (zero_pad).
+  ATTNEXT_DEVICE bool has_phantoms() const {
+    bool outside = false;
+#pragma unroll
+    for (int a = 0; a < 3; ++a) {
+      const AxisTiles& axis = rule->axis[a];
+      outside |= tile[a]->first + axis.dilation * tile[a]->begin < 0 ||
+                 tile[a]->first + axis.dilation * (tile[a]->end - 1) >= axis.num_walked;
+    }
+    return outside && total > extra + sinks;
+  }
+
   ATTNEXT_DEVICE Row row(int r) const {
     Row row;
     row.live = true;

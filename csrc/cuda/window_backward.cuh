@@ -193,9 +193,7 @@ struct QueryGradient
       return false;
     }
     kv_head = head / static_cast<int32_t>(w.heads / w.kv_heads);
-    this->first = &w.key, this->extra_first = &w.extra_key;
-    this->second = &w.value, this->extra_second = &w.extra_value;
-    this->walk_head = kv_head;
+    this->set_walk(false, kv_head);
     return true;
   }
 
@@ -464,7 +462,7 @@ struct KeyGradient
 
   ATTNEXT_DEVICE bool start_head(int32_t query_head) {
     head = query_head;
-    this->walk_head = head;
+    this->set_walk(true, head);
     return walk.start(p, is_extra ? p.num_rules : walk.rule_of(p, head), index, 0);
   }
   ATTNEXT_DEVICE uint64_t row_of(const TensorRef& t, const TensorRef& extra, const Row& row) const {
@@ -487,8 +485,6 @@ struct KeyGradient
     if (is_extra) index -= p.most_tiles;
     const int32_t group = static_cast<int32_t>(w.heads / w.kv_heads);
     if (!start_head(kv_head * group)) return;
-    this->first = &w.query, this->second = &w.dout;
-    this->extra_first = this->extra_second = nullptr;
 
     Row row = walk.row(warp * kWarpRows + lane % kWarpRows);
     this->hold(0, row_of(w.key, w.extra_key, row), w.head_dim);

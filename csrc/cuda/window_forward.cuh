@@ -23,11 +23,13 @@ struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kD
   using Base::kColumns, Base::kMine, Base::kRows, Base::kWarpRows;
   using typename Base::Mask;
   using Base::Base;
-  static constexpr bool kKept = sizeof(T) == 2 && kDim <= 64;
+  static constexpr bool kKept = sizeof(T) == 2 && kDim <= 32;
   using Rows = LeftRows<T, kDim, kFrags, kKept>;
 
   float out[kFrags][kDim / 8][4];
-  float top[kFrags][2], sum[kFrags][2];  // maximum in base 2 that weights are relative to
+  // Weights are relative to 2^base; they are brought down once a logit (in a plain kernel, a product)
+  // exceeds the limit. -inf: no key seen yet.
+  float base[kFrags][2], limit[kFrags][2], sum[kFrags][2];
   float unit[kFrags][2];
   int32_t row_bias[kFrags][2];
   Modifiers modifiers;
@@ -66,6 +68,7 @@ struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kD
     float s[kFrags][kColumns][4];
     product<T, kDim, kFrags, kStep, kKept>(s, rows, this->walk_tile(stage, 0));
     if constexpr (kModified) modify(s, mask, numbers);
+    // Each lane looks at its own columns: what a row's maximum is matters only once it grows.
     float most[kFrags][2];
     bool grows = false;
 #pragma unroll
@@ -83,10 +86,7 @@ struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kD
             m = fmaxf(m, x);
           }
         }
-        m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
-        m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
-        if constexpr (!kModified) m *= unit[f][half];
-        grows |= m > top[f][half] + kSlack;
+        grows |= m > limit[f][half];
       }
     }
     if (__any_sync(~0u, grows)) rescale(most);
@@ -94,18 +94,18 @@ struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kD
     for (int f = 0; f < kFrags; ++f) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float base = top[f][half] == -INFINITY ? 0.f : top[f][half];
-        float part[2] = {0.f, 0.f};
+        const float shift = -base[f][half];
+        float part = 0.f;
 #pragma unroll
         for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             float& x = s[f][n][2 * half + e];
-            x = exp2_approx(kModified ? x - base : fmaf(x, unit[f][half], -base));
-            part[e] += x;
+            x = exp2_approx(kModified ? x + shift : fmaf(x, unit[f][half], shift));
+            part = n + e == 0 ? x : part + x;
           }
         }
-        sum[f][half] += part[0] + part[1];
+        sum[f][half] += part;
       }
     }
     accumulate<T, kDim, kDim, kFrags, kStep>(out, s, this->walk_tile(stage, 1), 0);
@@ -118,9 +118,14 @@ struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kD
     for (int f = 0; f < kFrags; ++f) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float now = fmaxf(top[f][half], most[f][half]);
-        const float factor = now == -INFINITY ? 1.f : exp2_approx(top[f][half] - now);
-        top[f][half] = now;
+        float now = most[f][half];
+        now = fmaxf(now, __shfl_xor_sync(~0u, now, 1));
+        now = fmaxf(now, __shfl_xor_sync(~0u, now, 2));
+        if constexpr (!kModified) now *= unit[f][half];
+        const float before = top_of(f, half);
+        now = fmaxf(now, before);
+        const float factor = now == -INFINITY ? 1.f : exp2_approx(before - now);
+        set_top(f, half, now);
         sum[f][half] *= factor;
 #pragma unroll
         for (int d = 0; d < kDim / 8; ++d) {
@@ -129,6 +134,14 @@ struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kD
         }
       }
     }
+  }
+  ATTNEXT_DEVICE float top_of(int f, int half) const {
+    return limit[f][half] == -INFINITY ? -INFINITY : base[f][half];
+  }
+  ATTNEXT_DEVICE void set_top(int f, int half, float top) {
+    base[f][half] = top == -INFINITY ? 0.f : top;
+    limit[f][half] = top + kSlack;
+    if constexpr (!kModified) limit[f][half] /= unit[f][half];
   }
 
   // ---- the tile ----------------------------------------------------------------------------------
@@ -146,9 +159,7 @@ struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kD
     const int32_t from = part * p.split_step;
     if (part > 0 && from >= walk.total) return;
     const int32_t to = min(walk.total, from + p.split_step);
-    this->first = &w.key, this->extra_first = &w.extra_key;
-    this->second = &w.value, this->extra_second = &w.extra_value;
-    this->walk_head = kv_head;
+    this->set_walk(false, kv_head);
 
     const Row row = walk.row(warp * kWarpRows + lane % kWarpRows);
     this->hold(0,
@@ -177,7 +188,7 @@ struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kD
     for (int f = 0; f < kFrags; ++f) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        top[f][half] = level;
+        set_top(f, half, level);
         sum[f][half] = sink && lane % 4 == 0 ? 1.f : 0.f;  // lanes of a quad are added at the end
       }
     }
@@ -204,7 +215,7 @@ struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kD
         float& total = sum[f][half];
         total = quad_sum(total);
         factor[f][half] = total == 0.f ? 0.f : 1.f / total;
-        lse[f][half] = natural_lse(top[f][half], total);
+        lse[f][half] = natural_lse(top_of(f, half), total);
       }
     }
     // In fp32 the halves of an infinite number are not finite either.
@@ -226,7 +237,7 @@ struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kD
               if (column < w.head_dim_v) to_row[column] = out[f][d][2 * half + e];
             }
           }
-          if (t == 0) to_row[w.head_dim_v] = top[f][half], to_row[w.head_dim_v + 1] = sum[f][half];
+          if (t == 0) to_row[w.head_dim_v] = top_of(f, half), to_row[w.head_dim_v + 1] = sum[f][half];
         }
       }
       return;
