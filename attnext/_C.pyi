@@ -9,14 +9,16 @@ _Integers: TypeAlias = Sequence[int]
 
 __version__: str
 
-# After query, key and value: row_scale, bias, extra_key, extra_value, sink_logits (tensor or None);
-# rules, head_rule (integers); scale, softcap (float); sinks (int); cu_queries, cu_keys (integers);
-# out, lse; and, backward, dout, dlse, then where the gradients of the eight tensors go.
-def window_forward(
-    dtype: int, query: Tensor, key: Tensor, value: Tensor, /, *rest: Any
-) -> None: ...
+# `problem`: what the operators take, with cu_seqlens as integers; `grads`: where the gradients of
+# its first eight tensors go.
+def window_forward(problem: tuple[Any, ...], out: Tensor, lse: Tensor | None) -> None: ...
 def window_backward(
-    dtype: int, query: Tensor, key: Tensor, value: Tensor, /, *rest: Any
+    problem: tuple[Any, ...],
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    grads: tuple[Tensor | None, ...],
 ) -> None: ...
 def axis_intervals(rule: _Integers, num_queries: int, num_keys: int) -> list[tuple[int, int]]: ...
 def inverse_intervals(

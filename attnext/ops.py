@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 
 from . import _C
 
@@ -58,28 +59,29 @@ def _native(problem: tuple[Any, ...]) -> tuple[Any, ...]:
     """The problem as the binary takes it, with cu_seqlens as checked lists."""
     cu_q, cu_k = problem[_NUM_GRADS:_NUM_TENSORS]
     if cu_q is None:
-        return (*problem[:_NUM_GRADS], *problem[_NUM_TENSORS:], (), ())
+        return problem
     return (
         *problem[:_NUM_GRADS],
-        *problem[_NUM_TENSORS:],
         _sequence_ends(cu_q, "cu_seqlens_q", problem[0].shape[1]),
         _sequence_ends(cu_k, "cu_seqlens_k", problem[1].shape[1]),
+        *problem[_NUM_TENSORS:],
     )
 
 
-def _output_shape(query: Tensor, value: Tensor) -> list[Any]:
-    return [*query.shape[:-1], value.shape[-1]]
+def _empty_output(query: Tensor, value: Tensor) -> Tensor:
+    if query.shape[-1] == value.shape[-1]:  # cheaper than to spell out the shape
+        return torch.empty_like(query, memory_format=torch.contiguous_format)
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
 def _window_forward_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Any:
-    rows = query.shape[:-1]
-    lse = query.new_empty(rows, dtype=accumulator_dtype(query.dtype))
-    return query.new_empty((*rows, value.shape[-1])), lse
+    lse = query.new_empty(query.shape[:-1], dtype=accumulator_dtype(query.dtype))
+    return _empty_output(query, value), lse
 
 
 def _window_forward_cpu(*problem: Any) -> tuple[Tensor, Tensor]:
     out, lse = _window_forward_fake(*problem)
-    _C.window_forward(*_native(problem), out, lse)
+    _C.window_forward(_native(problem), out, lse)
     return out, lse
 
 
@@ -102,11 +104,11 @@ def _window_backward_cpu(*args: Any) -> tuple[Tensor, ...]:
     grads = _window_backward_fake(*args)
     if dout.stride(-1) != 1 and dout.shape[-1] > 1:  # e.g. the expanded gradient of a sum
         dout = dout.contiguous()
-    given = (
+    given = tuple(
         g if t is not None and need else None
         for g, t, need in zip(grads, problem[:_NUM_GRADS], _written(needs), strict=True)
     )
-    _C.window_backward(*_native(problem), out, lse, dout, dlse, *given)
+    _C.window_backward(_native(problem), out, lse, dout, dlse, given)
     return grads
 
 
@@ -208,7 +210,7 @@ def _batched(
 
 def _transforms_are_active() -> bool:
     """Under torch.func a tensor's requires_grad does not tell, and vmap needs its rule."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return not is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def _is_plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -228,15 +230,15 @@ def window_op(want_lse: bool, *problem: Any) -> tuple[Tensor, Tensor | None]:
         for t in problem[:_NUM_GRADS]:
             if t is not None and t.requires_grad:
                 return _Window.apply(*problem)
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return _forward(*problem)
     if torch._C._are_functorch_transforms_active():
         return _Window.apply(*problem)
-    if not _is_plain(*problem[:3]):
+    query, key, value = problem[:3]
+    if not _is_plain(query, key, value):
         return _forward(*problem)
     if want_lse:
         return _window_forward_cpu(*problem)
-    query = problem[0]
-    out = query.new_empty((*query.shape[:-1], problem[2].shape[-1]))
-    _C.window_forward(*_native(problem), out, None)
+    out = _empty_output(query, value)
+    _C.window_forward(_native(problem), out, None)
     return out, None
