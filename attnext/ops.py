@@ -117,8 +117,30 @@ _LIBRARY.impl("window_backward", _window_backward_cpu, "CPU")
 torch.library.register_fake("attnext::window_forward", _window_forward_fake, lib=_LIBRARY)
 torch.library.register_fake("attnext::window_backward", _window_backward_fake, lib=_LIBRARY)
 
-_forward = torch.ops.attnext.window_forward.default
-_backward = torch.ops.attnext.window_backward.default
+
+def _is_plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether nothing would intercept an operator between here and its CPU implementation. The
+    dispatcher costs more than a small window."""
+    return (
+        type(query) is type(key) is type(value) is Tensor
+        and query.is_cpu
+        and not is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def _forward(*problem: Any) -> tuple[Tensor, Tensor]:
+    if _is_plain(*problem[:3]):
+        return _window_forward_cpu(*problem)
+    return torch.ops.attnext.window_forward.default(*problem)
+
+
+def _backward(*args: Any) -> tuple[Tensor, ...]:
+    if _is_plain(*args[:3]) and type(args[-3]) is Tensor:  # dout
+        return _window_backward_cpu(*args)
+    return torch.ops.attnext.window_backward.default(*args)
 
 
 class _Window(torch.autograd.Function):
@@ -213,32 +235,18 @@ def _transforms_are_active() -> bool:
     return not is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def _is_plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether nothing would intercept the operator between here and its CPU implementation."""
-    return (
-        type(query) is type(key) is type(value) is Tensor
-        and query.is_cpu
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._get_tracing_state() is None
-    )
-
-
 def window_op(want_lse: bool, *problem: Any) -> tuple[Tensor, Tensor | None]:
-    """window_forward, entering autograd only when something needs a gradient, and the dispatcher
-    only when something might listen there: both cost more than a small window."""
+    """window_forward, entering autograd only when something needs a gradient: that costs more than
+    a small window too. Without ``want_lse`` the second result may be None."""
     if torch.is_grad_enabled():
         for t in problem[:_NUM_GRADS]:
             if t is not None and t.requires_grad:
                 return _Window.apply(*problem)
-    if is_compiling():
-        return _forward(*problem)
-    if torch._C._are_functorch_transforms_active():
+    if _transforms_are_active():
         return _Window.apply(*problem)
     query, key, value = problem[:3]
-    if not _is_plain(query, key, value):
+    if want_lse or not _is_plain(query, key, value):
         return _forward(*problem)
-    if want_lse:
-        return _window_forward_cpu(*problem)
     out = _empty_output(query, value)
     _C.window_forward(_native(problem), out, None)
     return out, None
