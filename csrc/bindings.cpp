@@ -156,6 +156,7 @@ Shape read_dlpack(py::handle t) {
   return s;
 }
 
+// For a torch without that interface, and for whatever else has a tensor's attributes.
 Shape read_attributes(py::handle t) {
   static PyObject* const name[] = {interned("dtype"), interned("is_cpu"), interned("shape"),
                                    interned("stride"), interned("data_ptr")};
@@ -165,8 +166,10 @@ Shape read_attributes(py::handle t) {
   const std::vector<int64_t> size = integers(owned(PyObject_GetAttr(t.ptr(), name[2])));
   require_tensor(dtype != torch().dtype + kNumDTypes && on_cpu && size.size() <= kMaxRank, t);
   const std::vector<int64_t> stride = integers(owned(PyObject_CallMethodNoArgs(t.ptr(), name[3])));
+  require_tensor(stride.size() == size.size(), t);
   Shape s;
   s.data = PyLong_AsVoidPtr(owned(PyObject_CallMethodNoArgs(t.ptr(), name[4])).ptr());
+  if (PyErr_Occurred()) throw py::error_already_set();
   s.dtype = static_cast<DType>(dtype - torch().dtype);
   s.rank = static_cast<int>(size.size());
   std::copy(size.begin(), size.end(), s.size);
@@ -175,8 +178,8 @@ Shape read_attributes(py::handle t) {
 }
 
 Shape read_tensor(py::handle t) {
-  if (!PyObject_TypeCheck(t.ptr(), torch().tensor)) throw py::type_error("expected a tensor");
-  return torch().exchange ? read_dlpack(t) : read_attributes(t);
+  const bool quick = torch().exchange && PyObject_TypeCheck(t.ptr(), torch().tensor);
+  return quick ? read_dlpack(t) : read_attributes(t);
 }
 
 Shape read_tensor(py::handle t, DType dtype) {

@@ -461,7 +461,7 @@ def test_binary_refuses_what_does_not_fit(where, what):
         out = what
     else:
         problem[where] = what
-    with pytest.raises((ValueError, TypeError, RuntimeError)):
+    with pytest.raises((ValueError, TypeError, AttributeError, RuntimeError)):
         attnext._C.window_forward(tuple(problem), out, None)
     with pytest.raises((ValueError, TypeError)):
         attnext._C.window_forward(tuple(problem[:-1]), out, None)
