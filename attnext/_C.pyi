@@ -9,14 +9,16 @@ _Integers: TypeAlias = Sequence[int]
 
 __version__: str
 
-# After query, key and value: row_scale, bias, extra_key, extra_value, sink_logits (tensor or None);
-# rules, head_rule (integers); scale, softcap (float); sinks (int); cu_queries, cu_keys (integers);
-# out, lse; and, backward, dout, dlse, then where the gradients of the eight tensors go.
-def window_forward(
-    dtype: int, query: Tensor, key: Tensor, value: Tensor, /, *rest: Any
-) -> None: ...
+# `problem`: what the operators take, with cu_seqlens as integers; `grads`: where the gradients of
+# its first eight tensors go.
+def window_forward(problem: tuple[Any, ...], out: Tensor, lse: Tensor | None) -> None: ...
 def window_backward(
-    dtype: int, query: Tensor, key: Tensor, value: Tensor, /, *rest: Any
+    problem: tuple[Any, ...],
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    grads: tuple[Tensor | None, ...],
 ) -> None: ...
 def axis_intervals(rule: _Integers, num_queries: int, num_keys: int) -> list[tuple[int, int]]: ...
 def inverse_intervals(
@@ -35,3 +37,49 @@ def available_isas() -> list[str]: ...
 def num_threads() -> int: ...
 def lanes(dtype: str) -> tuple[int, int]: ...
 def fma_peak(isa: str, dtype: str, seconds: float) -> float: ...
+
+# ---- CUDA: a problem worked out. Tables and scratch are addresses of the caller's memory ----------
+
+cuda_architectures: str  # this build has kernels for; empty: none
+
+class CudaTables:
+    """Who attends whom, as a kernel reads it: the same object for the same geometry."""
+
+    useful_pairs: float
+    computed_pairs: float
+
+    def data(self) -> bytes: ...
+
+class CudaForward:
+    queries: CudaTables
+    workspace_bytes: int
+
+    def __init__(self, problem: tuple[Any, ...]) -> None: ...
+    def launches(
+        self, out: Any, lse: Any, queries: int, workspace: int
+    ) -> list[dict[str, Any]]: ...
+    def run(
+        self, out: Tensor, lse: Tensor, queries: int, workspace: int, device: int, stream: int
+    ) -> None: ...
+
+class CudaBackward:
+    queries: CudaTables
+    keys: CudaTables
+    workspace_bytes: int
+
+    def __init__(self, problem: tuple[Any, ...]) -> None: ...
+    def launches(
+        self, queries: int, keys: int, workspace: int, /, *tensors: Any
+    ) -> list[dict[str, Any]]: ...
+    def run(
+        self,
+        queries: int,
+        keys: int,
+        workspace: int,
+        device: int,
+        stream: int,
+        /,
+        *tensors: Any,
+    ) -> None: ...
+
+def cuda_kernels() -> list[dict[str, Any]]: ...

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .geometry import BOUNDARIES, UNLIMITED
 from .ops import DTYPES, accumulator_dtype, window_op
@@ -29,35 +30,39 @@ _CACHE: dict[Any, Prepared] = {}
 _CACHE_SIZE = 256
 
 
-def prepare(build: Any, query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Prepared:
+def _prepare(
+    build: Any, options: tuple[Any, ...], query: Tensor, key: Tensor, value: Tensor
+) -> Prepared:
     """``build(query, key, value, *options)``, which checks all it is given, remembered by all that
     the checks look at: a small call costs more in checks than in arithmetic."""
-    if torch.compiler.is_compiling():
-        return _with_fields(build(query, key, value, *options))
-    try:
-        signature = (
-            build,
-            query.shape,
-            key.shape,
-            value.shape,
-            query.dtype,
-            key.dtype,
-            value.dtype,
-            query.device,
-            key.device,
-            value.device,
-            options,
-            *map(type, options),
-        )
-        found = _CACHE.get(signature)
-    except (TypeError, AttributeError):  # not tensors, or options that are lists
-        return _with_fields(build(query, key, value, *options))
-    if found is None:
-        found = _with_fields(build(query, key, value, *options))
+    signature = None
+    if not is_compiling():
+        try:
+            signature = (
+                build,
+                query.shape,
+                key.shape,
+                value.shape,
+                query.dtype,
+                key.dtype,
+                value.dtype,
+                query.device,
+                key.device,
+                value.device,
+                options,
+                *map(type, options),
+            )
+            found = _CACHE.get(signature)
+            if found is not None:
+                return found
+        except (TypeError, AttributeError):  # not tensors, or options that are lists
+            signature = None
+    prepared = _with_fields(build(query, key, value, *options))
+    if signature is not None:
         if len(_CACHE) >= _CACHE_SIZE:
             _CACHE.clear()
-        _CACHE[signature] = found
-    return found
+        _CACHE[signature] = prepared
+    return prepared
 
 
 def _with_fields(prepared: Rules) -> Prepared:
@@ -190,6 +195,23 @@ def partition_rules(
 
 def kind_of(x: Any) -> str:
     return f"a {x.dtype} tensor" if isinstance(x, Tensor) else type(x).__name__
+
+
+_CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CUDA_HEAD_DIM = 256
+
+
+def _check_cuda(query: Tensor, value: Tensor) -> None:
+    """What the CUDA kernels do not do."""
+    if query.dtype not in _CUDA_DTYPES:
+        raise NotImplementedError(
+            f"query has dtype {query.dtype}: on CUDA float32, bfloat16 or float16 is allowed"
+        )
+    for name, t in (("query", query), ("value", value)):
+        if t.shape[-1] > _CUDA_HEAD_DIM:
+            raise NotImplementedError(
+                f"{name} has head_dim {t.shape[-1]}: on CUDA at most {_CUDA_HEAD_DIM} is allowed"
+            )
 
 
 def _check_qkv(query: Tensor, key: Tensor, value: Tensor) -> int:
@@ -334,7 +356,19 @@ def _sides(name: str, sides: tuple[Any, ...], causal: bool) -> tuple[int, int]:
     return left, right
 
 
-def check_cu_seqlens(name: str, cu_seqlens: Any, query: Tensor) -> None:
+def _check_packing(cu_seqlens_q: Any, cu_seqlens_k: Any, query: Tensor) -> None:
+    if cu_seqlens_q is None:
+        raise ValueError("cu_seqlens_k needs cu_seqlens_q")
+    _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, query)
+    _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, query)
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(
+            f"cu_seqlens_k must list as many sequences as cu_seqlens_q, got "
+            f"{cu_seqlens_k.shape[0]} and {cu_seqlens_q.shape[0]} entries"
+        )
+
+
+def _check_cu_seqlens(name: str, cu_seqlens: Any, query: Tensor) -> None:
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
         raise TypeError(f"{name} must be an int32 tensor, got {kind_of(cu_seqlens)}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
@@ -367,7 +401,7 @@ def _check_bias(bias: Any, query: Tensor) -> None:
         raise ValueError(f"bias must have odd extents (2e - 1), got {tuple(bias.shape[1:])}")
 
 
-def _row_scale(scale: Any, query: Tensor, acc: torch.dtype) -> tuple[float, Tensor | None]:
+def _row_scale(scale: Any, query: Tensor) -> tuple[float, Tensor | None]:
     """``scale`` as a number for all and, if it is a tensor, a factor per query and head."""
     if scale is None:
         return query.shape[-1] ** -0.5, None
@@ -390,7 +424,7 @@ def _row_scale(scale: Any, query: Tensor, acc: torch.dtype) -> tuple[float, Tens
                 f"scale must be a number, [heads] or broadcast to {tuple(rows)}, got "
                 f"{tuple(scale.shape)}"
             )
-        return 1.0, scale.to(acc).expand(rows)
+        return 1.0, scale.to(accumulator_dtype(query.dtype)).expand(rows)
     if isinstance(scale, bool) or not isinstance(scale, int | float):
         raise TypeError(f"scale must be a number or a tensor, got {scale!r}")
     if not -math.inf < scale < math.inf:
@@ -422,9 +456,9 @@ def _alibi_table(
     packed: bool,
     query: Tensor,
     key: Tensor,
-    acc: torch.dtype,
 ) -> Tensor:
     """ALiBi as a relative bias table, on top of ``bias`` if there is one: its gradient follows."""
+    acc = accumulator_dtype(query.dtype)
     rank = query.dim() - 3
     table: Any = 0
     for a in range(rank):
@@ -444,10 +478,10 @@ def _alibi_table(
 
 def _unit_stride(t: Tensor) -> Tensor:
     """The kernels read rows; only a tensor whose last axis is strided is copied."""
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+    return t if t.stride()[-1] == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-def under_autocast(*tensors: Any) -> tuple[Any, ...]:
+def _under_autocast(*tensors: Any) -> tuple[Any, ...]:
     """The tensors in the dtype of the active autocast, if there is one (float64 stays)."""
     device = getattr(tensors[0], "device", None)
     if device is None or device.type == "meta" or not torch.is_autocast_enabled(device.type):
@@ -477,10 +511,11 @@ def _check_additional(keys: Any, values: Any, query: Tensor, key: Tensor, value:
 
 
 def attend(
+    build: Any,
+    options: tuple[Any, ...],
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    prepared: Prepared,
     scale: Any,
     softcap: Any,
     alibi_slopes: Any,
@@ -490,18 +525,23 @@ def attend(
     sink_logits: Any,
     return_lse: bool,
     sinks: int = 0,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
 ) -> Any:
-    """Checks the modifiers, which are the same for all functions, and calls the operator."""
-    rules, head_rule, fields = prepared
+    """Checks the arguments of a public function, whose rules ``build`` makes of ``options``, and
+    calls the operator. A small call costs as much in here as in the kernel."""
+    if is_compiling() or torch._C._is_any_autocast_enabled():
+        query, key, value = _under_autocast(query, key, value)
+    rules, head_rule, fields = _prepare(build, options, query, key, value)
+    if cu_seqlens_q is not None or cu_seqlens_k is not None:
+        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+        _check_packing(cu_seqlens_q, cu_seqlens_k, query)
     if additional_keys is not None or additional_values is not None:
-        additional_keys, additional_values = under_autocast(additional_keys, additional_values)
+        additional_keys, additional_values = _under_autocast(additional_keys, additional_values)
         _check_additional(additional_keys, additional_values, query, key, value)
         additional_keys = _unit_stride(additional_keys)
         additional_values = _unit_stride(additional_values)
-    acc = accumulator_dtype(query.dtype)
-    number, row_scale = _row_scale(scale, query, acc)
+    number, row_scale = _row_scale(scale, query)
     if softcap is not None:
         if isinstance(softcap, bool) or not isinstance(softcap, int | float):
             raise TypeError(f"softcap must be a number, got {softcap!r}")
@@ -511,14 +551,12 @@ def attend(
         _check_bias(bias, query)
     if alibi_slopes is not None:
         _check_modifier("alibi_slopes", alibi_slopes, (query.shape[-2],), query)
-        bias = _alibi_table(
-            alibi_slopes, bias, rules, sinks, cu_seqlens_q is not None, query, key, acc
-        )
+        bias = _alibi_table(alibi_slopes, bias, rules, sinks, cu_seqlens_q is not None, query, key)
     if bias is not None:
-        bias = bias.to(acc).contiguous()
+        bias = bias.to(accumulator_dtype(query.dtype)).contiguous()
     if sink_logits is not None:
         _check_modifier("sink_logits", sink_logits, (query.shape[-2],), query)
-        sink_logits = sink_logits.to(acc).contiguous()
+        sink_logits = sink_logits.to(accumulator_dtype(query.dtype)).contiguous()
     out, lse = window_op(
         return_lse,
         _unit_stride(query),

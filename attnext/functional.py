@@ -13,13 +13,10 @@ from torch import Tensor
 from .arguments import (
     PerAxis,
     attend,
-    check_cu_seqlens,
     kind_of,
     neighborhood_rules,
     partition_rules,
-    prepare,
     sliding_rules,
-    under_autocast,
 )
 from .ops import accumulator_dtype
 
@@ -94,25 +91,12 @@ def neighborhood_attention(
         >>> attnext.neighborhood_attention(q, k, v, kernel_size=7, dilation=2).shape
         torch.Size([1, 14, 14, 2, 32])
     """
-    query, key, value = under_autocast(query, key, value)
-    prepared = prepare(
-        neighborhood_rules,
-        query,
-        key,
-        value,
-        kernel_size,
-        stride,
-        dilation,
-        is_causal,
-        boundary,
-        phase,
-        offset,
-    )
     return attend(
+        neighborhood_rules,
+        (kernel_size, stride, dilation, is_causal, boundary, phase, offset),
         query,
         key,
         value,
-        prepared,
         scale,
         softcap,
         alibi_slopes,
@@ -301,26 +285,12 @@ def sliding_window_attention(
         >>> attnext.sliding_window_attention(q[:, -1:], k, v, 16, sinks=4).shape
         torch.Size([1, 1, 4, 64])
     """
-    query, key, value = under_autocast(query, key, value)
-    prepared = prepare(
-        sliding_rules, query, key, value, window_size, is_causal, sinks, cu_seqlens_q is not None
-    )
-    if cu_seqlens_q is None and cu_seqlens_k is not None:
-        raise ValueError("cu_seqlens_k needs cu_seqlens_q")
-    if cu_seqlens_q is not None:
-        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-        check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, query)
-        check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, query)
-        if cu_seqlens_q.shape != cu_seqlens_k.shape:
-            raise ValueError(
-                f"cu_seqlens_k must list as many sequences as cu_seqlens_q, got "
-                f"{cu_seqlens_k.shape[0]} and {cu_seqlens_q.shape[0]} entries"
-            )
     return attend(
+        sliding_rules,
+        (window_size, is_causal, sinks, cu_seqlens_q is not None),
         query,
         key,
         value,
-        prepared,
         scale,
         softcap,
         alibi_slopes,
@@ -387,15 +357,12 @@ def window_attention(
         >>> attnext.window_attention(q, k, v, window_size=7, shift=3).shape
         torch.Size([1, 20, 30, 3, 32])
     """
-    query, key, value = under_autocast(query, key, value)
-    prepared = prepare(
-        partition_rules, query, key, value, window_size, shift, key_window_size, boundary
-    )
     return attend(
+        partition_rules,
+        (window_size, shift, key_window_size, boundary),
         query,
         key,
         value,
-        prepared,
         scale,
         softcap,
         alibi_slopes,

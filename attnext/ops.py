@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 
 from . import _C
 
@@ -59,28 +60,29 @@ def _native(problem: tuple[Any, ...]) -> tuple[Any, ...]:
     """The problem as the binary takes it, with cu_seqlens as checked lists."""
     cu_q, cu_k = problem[_NUM_GRADS:_NUM_TENSORS]
     if cu_q is None:
-        return (*problem[:_NUM_GRADS], *problem[_NUM_TENSORS:], (), ())
+        return problem
     return (
         *problem[:_NUM_GRADS],
-        *problem[_NUM_TENSORS:],
         _sequence_ends(cu_q, "cu_seqlens_q", problem[0].shape[1]),
         _sequence_ends(cu_k, "cu_seqlens_k", problem[1].shape[1]),
+        *problem[_NUM_TENSORS:],
     )
 
 
-def _output_shape(query: Tensor, value: Tensor) -> list[Any]:
-    return [*query.shape[:-1], value.shape[-1]]
+def _empty_output(query: Tensor, value: Tensor) -> Tensor:
+    if query.shape[-1] == value.shape[-1]:  # cheaper than to spell out the shape
+        return torch.empty_like(query, memory_format=torch.contiguous_format)
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
 def _window_forward_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Any:
-    rows = query.shape[:-1]
-    lse = query.new_empty(rows, dtype=accumulator_dtype(query.dtype))
-    return query.new_empty((*rows, value.shape[-1])), lse
+    lse = query.new_empty(query.shape[:-1], dtype=accumulator_dtype(query.dtype))
+    return _empty_output(query, value), lse
 
 
 def _window_forward_cpu(*problem: Any) -> tuple[Tensor, Tensor]:
     out, lse = _window_forward_fake(*problem)
-    _C.window_forward(*_native(problem), out, lse)
+    _C.window_forward(_native(problem), out, lse)
     return out, lse
 
 
@@ -104,36 +106,20 @@ def _backward_tensors(*args: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
     grads = _window_backward_fake(*args)
     if dout.stride(-1) != 1 and dout.shape[-1] > 1:  # e.g. the expanded gradient of a sum
         dout = dout.contiguous()
-    given = (
+    given = tuple(
         g if t is not None and need else None
         for g, t, need in zip(grads, problem[:_NUM_GRADS], _written(needs), strict=True)
     )
-    return grads, (out, lse, dout, dlse, *given)
+    return grads, (out, lse, dout, dlse, given)
 
 
 def _window_backward_cpu(*args: Any) -> tuple[Tensor, ...]:
     grads, tensors = _backward_tensors(*args)
-    _C.window_backward(*_native(args[:-5]), *tensors)
+    _C.window_backward(_native(args[:-5]), *tensors)
     return grads
 
 
 # ---- CUDA ----------------------------------------------------------------------------------------
-
-_CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_CUDA_HEAD_DIM = 256
-
-
-def _check_cuda(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """What the CUDA kernels do not do, said before anything is launched."""
-    if query.dtype not in _CUDA_DTYPES:
-        raise NotImplementedError(
-            f"query has dtype {query.dtype}: on CUDA only float32, bfloat16 and float16"
-        )
-    for name, t in (("query", query), ("value", value)):
-        if t.shape[-1] > _CUDA_HEAD_DIM:
-            raise NotImplementedError(
-                f"{name} has head_dim {t.shape[-1]}: on CUDA at most {_CUDA_HEAD_DIM}"
-            )
 
 
 @functools.lru_cache(maxsize=64)
@@ -150,9 +136,8 @@ def _where(query: Tensor) -> tuple[int, int]:
 
 def _window_forward_cuda(*problem: Any) -> tuple[Tensor, Tensor]:
     query = problem[0]
-    _check_cuda(*problem[:3])
     out, lse = _window_forward_fake(*problem)
-    call = _C.CudaForward(*_native(problem))
+    call = _C.CudaForward(_native(problem))
     workspace = query.new_empty(call.workspace_bytes, dtype=torch.uint8)
     queries = _device_tables(call.queries, query.device)
     call.run(out, lse, queries.data_ptr(), workspace.data_ptr(), *_where(query))
@@ -161,14 +146,11 @@ def _window_forward_cuda(*problem: Any) -> tuple[Tensor, Tensor]:
 
 def _window_backward_cuda(*args: Any) -> tuple[Tensor, ...]:
     problem, query = args[:-5], args[0]
-    _check_cuda(*problem[:3])
     grads, tensors = _backward_tensors(*args)
-    call = _C.CudaBackward(*_native(problem))
+    call = _C.CudaBackward(_native(problem))
     workspace = query.new_empty(call.workspace_bytes, dtype=torch.uint8)
     queries, keys = (_device_tables(t, query.device) for t in (call.queries, call.keys))
-    call.run(
-        queries.data_ptr(), keys.data_ptr(), workspace.data_ptr(), *_where(query), *tensors
-    )
+    call.run(queries.data_ptr(), keys.data_ptr(), workspace.data_ptr(), *_where(query), *tensors)
     return grads
 
 
@@ -179,8 +161,30 @@ _LIBRARY.impl("window_backward", _window_backward_cuda, "CUDA")
 torch.library.register_fake("attnext::window_forward", _window_forward_fake, lib=_LIBRARY)
 torch.library.register_fake("attnext::window_backward", _window_backward_fake, lib=_LIBRARY)
 
-_forward = torch.ops.attnext.window_forward.default
-_backward = torch.ops.attnext.window_backward.default
+
+def _is_plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether nothing would intercept an operator between here and its CPU implementation. The
+    dispatcher costs more than a small window."""
+    return (
+        type(query) is type(key) is type(value) is Tensor
+        and query.is_cpu
+        and not is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def _forward(*problem: Any) -> tuple[Tensor, Tensor]:
+    if _is_plain(*problem[:3]):
+        return _window_forward_cpu(*problem)
+    return torch.ops.attnext.window_forward.default(*problem)
+
+
+def _backward(*args: Any) -> tuple[Tensor, ...]:
+    if _is_plain(*args[:3]) and type(args[-3]) is Tensor:  # dout
+        return _window_backward_cpu(*args)
+    return torch.ops.attnext.window_backward.default(*args)
 
 
 class _Window(torch.autograd.Function):
@@ -272,35 +276,21 @@ def _batched(
 
 def _transforms_are_active() -> bool:
     """Under torch.func a tensor's requires_grad does not tell, and vmap needs its rule."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-
-
-def _is_plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether nothing would intercept the operator between here and its CPU implementation."""
-    return (
-        type(query) is type(key) is type(value) is Tensor
-        and query.is_cpu
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._get_tracing_state() is None
-    )
+    return not is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def window_op(want_lse: bool, *problem: Any) -> tuple[Tensor, Tensor | None]:
-    """window_forward, entering autograd only when something needs a gradient, and the dispatcher
-    only when something might listen there: both cost more than a small window."""
+    """window_forward, entering autograd only when something needs a gradient: that costs more than
+    a small window too. Without ``want_lse`` the second result may be None."""
     if torch.is_grad_enabled():
         for t in problem[:_NUM_GRADS]:
             if t is not None and t.requires_grad:
                 return _Window.apply(*problem)
-    if torch.compiler.is_compiling():
-        return _forward(*problem)
-    if torch._C._are_functorch_transforms_active():
+    if _transforms_are_active():
         return _Window.apply(*problem)
-    if not _is_plain(*problem[:3]):
+    query, key, value = problem[:3]
+    if want_lse or not _is_plain(query, key, value):
         return _forward(*problem)
-    if want_lse:
-        return _window_forward_cpu(*problem)
-    query = problem[0]
-    out = query.new_empty((*query.shape[:-1], problem[2].shape[-1]))
-    _C.window_forward(*_native(problem), out, None)
+    out = _empty_output(query, value)
+    _C.window_forward(_native(problem), out, None)
     return out, None

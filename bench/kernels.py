@@ -45,7 +45,6 @@ class Kernel:
     flags: tuple[str, ...] = FLAGS
 
 
-
 def source_of(kernel: str) -> Path:
     """The file that has a kernel: window_forward_bf16_64 is in window_forward_bf16.cu."""
     found = re.match(r"window_(.*?)_(bf16|fp16|fp32)", kernel)

@@ -14,6 +14,7 @@
 #include "cpu/window.h"
 #include "cuda/launch.h"
 #include "cuda/plan.h"
+#include "dlpack.h"
 #include "geometry.h"
 #include "params.h"
 
@@ -50,75 +51,145 @@ AxisRule read_rule(const int64_t* f) {
   return rule;
 }
 
+// ---- tensors -----------------------------------------------------------------------------------
+
+constexpr int kMaxRank = 6;  // [batch, *3 tokens, heads, dim]
+constexpr const char* kDTypeNames[kNumDTypes] = {"float32", "float64", "bfloat16", "float16"};
+constexpr struct {
+  uint8_t code, bits;
+} kDLPackTypes[kNumDTypes] = {
+    {dlpack::kFloat, 32}, {dlpack::kFloat, 64}, {dlpack::kBfloat, 16}, {dlpack::kFloat, 16}};
+
+enum class Device { kCpu, kCuda };
+
 struct Shape {
   void* data = nullptr;
-  std::vector<int64_t> size, stride;
+  DType dtype{};
+  int rank = 0;
+  int64_t size[kMaxRank], stride[kMaxRank];
+
+  int64_t last_size() const { return size[rank - 1]; }
+  int64_t last_stride() const { return stride[rank - 1]; }
+  bool contiguous() const {
+    int64_t step = 1;
+    for (int a = rank - 1; a >= 0; step *= size[a--]) {
+      if (stride[a] != step && size[a] != 1) return false;
+    }
+    return true;
+  }
 };
 
 PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
-
-std::vector<int64_t> integers(PyObject* tuple) {
-  std::vector<int64_t> out(PyTuple_GET_SIZE(tuple));
-  for (size_t i = 0; i < out.size(); ++i) out[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i));
-  return out;
-}
 
 py::object owned(PyObject* result) {
   if (!result) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(result);
 }
 
+std::vector<int64_t> integers(py::handle sequence) {
+  const py::object list = owned(PySequence_Fast(sequence.ptr(), "expected integers"));
+  std::vector<int64_t> out(PySequence_Fast_GET_SIZE(list.ptr()));
+  PyObject** items = PySequence_Fast_ITEMS(list.ptr());
+  for (size_t i = 0; i < out.size(); ++i) out[i] = PyLong_AsLongLong(items[i]);
+  if (PyErr_Occurred()) throw py::error_already_set();
+  return out;
+}
+
 DType dtype_of(const std::string& name) {
-  const char* names[] = {"float32", "float64", "bfloat16", "float16"};
   for (int i = 0; i < kNumDTypes; ++i) {
-    if (name == names[i]) return static_cast<DType>(i);
+    if (name == kDTypeNames[i]) return static_cast<DType>(i);
   }
   throw std::invalid_argument("dtype '" + name + "': float32, float64, bfloat16 or float16");
 }
 
-// torch has one object per dtype: identity tells.
-DType dtype_of(py::handle tensor) {
-  static PyObject* const dtype = interned("dtype");
-  static PyObject* const* const known = [] {
+// What is known of torch: read once, at the first call.
+struct Torch {
+  PyTypeObject* tensor;
+  PyObject* dtype[kNumDTypes];                    // torch has one object per dtype: identity tells
+  const dlpack::ExchangeApi* exchange = nullptr;  // since torch 2.10
+
+  Torch() {
     const py::module_ torch = py::module_::import("torch");
-    const char* names[kNumDTypes] = {"float32", "float64", "bfloat16", "float16"};
-    auto** list = new PyObject*[kNumDTypes];
-    for (const char* name : names) {
-      list[static_cast<int>(dtype_of(std::string(name)))] =
-          py::object(torch.attr(name)).release().ptr();
+    const py::object type = torch.attr("Tensor");
+    for (int i = 0; i < kNumDTypes; ++i) {
+      dtype[i] = py::object(torch.attr(kDTypeNames[i])).release().ptr();
     }
-    return list;
-  }();
-  const py::object given = owned(PyObject_GetAttr(tensor.ptr(), dtype));
-  for (int i = 0; i < kNumDTypes; ++i) {
-    if (given.ptr() == known[i]) return static_cast<DType>(i);
+    const py::object api = py::getattr(type, "__dlpack_c_exchange_api__", py::none());
+    if (PyCapsule_IsValid(api.ptr(), dlpack::kCapsule)) {
+      const auto* offered = static_cast<const dlpack::ExchangeApi*>(
+          PyCapsule_GetPointer(api.ptr(), dlpack::kCapsule));
+      if (offered->major == dlpack::kMajor && offered->borrow) exchange = offered;
+    }
+    tensor = reinterpret_cast<PyTypeObject*>(py::object(type).release().ptr());
   }
-  throw py::type_error("expected float32, float64, bfloat16 or float16, got " +
-                       std::string(py::str(given)));
+};
+
+const Torch& torch() {
+  static const Torch* const known = new Torch;
+  return *known;
 }
 
 DType accumulator(DType dtype) {
   return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
 }
 
-enum class Device { kCpu, kCuda };
+void require_tensor(bool ok, py::handle t) {
+  if (ok) return;
+  throw py::type_error("attnext: a tensor has the wrong dtype, device or rank: " +
+                       std::string(py::str(t.attr("dtype"))) + " on " +
+                       std::string(py::str(t.attr("device"))) + ", " +
+                       std::string(py::str(t.attr("shape"))));
+}
 
-Shape read_tensor(py::handle t, DType dtype, Device device = Device::kCpu) {
-  static PyObject* const data_ptr = interned("data_ptr");
-  static PyObject* const stride = interned("stride");
-  static PyObject* const shape = interned("shape");
-  static PyObject* const is_cpu = interned("is_cpu");
-  static PyObject* const is_cuda = interned("is_cuda");
-  PyObject* const is_there = device == Device::kCpu ? is_cpu : is_cuda;
-  if (dtype_of(t) != dtype || owned(PyObject_GetAttr(t.ptr(), is_there)).ptr() != Py_True) {
-    throw py::type_error("attnext: a tensor has the wrong dtype or device: " +
-                         std::string(py::str(t.attr("dtype"))) + " on " +
-                         std::string(py::str(t.attr("device"))));
+Shape read_dlpack(py::handle t, Device device) {
+  dlpack::Tensor given;
+  if (torch().exchange->borrow(t.ptr(), &given) != 0) throw py::error_already_set();
+  int dtype = 0;
+  while (dtype < kNumDTypes && (given.code != kDLPackTypes[dtype].code ||
+                                given.bits != kDLPackTypes[dtype].bits || given.lanes != 1)) {
+    ++dtype;
   }
+  const int32_t wanted = device == Device::kCpu ? dlpack::kCpu : dlpack::kCuda;
+  require_tensor(dtype < kNumDTypes && given.device_type == wanted && given.rank <= kMaxRank, t);
   Shape s;
-  s.data = PyLong_AsVoidPtr(owned(PyObject_CallMethodNoArgs(t.ptr(), data_ptr)).ptr());
-  s.size = integers(owned(PyObject_GetAttr(t.ptr(), shape)).ptr());
-  s.stride = integers(owned(PyObject_CallMethodNoArgs(t.ptr(), stride)).ptr());
+  s.data = static_cast<char*>(given.data) + given.byte_offset;
+  s.dtype = static_cast<DType>(dtype);
+  s.rank = given.rank;
+  std::copy_n(given.shape, given.rank, s.size);
+  std::copy_n(given.strides, given.rank, s.stride);
+  return s;
+}
+
+// For a torch without that interface, and for whatever else has a tensor's attributes.
+Shape read_attributes(py::handle t, Device device) {
+  static PyObject* const name[] = {interned("dtype"),  interned("is_cpu"),   interned("shape"),
+                                   interned("stride"), interned("data_ptr"), interned("is_cuda")};
+  const py::object given = owned(PyObject_GetAttr(t.ptr(), name[0]));
+  const auto* dtype = std::find(torch().dtype, torch().dtype + kNumDTypes, given.ptr());
+  PyObject* const is_there = name[device == Device::kCpu ? 1 : 5];
+  const bool there = owned(PyObject_GetAttr(t.ptr(), is_there)).ptr() == Py_True;
+  const std::vector<int64_t> size = integers(owned(PyObject_GetAttr(t.ptr(), name[2])));
+  require_tensor(dtype != torch().dtype + kNumDTypes && there && size.size() <= kMaxRank, t);
+  const std::vector<int64_t> stride = integers(owned(PyObject_CallMethodNoArgs(t.ptr(), name[3])));
+  require_tensor(stride.size() == size.size(), t);
+  Shape s;
+  s.data = PyLong_AsVoidPtr(owned(PyObject_CallMethodNoArgs(t.ptr(), name[4])).ptr());
+  if (PyErr_Occurred()) throw py::error_already_set();
+  s.dtype = static_cast<DType>(dtype - torch().dtype);
+  s.rank = static_cast<int>(size.size());
+  std::copy(size.begin(), size.end(), s.size);
+  std::copy(stride.begin(), stride.end(), s.stride);
+  return s;
+}
+
+Shape read_tensor(py::handle t, Device device) {
+  const bool quick = torch().exchange && PyObject_TypeCheck(t.ptr(), torch().tensor);
+  return quick ? read_dlpack(t, device) : read_attributes(t, device);
+}
+
+Shape read_tensor(py::handle t, DType dtype, Device device) {
+  const Shape s = read_tensor(t, device);
+  require_tensor(s.dtype == dtype, t);
   return s;
 }
 
@@ -139,8 +210,7 @@ struct Call {
   // [batch, *tokens, heads(, dim)]
   TensorRef token_tensor(const Shape& s, int64_t batch, const int64_t extent[3], int64_t heads,
                          int64_t dim) const {
-    const size_t want = rank + 2 + (dim > 0 || dim == -1);
-    require(s.size.size() == want, "rank");
+    require(s.rank == rank + 2 + (dim > 0), "rank");
     TensorRef ref{s.data, s.stride[0], {0, 0, 0}, s.stride[rank + 1]};
     bool ok = s.size[0] == batch && s.size[rank + 1] == heads;
     for (int a = 0; a < 3; ++a) {
@@ -149,14 +219,14 @@ struct Call {
       ok = ok && s.size[1 + source[a]] == extent[a];
     }
     if (dim > 0) {
-      ok = ok && s.size.back() == dim;
-      require(s.stride.back() == 1 || dim == 1, "head_dim must have unit stride");
+      ok = ok && s.last_size() == dim;
+      require(s.last_stride() == 1 || dim == 1, "head_dim must have unit stride");
     }
     require(ok, "shape");
     return ref;
   }
   TensorRef extra_tensor(const Shape& s, int64_t dim) const {
-    require(s.size.size() == 4 && s.size[0] == params.batch && s.size[1] == params.extra_keys &&
+    require(s.rank == 4 && s.size[0] == params.batch && s.size[1] == params.extra_keys &&
                 s.size[2] == params.kv_heads && s.size[3] == dim,
             "additional keys or values");
     require(s.stride[3] == 1 || dim == 1, "head_dim must have unit stride");
@@ -164,24 +234,55 @@ struct Call {
   }
 };
 
-Call make_call(py::handle query, py::handle key, py::handle value, py::handle row_scale,
-               py::handle bias, py::handle extra_key, py::handle extra_value,
-               py::handle sink_logits, const std::vector<int64_t>& rules,
-               const std::vector<int64_t>& head_rule, double scale, double softcap, int64_t sinks,
-               const std::vector<int64_t>& cu_queries, const std::vector<int64_t>& cu_keys,
-               Device device = Device::kCpu) {
+// The problem of an operator, in the order of its schema in attnext/ops.py; cu_seqlens as integers.
+enum Argument {
+  kQuery,
+  kKey,
+  kValue,
+  kRowScale,
+  kBias,
+  kExtraKey,
+  kExtraValue,
+  kSinkLogits,
+  kCuQueries,
+  kCuKeys,
+  kRules,
+  kHeadRule,
+  kScale,
+  kSoftcap,
+  kSinks,
+  kNumArguments
+};
+
+// Where packed sequences end; nothing if they are not packed.
+std::vector<int64_t> sequence_ends(py::handle ends, int64_t tokens) {
+  if (ends.is_none()) return {};
+  std::vector<int64_t> out = integers(ends);
+  require(!out.empty() && out.front() == 0 && out.back() == tokens &&
+              std::is_sorted(out.begin(), out.end()),
+          "packed sequences");
+  return out;
+}
+
+Call make_call(const py::tuple& problem, Device device) {
+  require(problem.size() == kNumArguments, "arguments");
+  const auto argument = [&](Argument which) -> py::handle {
+    return PyTuple_GET_ITEM(problem.ptr(), which);
+  };
+  const bool packed = !argument(kCuQueries).is_none();
+  const auto sinks = argument(kSinks).cast<int64_t>();
+  std::vector<int64_t> rules = integers(argument(kRules));
   Call call;
   call.device = device;
   WindowParams& p = call.params;
-  p.dtype = dtype_of(query);
+  const Shape q = read_tensor(argument(kQuery), device);
+  p.dtype = q.dtype;
   const DType acc = accumulator(p.dtype);
-  const Shape q = read_tensor(query, p.dtype, device);
-  const Shape k = read_tensor(key, p.dtype, device), v = read_tensor(value, p.dtype, device);
-  call.rank = static_cast<int>(q.size.size()) - 3;
-  const int rank = call.rank;
-  require(
-      rank >= 1 && rank <= 3 && k.size.size() == q.size.size() && v.size.size() == q.size.size(),
-      "rank of query, key, value");
+  const Shape k = read_tensor(argument(kKey), p.dtype, device);
+  const Shape v = read_tensor(argument(kValue), p.dtype, device);
+  const int rank = call.rank = q.rank - 3;
+  require(rank >= 1 && rank <= 3 && k.rank == q.rank && v.rank == q.rank,
+          "rank of query, key, value");
   p.batch = q.size[0];
   p.heads = q.size[rank + 1];
   p.kv_heads = k.size[rank + 1];
@@ -201,7 +302,7 @@ Call make_call(py::handle query, py::handle key, py::handle value, py::handle ro
       if (trivial == (pass == 0)) order[n++] = a;
     }
   }
-  if (sinks > 0 || !cu_queries.empty()) {
+  if (sinks > 0 || packed) {
     require(rank == 1, "sinks and packed sequences are for one token axis");
   }
   for (int a = 0; a < 3; ++a) {
@@ -218,14 +319,9 @@ Call make_call(py::handle query, py::handle key, py::handle value, py::handle ro
   const int64_t per_rule = int64_t(rank) * kRuleFields;
   require(!rules.empty() && rules.size() % per_rule == 0, "rules");
   const int64_t num_rules = static_cast<int64_t>(rules.size()) / per_rule;
-  if (!cu_queries.empty()) {
-    require(cu_queries.size() == cu_keys.size() && p.batch == 1 && cu_queries.front() == 0 &&
-                cu_keys.front() == 0 && cu_queries.back() == p.query_extent[2] &&
-                cu_keys.back() == p.key_extent[2] &&
-                std::is_sorted(cu_queries.begin(), cu_queries.end()) &&
-                std::is_sorted(cu_keys.begin(), cu_keys.end()),
-            "packed sequences");
-  }
+  const auto cu_queries = sequence_ends(argument(kCuQueries), p.query_extent[2]);
+  const auto cu_keys = sequence_ends(argument(kCuKeys), p.key_extent[2]);
+  require(cu_queries.size() == cu_keys.size() && (!packed || p.batch == 1), "packed sequences");
   const auto build = [&] {
     std::vector<AxisTable> tables;
     for (int64_t r = 0; r < num_rules; ++r) {
@@ -235,7 +331,7 @@ Call make_call(py::handle query, py::handle key, py::handle value, py::handle ro
           continue;
         }
         const AxisRule rule = read_rule(&rules[r * per_rule + call.source[a] * kRuleFields]);
-        if (!cu_queries.empty()) {
+        if (packed) {
           require(rule.dilation == 1, "packed sequences have no dilation");
           tables.push_back(evaluate_packed(rule, cu_queries, cu_keys, sinks));
         } else {
@@ -251,13 +347,14 @@ Call make_call(py::handle query, py::handle key, py::handle value, py::handle ro
   std::vector<int64_t> signature;
   int64_t tokens = 0;
   for (int a = 0; a < 3; ++a) tokens += p.query_extent[a] + p.key_extent[a];
-  if (cu_queries.empty() && tokens * num_rules <= kKeptTokens) {
+  if (!packed && tokens * num_rules <= kKeptTokens) {
     signature = rules;
     signature.insert(signature.end(), p.query_extent, p.query_extent + 3);
     signature.insert(signature.end(), p.key_extent, p.key_extent + 3);
     signature.insert(signature.end(), {rank, order[0], order[1], order[2], sinks});
   }
   call.geometry = shared_geometry(signature, build);
+  const std::vector<int64_t> head_rule = integers(argument(kHeadRule));
   call.head_rule.assign(p.heads, 0);
   if (!head_rule.empty()) {
     require(static_cast<int64_t>(head_rule.size()) == p.heads, "one rule per head");
@@ -267,29 +364,28 @@ Call make_call(py::handle query, py::handle key, py::handle value, py::handle ro
     }
   }
 
-  p.scale = scale;
-  p.softcap = softcap;
-  if (!row_scale.is_none()) {
+  p.scale = argument(kScale).cast<double>();
+  p.softcap = argument(kSoftcap).cast<double>();
+  if (const py::handle row_scale = argument(kRowScale); !row_scale.is_none()) {
     p.row_scale =
         call.token_tensor(read_tensor(row_scale, acc, device), p.batch, p.query_extent, p.heads, 0);
   }
-  if (!sink_logits.is_none()) {
+  if (const py::handle sink_logits = argument(kSinkLogits); !sink_logits.is_none()) {
     const Shape s = read_tensor(sink_logits, acc, device);
-    require(s.size.size() == 1 && s.size[0] == p.heads && (s.stride[0] == 1 || p.heads == 1),
-            "sink_logits");
+    require(s.rank == 1 && s.size[0] == p.heads && s.contiguous(), "sink_logits");
     p.sink_logits = s.data;
   }
-  if (!extra_key.is_none()) {
+  if (const py::handle extra_key = argument(kExtraKey); !extra_key.is_none()) {
     const Shape ek = read_tensor(extra_key, p.dtype, device);
-    const Shape ev = read_tensor(extra_value, p.dtype, device);
-    require(ek.size.size() == 4, "additional keys");
+    const Shape ev = read_tensor(argument(kExtraValue), p.dtype, device);
+    require(ek.rank == 4, "additional keys");
     p.extra_keys = ek.size[1];
     p.extra_key = call.extra_tensor(ek, p.head_dim);
     p.extra_value = call.extra_tensor(ev, p.head_dim_v);
   }
-  if (!bias.is_none()) {
+  if (const py::handle bias = argument(kBias); !bias.is_none()) {
     const Shape s = read_tensor(bias, acc, device);
-    require(s.size.size() == size_t(rank) + 1 && s.size[0] == p.heads, "bias");
+    require(s.rank == rank + 1 && s.size[0] == p.heads, "bias");
     p.bias = s.data;
     p.bias_head_stride = 1;
     int64_t stride[3] = {0, 0, 0};
@@ -330,9 +426,12 @@ void set_results(Call* call, py::handle out, py::handle lse) {
   }
 }
 
-void set_gradients(Call* call, py::handle dout, py::handle dlse, py::handle dquery, py::handle dkey,
-                   py::handle dvalue, py::handle drow_scale, py::handle dbias,
-                   py::handle dextra_key, py::handle dextra_value, py::handle dsink_logits) {
+// `grads`: where the gradients of the first eight arguments go, None where there is none.
+void set_gradients(Call* call, py::handle dout, py::handle dlse, const py::tuple& grads) {
+  require(grads.size() == kSinkLogits + 1, "gradients");
+  const auto gradient = [&](Argument of) -> py::handle {
+    return PyTuple_GET_ITEM(grads.ptr(), of);
+  };
   WindowParams& p = call->params;
   const DType acc = accumulator(p.dtype);
   const auto queries = [&](py::handle t, int64_t dim) {
@@ -346,56 +445,43 @@ void set_gradients(Call* call, py::handle dout, py::handle dlse, py::handle dque
   };
   p.dout = queries(dout, p.head_dim_v);
   if (!dlse.is_none()) p.dlse = queries(dlse, 0);
-  p.dquery = queries(dquery, p.head_dim);
-  p.dkey = keys(dkey, p.head_dim);
-  p.dvalue = keys(dvalue, p.head_dim_v);
-  if (!drow_scale.is_none()) p.drow_scale = queries(drow_scale, 0);
+  p.dquery = queries(gradient(kQuery), p.head_dim);
+  p.dkey = keys(gradient(kKey), p.head_dim);
+  p.dvalue = keys(gradient(kValue), p.head_dim_v);
+  if (!gradient(kRowScale).is_none()) p.drow_scale = queries(gradient(kRowScale), 0);
   if (p.extra_keys > 0) {
-    p.dextra_key = call->extra_tensor(read_tensor(dextra_key, p.dtype, call->device), p.head_dim);
+    p.dextra_key =
+        call->extra_tensor(read_tensor(gradient(kExtraKey), p.dtype, call->device), p.head_dim);
     p.dextra_value =
-        call->extra_tensor(read_tensor(dextra_value, p.dtype, call->device), p.head_dim_v);
+        call->extra_tensor(read_tensor(gradient(kExtraValue), p.dtype, call->device), p.head_dim_v);
   }
-  if (!dbias.is_none()) {
-    const Shape s = read_tensor(dbias, acc, call->device);
+  if (!gradient(kBias).is_none()) {
+    const Shape s = read_tensor(gradient(kBias), acc, call->device);
     int64_t n = 1;
-    for (int64_t size : s.size) n *= size;
-    require(p.bias && n == p.heads * p.bias_head_stride, "bias gradient");
+    for (int a = 0; a < s.rank; ++a) n *= s.size[a];
+    require(p.bias && s.contiguous() && n == p.heads * p.bias_head_stride, "bias gradient");
     p.dbias = s.data;
   }
-  if (!dsink_logits.is_none()) {
-    const Shape s = read_tensor(dsink_logits, acc, call->device);
-    require(p.sink_logits && s.size.size() == 1 && s.size[0] == p.heads, "sink gradient");
+  if (!gradient(kSinkLogits).is_none()) {
+    const Shape s = read_tensor(gradient(kSinkLogits), acc, call->device);
+    require(p.sink_logits && s.rank == 1 && s.size[0] == p.heads && s.contiguous(),
+            "sink gradient");
     p.dsink_logits = s.data;
   }
 }
 
-void window_forward(py::handle query, py::handle key, py::handle value, py::handle row_scale,
-                    py::handle bias, py::handle extra_key, py::handle extra_value,
-                    py::handle sink_logits, const std::vector<int64_t>& rules,
-                    const std::vector<int64_t>& head_rule, double scale, double softcap,
-                    int64_t sinks, const std::vector<int64_t>& cu_queries,
-                    const std::vector<int64_t>& cu_keys, py::handle out, py::handle lse) {
-  Call call = make_call(query, key, value, row_scale, bias, extra_key, extra_value, sink_logits,
-                        rules, head_rule, scale, softcap, sinks, cu_queries, cu_keys);
+void window_forward(const py::tuple& problem, py::handle out, py::handle lse) {
+  Call call = make_call(problem, Device::kCpu);
   set_results(&call, out, lse);
   const py::gil_scoped_release release;
   cpu::window_forward(call.params, *call.geometry, call.head_rule.data());
 }
 
-void window_backward(py::handle query, py::handle key, py::handle value, py::handle row_scale,
-                     py::handle bias, py::handle extra_key, py::handle extra_value,
-                     py::handle sink_logits, const std::vector<int64_t>& rules,
-                     const std::vector<int64_t>& head_rule, double scale, double softcap,
-                     int64_t sinks, const std::vector<int64_t>& cu_queries,
-                     const std::vector<int64_t>& cu_keys, py::handle out, py::handle lse,
-                     py::handle dout, py::handle dlse, py::handle dquery, py::handle dkey,
-                     py::handle dvalue, py::handle drow_scale, py::handle dbias,
-                     py::handle dextra_key, py::handle dextra_value, py::handle dsink_logits) {
-  Call call = make_call(query, key, value, row_scale, bias, extra_key, extra_value, sink_logits,
-                        rules, head_rule, scale, softcap, sinks, cu_queries, cu_keys);
+void window_backward(const py::tuple& problem, py::handle out, py::handle lse, py::handle dout,
+                     py::handle dlse, const py::tuple& grads) {
+  Call call = make_call(problem, Device::kCpu);
   set_results(&call, out, lse);
-  set_gradients(&call, dout, dlse, dquery, dkey, dvalue, drow_scale, dbias, dextra_key,
-                dextra_value, dsink_logits);
+  set_gradients(&call, dout, dlse, grads);
   const py::gil_scoped_release release;
   cpu::window_backward(call.params, *call.geometry, call.head_rule.data());
 }
@@ -423,13 +509,7 @@ py::list describe(const std::vector<cuda::Launch>& launches) {
 struct CudaCall {
   Call call;
 
-  explicit CudaCall(const py::args& problem)
-      : call(make_call(problem[0], problem[1], problem[2], problem[3], problem[4], problem[5],
-                       problem[6], problem[7], problem[8].cast<std::vector<int64_t>>(),
-                       problem[9].cast<std::vector<int64_t>>(), problem[10].cast<double>(),
-                       problem[11].cast<double>(), problem[12].cast<int64_t>(),
-                       problem[13].cast<std::vector<int64_t>>(),
-                       problem[14].cast<std::vector<int64_t>>(), Device::kCuda)) {}
+  explicit CudaCall(const py::tuple& problem) : call(make_call(problem, Device::kCuda)) {}
 
   std::shared_ptr<const cuda::Tables> tables(cuda::Pass pass) const {
     return cuda::shared_tables(call.geometry, call.head_rule, pass == cuda::Pass::kKeyGradient,
@@ -441,7 +521,7 @@ struct CudaCall {
 struct CudaForward : CudaCall {
   std::shared_ptr<const cuda::Tables> queries;
 
-  explicit CudaForward(const py::args& problem)
+  explicit CudaForward(const py::tuple& problem)
       : CudaCall(problem), queries(tables(cuda::Pass::kForward)) {}
   int64_t workspace_bytes() const { return cuda::forward_workspace(call.params, *queries); }
   std::vector<cuda::Launch> prepare(py::handle out, py::handle lse, uintptr_t device_queries,
@@ -456,7 +536,7 @@ struct CudaForward : CudaCall {
 struct CudaBackward : CudaCall {
   std::shared_ptr<const cuda::Tables> queries, keys;
 
-  explicit CudaBackward(const py::args& problem)
+  explicit CudaBackward(const py::tuple& problem)
       : CudaCall(problem),
         queries(tables(cuda::Pass::kQueryGradient)),
         keys(tables(cuda::Pass::kKeyGradient)) {}
@@ -464,11 +544,10 @@ struct CudaBackward : CudaCall {
   std::vector<cuda::Launch> prepare(const py::args& t, uintptr_t device_queries,
                                     uintptr_t device_keys, uintptr_t workspace) {
     set_results(&call, t[0], t[1]);
-    set_gradients(&call, t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9], t[10], t[11]);
-    return cuda::backward_launches(call.params, *queries,
-                                   reinterpret_cast<const int32_t*>(device_queries), *keys,
-                                   reinterpret_cast<const int32_t*>(device_keys),
-                                   reinterpret_cast<void*>(workspace));
+    set_gradients(&call, t[2], t[3], t[4]);
+    return cuda::backward_launches(
+        call.params, *queries, reinterpret_cast<const int32_t*>(device_queries), *keys,
+        reinterpret_cast<const int32_t*>(device_keys), reinterpret_cast<void*>(workspace));
   }
 };
 
@@ -544,13 +623,13 @@ PYBIND11_MODULE(_C, m) {
     return std::const_pointer_cast<cuda::Tables>(t);
   };
   py::class_<CudaForward>(m, "CudaForward")
-      .def(py::init<const py::args&>())
-      .def_property_readonly("queries", [shared](const CudaForward& f) { return shared(f.queries); })
+      .def(py::init<const py::tuple&>())
+      .def_property_readonly("queries",
+                             [shared](const CudaForward& f) { return shared(f.queries); })
       .def_property_readonly("workspace_bytes", &CudaForward::workspace_bytes)
-      .def("launches", [](CudaForward& f, py::handle out, py::handle lse, uintptr_t queries,
-                          uintptr_t workspace) {
-        return describe(f.prepare(out, lse, queries, workspace));
-      })
+      .def("launches",
+           [](CudaForward& f, py::handle out, py::handle lse, uintptr_t queries,
+              uintptr_t workspace) { return describe(f.prepare(out, lse, queries, workspace)); })
       .def("run", [](CudaForward& f, py::handle out, py::handle lse, uintptr_t queries,
                      uintptr_t workspace, int device, uintptr_t stream) {
         const auto launches = f.prepare(out, lse, queries, workspace);
@@ -558,14 +637,16 @@ PYBIND11_MODULE(_C, m) {
         cuda::launch(launches, device, stream, "window_forward");
       });
   py::class_<CudaBackward>(m, "CudaBackward")
-      .def(py::init<const py::args&>())
-      .def_property_readonly("queries", [shared](const CudaBackward& b) { return shared(b.queries); })
+      .def(py::init<const py::tuple&>())
+      .def_property_readonly("queries",
+                             [shared](const CudaBackward& b) { return shared(b.queries); })
       .def_property_readonly("keys", [shared](const CudaBackward& b) { return shared(b.keys); })
       .def_property_readonly("workspace_bytes", &CudaBackward::workspace_bytes)
-      .def("launches", [](CudaBackward& b, uintptr_t queries, uintptr_t keys, uintptr_t workspace,
-                          const py::args& tensors) {
-        return describe(b.prepare(tensors, queries, keys, workspace));
-      })
+      .def("launches",
+           [](CudaBackward& b, uintptr_t queries, uintptr_t keys, uintptr_t workspace,
+              const py::args& tensors) {
+             return describe(b.prepare(tensors, queries, keys, workspace));
+           })
       .def("run", [](CudaBackward& b, uintptr_t queries, uintptr_t keys, uintptr_t workspace,
                      int device, uintptr_t stream, const py::args& tensors) {
         const auto launches = b.prepare(tensors, queries, keys, workspace);

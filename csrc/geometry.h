@@ -39,7 +39,7 @@ struct AxisTable {
   std::vector<int32_t> begin, end;
   std::vector<int32_t> position;              // of packed queries, as key coordinates; else empty
   std::vector<int32_t> sink_begin, sink_end;  // empty when there are no sinks
-  bool monotone = true;   // no end of a window lies left of the one before
+  bool monotone = true;                       // no end of a window lies left of the one before
   int64_t sink_rows = 0;  // keys [0, sink_rows) are everybody's sinks (not so in packed sequences)
 
   int64_t query_class(int64_t i) const;

@@ -95,7 +95,7 @@ def problems(
     """A problem of one of the ops; ``most`` scales how many tokens it has."""
     op = draw(st.sampled_from(ops))
     rank = 1 if op == "sliding_window_attention" else draw(st.sampled_from((1, 2, 2, 3)))
-    limit = most * {1: 70, 2: 11, 3: 5}[rank]
+    limit = round({1: 70, 2: 11, 3: 5}[rank] * most ** (1 / rank))
     extent = st.one_of(st.integers(1, limit), st.integers(limit // 2, limit))
     queries = tuple(draw(extent) for _ in range(rank))
     keys = queries if draw(st.booleans()) else tuple(draw(extent) for _ in range(rank))

@@ -412,13 +412,32 @@ def test_the_same_calls_without_the_mistake():
     assert merge_attentions([x(2, 3)] * 2, [x(2)] * 2)[0].shape == (2, 3)
 
 
+def fake_line(device, dtype=torch.float32, shape=LINE):
+    return {name: torch.empty(shape, device=device, dtype=dtype) for name in ("q", "k", "v")}
+
+
 def test_devices_without_kernels():
     """Nothing falls back in silence: a tensor elsewhere is refused by name."""
     from torch._subclasses import FakeTensorMode
 
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with pytest.raises(NotImplementedError, match="query is on xpu"):
+            swa(2, **fake_line("xpu"))
+        assert swa(2, **fake_line("cuda")).device.type == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("what", "shape", "dtype", "message"),
+    [
+        ("dtype", LINE, torch.float64, "query has dtype torch.float64: on CUDA float32"),
+        ("head_dim", (*LINE[:-1], 257), torch.float32, "query has head_dim 257: on CUDA at most"),
+    ],
+)
+def test_what_cuda_kernels_do_not_do(what, shape, dtype, message):
+    from torch._subclasses import FakeTensorMode
+
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
-        pytest.raises(NotImplementedError, match="query is on cuda"),
+        pytest.raises(NotImplementedError, match=message),
     ):
-        device = torch.device("cuda:0")
-        swa(2, **{name: x(*LINE, device=device) for name in ("q", "k", "v")})
+        swa(2, **fake_line("cuda", dtype, shape))

@@ -412,6 +412,94 @@ def test_gradients_per_sample(name):
 # The process around
 
 
+def forward_arguments():
+    """A call of the binary's window_forward."""
+    query, key, value = (normal(1, 6, 2, 4, seed=i) for i in range(3))
+    rules = [2, 2, 1, 0, 1, 0, 0, 0]
+    return [query, key, value, *(None,) * 7, rules, [], 0.5, 0.0, 0], torch.empty(1, 6, 2, 4)
+
+
+@pytest.mark.parametrize(
+    "where, what",
+    [
+        ("out", torch.empty(1, 6, 2, 3)),
+        ("out", torch.empty(1, 5, 2, 4)),
+        ("out", torch.empty(1, 6, 2, 4, dtype=torch.bfloat16)),
+        ("out", torch.empty(1, 6, 2, 4, device="meta")),
+        ("out", torch.empty(1, 6, 2, 4, 1)),
+        ("out", torch.empty(1, 1, 1, 1, 1, 1, 1)),
+        ("out", torch.empty(())),
+        ("out", torch.empty(1, 6, 2, 8)[..., ::2]),
+        ("out", None),
+        ("out", object()),
+        (0, torch.ones(1, 6, 2, 4, dtype=torch.int32)),
+        (0, torch.ones(4)),
+        (1, torch.ones(1, 6, 2, 3)),
+        (1, torch.ones(2, 6, 2, 4)),
+        (2, torch.ones(1, 7, 2, 4)),
+        (3, torch.ones(1, 6, 1)),
+        (4, torch.ones(2, 3)),
+        (5, torch.ones(1, 6, 2, 4)),
+        (7, torch.ones(3)),
+        (7, torch.ones(4)[::2]),
+        (8, [0, 5]),
+        (9, [0, 6]),
+        (10, [2, 2, 1]),
+        (10, []),
+        (10, None),
+        (10, [2, 2, 1, 0, 1, 0, 7, 0]),
+        (11, [0, 1]),
+        (12, "0.5"),
+    ],
+    ids=str,
+)
+def test_binary_refuses_what_does_not_fit(where, what):
+    """Nobody but the operators calls it; it must not leave its tensors all the same."""
+    problem, out = forward_arguments()
+    attnext._C.window_forward(tuple(problem), out, None)
+    if where == "out":
+        out = what
+    else:
+        problem[where] = what
+    with pytest.raises((ValueError, TypeError, AttributeError, RuntimeError)):
+        attnext._C.window_forward(tuple(problem), out, None)
+    with pytest.raises((ValueError, TypeError)):
+        attnext._C.window_forward(tuple(problem[:-1]), out, None)
+
+
+def test_tensors_are_read_alike_without_dlpack():
+    """As under a torch that does not offer DLPack's C interface."""
+    code = """
+        import torch
+        {before}
+        import attnext
+        from attnext import testing
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(4, 2, 3, 9, 7, 4, generator=generator)
+        query, key, value, grad = x.movedim(2, -2)
+        bias = torch.randn(3, 5, 5, generator=generator)
+        tensors = dict(query=query, key=key, value=value, bias=bias)
+        results = testing.evaluate(
+            attnext.neighborhood_attention, tensors, dict(kernel_size=3), (grad, grad[..., 0])
+        )
+        problem = (query.to(torch.int8), *(None,) * 9, [], [], 1.0, 0.0, 0)
+        try:
+            attnext._C.window_forward(problem, query, None)
+        except TypeError as error:
+            print(error, {{name: result.tolist() for name, result in results.items()}})
+    """
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code.format(before=before))],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for before in ("", "torch.Tensor.__dlpack_c_exchange_api__ = None")
+    ]
+    assert printed[0] == printed[1] != ""
+
+
 def test_calls_from_several_python_threads():
     work = [call(name) for name in CALLS] * 4
     expected = [run(*item) for item in work]

@@ -60,8 +60,8 @@ def test_window_attention(problem):
     check(problem)
 
 
-@settings(max_examples=6)
-@given(problems(most=4))
+@settings(max_examples=20)
+@given(problems(most=6))
 def test_more_tokens_than_a_tile(problem):
     check(problem)
 
@@ -74,8 +74,8 @@ def test_many_problems(problem):
 
 
 @pytest.mark.heavy
-@settings(settings.get_profile("heavy"), max_examples=10)
-@given(problems(most=5))
+@settings(settings.get_profile("heavy"), max_examples=60)
+@given(problems(most=8))
 def test_many_large_problems(problem):
     check(problem)
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Window attention, one tile at a time: FlashAttention's online softmax (arXiv 2205.14135) with
-// queries in the lanes. Included by each ISA unit.
+// queries in the lanes. Included by each ISA unit. Here is what both passes share: scratch,
+// queries, blocks of keys and their logits.
 //
 // Forward, per block of keys:   1 walk   2 scores S = K Q'   3 modify and mask   4 softmax
 //                               5 output O += V' P
@@ -471,108 +472,6 @@ class Window {
       row_scores<Elem>(key_rows, block.lo[v], block.hi[v], depth, q_row, s + lane, tile.lanes);
     }
   }
-  void sparse_accumulate(const Vec* factor) {
-    for (uint64_t rest = tile.live; rest; rest &= rest - 1) {
-      const int lane = __builtin_ctzll(rest), v = lane / kLanes;
-      const Elem* weights;
-      if constexpr (kPairs) {
-        for (int64_t j = block.lo[v]; j < block.hi[v]; j += 2) {
-          store(reinterpret_cast<Acc*>(pair_s) + j / 2 * tile.lanes + v * kLanes,
-                make_pairs(load(s + j * tile.lanes + v * kLanes),
-                           load(s + (j + 1) * tile.lanes + v * kLanes)));
-        }
-        weights = pair_s;
-      } else {
-        weights = s;
-      }
-      row_accumulate<Elem>(value_rows, block.lo[v] / kDepth, block.hi[v] / kDepth, p.head_dim_v,
-                           weights + lane, tile.lanes, row_out);
-      const Acc scale_old = factor[v][lane % kLanes];
-      for (int64_t d = 0; d < p.head_dim_v; ++d) {
-        Acc* o = ot + d * tile.lanes + lane;
-        *o = *o * scale_old + row_out[d];
-      }
-    }
-  }
-
-  // ---- forward ---------------------------------------------------------------------------------
-
-  template <bool kMasked>
-  void softmax(int v, Vec in_base_2, Vec* factor) {
-    const int ld = tile.lanes, shift = v * kLanes;
-    Acc* x = s + shift;
-    const Vec lowest = broadcast(Acc(-INFINITY));
-    Vec top = lowest;
-    for (int64_t j = block.lo[v]; j < block.hi[v]; ++j) {
-      Vec y = load(x + j * ld);
-      if constexpr (kMasked) {
-        y = select_bits<Acc>(block.mask[j] >> shift, y, lowest);
-        store(x + j * ld, y);
-      }
-      top = max_or_second(y, top);
-    }
-    const Vec before = load(maximum + shift);
-    top = max_or_second(top * in_base_2, before);
-    const Vec base = top == lowest ? Vec{} : top;  // a row that saw nothing yet
-    *factor = exp2(before - base);
-    // Four sums, by the key's place in the block: many equal weights added to one would all be
-    // rounded the same way.
-    Vec part[4] = {}, applied = kPairs ? load(norm + shift) * *factor : Vec{};
-    const auto weigh = [&](int64_t j, Vec& total) {
-      Vec w = exp2(load(x + j * ld) * in_base_2 - base);
-      total += w;
-      if constexpr (kPairs) applied += w = round_to_bf16(w);
-      store(x + j * ld, w);
-    };
-    int64_t j = block.lo[v];
-    for (; j < block.hi[v] && j % 4; ++j) weigh(j, part[j % 4]);
-    for (; j + 4 <= block.hi[v]; j += 4) {
-#pragma GCC unroll 4
-      for (int r = 0; r < 4; ++r) weigh(j + r, part[r]);
-    }
-    for (; j < block.hi[v]; ++j) weigh(j, part[j % 4]);
-    const Vec total = load(sum + shift) * *factor + ((part[0] + part[1]) + (part[2] + part[3]));
-    store(maximum + shift, top);
-    store(sum + shift, total);
-    if constexpr (kPairs) store(norm + shift, applied);
-  }
-
-  // Runs the live lanes of the current tile; false if something non-finite met a mask, in which
-  // case 0 * NaN may have reached a row that does not attend it.
-  bool forward_lanes(int64_t b, int64_t h, int64_t from, int64_t to, const Acc* bias,
-                     bool with_sink) {
-    load_queries(b, h);
-    for (int lane = 0; lane < tile.lanes; ++lane) {
-      const bool sink = p.sink_logits && with_sink;
-      maximum[lane] =
-          sink ? static_cast<const Acc*>(p.sink_logits)[h] * Acc(kLog2E) : Acc(-INFINITY);
-      sum[lane] = norm[lane] = sink ? 1 : 0;
-    }
-    memset(ot, 0, sizeof(Acc) * dvp * tile.lanes);
-    const KeyWalk<T> walk(p, tile, zeros, walk_mask, nullptr, b, h / (p.heads / p.kv_heads));
-    bool masked = false;
-    while (next_block(walk, &from, to, false)) {
-      masked |= block.masked;
-      query_scores();
-      Vec factor[kMaxVectors];
-      for (int v = 0; v < tile.vectors; ++v) {
-        const bool modified = p.softcap > 0 || bias;
-        if (modified) modify(v, bias, false);
-        if (block.masked) {
-          softmax<true>(v, logit_unit(v, modified), factor + v);
-        } else {
-          softmax<false>(v, logit_unit(v, modified), factor + v);
-        }
-      }
-      if (sparse) {
-        sparse_accumulate(factor);
-      } else {
-        block_accumulate(value_rows, p.head_dim_v, s, ot, factor);
-      }
-    }
-    if (!masked || !(tile.live & (tile.live - 1))) return true;
-    return output_is_finite(p.head_dim_v);
-  }
 
   // Whether `ot`[dim][lanes] holds neither NaN nor inf.
   bool output_is_finite(int64_t dim) const {
@@ -584,78 +483,6 @@ class Window {
     return true;
   }
 
-  void finish_forward(int64_t b, int64_t h) {
-    Acc inverse[kMaxLanes];
-    for (int lane = 0; lane < tile.lanes; ++lane) {
-      const Acc weights = kPairs ? norm[lane] : sum[lane];
-      inverse[lane] = weights == 0 ? Acc(0) : Acc(1) / weights;
-      if (!p.lse.data || !(tile.live >> lane & 1)) continue;
-      // In fp64: what lse loses here, the backward pass would lose once more per weight.
-      static_cast<Acc*>(p.lse.data)[offset_of(p.lse, lane, b, h)] =
-          sum[lane] == 0 ? Acc(-INFINITY)
-                         : static_cast<Acc>(maximum[lane] / kLog2E + ::log(double(sum[lane])));
-    }
-    store_rows(p.out, p.head_dim_v, inverse, b, h);
-  }
-  void forward(int64_t b, int64_t h, const int64_t index[3], int64_t from, int64_t to,
-               const Acc* bias, Acc* partial) {
-    start_tile(index);
-    to = min64(to, tile.total);
-    const bool with_sink = from == 0;
-    if (forward_lanes(b, h, from, to, bias, with_sink)) {
-      partial ? save_partial(partial) : finish_forward(b, h);
-      return;
-    }
-    for (uint64_t rest = tile.whole; rest; rest &= rest - 1) {
-      tile.live = rest & -rest;
-      forward_lanes(b, h, from, to, bias, with_sink);
-      partial ? save_partial(partial) : finish_forward(b, h);
-    }
-  }
-
-  // partial: [dvp][lanes], maximum[lanes], sum[lanes], norm[lanes], with lanes of a full tile.
-  void save_partial(Acc* partial) const {
-    for (uint64_t rest = tile.live; rest; rest &= rest - 1) {
-      const int lane = __builtin_ctzll(rest);
-      for (int64_t d = 0; d < dvp; ++d) partial[d * max_lanes + lane] = ot[d * tile.lanes + lane];
-      partial[dvp * max_lanes + lane] = maximum[lane];
-      partial[(dvp + 1) * max_lanes + lane] = sum[lane];
-      partial[(dvp + 2) * max_lanes + lane] = norm[lane];
-    }
-  }
-  static int64_t partial_size(const WindowParams& p, const PlanView& plan) {
-    return (padded(p.head_dim_v) + 3) * plan.vectors * kLanes;
-  }
-  void merge_partials(int64_t b, int64_t h, const int64_t index[3], int64_t count,
-                      const Acc* partials) {
-    start_tile(index);
-    const int64_t size = partial_size(p, plan);
-    memset(ot, 0, sizeof(Acc) * dvp * tile.lanes);
-    for (uint64_t rest = tile.live; rest; rest &= rest - 1) {
-      const int lane = __builtin_ctzll(rest);
-      Acc top = -INFINITY;
-      for (int64_t k = 0; k < count; ++k) {
-        const Acc m = partials[k * size + dvp * max_lanes + lane];
-        top = m > top ? m : top;
-      }
-      Acc total = 0, applied = 0;
-      for (int64_t k = 0; k < count; ++k) {
-        const Acc* part = partials + k * size + lane;
-        const Acc m = part[dvp * max_lanes], l = part[(dvp + 1) * max_lanes];
-        if (l == 0) continue;
-        const Acc w = exp2_of(m - top);
-        total += w * l;
-        applied += w * part[(dvp + 2) * max_lanes];
-        for (int64_t d = 0; d < p.head_dim_v; ++d) {
-          ot[d * tile.lanes + lane] += w * part[d * max_lanes];
-        }
-      }
-      maximum[lane] = top;
-      sum[lane] = total;
-      norm[lane] = applied;
-    }
-    finish_forward(b, h);
-  }
   static float exp2_of(float x) { return ::exp2f(x); }
   static double exp2_of(double x) { return ::exp2(x); }
 
@@ -685,10 +512,6 @@ class Window {
   alignas(64) Acc scale[kMaxLanes];
   alignas(64) Acc unit[kMaxLanes];
   alignas(64) Acc sign[kMaxLanes];
-  alignas(64) Acc maximum[kMaxLanes];
-  alignas(64) Acc sum[kMaxLanes];
-  alignas(
-      64) Acc norm[kMaxLanes];  // sum of the weights as the output took them, if they were rounded
 };
 
 }  // namespace ATTNEXT_ISA

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "window_backward.inl"
+#include "window_forward.inl"
 
 namespace attnext {
 namespace cpu {
@@ -10,12 +11,12 @@ namespace ATTNEXT_ISA {
 
 template <class T>
 struct WindowEntry {
-  using W = Window<T>;
+  using F = WindowForward<T>;
   using B = WindowBackward<T>;
-  using Acc = typename W::Acc;
+  using Acc = typename F::Acc;
 
   static int64_t forward_scratch(const WindowParams& p, const PlanView& v) {
-    return W(p, v, nullptr, false).scratch_bytes();
+    return F(p, v, nullptr).scratch_bytes();
   }
   static int64_t backward_scratch(const WindowParams& p, const PlanView& v) {
     return B(p, v, nullptr).scratch_bytes();
@@ -26,12 +27,12 @@ struct WindowEntry {
   static void forward(const WindowParams& p, const PlanView& v, int64_t b, int64_t h,
                       const int64_t tile[3], int64_t from, int64_t to, const void* bias,
                       void* scratch, void* partial) {
-    W(p, v, scratch, false)
+    F(p, v, scratch)
         .forward(b, h, tile, from, to, static_cast<const Acc*>(bias), static_cast<Acc*>(partial));
   }
   static void merge_partials(const WindowParams& p, const PlanView& v, int64_t b, int64_t h,
                              const int64_t tile[3], int64_t count, void* partials, void* scratch) {
-    W(p, v, scratch, false).merge_partials(b, h, tile, count, static_cast<const Acc*>(partials));
+    F(p, v, scratch).merge_partials(b, h, tile, count, static_cast<const Acc*>(partials));
   }
   static void backward(const WindowParams& p, const PlanView& v, const SlabItem& item, int64_t h,
                        const void* bias, void* rows, void* dbias, void* dtable, void* scratch) {
@@ -45,9 +46,9 @@ struct WindowEntry {
   }
 
   static constexpr WindowKernels table() {
-    return {W::kLanes,   ATTNEXT_TILE_VECTORS, forward_scratch, backward_scratch,
-            B::row_size, B::bias_size,         expand_bias,     W::fetch_queries,
-            forward,     W::partial_size,      merge_partials,  backward,
+    return {F::kLanes,   ATTNEXT_TILE_VECTORS, forward_scratch, backward_scratch,
+            B::row_size, B::bias_size,         expand_bias,     F::fetch_queries,
+            forward,     F::partial_size,      merge_partials,  backward,
             finish_slab, B::merge_slabs,       B::merge_extra,  B::halo_rows};
   }
 };

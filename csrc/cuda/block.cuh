@@ -128,7 +128,8 @@ ATTNEXT_DEVICE float scale_of(const WindowParams& w, int64_t batch, const int32_
                               int64_t head) {
   float scale = static_cast<float>(w.scale);
   if (w.row_scale.data) {
-    scale *= static_cast<const float*>(w.row_scale.data)[offset_of(w.row_scale, batch, token, head)];
+    scale *=
+        static_cast<const float*>(w.row_scale.data)[offset_of(w.row_scale, batch, token, head)];
   }
   return scale;
 }
@@ -160,7 +161,7 @@ struct Block {
   const TensorRef *first, *second, *extra_first, *extra_second;
   int32_t walk_head;
   bool walks_queries;
-  bool near;  // places serve: see copy_far
+  bool near;                           // places serve: see copy_far
   uint64_t start_first, start_second;  // of the operands' rows for this batch item and head
 
   ATTNEXT_DEVICE Block(const WindowLaunch& launch, uint8_t* shared_memory)
@@ -200,11 +201,12 @@ struct Block {
       return row_address(*t, offset_of(*t, batch, at.token, walk_head));
     }
     if (at.kind != Walk::Slot::kExtra) return 0;
-    return row_address(*extra, batch * extra->batch + at.token[2] * extra->token[2] +
-                                   walk_head * extra->head);
+    return row_address(
+        *extra, batch * extra->batch + at.token[2] * extra->token[2] + walk_head * extra->head);
   }
 
-  // ---- rows --------------------------------------------------------------------------------------
+  // ---- rows
+  // --------------------------------------------------------------------------------------
 
   // Copies the rows that lie at lanes' addresses (0: none) to a held tile. All threads call it.
   ATTNEXT_DEVICE void hold(int tile, uint64_t mine, int64_t dim) {
@@ -216,7 +218,8 @@ struct Block {
                                         static_cast<int>(dim * sizeof(T)), p.aligned);
   }
 
-  // ---- the walk ----------------------------------------------------------------------------------
+  // ---- the walk
+  // ----------------------------------------------------------------------------------
 
   // Each thread finds a slot for all that will copy it. Extra keys are found by those who copy.
   ATTNEXT_DEVICE void find_step(int32_t slot, int buffer, int numbers) {
@@ -293,8 +296,8 @@ struct Block {
       }
     }
   }
-  // Rows that do not start at multiples of 16 bytes, are too far apart, or are those of extra keys or
-  // phantoms.
+  // Rows that do not start at multiples of 16 bytes, are too far apart, or are those of extra keys
+  // or phantoms.
   ATTNEXT_DEVICE void copy_far(int32_t slot, int stage, int operand, const TensorRef* t,
                                const TensorRef* extra, int bytes) {
 #pragma unroll 1
@@ -362,7 +365,8 @@ struct Block {
     static constexpr bool value = kValue;
   };
 
-  // ---- a row by a warp ---------------------------------------------------------------------------
+  // ---- a row by a warp
+  // ---------------------------------------------------------------------------
 
   // Numbers lane, lane + 32, ... of a row; zeros at address 0.
   ATTNEXT_DEVICE void load_row(uint64_t from, int64_t dim, float (&x)[kMine]) const {

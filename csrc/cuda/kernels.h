@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The list of window kernels: name, element type, head-dim bucket, warps of a block, fragments of 16
-// rows that a warp holds, slots of the walk per step, whether score modifiers are compiled in, and
-// how many blocks share the columns of a tile's result. The host chooses from it, the device
+// The list of window kernels: name, element type, head-dim bucket, warps of a block, fragments of
+// 16 rows that a warp holds, slots of the walk per step, whether score modifiers are compiled in,
+// and how many blocks share the columns of a tile's result. The host chooses from it, the device
 // instantiates it.
 //
 // A warp holds 32 rows where its registers allow: every fragment of the walked side that is read
 // from shared memory then serves two products. Tiles of 128 rows (`long`) are for sequences: warps
-// skip the steps that their own rows do not attend, and more rows share what is copied. Boxes of two
-// and three axes waste less at 64. fp32 is one variant with everything.
+// skip the steps that their own rows do not attend, and more rows share what is copied. Boxes of
+// two and three axes waste less at 64. fp32 is one variant with everything.
 #pragma once
 
 #include "../dtype.h"

@@ -14,7 +14,8 @@ namespace attnext {
 namespace cuda {
 namespace {
 
-// ---- kernels -------------------------------------------------------------------------------------
+// ---- kernels
+// -------------------------------------------------------------------------------------
 
 struct Kernel {
   const char* name;
@@ -27,7 +28,7 @@ struct Kernel {
 
 template <class T>
 constexpr DType dtype_of() {
-  return sizeof(T) == 4               ? DType::kFloat32
+  return sizeof(T) == 4                 ? DType::kFloat32
          : std::is_same<T, bf16>::value ? DType::kBFloat16
                                         : DType::kFloat16;
 }
@@ -39,20 +40,20 @@ constexpr DType dtype_of() {
          {dim, warps, frags, step, slices},                                                       \
          modified,                                                                                \
          SharedPlan<sizeof(T), dim, (warps) * (frags) * 16, step, held, numbers>::kBytes},
-#define ATTNEXT_DESCRIBE_FORWARD(name, T, dim, warps, frags, step, modified, slices)              \
-  ATTNEXT_DESCRIBE(Pass::kForward, 1, (modified) ? 1 : 0, name, T, dim, warps, frags, step,       \
+#define ATTNEXT_DESCRIBE_FORWARD(name, T, dim, warps, frags, step, modified, slices)        \
+  ATTNEXT_DESCRIBE(Pass::kForward, 1, (modified) ? 1 : 0, name, T, dim, warps, frags, step, \
                    modified, slices)
 #define ATTNEXT_DESCRIBE_QUERY(name, T, dim, warps, frags, step, modified, slices)                \
   ATTNEXT_DESCRIBE(Pass::kQueryGradient, 2, (modified) ? 1 : 0, name, T, dim, warps, frags, step, \
                    modified, slices)
-#define ATTNEXT_DESCRIBE_KEY(name, T, dim, warps, frags, step, modified, slices)                  \
-  ATTNEXT_DESCRIBE(Pass::kKeyGradient, 2, (modified) ? 6 : 3, name, T, dim, warps, frags, step,   \
+#define ATTNEXT_DESCRIBE_KEY(name, T, dim, warps, frags, step, modified, slices)                \
+  ATTNEXT_DESCRIBE(Pass::kKeyGradient, 2, (modified) ? 6 : 3, name, T, dim, warps, frags, step, \
                    modified, slices)
-#define ATTNEXT_DESCRIBE_BIAS(name, T, dim, warps, frags, step, modified, slices)                 \
-  ATTNEXT_DESCRIBE(Pass::kBiasGradient, 2, (modified) ? 1 : 0, name, T, dim, warps, frags, step,  \
+#define ATTNEXT_DESCRIBE_BIAS(name, T, dim, warps, frags, step, modified, slices)                \
+  ATTNEXT_DESCRIBE(Pass::kBiasGradient, 2, (modified) ? 1 : 0, name, T, dim, warps, frags, step, \
                    modified, slices)
-#define ATTNEXT_DESCRIBE_ALL(bits, T, type)                                \
-  ATTNEXT_FORWARD_KERNELS_##bits(ATTNEXT_DESCRIBE_FORWARD, T, type)        \
+#define ATTNEXT_DESCRIBE_ALL(bits, T, type)                                  \
+  ATTNEXT_FORWARD_KERNELS_##bits(ATTNEXT_DESCRIBE_FORWARD, T, type)          \
       ATTNEXT_QUERY_GRADIENT_KERNELS_##bits(ATTNEXT_DESCRIBE_QUERY, T, type) \
           ATTNEXT_KEY_GRADIENT_KERNELS_##bits(ATTNEXT_DESCRIBE_KEY, T, type) \
               ATTNEXT_BIAS_GRADIENT_KERNELS_##bits(ATTNEXT_DESCRIBE_BIAS, T, type)
@@ -92,7 +93,8 @@ int32_t narrow(int64_t x, const char* what) {
   return static_cast<int32_t>(x);
 }
 
-// ---- tables --------------------------------------------------------------------------------------
+// ---- tables
+// --------------------------------------------------------------------------------------
 
 constexpr int32_t kRuleInts = sizeof(RuleTiles) / 4;
 
@@ -140,8 +142,8 @@ std::vector<AxisTile> tiles_of(const AxisPlan& plan) {
   std::vector<AxisTile> tiles;
   for (const Group& g : plan.groups) {
     const Segment& s = plan.segments[g.first_segment];
-    tiles.push_back({s.query, s.count, s.position, g.cls, 0, g.begin, g.end, g.sink_begin,
-                     g.sink_end});
+    tiles.push_back(
+        {s.query, s.count, s.position, g.cls, 0, g.begin, g.end, g.sink_begin, g.sink_end});
   }
   return tiles;
 }
@@ -151,8 +153,7 @@ void walk_queries(const AxisTable& keys, const AxisTable& original, std::vector<
   for (AxisTile& tile : *tiles) {
     const int64_t cls = tile.first, first = first_query_of_class(original, cls);
     tile.first = static_cast<int32_t>(first);
-    tile.base =
-        original.position.empty() ? static_cast<int32_t>(original.query_index(first)) : 0;
+    tile.base = original.position.empty() ? static_cast<int32_t>(original.query_index(first)) : 0;
     tile.begin = INT32_MAX, tile.end = 0;
     for (int32_t r = 0; r < tile.count; ++r) {
       const int64_t row = tile.row + r * keys.dilation;
@@ -179,8 +180,8 @@ RuleTiles extra_rule(int64_t extra_keys, const std::vector<AxisTable>& given, in
     std::vector<AxisTile> tiles;
     for (int64_t row = 0; row < count; row += box) {
       const int64_t here = std::min(box, count - row);
-      tiles.push_back({static_cast<int32_t>(row), static_cast<int32_t>(here), 0, 0, 0, 0, walked,
-                       0, 0});
+      tiles.push_back(
+          {static_cast<int32_t>(row), static_cast<int32_t>(here), 0, 0, 0, 0, walked, 0, 0});
     }
     axis.num_tiles = static_cast<int32_t>(tiles.size());
     axis.tiles = writer->append(tiles);
@@ -286,7 +287,8 @@ std::shared_ptr<const Tables> shared_tables(const std::shared_ptr<const Geometry
   return tables;
 }
 
-// ---- launches ------------------------------------------------------------------------------------
+// ---- launches
+// ------------------------------------------------------------------------------------
 
 std::vector<KernelFacts> all_kernels() {
   std::vector<KernelFacts> out;
@@ -366,8 +368,8 @@ void split(const WindowParams& p, const Tables& tables, const KernelShape& shape
   const int64_t steps =
       std::max<int64_t>(1, ceil_div(tables.longest_walk + p.extra_keys, shape.step));
   const int64_t blocks = std::max<int64_t>(1, p.batch * p.heads * tables.most_tiles);
-  const int64_t splits = std::max<int64_t>(
-      1, std::min({kEnoughBlocks / blocks, steps / kLeastSteps, kMostSplits}));
+  const int64_t splits =
+      std::max<int64_t>(1, std::min({kEnoughBlocks / blocks, steps / kLeastSteps, kMostSplits}));
   if (splits == 1) return;
   const int64_t share = ceil_div(steps, splits);
   launch->splits = static_cast<int32_t>(ceil_div(steps, share));
@@ -390,8 +392,8 @@ int64_t forward_workspace(const WindowParams& p, const Tables& tables) {
   launch.splits = 1;
   split(p, tables, shape, &launch);
   if (launch.splits == 1) return 0;
-  return p.batch * p.heads * tables.most_tiles * launch.splits * shape.rows() *
-         (p.head_dim_v + 2) * int64_t(sizeof(float));
+  return p.batch * p.heads * tables.most_tiles * launch.splits * shape.rows() * (p.head_dim_v + 2) *
+         int64_t(sizeof(float));
 }
 
 std::vector<Launch> forward_launches(const WindowParams& p, const Tables& tables,
@@ -430,8 +432,8 @@ std::vector<Launch> backward_launches(const WindowParams& p, const Tables& queri
   if (rows > 0) {
     out.push_back({std::string("window_statistics") + suffix(p.dtype),
                    narrow(ceil_div(rows, 4), "grid"), 128, 0, by_query});
-    out.push_back(launch_of(choose(p, Pass::kQueryGradient),
-                            p.batch * p.heads * queries.most_tiles, by_query));
+    out.push_back(launch_of(choose(p, Pass::kQueryGradient), p.batch * p.heads * queries.most_tiles,
+                            by_query));
   }
   if (p.dsink_logits) out.push_back({"window_sink_gradient", p.heads, 256, 0, by_query});
   const int64_t key_blocks = p.batch * p.kv_heads * (keys.most_tiles + keys.extra_tiles);
@@ -443,8 +445,8 @@ std::vector<Launch> backward_launches(const WindowParams& p, const Tables& queri
     params.splits = static_cast<int32_t>(bias_blocks(p, queries));
     out.push_back(launch_of(kernel, p.heads * params.splits, params));
     params.rows = kernel.shape.warps;
-    out.push_back({"window_merge_bias",
-                   narrow(ceil_div(p.heads * p.bias_head_stride, 128), "grid"), 128, 0, params});
+    out.push_back({"window_merge_bias", narrow(ceil_div(p.heads * p.bias_head_stride, 128), "grid"),
+                   128, 0, params});
   }
   return out;
 }

@@ -48,16 +48,16 @@ constexpr int32_t kTileInts = sizeof(AxisTile) / 4;
 struct Tables {
   std::vector<int32_t> data;
   int32_t num_rules = 0;
-  int32_t extra_tiles = 0;  // tiles of extra keys, by key
-  int32_t head_rule = 0;    // where the rule of each head stands
+  int32_t extra_tiles = 0;   // tiles of extra keys, by key
+  int32_t head_rule = 0;     // where the rule of each head stands
   int32_t most_tiles = 0;    // of any rule
   int64_t longest_walk = 0;  // of any tile, extra keys not counted
   double useful_pairs = 0, computed_pairs = 0;
 };
 
-// By query (for the forward pass and dQ) or by key; `rows` is what a tile holds at most. By key, the
-// rows of all rules are cut alike, and extra keys are a rule of their own after the last: a block
-// holds its keys while it walks over the queries of one head after another.
+// By query (for the forward pass and dQ) or by key; `rows` is what a tile holds at most. By key,
+// the rows of all rules are cut alike, and extra keys are a rule of their own after the last: a
+// block holds its keys while it walks over the queries of one head after another.
 Tables make_tables(const Geometry& geometry, const std::vector<int32_t>& head_rule, bool by_key,
                    int32_t rows, int64_t extra_keys);
 
@@ -89,16 +89,16 @@ struct WindowLaunch {
   WindowParams window;
   const int32_t* tables;
   int32_t num_rules, most_tiles;
-  int32_t head_rule;    // where the tables have the rule of each head
-  int32_t extra_tiles;  // of the rule after the last, whose rows are extra keys
-  int32_t splits;      // blocks that share one tile's walk, or (bias gradient) one head's tiles
-  int32_t split_step;  // walk slots of each, a multiple of the kernel's step
-  int32_t near;        // units reach every walked row from the start of its batch item and head
+  int32_t head_rule;     // where the tables have the rule of each head
+  int32_t extra_tiles;   // of the rule after the last, whose rows are extra keys
+  int32_t splits;        // blocks that share one tile's walk, or (bias gradient) one head's tiles
+  int32_t split_step;    // walk slots of each, a multiple of the kernel's step
+  int32_t near;          // units reach every walked row from the start of its batch item and head
   uint32_t unit_bytes;   // 16
   uint32_t units[4][3];  // between tokens of query, key, value, dout
-  int32_t aligned;     // all rows that are copied start at multiples of 16 bytes
+  int32_t aligned;       // all rows that are copied start at multiples of 16 bytes
   int32_t aligned_out;
-  int32_t rows;        // of a tile, for kernels that have no tiles of their own
+  int32_t rows;       // of a tile, for kernels that have no tiles of their own
   float* partial;     // [tile block][split][rows][dim + 2]: unnormalised output, maximum, sum
   float* statistics;  // backward: lse in base 2, its rest, delta; [batch, tokens, heads] each
 };

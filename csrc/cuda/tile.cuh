@@ -188,10 +188,10 @@ struct Products {  // bf16 and fp16
   }
 };
 
-#define ATTNEXT_MMA(T, shape, types, a, b)                                                      \
-  asm volatile("mma.sync.aligned." shape ".row.col.f32." types                                  \
-               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"           \
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                 \
+#define ATTNEXT_MMA(T, shape, types, a, b)                                            \
+  asm volatile("mma.sync.aligned." shape ".row.col.f32." types                        \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                       \
                : "r"((a)[0]), "r"((a)[1]), "r"((a)[2]), "r"((a)[3]), "r"((b)[0]), "r"((b)[1]))
 
 template <>
@@ -254,8 +254,9 @@ struct Products<float> {
     Right b;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {  // (row, row + 1) of columns g, then of columns 8 + g
-      const uint32_t at = tile + row0 * L::kRowBytes +
-                          (L::at(2 * t + i % 2, g / 4) ^ static_cast<uint32_t>((chunk + i / 2 * 2) * 16));
+      const uint32_t at =
+          tile + row0 * L::kRowBytes +
+          (L::at(2 * t + i % 2, g / 4) ^ static_cast<uint32_t>((chunk + i / 2 * 2) * 16));
       split(load_shared_float(at + g % 4 * 4), b.high[i], b.low[i]);
     }
     return b;

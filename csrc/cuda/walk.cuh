@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which rows a block holds, and the walk over what they attend: extra keys, then sinks, then the box
-// that is the union of the rows' windows, token by token in raster order. The only code on the
+// Which rows a block holds, and the walk over what they attend: extra keys, then sinks, then the
+// box that is the union of the rows' windows, token by token in raster order. The only code on the
 // device that turns the tables of plan.h into work.
 #pragma once
 
@@ -192,7 +192,7 @@ struct Steps {
   static constexpr int kWords = (kStep + 31) / 32;
 
   Interval reach[3], common[3];  // union and intersection of the windows of the warp's rows
-  bool any_row;  // rows that are not live may hold anything
+  bool any_row;                  // rows that are not live may hold anything
   int32_t line0, line1, column;  // where the next step begins in the box; before it: column < 0
 
   // `count` rows of a warp lie in its first lanes.
@@ -250,8 +250,8 @@ struct Steps {
     if (!wraps && (u0 < reach[0].begin || u1 >= reach[1].end || last1 < reach[1].begin)) {
       return Step::kSkip;
     }
-    const bool whole_lines = common[2].begin <= walk.tile[2]->begin &&
-                             common[2].end >= walk.tile[2]->begin + walk.width;
+    const bool whole_lines =
+        common[2].begin <= walk.tile[2]->begin && common[2].end >= walk.tile[2]->begin + walk.width;
     const bool full = whole_lines && !wraps && slot + kStep <= walk.total &&
                       common[0].contains(u0) && common[1].begin <= u1 && last1 < common[1].end;
     return full ? Step::kFull : Step::kEdge;

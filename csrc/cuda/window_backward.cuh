@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Window attention backward. Weights are made again from the log-sum-exp. dQ holds queries and walks
-// over keys; dK and dV hold keys and walk over the queries that attend them (the inverse windows),
-// so that every sum has one owner and one order: no atomics.
+// Window attention backward. Weights are made again from the log-sum-exp. dQ holds queries and
+// walks over keys; dK and dV hold keys and walk over the queries that attend them (the inverse
+// windows), so that every sum has one owner and one order: no atomics.
 //
 //   P = exp(S - lse)    dS = P (dO V' - delta)    dQ = dS K    dK = dS' Q    dV = P' dO
 //   delta = sum dO O - dLSE
@@ -21,8 +21,8 @@ struct Statistics {
   ATTNEXT_DEVICE static int64_t rows(const WindowParams& w) {
     return w.batch * w.query_extent[0] * w.query_extent[1] * w.query_extent[2] * w.heads;
   }
-  ATTNEXT_DEVICE static int64_t index(const WindowParams& w, int32_t batch,
-                                      const int32_t (&x)[3], int32_t head) {
+  ATTNEXT_DEVICE static int64_t index(const WindowParams& w, int32_t batch, const int32_t (&x)[3],
+                                      int32_t head) {
     const int64_t token =
         ((batch * w.query_extent[0] + x[0]) * w.query_extent[1] + x[1]) * w.query_extent[2] + x[2];
     return token * w.heads + head;
@@ -79,8 +79,7 @@ ATTNEXT_DEVICE void find_statistics(const WindowLaunch& p) {
 ATTNEXT_DEVICE void sink_gradient(const WindowLaunch& p) {
   const WindowParams& w = p.window;
   const int64_t head = blockIdx.x, n = Statistics::rows(w);
-  const float sink =
-      static_cast<const float*>(w.sink_logits)[head] * static_cast<float>(kLog2E);
+  const float sink = static_cast<const float*>(w.sink_logits)[head] * static_cast<float>(kLog2E);
   float sum = 0.f;
   for (int64_t row = threadIdx.x * w.heads + head; row < n; row += blockDim.x * w.heads) {
     const Statistics s = Statistics::load(p, row);
@@ -116,15 +115,14 @@ enum class Wanted { kQuery, kBias };
 
 // dQ and the gradient of the row scale; or, walking over many tiles, the gradient of the bias.
 template <class T, int kDim, int kWarps, int kFrags, int kStep, bool kModified, Wanted kWanted>
-struct QueryGradient
-    : Block<QueryGradient<T, kDim, kWarps, kFrags, kStep, kModified, kWanted>, T, kDim, kWarps,
-            kFrags, kStep, 2, kModified ? 1 : 0> {
+struct QueryGradient : Block<QueryGradient<T, kDim, kWarps, kFrags, kStep, kModified, kWanted>, T,
+                             kDim, kWarps, kFrags, kStep, 2, kModified ? 1 : 0> {
   using Base = Block<QueryGradient, T, kDim, kWarps, kFrags, kStep, 2, kModified ? 1 : 0>;
+  using Base::Base;
   using Base::batch, Base::head, Base::kv_head, Base::lane, Base::p, Base::w, Base::walk,
       Base::warp;
   using Base::kColumns, Base::kMine, Base::kRows, Base::kWarpRows;
   using typename Base::Mask;
-  using Base::Base;
   static constexpr bool kExact = sizeof(T) == 4;  // the rest of lse tells only in fp32
   using Rows = LeftRows<T, kDim, kFrags, false>;
 
@@ -186,7 +184,8 @@ struct QueryGradient
     }
   }
 
-  // ---- the tile ----------------------------------------------------------------------------------
+  // ---- the tile
+  // ----------------------------------------------------------------------------------
 
   ATTNEXT_DEVICE bool start(int32_t index) {
     if (!walk.start(p, walk.rule_of(p, head), index, static_cast<int32_t>(w.extra_keys))) {
@@ -302,7 +301,8 @@ struct QueryGradient
     if (w.drow_scale.data && lane == 0) store_dscale(row, total);
   }
 
-  // ---- the bias ----------------------------------------------------------------------------------
+  // ---- the bias
+  // ----------------------------------------------------------------------------------
 
   // A warp adds one row of dS after another to a table of its own: the slots of a row have
   // different entries.
@@ -326,8 +326,7 @@ struct QueryGradient
             for (int n = n0; n < n0 + 4 && n < kColumns; ++n) {
 #pragma unroll
               for (int e = 0; e < 2; ++e) {
-                const float here =
-                    __shfl_sync(~0u, ds[f][n][2 * half + e], g * 4 + lane % 8 / 2);
+                const float here = __shfl_sync(~0u, ds[f][n][2 * half + e], g * 4 + lane % 8 / 2);
                 if (lane / 8 == n - n0 && lane % 2 == e) x = here;
               }
             }
@@ -372,15 +371,14 @@ ATTNEXT_DEVICE void merge_bias(const WindowLaunch& p) {
 
 // dK and dV of a tile of keys, of kDim / kSlices columns: those that fit in registers.
 template <class T, int kDim, int kWarps, int kFrags, int kStep, bool kModified, int kSlices>
-struct KeyGradient
-    : Block<KeyGradient<T, kDim, kWarps, kFrags, kStep, kModified, kSlices>, T, kDim, kWarps,
-            kFrags, kStep, 2, kModified ? 6 : 3> {
+struct KeyGradient : Block<KeyGradient<T, kDim, kWarps, kFrags, kStep, kModified, kSlices>, T, kDim,
+                           kWarps, kFrags, kStep, 2, kModified ? 6 : 3> {
   using Base = Block<KeyGradient, T, kDim, kWarps, kFrags, kStep, 2, kModified ? 6 : 3>;
+  using Base::Base;
   using Base::batch, Base::head, Base::kv_head, Base::lane, Base::p, Base::w, Base::walk,
       Base::warp;
   using Base::kColumns, Base::kMine, Base::kRows, Base::kWarpRows;
   using typename Base::Mask;
-  using Base::Base;
   static constexpr int kOut = kDim / kSlices;
   static constexpr bool kExact = sizeof(T) == 4;
   using Rows = LeftRows<T, kDim, kFrags, false>;
@@ -455,7 +453,8 @@ struct KeyGradient
     accumulate<T, kDim, kOut, kFrags, kStep>(dkey, ds, this->walk_tile(stage, 0), chunk);
   }
 
-  // ---- the tile ----------------------------------------------------------------------------------
+  // ---- the tile
+  // ----------------------------------------------------------------------------------
 
   bool is_extra, has_bias;
   int32_t index;
@@ -578,20 +577,20 @@ struct KeyGradient
 
 extern __shared__ __align__(1024) uint8_t shared_memory[];
 
-#define ATTNEXT_KERNEL(name, threads)               \
-  extern "C" __global__ void __launch_bounds__(threads) \
-      name(const __grid_constant__ WindowLaunch p)
-#define ATTNEXT_QUERY_GRADIENT(name, T, dim, warps, frags, step, modified, slices)                      \
-  ATTNEXT_KERNEL(name, (warps) * 32) {                                                          \
+#define ATTNEXT_KERNEL(name, threads) \
+  extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ WindowLaunch p)
+#define ATTNEXT_QUERY_GRADIENT(name, T, dim, warps, frags, step, modified, slices)               \
+  ATTNEXT_KERNEL(name, (warps) * 32) {                                                           \
     QueryGradient<T, dim, warps, frags, step, modified, Wanted::kQuery>(p, shared_memory).run(); \
   }
-#define ATTNEXT_BIAS_GRADIENT(name, T, dim, warps, frags, step, modified, slices)                           \
-  ATTNEXT_KERNEL(name, (warps) * 32) {                                                              \
-    QueryGradient<T, dim, warps, frags, step, modified, Wanted::kBias>(p, shared_memory).run_bias(); \
+#define ATTNEXT_BIAS_GRADIENT(name, T, dim, warps, frags, step, modified, slices)        \
+  ATTNEXT_KERNEL(name, (warps) * 32) {                                                   \
+    QueryGradient<T, dim, warps, frags, step, modified, Wanted::kBias>(p, shared_memory) \
+        .run_bias();                                                                     \
   }
-#define ATTNEXT_KEY_GRADIENT(name, T, dim, warps, frags, step, modified, slices)                  \
-  ATTNEXT_KERNEL(name, (warps) * 32) {                                                            \
-    KeyGradient<T, dim, warps, frags, step, modified, slices>(p, shared_memory).run();            \
+#define ATTNEXT_KEY_GRADIENT(name, T, dim, warps, frags, step, modified, slices)       \
+  ATTNEXT_KERNEL(name, (warps) * 32) {                                                 \
+    KeyGradient<T, dim, warps, frags, step, modified, slices>(p, shared_memory).run(); \
   }
 
 }  // namespace cuda

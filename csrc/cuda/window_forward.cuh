@@ -18,17 +18,17 @@ template <class T, int kDim, int kWarps, int kFrags, int kStep, bool kModified>
 struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kDim, kWarps, kFrags,
                        kStep, 1, kModified ? 1 : 0> {
   using Base = Block<Forward, T, kDim, kWarps, kFrags, kStep, 1, kModified ? 1 : 0>;
+  using Base::Base;
   using Base::batch, Base::head, Base::kv_head, Base::lane, Base::p, Base::w, Base::walk,
       Base::warp;
   using Base::kColumns, Base::kMine, Base::kRows, Base::kWarpRows;
   using typename Base::Mask;
-  using Base::Base;
   static constexpr bool kKept = sizeof(T) == 2 && kDim <= 32;
   using Rows = LeftRows<T, kDim, kFrags, kKept>;
 
   float out[kFrags][kDim / 8][4];
-  // Weights are relative to 2^base; they are brought down once a logit (in a plain kernel, a product)
-  // exceeds the limit. -inf: no key seen yet.
+  // Weights are relative to 2^base; they are brought down once a logit (in a plain kernel, a
+  // product) exceeds the limit. -inf: no key seen yet.
   float base[kFrags][2], limit[kFrags][2], sum[kFrags][2];
   float unit[kFrags][2];
   int32_t row_bias[kFrags][2];
@@ -41,7 +41,8 @@ struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kD
     }
   }
 
-  // ---- a step ------------------------------------------------------------------------------------
+  // ---- a step
+  // ------------------------------------------------------------------------------------
 
   ATTNEXT_DEVICE void modify(float (&s)[kFrags][kColumns][4], const Mask& mask, int numbers) {
     const int t = lane % 4;
@@ -144,7 +145,8 @@ struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kD
     if constexpr (!kModified) limit[f][half] /= unit[f][half];
   }
 
-  // ---- the tile ----------------------------------------------------------------------------------
+  // ---- the tile
+  // ----------------------------------------------------------------------------------
 
   ATTNEXT_DEVICE void run() {
     uint32_t block = blockIdx.x;
@@ -162,9 +164,9 @@ struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kD
     this->set_walk(false, kv_head);
 
     const Row row = walk.row(warp * kWarpRows + lane % kWarpRows);
-    this->hold(0,
-               row.live ? this->row_address(w.query, offset_of(w.query, batch, row.token, head)) : 0,
-               w.head_dim);
+    this->hold(
+        0, row.live ? this->row_address(w.query, offset_of(w.query, batch, row.token, head)) : 0,
+        w.head_dim);
     start_rows(row, part == 0);
     clear(out);
     Rows rows;
@@ -198,7 +200,8 @@ struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kD
     return static_cast<const float*>(w.sink_logits)[head] * static_cast<float>(kLog2E);
   }
 
-  // ---- results -----------------------------------------------------------------------------------
+  // ---- results
+  // -----------------------------------------------------------------------------------
 
   // A row of this block's share, for `merge_parts` to add up.
   ATTNEXT_DEVICE float* partial_row(int row) const {
@@ -237,7 +240,8 @@ struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kD
               if (column < w.head_dim_v) to_row[column] = out[f][d][2 * half + e];
             }
           }
-          if (t == 0) to_row[w.head_dim_v] = top_of(f, half), to_row[w.head_dim_v + 1] = sum[f][half];
+          if (t == 0)
+            to_row[w.head_dim_v] = top_of(f, half), to_row[w.head_dim_v + 1] = sum[f][half];
         }
       }
       return;
@@ -344,10 +348,10 @@ ATTNEXT_DEVICE void merge_parts(const WindowLaunch& p, int rows) {
 
 extern __shared__ __align__(1024) uint8_t shared_memory[];
 
-#define ATTNEXT_FORWARD(name, T, dim, warps, frags, step, modified, slices)                            \
-  extern "C" __global__ void __launch_bounds__((warps) * 32)                                       \
-      name(const __grid_constant__ WindowLaunch p) {                                               \
-    Forward<T, dim, warps, frags, step, modified>(p, shared_memory).run();                         \
+#define ATTNEXT_FORWARD(name, T, dim, warps, frags, step, modified, slices) \
+  extern "C" __global__ void __launch_bounds__((warps) * 32)                \
+      name(const __grid_constant__ WindowLaunch p) {                        \
+    Forward<T, dim, warps, frags, step, modified>(p, shared_memory).run();  \
   }
 #define ATTNEXT_MERGE(name, T)                                                                     \
   extern "C" __global__ void __launch_bounds__(128) name(const __grid_constant__ WindowLaunch p) { \

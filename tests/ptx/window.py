@@ -48,7 +48,7 @@ class DeviceTensor:
 
 
 def put(memory: Memory, name: str, tensor: Tensor | None) -> DeviceTensor | None:
-    """Copies a tensor with all of its storage; what the tensor does not show counts as unwritten."""
+    """Copies a tensor with all its storage; what the tensor does not show counts as unwritten."""
     if tensor is None:
         return None
     storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
@@ -56,8 +56,10 @@ def put(memory: Memory, name: str, tensor: Tensor | None) -> DeviceTensor | None
     shown = torch.zeros(storage.numel(), dtype=torch.uint8)
     shown.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(1)
     buffer.set_written(shown.repeat_interleave(tensor.element_size()).numpy())
-    address = buffer.address + tensor.storage_offset() * tensor.element_size()
-    return DeviceTensor(address, tensor.dtype, tuple(tensor.shape), tensor.stride())
+    address = buffer.address + int(tensor.storage_offset()) * tensor.element_size()
+    return DeviceTensor(
+        address, tensor.dtype, tuple(tensor.shape), tuple(map(int, tensor.stride()))
+    )
 
 
 @dataclass
@@ -125,10 +127,10 @@ class Recorder:
 _NAMES = ("query", "key", "value", "row_scale", "bias", "extra_key", "extra_value", "sink_logits")
 
 
-def _native(memory: Memory, problem: tuple[Any, ...]) -> list[Any]:
+def _native(memory: Memory, problem: tuple[Any, ...]) -> tuple[Any, ...]:
     native = ops._native(problem)
     tensors = [put(memory, n, t) for n, t in zip(_NAMES, native, strict=False)]
-    return [*tensors, *native[len(_NAMES) :]]
+    return (*tensors, *native[len(_NAMES) :])
 
 
 def _tables(memory: Memory, name: str, tables: Any) -> int:
@@ -139,12 +141,10 @@ def forward(recorder: Recorder, *problem: Any) -> tuple[Tensor, Tensor]:
     memory = Memory()
     fakes = ops._window_forward_fake(*problem)
     out, lse = (Output.like(memory, n, x) for n, x in zip(("out", "lse"), fakes, strict=True))
-    call = _C.CudaForward(*_native(memory, problem))
+    call = _C.CudaForward(_native(memory, problem))
     queries = _tables(memory, "queries", call.queries)
     workspace = memory.allocate("workspace", max(1, call.workspace_bytes))
-    recorder.carry_out(
-        memory, call.launches(out.tensor, lse.tensor, queries, workspace.address)
-    )
+    recorder.carry_out(memory, call.launches(out.tensor, lse.tensor, queries, workspace.address))
     return out.get(), lse.get()
 
 
@@ -154,7 +154,7 @@ def backward(recorder: Recorder, *args: Any) -> tuple[Tensor, ...]:
     fakes = ops._window_backward_fake(*args)
     if dout.stride(-1) != 1 and dout.shape[-1] > 1:
         dout = dout.contiguous()
-    call = _C.CudaBackward(*_native(memory, problem))
+    call = _C.CudaBackward(_native(memory, problem))
     grads = [
         Output.like(memory, f"d{name}", fake) if tensor is not None and need else None
         for name, fake, tensor, need in zip(
@@ -171,7 +171,7 @@ def backward(recorder: Recorder, *args: Any) -> tuple[Tensor, ...]:
     recorder.carry_out(
         memory,
         call.launches(
-            queries, keys, workspace.address, *given, *(g and g.tensor for g in grads)
+            queries, keys, workspace.address, *given, tuple(g and g.tensor for g in grads)
         ),
     )
     return tuple(g.get() if g else fake for g, fake in zip(grads, fakes, strict=True))

@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward pass of window attention: online softmax over a tile's walk, or over a part of it whose
+// result is merged with those of the others.
+#pragma once
+
+#include "window.inl"
+
+namespace attnext {
+namespace cpu {
+namespace ATTNEXT_ISA {
+
+template <class T>
+class WindowForward : public Window<T> {
+ public:
+  using Base = Window<T>;
+  using Base::block;
+  using Base::dvp;
+  using Base::kDepth;
+  using Base::kLanes;
+  using Base::kPairs;
+  using Base::max_lanes;
+  using Base::ot;
+  using Base::p;
+  using Base::plan;
+  using Base::s;
+  using Base::sparse;
+  using Base::tile;
+  using Base::value_rows;
+  using typename Base::Acc;
+  using typename Base::Elem;
+  using typename Base::Vec;
+
+  WindowForward(const WindowParams& params, const PlanView& view, void* scratch)
+      : Base(params, view, scratch, false) {}
+
+  template <bool kMasked>
+  void softmax(int v, Vec in_base_2, Vec* factor) {
+    const int ld = tile.lanes, shift = v * kLanes;
+    Acc* x = s + shift;
+    const Vec lowest = broadcast(Acc(-INFINITY));
+    Vec top = lowest;
+    for (int64_t j = block.lo[v]; j < block.hi[v]; ++j) {
+      Vec y = load(x + j * ld);
+      if constexpr (kMasked) {
+        y = select_bits<Acc>(block.mask[j] >> shift, y, lowest);
+        store(x + j * ld, y);
+      }
+      top = max_or_second(y, top);
+    }
+    const Vec before = load(maximum + shift);
+    top = max_or_second(top * in_base_2, before);
+    const Vec base = top == lowest ? Vec{} : top;  // a row that saw nothing yet
+    *factor = exp2(before - base);
+    // Four sums, by the key's place in the block: many equal weights added to one would all be
+    // rounded the same way.
+    Vec part[4] = {}, applied = kPairs ? load(norm + shift) * *factor : Vec{};
+    const auto weigh = [&](int64_t j, Vec& total) {
+      Vec w = exp2(load(x + j * ld) * in_base_2 - base);
+      total += w;
+      if constexpr (kPairs) applied += w = round_to_bf16(w);
+      store(x + j * ld, w);
+    };
+    int64_t j = block.lo[v];
+    for (; j < block.hi[v] && j % 4; ++j) weigh(j, part[j % 4]);
+    for (; j + 4 <= block.hi[v]; j += 4) {
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) weigh(j + r, part[r]);
+    }
+    for (; j < block.hi[v]; ++j) weigh(j, part[j % 4]);
+    const Vec total = load(sum + shift) * *factor + ((part[0] + part[1]) + (part[2] + part[3]));
+    store(maximum + shift, top);
+    store(sum + shift, total);
+    if constexpr (kPairs) store(norm + shift, applied);
+  }
+
+  void sparse_accumulate(const Vec* factor) {
+    for (uint64_t rest = tile.live; rest; rest &= rest - 1) {
+      const int lane = __builtin_ctzll(rest), v = lane / kLanes;
+      const Elem* weights;
+      if constexpr (kPairs) {
+        for (int64_t j = block.lo[v]; j < block.hi[v]; j += 2) {
+          store(reinterpret_cast<Acc*>(this->pair_s) + j / 2 * tile.lanes + v * kLanes,
+                make_pairs(load(s + j * tile.lanes + v * kLanes),
+                           load(s + (j + 1) * tile.lanes + v * kLanes)));
+        }
+        weights = this->pair_s;
+      } else {
+        weights = s;
+      }
+      row_accumulate<Elem>(value_rows, block.lo[v] / kDepth, block.hi[v] / kDepth, p.head_dim_v,
+                           weights + lane, tile.lanes, this->row_out);
+      const Acc scale_old = factor[v][lane % kLanes];
+      for (int64_t d = 0; d < p.head_dim_v; ++d) {
+        Acc* o = ot + d * tile.lanes + lane;
+        *o = *o * scale_old + this->row_out[d];
+      }
+    }
+  }
+
+  // Runs the live lanes of the current tile; false if something non-finite met a mask, in which
+  // case 0 * NaN may have reached a row that does not attend it.
+  bool forward_lanes(int64_t b, int64_t h, int64_t from, int64_t to, const Acc* bias,
+                     bool with_sink) {
+    this->load_queries(b, h);
+    for (int lane = 0; lane < tile.lanes; ++lane) {
+      const bool sink = p.sink_logits && with_sink;
+      maximum[lane] =
+          sink ? static_cast<const Acc*>(p.sink_logits)[h] * Acc(kLog2E) : Acc(-INFINITY);
+      sum[lane] = norm[lane] = sink ? 1 : 0;
+    }
+    memset(ot, 0, sizeof(Acc) * dvp * tile.lanes);
+    const KeyWalk<T> walk(p, tile, this->zeros, this->walk_mask, nullptr, b,
+                          h / (p.heads / p.kv_heads));
+    bool masked = false;
+    while (this->next_block(walk, &from, to, false)) {
+      masked |= block.masked;
+      this->query_scores();
+      Vec factor[kMaxVectors];
+      for (int v = 0; v < tile.vectors; ++v) {
+        const bool modified = p.softcap > 0 || bias;
+        if (modified) this->modify(v, bias, false);
+        if (block.masked) {
+          softmax<true>(v, this->logit_unit(v, modified), factor + v);
+        } else {
+          softmax<false>(v, this->logit_unit(v, modified), factor + v);
+        }
+      }
+      if (sparse) {
+        sparse_accumulate(factor);
+      } else {
+        this->block_accumulate(value_rows, p.head_dim_v, s, ot, factor);
+      }
+    }
+    if (!masked || !(tile.live & (tile.live - 1))) return true;
+    return this->output_is_finite(p.head_dim_v);
+  }
+
+  void finish_forward(int64_t b, int64_t h) {
+    Acc inverse[kMaxLanes];
+    for (int lane = 0; lane < tile.lanes; ++lane) {
+      const Acc weights = kPairs ? norm[lane] : sum[lane];
+      inverse[lane] = weights == 0 ? Acc(0) : Acc(1) / weights;
+      if (!p.lse.data || !(tile.live >> lane & 1)) continue;
+      // In fp64: what lse loses here, the backward pass would lose once more per weight.
+      static_cast<Acc*>(p.lse.data)[this->offset_of(p.lse, lane, b, h)] =
+          sum[lane] == 0 ? Acc(-INFINITY)
+                         : static_cast<Acc>(maximum[lane] / kLog2E + ::log(double(sum[lane])));
+    }
+    this->store_rows(p.out, p.head_dim_v, inverse, b, h);
+  }
+  void forward(int64_t b, int64_t h, const int64_t index[3], int64_t from, int64_t to,
+               const Acc* bias, Acc* partial) {
+    this->start_tile(index);
+    to = min64(to, tile.total);
+    const bool with_sink = from == 0;
+    if (forward_lanes(b, h, from, to, bias, with_sink)) {
+      partial ? save_partial(partial) : finish_forward(b, h);
+      return;
+    }
+    for (uint64_t rest = tile.whole; rest; rest &= rest - 1) {
+      tile.live = rest & -rest;
+      forward_lanes(b, h, from, to, bias, with_sink);
+      partial ? save_partial(partial) : finish_forward(b, h);
+    }
+  }
+
+  // partial: [dvp][lanes], maximum[lanes], sum[lanes], norm[lanes], with lanes of a full tile.
+  void save_partial(Acc* partial) const {
+    for (uint64_t rest = tile.live; rest; rest &= rest - 1) {
+      const int lane = __builtin_ctzll(rest);
+      for (int64_t d = 0; d < dvp; ++d) partial[d * max_lanes + lane] = ot[d * tile.lanes + lane];
+      partial[dvp * max_lanes + lane] = maximum[lane];
+      partial[(dvp + 1) * max_lanes + lane] = sum[lane];
+      partial[(dvp + 2) * max_lanes + lane] = norm[lane];
+    }
+  }
+  static int64_t partial_size(const WindowParams& p, const PlanView& plan) {
+    return (Base::padded(p.head_dim_v) + 3) * plan.vectors * kLanes;
+  }
+  void merge_partials(int64_t b, int64_t h, const int64_t index[3], int64_t count,
+                      const Acc* partials) {
+    this->start_tile(index);
+    const int64_t size = partial_size(p, plan);
+    memset(ot, 0, sizeof(Acc) * dvp * tile.lanes);
+    for (uint64_t rest = tile.live; rest; rest &= rest - 1) {
+      const int lane = __builtin_ctzll(rest);
+      Acc top = -INFINITY;
+      for (int64_t k = 0; k < count; ++k) {
+        const Acc m = partials[k * size + dvp * max_lanes + lane];
+        top = m > top ? m : top;
+      }
+      Acc total = 0, applied = 0;
+      for (int64_t k = 0; k < count; ++k) {
+        const Acc* part = partials + k * size + lane;
+        const Acc m = part[dvp * max_lanes], l = part[(dvp + 1) * max_lanes];
+        if (l == 0) continue;
+        const Acc w = Base::exp2_of(m - top);
+        total += w * l;
+        applied += w * part[(dvp + 2) * max_lanes];
+        for (int64_t d = 0; d < p.head_dim_v; ++d) {
+          ot[d * tile.lanes + lane] += w * part[d * max_lanes];
+        }
+      }
+      maximum[lane] = top;
+      sum[lane] = total;
+      norm[lane] = applied;
+    }
+    finish_forward(b, h);
+  }
+
+ private:
+  alignas(64) Acc maximum[kMaxLanes];
+  alignas(64) Acc sum[kMaxLanes];
+  // Sum of the weights as the output took them, if they were rounded.
+  alignas(64) Acc norm[kMaxLanes];
+};
+
+}  // namespace ATTNEXT_ISA
+}  // namespace cpu
+}  // namespace attnext
