@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from attnext import _C
 
@@ -28,7 +28,7 @@ PATHS: dict[str, tuple[str, ...]] = {
 class Kernel:
     """One kernel of one source.
 
-    ``entry`` is the symbol in the cubin, or a pattern (``*window_fwd*bfloat16*``) that exactly one
+    ``source`` is a file or a text. ``entry`` is the symbol in the cubin, or a pattern (``*window_fwd*bfloat16*``) that exactly one
     symbol fits: a template's symbol is long. ``threads`` per block and ``dynamic_shared`` bytes are
     what the host launches it with; ``paths`` those of ``PATHS`` that its main loop has, none for a
     kernel without tensor instructions. Headers outside the source's folder must lie under
@@ -36,7 +36,7 @@ class Kernel:
     """
 
     name: str
-    source: Path
+    source: Path | str
     entry: str
     threads: int
     dynamic_shared: int = 0
@@ -45,33 +45,48 @@ class Kernel:
     flags: tuple[str, ...] = FLAGS
 
 
-def source_of(kernel: str) -> Path:
-    """The file that has a kernel: window_forward_bf16_64 is in window_forward_bf16.cu."""
-    found = re.match(r"window_(.*?)_(bf16|fp16|fp32)", kernel)
-    if found is None:
-        return CSRC / "cuda" / "window_sums.cu"
-    family, dtype = found.groups()
-    family = {"merge": "forward", "statistics": "query_gradient"}.get(family, family)
-    return CSRC / "cuda" / f"window_{family}_{dtype}.cu"
+def _only(facts: dict[str, Any]) -> str:
+    """A source with one kernel of the library: what the static figures need compiles in seconds."""
+    header = "window_forward.cuh" if facts["pass"] == "forward" else "window_backward.cuh"
+    shape = ", ".join(
+        str(facts[x]).lower() for x in ("dim", "warps", "frags", "step", "modified", "slices")
+    )
+    macro = f"ATTNEXT_{facts['pass'].upper()}({facts['name']}, {facts['type']}, {shape})"
+    return f'#include "cuda/{header}"\nnamespace attnext {{\nnamespace cuda {{\n{macro}\n}}\n}}\n'
 
 
 KERNELS: tuple[Kernel, ...] = tuple(
     Kernel(
         facts["name"],
-        source_of(facts["name"]),
+        _only(facts),
         facts["name"],
-        facts["threads"],
+        32 * facts["warps"],
         facts["shared_bytes"],
         include=(CSRC,),
     )
     for facts in _C.cuda_kernels()
 )
 
+# What the tools that find the figures are tested with.
+_FOLDER = ROOT / "tests" / "ptx" / "kernels"
+_GEMM_SHARED = 2 * 2 * 64 * 32 * 2  # stages, operands, tile, bytes
+SAMPLES: tuple[Kernel, ...] = (
+    Kernel("sample gemm", _FOLDER / "samples.cu", "gemm", 128, _GEMM_SHARED, ("whole",)),
+    Kernel("sample attention", _FOLDER / "samples.cu", "attention", 32, 0, ("whole",)),
+    Kernel("sample softmax", _FOLDER / "samples.cu", "softmax_rows", 128, 0, ()),
+    Kernel("sample paths bf16", _FOLDER / "paths.cu", "*stepped*bfloat16*", 64, 2 * 16 * 72 * 2),
+    Kernel("sample paths fp16", _FOLDER / "paths.cu", "*stepped*half*", 64, 2 * 16 * 72 * 2),
+)
+
 
 def select(patterns: Sequence[str]) -> list[Kernel]:
-    """Kernels by name or pattern, all if none is given. Errors: ValueError if one fits none."""
+    """Kernels by name or pattern, the library's if none is given. Errors: ValueError if one fits
+    none."""
+    known = (*KERNELS, *SAMPLES)
     for pattern in patterns:
-        if not any(fnmatch(kernel.name, pattern) for kernel in KERNELS):
-            names = ", ".join(kernel.name for kernel in KERNELS)
+        if not any(fnmatch(kernel.name, pattern) for kernel in known):
+            names = ", ".join(kernel.name for kernel in known)
             raise ValueError(f"no kernel is called {pattern!r}; there are {names}")
-    return [k for k in KERNELS if not patterns or any(fnmatch(k.name, p) for p in patterns)]
+    if not patterns:
+        return list(KERNELS)
+    return [k for k in known if any(fnmatch(k.name, p) for p in patterns)]

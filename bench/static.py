@@ -125,7 +125,7 @@ def symbol(kernel: Kernel, symbols: Iterable[str]) -> str:
     found = [s for s in symbols if fnmatchcase(s, kernel.entry)]
     if len(found) != 1:
         raise ValueError(
-            f"{kernel.name}: {len(found)} symbols of {kernel.source.name} fit {kernel.entry!r}: "
+            f"{kernel.name}: {len(found)} symbols of its source fit {kernel.entry!r}: "
             f"{', '.join(sorted(found or symbols))}"
         )
     return found[0]

@@ -657,10 +657,17 @@ PYBIND11_MODULE(_C, m) {
     py::list out;
     for (const cuda::KernelFacts& k : cuda::all_kernels()) {
       py::dict facts;
+      const char* const passes[] = {"forward", "query_gradient", "key_gradient", "bias_gradient"};
+      const char* const types[] = {"float", "double", "bf16", "fp16"};
       facts["name"] = k.name;
-      facts["threads"] = k.shape.threads();
-      facts["rows"] = k.shape.rows();
+      facts["pass"] = passes[static_cast<int>(k.pass)];
+      facts["type"] = types[static_cast<int>(k.dtype)];
+      facts["dim"] = k.shape.dim;
+      facts["warps"] = k.shape.warps;
+      facts["frags"] = k.shape.frags;
       facts["step"] = k.shape.step;
+      facts["modified"] = k.modified;
+      facts["slices"] = k.shape.slices;
       facts["shared_bytes"] = k.shared_bytes;
       out.append(facts);
     }

@@ -17,14 +17,7 @@ namespace {
 // ---- kernels
 // -------------------------------------------------------------------------------------
 
-struct Kernel {
-  const char* name;
-  Pass pass;
-  DType dtype;
-  KernelShape shape;
-  bool modified;
-  int shared_bytes;
-};
+using Kernel = KernelFacts;
 
 template <class T>
 constexpr DType dtype_of() {
@@ -290,11 +283,7 @@ std::shared_ptr<const Tables> shared_tables(const std::shared_ptr<const Geometry
 // ---- launches
 // ------------------------------------------------------------------------------------
 
-std::vector<KernelFacts> all_kernels() {
-  std::vector<KernelFacts> out;
-  for (const Kernel& k : kKernels) out.push_back({k.name, k.shape, k.shared_bytes});
-  return out;
-}
+std::vector<KernelFacts> all_kernels() { return {std::begin(kKernels), std::end(kKernels)}; }
 
 KernelShape kernel_shape(const WindowParams& p, Pass pass) { return choose(p, pass).shape; }
 

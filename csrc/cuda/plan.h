@@ -66,6 +66,8 @@ std::shared_ptr<const Tables> shared_tables(const std::shared_ptr<const Geometry
                                             const std::vector<int32_t>& head_rule, bool by_key,
                                             int32_t rows, int64_t extra_keys);
 
+enum class Pass { kForward, kQueryGradient, kKeyGradient, kBiasGradient };
+
 // How a kernel is built: rows and walk of one block.
 struct KernelShape {
   int32_t dim;  // head_dim and head_dim_v are at most this
@@ -73,13 +75,15 @@ struct KernelShape {
   int32_t rows() const { return warps * frags * 16; }
   int32_t threads() const { return warps * 32; }
 };
-enum class Pass { kForward, kQueryGradient, kKeyGradient, kBiasGradient };
 KernelShape kernel_shape(const WindowParams& params, Pass pass);
 
 // Every kernel with tensor-core products, for those who look at what was compiled.
 struct KernelFacts {
   const char* name;
+  Pass pass;
+  DType dtype;
   KernelShape shape;
+  bool modified;
   int shared_bytes;
 };
 std::vector<KernelFacts> all_kernels();

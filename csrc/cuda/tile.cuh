@@ -332,15 +332,10 @@ struct LeftRows {
   }
 };
 
-// s = rows x walk^T
+// s += rows x walk^T
 template <class T, int kDim, int kFrags, int kWalk, bool kKept>
-ATTNEXT_DEVICE void product(float (&s)[kFrags][kWalk / 8][4],
-                            const LeftRows<T, kDim, kFrags, kKept>& rows, uint32_t walk_tile) {
-#pragma unroll
-  for (int f = 0; f < kFrags; ++f) {
-#pragma unroll
-    for (int n = 0; n < kWalk / 8; ++n) s[f][n][0] = s[f][n][1] = s[f][n][2] = s[f][n][3] = 0.f;
-  }
+ATTNEXT_DEVICE void add_product(float (&s)[kFrags][kWalk / 8][4],
+                                const LeftRows<T, kDim, kFrags, kKept>& rows, uint32_t walk_tile) {
   const uint32_t at = walk_tile + right_lane<T, kDim>();
 #pragma unroll
   for (int k = 0; k < LeftRows<T, kDim, kFrags, kKept>::kSteps; ++k) {
@@ -357,6 +352,18 @@ ATTNEXT_DEVICE void product(float (&s)[kFrags][kWalk / 8][4],
       }
     }
   }
+}
+
+// s = rows x walk^T
+template <class T, int kDim, int kFrags, int kWalk, bool kKept>
+ATTNEXT_DEVICE void product(float (&s)[kFrags][kWalk / 8][4],
+                            const LeftRows<T, kDim, kFrags, kKept>& rows, uint32_t walk_tile) {
+#pragma unroll
+  for (int f = 0; f < kFrags; ++f) {
+#pragma unroll
+    for (int n = 0; n < kWalk / 8; ++n) s[f][n][0] = s[f][n][1] = s[f][n][2] = s[f][n][3] = 0.f;
+  }
+  add_product<T, kDim, kFrags, kWalk, kKept>(s, rows, walk_tile);
 }
 
 // out += weights x kOut columns of the walk from `chunk0` on

@@ -144,7 +144,16 @@ struct QueryGradient : Block<QueryGradient<T, kDim, kWarps, kFrags, kStep, kModi
     const int t = lane % 4;
     float s[kFrags][kColumns][4], ds[kFrags][kColumns][4];
     product<T, kDim, kFrags, kStep, false>(s, queries, this->walk_tile(stage, 0));
-    product<T, kDim, kFrags, kStep, false>(ds, douts, this->walk_tile(stage, 1));
+    // dO V' - delta: the sum starts where a subtraction would end.
+#pragma unroll
+    for (int f = 0; f < kFrags; ++f) {
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) {
+        ds[f][n][0] = ds[f][n][1] = -delta[f][0];
+        ds[f][n][2] = ds[f][n][3] = -delta[f][1];
+      }
+    }
+    add_product<T, kDim, kFrags, kStep, false>(ds, douts, this->walk_tile(stage, 1));
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
@@ -160,7 +169,7 @@ struct QueryGradient : Block<QueryGradient<T, kDim, kWarps, kFrags, kStep, kModi
             const bool attended = !kMasked || mask(f, half, n, e);
             if constexpr (kModified) {
               float weight, of_logit, of_product;
-              chain(x, unit[f][half], g, lse[f][half], rest[f][half], delta[f][half],
+              chain(x, unit[f][half], g, lse[f][half], rest[f][half], 0.f,
                     key - row_bias[f][half], key != kNoBias && attended, &weight, &of_logit,
                     &of_product);
               g = kWanted == Wanted::kBias ? of_logit : of_product;
@@ -171,7 +180,7 @@ struct QueryGradient : Block<QueryGradient<T, kDim, kWarps, kFrags, kStep, kModi
               if constexpr (kExact) y -= rest[f][half];
               float weight = exp2_approx(y);
               if constexpr (kMasked) weight = attended ? weight : 0.f;
-              g = weight * (g - delta[f][half]);
+              g *= weight;
             }
           }
         }
