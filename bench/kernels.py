@@ -28,8 +28,8 @@ PATHS: dict[str, tuple[str, ...]] = {
 class Kernel:
     """One kernel of one source.
 
-    ``source`` is a file or a text. ``entry`` is the symbol in the cubin, or a pattern (``*window_fwd*bfloat16*``) that exactly one
-    symbol fits: a template's symbol is long. ``threads`` per block and ``dynamic_shared`` bytes are
+    ``source`` is a file or a text. ``entry`` is the symbol in the cubin, or a pattern
+    (``*window_fwd*bfloat16*``) that exactly one symbol fits: a template's symbol is long. ``threads`` per block and ``dynamic_shared`` bytes are
     what the host launches it with; ``paths`` those of ``PATHS`` that its main loop has, none for a
     kernel without tensor instructions. Headers outside the source's folder must lie under
     ``include``: the cache of cubins is keyed on them. ``flags`` are those that it ships with.
