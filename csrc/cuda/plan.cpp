@@ -327,6 +327,7 @@ WindowLaunch start_params(const WindowParams& p, const Tables& tables,
   const TensorRef* tensors[4] = {&p.query, &p.key, &p.value, &p.dout};
   launch.near = launch.aligned;
   launch.unit_bytes = 16;
+  launch.unit = static_cast<float>(p.scale * kLog2E);
   for (int t = 0; t < 4; ++t) {
     int64_t reach = 0;
     for (int a = 0; a < 3; ++a) {

@@ -97,6 +97,7 @@ struct WindowLaunch {
   int32_t extra_tiles;   // of the rule after the last, whose rows are extra keys
   int32_t splits;        // blocks that share one tile's walk, or (bias gradient) one head's tiles
   int32_t split_step;    // walk slots of each, a multiple of the kernel's step
+  float unit;            // makes a product a logit in base 2, where no modifier has a say
   int32_t near;          // units reach every walked row from the start of its batch item and head
   uint32_t unit_bytes;   // 16
   uint32_t units[4][3];  // between tokens of query, key, value, dout

@@ -38,10 +38,16 @@ struct Row {
 
 struct Walk {
   const int32_t* tables;
-  const RuleTiles* rule;
-  const AxisTile* tile[3];
+  int32_t rule_at, tile_at[3];  // in the tables: a pointer each would take twice the registers
   int32_t extra, sinks, width, lines, lines1;  // lines = lines0 * lines1
   int32_t total;                               // slots
+
+  ATTNEXT_DEVICE const RuleTiles& rule() const {
+    return *reinterpret_cast<const RuleTiles*>(tables + rule_at);
+  }
+  ATTNEXT_DEVICE const AxisTile& tile(int a) const {
+    return *reinterpret_cast<const AxisTile*>(tables + tile_at[a]);
+  }
 
   ATTNEXT_DEVICE static int32_t rule_of(const WindowLaunch& p, int32_t head) {
     return p.tables[p.head_rule + head];
@@ -51,20 +57,20 @@ struct Walk {
   ATTNEXT_DEVICE bool start(const WindowLaunch& p, int32_t which, int32_t index,
                             int32_t extra_keys) {
     tables = p.tables;
-    rule = reinterpret_cast<const RuleTiles*>(tables) + which;
-    if (index >= rule->num_tiles) return false;
+    rule_at = which * static_cast<int32_t>(sizeof(RuleTiles) / 4);
+    if (index >= rule().num_tiles) return false;
 #pragma unroll
     for (int a = 2; a >= 0; --a) {
-      const AxisTiles& axis = rule->axis[a];
+      const AxisTiles& axis = rule().axis[a];
       const int32_t mine = a > 0 ? index % axis.num_tiles : index;
-      tile[a] = reinterpret_cast<const AxisTile*>(tables + axis.tiles) + mine;
+      tile_at[a] = axis.tiles + mine * kTileInts;
       if (a > 0) index /= axis.num_tiles;
     }
     extra = extra_keys;
-    sinks = tile[2]->sink_end - tile[2]->sink_begin;
-    width = tile[2]->end - tile[2]->begin;
-    lines1 = tile[1]->end - tile[1]->begin;
-    lines = lines1 * (tile[0]->end - tile[0]->begin);
+    sinks = tile(2).sink_end - tile(2).sink_begin;
+    width = tile(2).end - tile(2).begin;
+    lines1 = tile(1).end - tile(1).begin;
+    lines = lines1 * (tile(0).end - tile(0).begin);
     if (width <= 0 || lines <= 0) width = 0, lines = lines1 = 1;
     total = extra + sinks + width * lines;
     return true;
@@ -75,9 +81,9 @@ struct Walk {
     bool outside = false;
 #pragma unroll
     for (int a = 0; a < 3; ++a) {
-      const AxisTiles& axis = rule->axis[a];
-      outside |= tile[a]->first + axis.dilation * tile[a]->begin < 0 ||
-                 tile[a]->first + axis.dilation * (tile[a]->end - 1) >= axis.num_walked;
+      const AxisTiles& axis = rule().axis[a];
+      outside |= tile(a).first + axis.dilation * tile(a).begin < 0 ||
+                 tile(a).first + axis.dilation * (tile(a).end - 1) >= axis.num_walked;
     }
     return outside && total > extra + sinks;
   }
@@ -87,17 +93,17 @@ struct Walk {
     row.live = true;
 #pragma unroll
     for (int a = 2; a >= 0; --a) {
-      const AxisTiles& axis = rule->axis[a];
-      const int32_t mine = a > 0 ? r % rule->box[a] : r;
-      if (a > 0) r /= rule->box[a];
-      row.live &= mine < tile[a]->count;
-      row.token[a] = tile[a]->row + mine * axis.dilation;
-      row.position[a] = tile[a]->position + mine;
+      const AxisTiles& axis = rule().axis[a];
+      const int32_t mine = a > 0 ? r % rule().box[a] : r;
+      if (a > 0) r /= rule().box[a];
+      row.live &= mine < tile(a).count;
+      row.token[a] = tile(a).row + mine * axis.dilation;
+      row.position[a] = tile(a).position + mine;
     }
     row.sinks = {0, 0};
 #pragma unroll
     for (int a = 0; a < 3; ++a) {
-      const AxisTiles& axis = rule->axis[a];
+      const AxisTiles& axis = rule().axis[a];
       row.window[a] = {0, 0};
       if (!row.live) continue;
       row.window[a] = {tables[axis.begin + row.token[a]], tables[axis.end + row.token[a]]};
@@ -120,14 +126,14 @@ struct Walk {
     Slot at;
     at.kind = s < total ? Slot::kToken : Slot::kNone;
     if (s < extra) at.kind = Slot::kExtra;
-    at.index[0] = tile[0]->begin;
-    at.index[1] = tile[1]->begin;
+    at.index[0] = tile(0).begin;
+    at.index[1] = tile(1).begin;
     if (s < extra + sinks) {
-      at.index[2] = tile[2]->sink_begin + s - extra;
+      at.index[2] = tile(2).sink_begin + s - extra;
     } else {
       int32_t r = s - extra - sinks, line = 0;
       if (lines > 1) line = r / width, r -= line * width;
-      at.index[2] = tile[2]->begin + r;
+      at.index[2] = tile(2).begin + r;
       if (lines > 1) {
         const int32_t c0 = line / lines1;
         at.index[0] += c0;
@@ -136,8 +142,8 @@ struct Walk {
     }
 #pragma unroll
     for (int a = 0; a < 3; ++a) {
-      const AxisTiles& axis = rule->axis[a];
-      at.token[a] = tile[a]->first + axis.dilation * at.index[a];
+      const AxisTiles& axis = rule().axis[a];
+      at.token[a] = tile(a).first + axis.dilation * at.index[a];
       const bool real = 0 <= at.token[a] && at.token[a] < axis.num_walked;
       if (at.kind == Slot::kToken && !real) at.kind = Slot::kPhantom;
     }
@@ -152,10 +158,10 @@ struct Walk {
     int32_t entry = 0;
 #pragma unroll
     for (int a = 0; a < 3; ++a) {
-      const AxisTiles& axis = rule->axis[a];
+      const AxisTiles& axis = rule().axis[a];
       const int32_t position = axis.walk_position >= 0 && at.kind == Slot::kToken
                                    ? tables[axis.walk_position + at.token[a]]
-                                   : tile[a]->base + at.index[a];
+                                   : tile(a).base + at.index[a];
       entry += position * static_cast<int32_t>(w.bias_stride[a]);
     }
     return entry;
@@ -233,10 +239,10 @@ struct Steps {
   ATTNEXT_DEVICE Step kind(const Walk& walk, int32_t slot) const {
     if (column < 0) return Step::kEdge;
     if (!any_row) return Step::kSkip;
-    const int32_t u = walk.tile[2]->begin + column;
-    const int32_t u1 = walk.tile[1]->begin + line1, u0 = walk.tile[0]->begin + line0;
+    const int32_t u = walk.tile(2).begin + column;
+    const int32_t u1 = walk.tile(1).begin + line1, u0 = walk.tile(0).begin + line0;
     if (walk.lines == 1) {
-      const bool sinks = walk.rule->axis[2].sink_begin >= 0;
+      const bool sinks = walk.rule().axis[2].sink_begin >= 0;
       if (!sinks && (u >= reach[2].end || u + kStep <= reach[2].begin)) return Step::kSkip;
       const bool full = common[2].begin <= u && u + kStep <= common[2].end &&
                         common[1].contains(u1) && common[0].contains(u0);
@@ -245,13 +251,13 @@ struct Steps {
     // Lines that the step touches: [first, last] of the axis 1, or wholes of it.
     const int32_t last_line = (column + kStep - 1) / walk.width;
     const int32_t last1 = u1 + last_line;
-    const bool wraps = last1 >= walk.tile[1]->begin + walk.lines1;
+    const bool wraps = last1 >= walk.tile(1).begin + walk.lines1;
     if (u0 >= reach[0].end) return Step::kSkip;
     if (!wraps && (u0 < reach[0].begin || u1 >= reach[1].end || last1 < reach[1].begin)) {
       return Step::kSkip;
     }
     const bool whole_lines =
-        common[2].begin <= walk.tile[2]->begin && common[2].end >= walk.tile[2]->begin + walk.width;
+        common[2].begin <= walk.tile(2).begin && common[2].end >= walk.tile(2).begin + walk.width;
     const bool full = whole_lines && !wraps && slot + kStep <= walk.total &&
                       common[0].contains(u0) && common[1].begin <= u1 && last1 < common[1].end;
     return full ? Step::kFull : Step::kEdge;
@@ -269,7 +275,7 @@ struct Steps {
     };
     if (column < 0) {
       add(0, walk.extra - slot);
-      const int32_t to_sinks = walk.extra - slot - walk.tile[2]->sink_begin;  // index to bit
+      const int32_t to_sinks = walk.extra - slot - walk.tile(2).sink_begin;  // index to bit
       const int32_t last = walk.extra + walk.sinks - slot;
       const auto add_sinks = [&](const Interval& i) {
         add(max(i.begin + to_sinks, walk.extra - slot), min(i.end + to_sinks, last));
@@ -282,14 +288,14 @@ struct Steps {
     if (c < 0) at = -c, c = 0;
     while (at < kStep && (walk.lines == 1 || l0 * walk.lines1 + l1 < walk.lines)) {
       const int32_t here = min(walk.width - c, kStep - at);
-      if (here > 0 && row.window[0].contains(walk.tile[0]->begin + l0) &&
-          row.window[1].contains(walk.tile[1]->begin + l1)) {
-        const int32_t to_bit = at - (walk.tile[2]->begin + c);
+      if (here > 0 && row.window[0].contains(walk.tile(0).begin + l0) &&
+          row.window[1].contains(walk.tile(1).begin + l1)) {
+        const int32_t to_bit = at - (walk.tile(2).begin + c);
         const auto add_window = [&](const Interval& i) {
           add(max(i.begin + to_bit, at), min(i.end + to_bit, at + here));
         };
         add_window(row.window[2]);
-        if (walk.rule->axis[2].sink_begin >= 0) add_window(row.sinks);
+        if (walk.rule().axis[2].sink_begin >= 0) add_window(row.sinks);
       }
       if (walk.lines == 1) break;
       at += here;

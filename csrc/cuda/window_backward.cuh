@@ -127,7 +127,7 @@ struct QueryGradient : Block<QueryGradient<T, kDim, kWarps, kFrags, kStep, kModi
   using Rows = LeftRows<T, kDim, kFrags, false>;
 
   float dquery[kFrags][kDim / 8][4];
-  float unit[kFrags][2], lse[kFrags][2], rest[kFrags][2], delta[kFrags][2];
+  float row_unit[kModified ? kFrags : 1][2], lse[kFrags][2], rest[kFrags][2], delta[kFrags][2];
   float dscale[kFrags][2];
   int32_t row_bias[kFrags][2];
   Chain chain;
@@ -169,14 +169,14 @@ struct QueryGradient : Block<QueryGradient<T, kDim, kWarps, kFrags, kStep, kModi
             const bool attended = !kMasked || mask(f, half, n, e);
             if constexpr (kModified) {
               float weight, of_logit, of_product;
-              chain(x, unit[f][half], g, lse[f][half], rest[f][half], 0.f,
+              chain(x, row_unit[f][half], g, lse[f][half], rest[f][half], 0.f,
                     key - row_bias[f][half], key != kNoBias && attended, &weight, &of_logit,
                     &of_product);
               g = kWanted == Wanted::kBias ? of_logit : of_product;
               if (!attended) g = 0.f;
               if (kWanted == Wanted::kQuery && attended) dscale[f][half] += g * x;
             } else {
-              float y = fmaf(x, unit[f][half], -lse[f][half]);
+              float y = fmaf(x, p.unit, -lse[f][half]);
               if constexpr (kExact) y -= rest[f][half];
               float weight = exp2_approx(y);
               if constexpr (kMasked) weight = attended ? weight : 0.f;
@@ -217,8 +217,9 @@ struct QueryGradient : Block<QueryGradient<T, kDim, kWarps, kFrags, kStep, kModi
     spread<kFrags>(mine.lse, lse);
     spread<kFrags>(mine.rest, rest);
     spread<kFrags>(mine.delta, delta);
-    spread<kFrags>(Modifiers::unit(w, row.live ? scale_of(w, batch, row.token, head) : 0.f), unit);
     if constexpr (kModified) {
+      const float scale = row.live ? scale_of(w, batch, row.token, head) : 0.f;
+      spread<kFrags>(Modifiers::unit(w, scale), row_unit);
       spread<kFrags>(Walk::bias_origin(w, row), row_bias);
       chain.modifiers.start(w, head);
     }
@@ -420,7 +421,6 @@ struct KeyGradient : Block<KeyGradient<T, kDim, kWarps, kFrags, kStep, kModified
     float s[kFrags][kColumns][4], ds[kFrags][kColumns][4];
     product<T, kDim, kFrags, kStep, false>(s, keys, this->walk_tile(stage, 0));
     product<T, kDim, kFrags, kStep, false>(ds, values, this->walk_tile(stage, 1));
-    const float plain_unit = static_cast<float>(w.scale) * static_cast<float>(kLog2E);
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
@@ -446,7 +446,7 @@ struct KeyGradient : Block<KeyGradient<T, kDim, kWarps, kFrags, kStep, kModified
               g = attended ? of_product * this->number(numbers, kScale)[slot] : 0.f;
               weight = attended ? weight : 0.f;
             } else {
-              float y = fmaf(x, plain_unit, -lse);
+              float y = fmaf(x, p.unit, -lse);
               if constexpr (kExact) y -= rest;
               weight = exp2_approx(y);
               if constexpr (kMasked) weight = attended ? weight : 0.f;

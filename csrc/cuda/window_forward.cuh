@@ -30,7 +30,7 @@ struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kD
   // Weights are relative to 2^base; they are brought down once a logit (in a plain kernel, a
   // product) exceeds the limit. -inf: no key seen yet.
   float base[kFrags][2], limit[kFrags][2], sum[kFrags][2];
-  float unit[kFrags][2];
+  float row_unit[kModified ? kFrags : 1][2];
   int32_t row_bias[kFrags][2];
   Modifiers modifiers;
 
@@ -56,7 +56,7 @@ struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kD
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             float& x = s[f][n][2 * half + e];
-            x = modifiers(x * unit[f][half], key - row_bias[f][half],
+            x = modifiers(x * unit(f, half), key - row_bias[f][half],
                           key != kNoBias && mask(f, half, n, e), nullptr);
           }
         }
@@ -102,7 +102,7 @@ struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kD
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             float& x = s[f][n][2 * half + e];
-            x = exp2_approx(kModified ? x + shift : fmaf(x, unit[f][half], shift));
+            x = exp2_approx(kModified ? x + shift : fmaf(x, unit(f, half), shift));
             part = n + e == 0 ? x : part + x;
           }
         }
@@ -122,7 +122,7 @@ struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kD
         float now = most[f][half];
         now = fmaxf(now, __shfl_xor_sync(~0u, now, 1));
         now = fmaxf(now, __shfl_xor_sync(~0u, now, 2));
-        if constexpr (!kModified) now *= unit[f][half];
+        if constexpr (!kModified) now *= unit(f, half);
         const float before = top_of(f, half);
         now = fmaxf(now, before);
         const float factor = now == -INFINITY ? 1.f : exp2_approx(before - now);
@@ -136,13 +136,17 @@ struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kD
       }
     }
   }
+  ATTNEXT_DEVICE float unit(int f, int half) const {
+    if constexpr (kModified) return row_unit[f][half];
+    return p.unit;
+  }
   ATTNEXT_DEVICE float top_of(int f, int half) const {
     return limit[f][half] == -INFINITY ? -INFINITY : base[f][half];
   }
   ATTNEXT_DEVICE void set_top(int f, int half, float top) {
     base[f][half] = top == -INFINITY ? 0.f : top;
     limit[f][half] = top + kSlack;
-    if constexpr (!kModified) limit[f][half] /= unit[f][half];
+    if constexpr (!kModified) limit[f][half] /= unit(f, half);
   }
 
   // ---- the tile
@@ -175,12 +179,14 @@ struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kD
         [&](auto is_masked, int stage, int numbers, const Mask& mask) {
           attend<decltype(is_masked)::value>(stage, numbers, rows, mask);
         });
-    finish(row, from, to, part, masked);
+    // Not kept over the walk: that would take registers.
+    finish(walk.row(warp * kWarpRows + lane % kWarpRows), from, to, part, masked);
   }
 
   ATTNEXT_DEVICE void start_rows(const Row& row, bool with_sink) {
-    spread<kFrags>(Modifiers::unit(w, row.live ? scale_of(w, batch, row.token, head) : 0.f), unit);
     if constexpr (kModified) {
+      const float scale = row.live ? scale_of(w, batch, row.token, head) : 0.f;
+      spread<kFrags>(Modifiers::unit(w, scale), row_unit);
       spread<kFrags>(Walk::bias_origin(w, row), row_bias);
       modifiers.start(w, head);
     }
