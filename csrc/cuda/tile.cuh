@@ -63,9 +63,6 @@ ATTNEXT_DEVICE void wait_copies() {
 ATTNEXT_DEVICE void store_shared(uint32_t at, uint32_t x) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(x) : "memory");
 }
-ATTNEXT_DEVICE void store_shared(uint32_t at, float x, float y) {
-  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at), "f"(x), "f"(y) : "memory");
-}
 ATTNEXT_DEVICE void store_shared(uint32_t at, const uint4& x) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x.x), "r"(x.y), "r"(x.z),
                "r"(x.w)

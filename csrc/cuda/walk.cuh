@@ -371,7 +371,12 @@ ATTNEXT_DEVICE void store_rows(uint32_t tile, int row0, const float (&x)[kFrags]
       for (int n = 0; n < kOut / 8; ++n) {
         const float a = x[f][n][2 * half] * scale, b = x[f][n][2 * half + 1] * scale;
         if constexpr (sizeof(T) == 4) {
-          store_shared(tile + L::at(r, n * 2 + t / 2) + t % 2 * 8, a, b);
+          // Neighbouring rows share banks: one stores its even columns while the other its odd
+          // ones.
+          const int odd = g % 2;
+          const uint32_t at = tile + L::at(r, n * 2 + t / 2) + t % 2 * 8;
+          store_shared(at + odd * 4, __float_as_uint(odd ? b : a));
+          store_shared(at + 4 - odd * 4, __float_as_uint(odd ? a : b));
         } else {
           store_shared(tile + L::at(r, n) + t * 4, Number<T>::pack(a, b));
         }

@@ -20,7 +20,7 @@ import attnext
 from attnext import _C, reference
 from attnext.testing import assert_within_budget, evaluate
 
-from .window import on_executor
+from .window import DeviceTensor, on_executor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -176,6 +176,31 @@ def test_swin_windows_are_full_steps() -> None:
     check("window_attention", qkv((16, 16)), {"window_size": 8})
 
 
+# ---- what a launch costs --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_memory_is_moved_in_whole_sectors_without_conflicts(dtype: torch.dtype, dim: int) -> None:
+    tensors = {n: x.requires_grad_() for n, x in qkv((192,), dim, dtype).items()}
+    op: Any = attnext.sliding_window_attention
+    with on_executor(metrics=True) as recorder:
+        op(**tensors, window_size=64).sum().backward()
+    for report in recorder.reports:
+        assert report.conflicts_over_ideal() <= 1.02, report.kernel
+        assert report.sectors_over_ideal() <= 1.05, report.kernel
+
+
+def test_a_grid_has_one_dimension() -> None:
+    """The others end at 65,535."""
+    tensor = DeviceTensor(1 << 40, torch.bfloat16, (700, 1, 100, 64), (6400, 6400, 64, 1))
+    lse = DeviceTensor(1 << 50, torch.float32, (700, 1, 100), (100, 100, 1))
+    rules = [0, 0, 1, 0, 1, 0, 0, 0]
+    problem: Any = (tensor, tensor, tensor, *(None,) * 7, rules, [], 0.125, 0.0, 0)
+    (launch,) = _C.CudaForward(problem).launches(tensor, lse, 1 << 51, 0)
+    assert launch["grid"] == 70_000
+
+
 # ---- keys shared by blocks -----------------------------------------------------------------------
 
 
@@ -220,8 +245,6 @@ def test_what_is_not_finite_stays_with_those_who_attend_it(dtype: torch.dtype) -
 
 def planned(extents: tuple[int, ...], kernel: Any) -> Any:
     """The tables of a forward pass."""
-    from .window import DeviceTensor
-
     shape = (1, *extents, 1, 64)
     strides = tuple(int(np.prod(shape[i + 1 :])) for i in range(len(shape)))
     tensor = DeviceTensor(1 << 40, torch.bfloat16, shape, strides)
