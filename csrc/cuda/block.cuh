@@ -155,6 +155,7 @@ struct Block {
   uint8_t* memory;
   uint32_t shared;
   Walk walk;
+  WalkLanes<T, kDim> lanes;
   int32_t batch, head, kv_head;
   int lane, warp;
   // The walk's operands, and where extra keys have theirs.
@@ -168,6 +169,7 @@ struct Block {
       : p(launch), w(launch.window), memory(shared_memory), shared(shared_address(shared_memory)) {
     lane = threadIdx.x % 32;
     warp = threadIdx.x / 32;
+    lanes.start();
   }
 
   // Where the rows of a step are: 16-byte units from the operand's start, in the order in which
@@ -314,7 +316,8 @@ struct Block {
   template <class Ready, class Visit>
   ATTNEXT_DEVICE bool pass(const Row& row, int32_t from, int32_t to, Ready ready, Visit visit) {
     Steps<kStep> steps;
-    steps.start(walk, row, lane < kWarpRows, from);
+    steps.start(walk, row, lane < kWarpRows, from,
+                reinterpret_cast<Interval*>(memory + S::kOuterAt) + warp * (S::kOuter / 2));
     near = p.near && !walk.has_phantoms();
     __syncthreads();
     if (from < to) {

@@ -96,7 +96,9 @@ struct SharedPlan {
   static constexpr int kWalkAt = kHeld * kRowTile;
   static constexpr int kPlacesAt = kWalkAt + 2 * 2 * kWalkTile;
   static constexpr int kNumbersAt = kPlacesAt + 2 * 2 * kStep * 4;  // buffers, operands
-  static constexpr int kBytes = kNumbersAt + 3 * kNumbers * kStep * 4;
+  static constexpr int kOuterAt = kNumbersAt + 3 * kNumbers * kStep * 4;
+  static constexpr int kOuter = 8;  // ints of a warp: see Steps
+  static constexpr int kBytes = kOuterAt + 4 * kOuter * 4;
   static_assert(kRows * 8 <= 4 * kWalkTile, "addresses of rows lie where the walk will be");
   static_assert(kBytes <= 99 * 1024, "some GPUs have no more");
 };

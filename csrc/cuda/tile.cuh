@@ -159,18 +159,20 @@ struct Products {  // bf16 and fp16
     load_matrices(b.x, at);
     return b;
   }
-  // Rows row0 to row0 + kDepth of a tile are contracted; columns are those of two chunks.
+  // Rows row0 to row0 + kDepth of a tile are contracted; columns are those of two chunks. `at` is
+  // the tile and the lane's place in it.
   template <int kDim>
-  static ATTNEXT_DEVICE Right load_right_transposed(uint32_t tile, int row0, int chunk) {
+  static ATTNEXT_DEVICE uint32_t transposed_lane() {
     const int lane = threadIdx.x % 32;
+    return Layout<T, kDim>::at(lane % 16, lane / 16);
+  }
+  template <int kDim>
+  static ATTNEXT_DEVICE Right load_right_transposed(uint32_t at, int row0, int chunk) {
     Right b;
     load_matrices_transposed(
-        b.x, tile + row0 * Layout<T, kDim>::kRowBytes +
-                 (Layout<T, kDim>::at(lane % 16, lane / 16) ^ static_cast<uint32_t>(chunk * 16)));
+        b.x, (at ^ static_cast<uint32_t>(chunk * 16)) + row0 * Layout<T, kDim>::kRowBytes);
     return b;
   }
-  static constexpr int kColumns = 16;  // of a load_right_transposed
-
   // From accumulators [..][2] of 16 columns.
   static ATTNEXT_DEVICE Left round(const float (*c)[4]) {
     return {{Number<T>::pack(c[0][0], c[0][1]), Number<T>::pack(c[0][2], c[0][3]),
@@ -245,21 +247,22 @@ struct Products<float> {
   // ldmatrix moves pairs of bytes: it cannot transpose words. Lanes read them one by one, and take
   // rows 2t and 2t + 1, where accumulators have their columns, for t and t + 4 of the contraction.
   template <int kDim>
+  static ATTNEXT_DEVICE uint32_t transposed_lane() {
+    return 0;
+  }
+  template <int kDim>
   static ATTNEXT_DEVICE Right load_right_transposed(uint32_t tile, int row0, int chunk) {
     using L = Layout<float, kDim>;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     Right b;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {  // (row, row + 1) of columns g, then of columns 8 + g
-      const uint32_t at =
-          tile + row0 * L::kRowBytes +
-          (L::at(2 * t + i % 2, g / 4) ^ static_cast<uint32_t>((chunk + i / 2 * 2) * 16));
+      const uint32_t column = static_cast<uint32_t>((chunk + i / 2 * 2) * 16);
+      const uint32_t at = tile + row0 * L::kRowBytes + (L::at(2 * t + i % 2, g / 4) ^ column);
       split(load_shared_float(at + g % 4 * 4), b.high[i], b.low[i]);
     }
     return b;
   }
-  static constexpr int kColumns = 16;
-
   // From accumulators of 8 columns, in the order load_right_transposed contracts.
   static ATTNEXT_DEVICE Left round(const float (*c)[4]) {
     Left a;
@@ -299,6 +302,19 @@ ATTNEXT_DEVICE uint32_t right_lane() {
   return Layout<T, kDim>::at(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 }
 
+// A lane's places in walked tiles: worked out once. Left alone, the compiler would do it again in
+// every step to save a register.
+template <class T, int kDim>
+struct WalkLanes {
+  uint32_t right, transposed;
+
+  ATTNEXT_DEVICE void start() {
+    right = right_lane<T, kDim>();
+    transposed = Products<T>::template transposed_lane<kDim>();
+    asm volatile("" : "+r"(right), "+r"(transposed));
+  }
+};
+
 // The rows of a warp as left operands: kept in registers, or read again for every product.
 template <class T, int kDim, int kFrags, bool kKept>
 struct LeftRows {
@@ -332,8 +348,9 @@ struct LeftRows {
 // s += rows x walk^T
 template <class T, int kDim, int kFrags, int kWalk, bool kKept>
 ATTNEXT_DEVICE void add_product(float (&s)[kFrags][kWalk / 8][4],
-                                const LeftRows<T, kDim, kFrags, kKept>& rows, uint32_t walk_tile) {
-  const uint32_t at = walk_tile + right_lane<T, kDim>();
+                                const LeftRows<T, kDim, kFrags, kKept>& rows,
+                                const WalkLanes<T, kDim>& lanes, uint32_t walk_tile) {
+  const uint32_t at = walk_tile + lanes.right;
 #pragma unroll
   for (int k = 0; k < LeftRows<T, kDim, kFrags, kKept>::kSteps; ++k) {
     typename Products<T>::Left a[kFrags];
@@ -354,21 +371,23 @@ ATTNEXT_DEVICE void add_product(float (&s)[kFrags][kWalk / 8][4],
 // s = rows x walk^T
 template <class T, int kDim, int kFrags, int kWalk, bool kKept>
 ATTNEXT_DEVICE void product(float (&s)[kFrags][kWalk / 8][4],
-                            const LeftRows<T, kDim, kFrags, kKept>& rows, uint32_t walk_tile) {
+                            const LeftRows<T, kDim, kFrags, kKept>& rows,
+                            const WalkLanes<T, kDim>& lanes, uint32_t walk_tile) {
 #pragma unroll
   for (int f = 0; f < kFrags; ++f) {
 #pragma unroll
     for (int n = 0; n < kWalk / 8; ++n) s[f][n][0] = s[f][n][1] = s[f][n][2] = s[f][n][3] = 0.f;
   }
-  add_product<T, kDim, kFrags, kWalk, kKept>(s, rows, walk_tile);
+  add_product<T, kDim, kFrags, kWalk, kKept>(s, rows, lanes, walk_tile);
 }
 
 // out += weights x kOut columns of the walk from `chunk0` on
 template <class T, int kDim, int kOut, int kFrags, int kWalk>
 ATTNEXT_DEVICE void accumulate(float (&out)[kFrags][kOut / 8][4],
-                               const float (&weights)[kFrags][kWalk / 8][4], uint32_t walk_tile,
-                               int chunk0) {
+                               const float (&weights)[kFrags][kWalk / 8][4],
+                               const WalkLanes<T, kDim>& lanes, uint32_t walk_tile, int chunk0) {
   constexpr int kDepth = Products<T>::kDepth;
+  const uint32_t at = walk_tile + lanes.transposed;
 #pragma unroll
   for (int k = 0; k < kWalk / kDepth; ++k) {
     typename Products<T>::Left a[kFrags];
@@ -377,7 +396,7 @@ ATTNEXT_DEVICE void accumulate(float (&out)[kFrags][kOut / 8][4],
 #pragma unroll
     for (int d = 0; d < kOut / 16; ++d) {
       const auto b = Products<T>::template load_right_transposed<kDim>(
-          walk_tile, k * kDepth, chunk0 + d * 16 / Layout<T, kDim>::kElems);
+          at, k * kDepth, chunk0 + d * 16 / Layout<T, kDim>::kElems);
 #pragma unroll
       for (int f = 0; f < kFrags; ++f) {
         Products<T>::multiply(out[f][2 * d], out[f][2 * d + 1], a[f], b);

@@ -197,21 +197,37 @@ template <int kStep>
 struct Steps {
   static constexpr int kWords = (kStep + 31) / 32;
 
-  Interval reach[3], common[3];  // union and intersection of the windows of the warp's rows
-  bool any_row;                  // rows that are not live may hold anything
+  // Union and intersection of the windows of the warp's rows: on the last axis here, on the others
+  // in shared memory, since only walks of several lines ask for them.
+  Interval reach, common;
+  Interval* outer;  // reach and common of axis 0, of axis 1
+  bool one_line;    // what a walk of one line asks of them: it lies in all rows' windows
+  bool any_row;     // rows that are not live may hold anything
   int32_t line0, line1, column;  // where the next step begins in the box; before it: column < 0
 
   // `count` rows of a warp lie in its first lanes.
-  ATTNEXT_DEVICE void start(const Walk& walk, const Row& row, bool counts, int32_t from) {
-    any_row = __any_sync(~0u, counts && row.live);
+  ATTNEXT_DEVICE void start(const Walk& walk, const Row& row, bool counts, int32_t from,
+                            Interval* shared) {
+    const bool use = counts && row.live;
+    any_row = __any_sync(~0u, use);
+    const auto over = [&](const Interval& window, Interval& all, Interval& each) {
+      all.begin = __reduce_min_sync(~0u, use ? window.begin : INT32_MAX);
+      all.end = __reduce_max_sync(~0u, use ? window.end : INT32_MIN);
+      each.begin = __reduce_max_sync(~0u, use ? window.begin : INT32_MIN);
+      each.end = __reduce_min_sync(~0u, use ? window.end : INT32_MAX);
+    };
+    over(row.window[2], reach, common);
+    outer = shared;
+    one_line = true;
+    __syncwarp();
 #pragma unroll
-    for (int a = 0; a < 3; ++a) {
-      const bool use = counts && row.live;
-      reach[a].begin = __reduce_min_sync(~0u, use ? row.window[a].begin : INT32_MAX);
-      reach[a].end = __reduce_max_sync(~0u, use ? row.window[a].end : INT32_MIN);
-      common[a].begin = __reduce_max_sync(~0u, use ? row.window[a].begin : INT32_MIN);
-      common[a].end = __reduce_min_sync(~0u, use ? row.window[a].end : INT32_MAX);
+    for (int a = 0; a < 2; ++a) {
+      Interval all, each;
+      over(row.window[a], all, each);
+      one_line &= each.contains(walk.tile(a).begin);
+      if (threadIdx.x % 32 == 0) outer[2 * a] = all, outer[2 * a + 1] = each;
     }
+    __syncwarp();
     seek(walk, from);
   }
 
@@ -240,26 +256,26 @@ struct Steps {
     if (column < 0) return Step::kEdge;
     if (!any_row) return Step::kSkip;
     const int32_t u = walk.tile(2).begin + column;
-    const int32_t u1 = walk.tile(1).begin + line1, u0 = walk.tile(0).begin + line0;
     if (walk.lines == 1) {
       const bool sinks = walk.rule().axis[2].sink_begin >= 0;
-      if (!sinks && (u >= reach[2].end || u + kStep <= reach[2].begin)) return Step::kSkip;
-      const bool full = common[2].begin <= u && u + kStep <= common[2].end &&
-                        common[1].contains(u1) && common[0].contains(u0);
+      if (!sinks && (u >= reach.end || u + kStep <= reach.begin)) return Step::kSkip;
+      const bool full = one_line && common.begin <= u && u + kStep <= common.end;
       return full ? Step::kFull : Step::kEdge;
     }
+    const int32_t u1 = walk.tile(1).begin + line1, u0 = walk.tile(0).begin + line0;
+    const Interval reach0 = outer[0], common0 = outer[1], reach1 = outer[2], common1 = outer[3];
     // Lines that the step touches: [first, last] of the axis 1, or wholes of it.
     const int32_t last_line = (column + kStep - 1) / walk.width;
     const int32_t last1 = u1 + last_line;
     const bool wraps = last1 >= walk.tile(1).begin + walk.lines1;
-    if (u0 >= reach[0].end) return Step::kSkip;
-    if (!wraps && (u0 < reach[0].begin || u1 >= reach[1].end || last1 < reach[1].begin)) {
+    if (u0 >= reach0.end) return Step::kSkip;
+    if (!wraps && (u0 < reach0.begin || u1 >= reach1.end || last1 < reach1.begin)) {
       return Step::kSkip;
     }
     const bool whole_lines =
-        common[2].begin <= walk.tile(2).begin && common[2].end >= walk.tile(2).begin + walk.width;
-    const bool full = whole_lines && !wraps && slot + kStep <= walk.total &&
-                      common[0].contains(u0) && common[1].begin <= u1 && last1 < common[1].end;
+        common.begin <= walk.tile(2).begin && common.end >= walk.tile(2).begin + walk.width;
+    const bool full = whole_lines && !wraps && slot + kStep <= walk.total && common0.contains(u0) &&
+                      common1.begin <= u1 && last1 < common1.end;
     return full ? Step::kFull : Step::kEdge;
   }
 

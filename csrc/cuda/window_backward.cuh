@@ -143,7 +143,7 @@ struct QueryGradient : Block<QueryGradient<T, kDim, kWarps, kFrags, kStep, kModi
                              const Mask& mask) {
     const int t = lane % 4;
     float s[kFrags][kColumns][4], ds[kFrags][kColumns][4];
-    product<T, kDim, kFrags, kStep, false>(s, queries, this->walk_tile(stage, 0));
+    product<T, kDim, kFrags, kStep, false>(s, queries, this->lanes, this->walk_tile(stage, 0));
     // dO V' - delta: the sum starts where a subtraction would end.
 #pragma unroll
     for (int f = 0; f < kFrags; ++f) {
@@ -153,7 +153,7 @@ struct QueryGradient : Block<QueryGradient<T, kDim, kWarps, kFrags, kStep, kModi
         ds[f][n][2] = ds[f][n][3] = -delta[f][1];
       }
     }
-    add_product<T, kDim, kFrags, kStep, false>(ds, douts, this->walk_tile(stage, 1));
+    add_product<T, kDim, kFrags, kStep, false>(ds, douts, this->lanes, this->walk_tile(stage, 1));
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
@@ -187,7 +187,8 @@ struct QueryGradient : Block<QueryGradient<T, kDim, kWarps, kFrags, kStep, kModi
       }
     }
     if constexpr (kWanted == Wanted::kQuery) {
-      accumulate<T, kDim, kDim, kFrags, kStep>(dquery, ds, this->walk_tile(stage, 0), 0);
+      accumulate<T, kDim, kDim, kFrags, kStep>(dquery, ds, this->lanes, this->walk_tile(stage, 0),
+                                               0);
     } else {
       add_bias(ds, numbers);
     }
@@ -419,8 +420,8 @@ struct KeyGradient : Block<KeyGradient<T, kDim, kWarps, kFrags, kStep, kModified
                              const Mask& mask) {
     const int t = lane % 4;
     float s[kFrags][kColumns][4], ds[kFrags][kColumns][4];
-    product<T, kDim, kFrags, kStep, false>(s, keys, this->walk_tile(stage, 0));
-    product<T, kDim, kFrags, kStep, false>(ds, values, this->walk_tile(stage, 1));
+    product<T, kDim, kFrags, kStep, false>(s, keys, this->lanes, this->walk_tile(stage, 0));
+    product<T, kDim, kFrags, kStep, false>(ds, values, this->lanes, this->walk_tile(stage, 1));
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
@@ -458,8 +459,10 @@ struct KeyGradient : Block<KeyGradient<T, kDim, kWarps, kFrags, kStep, kModified
       }
     }
     const int chunk = slice * (kOut / Layout<T, kDim>::kElems);
-    accumulate<T, kDim, kOut, kFrags, kStep>(dvalue, s, this->walk_tile(stage, 1), chunk);
-    accumulate<T, kDim, kOut, kFrags, kStep>(dkey, ds, this->walk_tile(stage, 0), chunk);
+    accumulate<T, kDim, kOut, kFrags, kStep>(dvalue, s, this->lanes, this->walk_tile(stage, 1),
+                                             chunk);
+    accumulate<T, kDim, kOut, kFrags, kStep>(dkey, ds, this->lanes, this->walk_tile(stage, 0),
+                                             chunk);
   }
 
   // ---- the tile

@@ -67,7 +67,7 @@ struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kD
   template <bool kMasked>
   ATTNEXT_DEVICE void attend(int stage, int numbers, const Rows& rows, const Mask& mask) {
     float s[kFrags][kColumns][4];
-    product<T, kDim, kFrags, kStep, kKept>(s, rows, this->walk_tile(stage, 0));
+    product<T, kDim, kFrags, kStep, kKept>(s, rows, this->lanes, this->walk_tile(stage, 0));
     if constexpr (kModified) modify(s, mask, numbers);
     // Each lane looks at its own columns: what a row's maximum is matters only once it grows.
     float most[kFrags][2];
@@ -109,7 +109,7 @@ struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kD
         sum[f][half] += part;
       }
     }
-    accumulate<T, kDim, kDim, kFrags, kStep>(out, s, this->walk_tile(stage, 1), 0);
+    accumulate<T, kDim, kDim, kFrags, kStep>(out, s, this->lanes, this->walk_tile(stage, 1), 0);
   }
 
   // Weights may grow to 2^8 before everything is brought down: most steps never do it.
