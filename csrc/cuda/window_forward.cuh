@@ -179,7 +179,8 @@ struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kD
   }
 
   ATTNEXT_DEVICE void start_rows(const Row& row, bool with_sink) {
-    spread<kFrags>(Modifiers::unit(w, row.live ? scale_of(w, batch, row.token, head) : 0.f), unit);
+    // A masked product, -inf, times a unit of 0 would be NaN: then the warp takes the one-row path.
+    spread<kFrags>(Modifiers::unit(w, row.live ? scale_of(w, batch, row.token, head) : 1.f), unit);
     if constexpr (kModified) {
       spread<kFrags>(Walk::bias_origin(w, row), row_bias);
       modifiers.start(w, head);
