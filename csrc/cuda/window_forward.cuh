@@ -185,7 +185,7 @@ struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kD
 
   ATTNEXT_DEVICE void start_rows(const Row& row, bool with_sink) {
     if constexpr (kModified) {
-      const float scale = row.live ? scale_of(w, batch, row.token, head) : 0.f;
+      const float scale = row.live ? scale_of(w, batch, row.token, head) : 1.f;
       spread<kFrags>(Modifiers::unit(w, scale), row_unit);
       spread<kFrags>(Walk::bias_origin(w, row), row_bias);
       modifiers.start(w, head);

@@ -105,18 +105,22 @@ class Code:
         self.rows: dict[str, Array] = {}
         self.ins: Instruction
         self.pc = 0
+        self.files: list[Array] = []  # all rows of a type lie together: thousands of registers
+        by_type: dict[np.dtype[Any], list[str]] = {}
         for name, kind in machine.function.registers.items():
-            self.rows[name] = np.zeros(machine.size, _row_dtype(kind))
-        self.poison()
+            by_type.setdefault(_row_dtype(kind), []).append(name)
+        for dtype, names in by_type.items():
+            self.files.append(np.zeros((len(names), machine.size), dtype))
+            self.rows.update(zip(names, self.files[-1], strict=True))
         self.labels = machine.function.labels
 
     def poison(self) -> None:
         """What a register holds before it is written: NaN in every float type, and no zero."""
-        for row in self.rows.values():
-            if row.dtype.kind == "b":
-                row[::2], row[1::2] = True, False
+        for rows in self.files:
+            if rows.dtype.kind == "b":
+                rows[:, ::2], rows[:, 1::2] = True, False
             else:
-                row.view(np.uint16)[:] = 0xFFF1
+                rows.view(np.uint16)[:] = 0xFFF1
 
     # ---- operands ----
 
@@ -280,21 +284,34 @@ class Code:
 
         return dynamic
 
-    def blocks(self) -> dict[int, Block]:
+    def blocks(self) -> Blocks:
         """The function as basic blocks by their first instruction."""
-        code = self.machine.function.code
-        gates = {pc: gate for pc, i in enumerate(code) if (gate := self.gate(i))}
-        starts = [*leaders(code, self.labels, set(gates)), len(code)]
-        steps = [self.step(pc, i) for pc, i in enumerate(code)]
-        made = {}
-        for start, end in pairwise(starts):
-            guard = code[start].guard
-            condition = None
-            if start in gates and guard is not None:
-                self.ins = code[start]
-                condition = self.get(guard, "pred")
-            made[start] = Block(start, end, steps[start:end], gates.get(start), condition)
-        return made
+        for instruction in self.machine.function.code:
+            if instruction.op not in DECODERS and f"{instruction.op}:float" not in DECODERS:
+                raise instruction.error(f"unknown instruction {instruction.op}")
+        return Blocks(self)
+
+
+class Blocks(dict[int, Block]):
+    """Basic blocks by their first instruction, decoded when they are first reached: of a large
+    kernel a small problem runs a third."""
+
+    def __init__(self, code: Code) -> None:
+        super().__init__()
+        self.decoder, self.code = code, code.machine.function.code
+        self.gates = {pc for pc, i in enumerate(self.code) if code.gate(i)}
+        starts = [*leaders(self.code, code.labels, self.gates), len(self.code)]
+        self.ends = dict(pairwise(starts))
+
+    def __missing__(self, start: int) -> Block:
+        end, decoder, first = self.ends[start], self.decoder, self.code[start]
+        steps = [decoder.step(pc, self.code[pc]) for pc in range(start, end)]
+        gate = decoder.gate(first)
+        condition = None
+        if gate and first.guard is not None:
+            condition = decoder.get(first.guard, "pred")
+        self[start] = Block(start, end, steps, gate, condition)
+        return self[start]
 
 
 def _row_dtype(kind: str) -> np.dtype[Any]:

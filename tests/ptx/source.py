@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One kernel of attnext as a source of its own: seconds to compile instead of a file's half minute.
+
+The headers are pasted in, so that a test can change a few words of them before nvcc sees them.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from .compile import compile_ptx
+from .executor import Program, load
+
+CSRC = Path(__file__).parents[2] / "csrc"
+FLAGS = ("-O3", "-std=c++17")
+_NUMBER = {"bf16": "bf16", "fp16": "fp16", "fp32": "float"}
+
+
+class Edit(NamedTuple):
+    """A change of a header: `old` must occur in it exactly once."""
+
+    file: str
+    old: str
+    new: str
+
+    def apply(self, text: str) -> str:
+        count = text.count(self.old)
+        assert count == 1, f"{self.file} has {count} times: {self.old}"
+        return text.replace(self.old, self.new)
+
+
+def source_of(kernel: str) -> str:
+    """The source file that instantiates a kernel: window_forward_bf16_64 is in
+    window_forward_bf16.cu."""
+    if kernel in ("window_sink_gradient", "window_merge_bias"):
+        return "window_sums.cu"
+    found = re.match(r"window_(.*?)_(bf16|fp16|fp32)", kernel)
+    assert found, kernel
+    family, dtype = found.groups()
+    family = {"merge": "forward", "statistics": "query_gradient"}.get(family, family)
+    return f"window_{family}_{dtype}.cu"
+
+
+def header_with(edit: Edit) -> str:
+    """The changed text; raises where the edit does not fit."""
+    return edit.apply((CSRC / "cuda" / edit.file).read_text())
+
+
+def _paste(path: Path, edits: tuple[Edit, ...], seen: set[Path]) -> str:
+    """A file with what it includes of ours, each header once."""
+    path = path.resolve()
+    if path in seen:
+        return ""
+    seen.add(path)
+    text = path.read_text()
+    for edit in edits:
+        if path == (CSRC / "cuda" / edit.file).resolve():
+            text = edit.apply(text)
+    text = text.replace("#pragma once\n", "")
+    return re.sub(
+        r'#include "(.*?)"\n', lambda m: _paste(path.parent / m.group(1), edits, seen), text
+    )
+
+
+def _only(kernel: str, text: str) -> str:
+    """Source text that instantiates lists of kernels, with one kernel of them."""
+    lines = []
+    for line in text.splitlines():
+        entry = re.match(r"(ATTNEXT_(?:\w+)_KERNELS_\d+)\((\w+), (\w+), (\w+)\)", line)
+        if entry:
+            name, macro, number, dtype = entry.groups()
+            kernels = (CSRC / "cuda" / "kernels.h").read_text()
+            listed = kernels.split(f"#define {name}(")[1].split("#define")[0]
+            line = "".join(
+                f"{macro}({each.replace(', T,', f', {number},')})\n"
+                for each in re.findall(r"X\((.*?)\)", listed.replace("##type##", dtype))[1:]
+                if each.split(",")[0] == kernel
+            )
+        elif re.match(r"ATTNEXT_\w+\(", line) and not re.search(rf"\({kernel}\b", line):
+            continue
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+@functools.lru_cache(maxsize=64)
+def lone(kernel: str, *edits: Edit, arch: str = "sm_80") -> Program:
+    """A program of one kernel."""
+    text = _only(kernel, (CSRC / "cuda" / source_of(kernel)).read_text())
+    seen: set[Path] = set()
+    pasted = re.sub(
+        r'#include "(.*?)"\n', lambda m: _paste(CSRC / "cuda" / m.group(1), edits, seen), text
+    )
+    program = load(compile_ptx(pasted, flags=FLAGS, arch=arch))
+    assert program.kernels == [kernel], (kernel, program.kernels)
+    return program
