@@ -29,10 +29,11 @@ class Kernel:
     """One kernel of one source.
 
     ``source`` is a file or a text. ``entry`` is the symbol in the cubin, or a pattern
-    (``*window_fwd*bfloat16*``) that exactly one symbol fits: a template's symbol is long. ``threads`` per block and ``dynamic_shared`` bytes are
-    what the host launches it with; ``paths`` those of ``PATHS`` that its main loop has, none for a
-    kernel without tensor instructions. Headers outside the source's folder must lie under
-    ``include``: the cache of cubins is keyed on them. ``flags`` are those that it ships with.
+    (``*window_fwd*bfloat16*``) that exactly one symbol fits: a template's symbol is long.
+    ``threads`` per block and ``dynamic_shared`` bytes are what the host launches it with; ``paths``
+    those of ``PATHS`` that its main loop has, none for a kernel without tensor instructions.
+    Headers outside the source's folder must lie under ``include``: the cache of cubins is keyed on
+    them. ``flags`` are those that it ships with.
     """
 
     name: str
@@ -43,16 +44,24 @@ class Kernel:
     paths: tuple[str, ...] = ("full", "edge")
     include: tuple[Path, ...] = ()
     flags: tuple[str, ...] = FLAGS
+    instance: str = ""  # of the library's templates
+
+
+def _instance(facts: dict[str, Any]) -> str:
+    """The line that instantiates a kernel of the library."""
+    shape = ", ".join(
+        str(facts[x]).lower() for x in ("dim", "warps", "frags", "step", "modified", "slices")
+    )
+    return f"ATTNEXT_{facts['pass'].upper()}({facts['name']}, {facts['type']}, {shape})"
 
 
 def _only(facts: dict[str, Any]) -> str:
     """A source with one kernel of the library: what the static figures need compiles in seconds."""
     header = "window_forward.cuh" if facts["pass"] == "forward" else "window_backward.cuh"
-    shape = ", ".join(
-        str(facts[x]).lower() for x in ("dim", "warps", "frags", "step", "modified", "slices")
+    return (
+        f'#include "cuda/{header}"\n'
+        f"namespace attnext {{\nnamespace cuda {{\n{_instance(facts)}\n}}\n}}\n"
     )
-    macro = f"ATTNEXT_{facts['pass'].upper()}({facts['name']}, {facts['type']}, {shape})"
-    return f'#include "cuda/{header}"\nnamespace attnext {{\nnamespace cuda {{\n{macro}\n}}\n}}\n'
 
 
 KERNELS: tuple[Kernel, ...] = tuple(
@@ -63,6 +72,7 @@ KERNELS: tuple[Kernel, ...] = tuple(
         32 * facts["warps"],
         facts["shared_bytes"],
         include=(CSRC,),
+        instance=_instance(facts),
     )
     for facts in _C.cuda_kernels()
 )

@@ -11,12 +11,12 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.kernels import CSRC, KERNELS
+
 from .compile import compile_ptx
 from .executor import Program, load
 
-CSRC = Path(__file__).parents[2] / "csrc"
 FLAGS = ("-O3", "-std=c++17")
-_NUMBER = {"bf16": "bf16", "fp16": "fp16", "fp32": "float"}
 
 
 class Edit(NamedTuple):
@@ -67,18 +67,11 @@ def _paste(path: Path, edits: tuple[Edit, ...], seen: set[Path]) -> str:
 
 def _only(kernel: str, text: str) -> str:
     """Source text that instantiates lists of kernels, with one kernel of them."""
+    listed = [k for k in KERNELS if k.name == kernel]
     lines = []
     for line in text.splitlines():
-        entry = re.match(r"(ATTNEXT_(?:\w+)_KERNELS_\d+)\((\w+), (\w+), (\w+)\)", line)
-        if entry:
-            name, macro, number, dtype = entry.groups()
-            kernels = (CSRC / "cuda" / "kernels.h").read_text()
-            listed = kernels.split(f"#define {name}(")[1].split("#define")[0]
-            line = "".join(
-                f"{macro}({each.replace(', T,', f', {number},')})\n"
-                for each in re.findall(r"X\((.*?)\)", listed.replace("##type##", dtype))[1:]
-                if each.split(",")[0] == kernel
-            )
+        if re.match(r"ATTNEXT_\w+_KERNELS_\d+\(", line):
+            line = listed.pop().instance if listed else ""
         elif re.match(r"ATTNEXT_\w+\(", line) and not re.search(rf"\({kernel}\b", line):
             continue
         lines.append(line)

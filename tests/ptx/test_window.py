@@ -176,7 +176,7 @@ def test_swin_windows_are_full_steps() -> None:
     check("window_attention", qkv((16, 16)), {"window_size": 8})
 
 
-# ---- what a launch costs --------------------------------------------------------------------------
+# ---- what a launch costs -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
