@@ -220,8 +220,8 @@ def _problems() -> list[Problem]:
 
     # Memory layouts, and tensors with nothing in them.
     for layout in LAYOUTS[1:]:
-        more = {"layout": layout, "batch": 2, "head_dim": 64}
-        slide(f"layout-{layout.replace(' ', '-')}", 70, 20, more)
+        shape: dict[str, Any] = {"layout": layout, "batch": 2, "head_dim": 64}
+        slide(f"layout-{layout.replace(' ', '-')}", 70, 20, shape)
     slide("no-batch", 9, 3, {"batch": 0})
     near("no-queries", (0, 5), 3, {"keys": (4, 5), "bias": (8, 8), "sink_logits": True})
     near("no-keys", (4, 5), 3, {"keys": (4, 0), "sink_logits": True})
