@@ -377,6 +377,14 @@ def _check_cu_seqlens(name: str, cu_seqlens: Any, query: Tensor) -> None:
         raise ValueError(f"query must have batch size 1 with {name}, got {query.shape[0]}")
 
 
+def _on_host(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> tuple[Tensor, Tensor]:
+    """Tables are made on the host: what lies on a GPU is fetched here, not anew in each pass."""
+    ends_q = cu_seqlens_q.cpu() if cu_seqlens_q.is_cuda else cu_seqlens_q
+    if cu_seqlens_k is cu_seqlens_q:
+        return ends_q, ends_q
+    return ends_q, cu_seqlens_k.cpu() if cu_seqlens_k.is_cuda else cu_seqlens_k
+
+
 def _check_modifier(name: str, t: Any, shape: tuple[Any, ...], query: Tensor) -> None:
     if not isinstance(t, Tensor) or not t.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {kind_of(t)}")
@@ -536,6 +544,7 @@ def attend(
     if cu_seqlens_q is not None or cu_seqlens_k is not None:
         cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
         _check_packing(cu_seqlens_q, cu_seqlens_k, query)
+        cu_seqlens_q, cu_seqlens_k = _on_host(cu_seqlens_q, cu_seqlens_k)
     if additional_keys is not None or additional_values is not None:
         additional_keys, additional_values = _under_autocast(additional_keys, additional_values)
         _check_additional(additional_keys, additional_values, query, key, value)

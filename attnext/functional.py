@@ -269,6 +269,8 @@ def sliding_window_attention(
             2309.17453), counted once; with ``is_causal`` only if they are not after the query.
         cu_seqlens_q, cu_seqlens_k: int32 ``[N + 1]``, where each of N sequences packed along the
             token axis ends; ``B`` must be 1. ``cu_seqlens_k`` defaults to ``cu_seqlens_q``.
+            They may lie on the CPU beside CUDA tensors, and had better: from a GPU they are
+            fetched, which waits for it, and which no CUDA graph can record.
         sink_logits, softcap, alibi_slopes, bias, additional_keys, additional_values, scale: see
             :func:`neighborhood_attention`.
 

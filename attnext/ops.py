@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registered operators: schemas, CPU implementations, fakes, autograd and vmap.
+"""The registered operators: schemas, implementations, fakes, autograd and vmap.
 
 ``functional.py`` normalises arguments and calls :func:`window_op`; nothing else should.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
 from . import _C
+from .device_tables import DeviceTables
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -122,11 +122,7 @@ def _window_backward_cpu(*args: Any) -> tuple[Tensor, ...]:
 # ---- CUDA ----------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=64)
-def _device_tables(tables: Any, device: torch.device) -> Tensor:
-    """The geometry's tables on a device. The binary gives the same object for the same geometry."""
-    host = torch.frombuffer(bytearray(tables.data()), dtype=torch.int32)
-    return host.to(device)
+_TABLES = DeviceTables()
 
 
 def _where(query: Tensor) -> tuple[int, int]:
@@ -136,21 +132,27 @@ def _where(query: Tensor) -> tuple[int, int]:
 
 def _window_forward_cuda(*problem: Any) -> tuple[Tensor, Tensor]:
     query = problem[0]
-    out, lse = _window_forward_fake(*problem)
-    call = _C.CudaForward(_native(problem))
-    workspace = query.new_empty(call.workspace_bytes, dtype=torch.uint8)
-    queries = _device_tables(call.queries, query.device)
-    call.run(out, lse, queries.data_ptr(), workspace.data_ptr(), *_where(query))
+    # The binary's CUDA runtime is not torch's: torch alone says which device is the current one.
+    with torch.cuda.device(query.device):
+        out, lse = _window_forward_fake(*problem)
+        call = _C.CudaForward(_native(problem))
+        workspace = query.new_empty(call.workspace_bytes, dtype=torch.uint8)
+        queries = _TABLES.get(call.queries, query.device, "window_forward")
+        call.run(out, lse, queries.data_ptr(), workspace.data_ptr(), *_where(query))
     return out, lse
 
 
 def _window_backward_cuda(*args: Any) -> tuple[Tensor, ...]:
     problem, query = args[:-5], args[0]
-    grads, tensors = _backward_tensors(*args)
-    call = _C.CudaBackward(_native(problem))
-    workspace = query.new_empty(call.workspace_bytes, dtype=torch.uint8)
-    queries, keys = (_device_tables(t, query.device) for t in (call.queries, call.keys))
-    call.run(queries.data_ptr(), keys.data_ptr(), workspace.data_ptr(), *_where(query), *tensors)
+    with torch.cuda.device(query.device):
+        grads, tensors = _backward_tensors(*args)
+        call = _C.CudaBackward(_native(problem))
+        workspace = query.new_empty(call.workspace_bytes, dtype=torch.uint8)
+        queries, keys = (
+            _TABLES.get(tables, query.device, "window_backward").data_ptr()
+            for tables in (call.queries, call.keys)
+        )
+        call.run(queries, keys, workspace.data_ptr(), *_where(query), *tensors)
     return grads
 
 

@@ -271,7 +271,7 @@ Call make_call(const py::tuple& problem, Device device) {
   };
   const bool packed = !argument(kCuQueries).is_none();
   const auto sinks = argument(kSinks).cast<int64_t>();
-  std::vector<int64_t> rules = integers(argument(kRules));
+  const std::vector<int64_t> rules = integers(argument(kRules));
   Call call;
   call.device = device;
   WindowParams& p = call.params;
@@ -342,18 +342,21 @@ Call make_call(const py::tuple& problem, Device device) {
     }
     return tables;
   };
-  // Kept for the next call where that is cheap in memory and the key tells everything.
-  constexpr int64_t kKeptTokens = 1 << 16;
+  // Kept for the next call where the tables are not too large: a GPU has them uploaded once.
+  constexpr int64_t kKeptTokens = 1 << 22;
   std::vector<int64_t> signature;
   int64_t tokens = 0;
   for (int a = 0; a < 3; ++a) tokens += p.query_extent[a] + p.key_extent[a];
-  if (!packed && tokens * num_rules <= kKeptTokens) {
-    signature = rules;
+  if (tokens * num_rules <= kKeptTokens) {
+    signature = {static_cast<int64_t>(rules.size()), static_cast<int64_t>(cu_queries.size())};
+    for (const std::vector<int64_t>* part : {&rules, &cu_queries, &cu_keys}) {
+      signature.insert(signature.end(), part->begin(), part->end());
+    }
     signature.insert(signature.end(), p.query_extent, p.query_extent + 3);
     signature.insert(signature.end(), p.key_extent, p.key_extent + 3);
     signature.insert(signature.end(), {rank, order[0], order[1], order[2], sinks});
   }
-  call.geometry = shared_geometry(signature, build);
+  call.geometry = shared_geometry(signature, tokens * num_rules, build);
   const std::vector<int64_t> head_rule = integers(argument(kHeadRule));
   call.head_rule.assign(p.heads, 0);
   if (!head_rule.empty()) {

@@ -417,10 +417,13 @@ std::shared_ptr<const Geometry::Plans> Geometry::plans(int32_t lanes, int32_t ve
 }
 
 std::shared_ptr<const Geometry> shared_geometry(
-    const std::vector<int64_t>& key, const std::function<std::vector<AxisTable>()>& build) {
+    const std::vector<int64_t>& key, int64_t tokens,
+    const std::function<std::vector<AxisTable>()>& build) {
   constexpr size_t kKept = 32;  // the layers of a model share a few
+  constexpr int64_t kKeptTokens = 1 << 23;
   struct Entry {
     std::vector<int64_t> key;
+    int64_t tokens;
     std::shared_ptr<const Geometry> geometry;
   };
   static std::mutex mutex;
@@ -434,8 +437,13 @@ std::shared_ptr<const Geometry> shared_geometry(
   auto geometry = std::make_shared<const Geometry>(build());
   if (!key.empty()) {
     const std::lock_guard<std::mutex> lock(mutex);
-    if (entries.size() == kKept) entries.erase(entries.begin());
-    entries.push_back({key, geometry});
+    entries.push_back({key, tokens, geometry});
+    int64_t kept = 0;
+    for (const Entry& e : entries) kept += e.tokens;
+    while (entries.size() > kKept || (kept > kKeptTokens && entries.size() > 1)) {
+      kept -= entries.front().tokens;
+      entries.erase(entries.begin());
+    }
   }
   return geometry;
 }

@@ -152,8 +152,10 @@ class Geometry {
 };
 
 // The geometry that `key` stands for, from the last few or built now; an empty key is not kept.
+// `tokens`: entries of its tables, of which a limited number is kept.
 std::shared_ptr<const Geometry> shared_geometry(
-    const std::vector<int64_t>& key, const std::function<std::vector<AxisTable>()>& build);
+    const std::vector<int64_t>& key, int64_t tokens,
+    const std::function<std::vector<AxisTable>()>& build);
 
 // What a kernel reads.
 struct AxisView {

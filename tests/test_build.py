@@ -106,7 +106,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         [*command, "--wheel-dir", str(folder), str(sources)],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(trap), "ATTNEXT_BUILD_DIR": str(folder / "build")},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(trap),
+            "ATTNEXT_BUILD_DIR": str(folder / "build"),
+            "ATTNEXT_CUDA": "off",  # minutes, and nothing below asks for it
+        },
     )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     (built,) = folder.glob("attnext-*.whl")
@@ -187,6 +192,51 @@ def test_the_binary_asks_for_no_framework() -> None:
     )
     needed = re.findall(r"NEEDED.*\[(.+?)\]", listing.stdout)
     assert needed and not [name for name in needed if re.search("torch|c10|python|cuda", name)]
+
+
+# What the binary asks of a tensor, without a GPU to have one on.
+CALL_ON_CUDA = """
+import torch, attnext
+from attnext import _C
+
+class OnCuda:
+    is_cpu, is_cuda, device = False, True, "cuda:0"
+    def __init__(self, *shape):
+        x = self.x = torch.empty(shape)
+        self.dtype, self.shape, self.stride, self.data_ptr = x.dtype, x.shape, x.stride, x.data_ptr
+
+rows, lse = OnCuda(1, 70, 2, 32), OnCuda(1, 70, 2)
+problem = (rows, rows, rows, *(None,) * 7, [8, 0, 1, 0, 1, 1, 1, 0], [], 0.5, 0.0, 0)
+x = torch.ones(1, 70, 2, 32)
+assert torch.equal(attnext.sliding_window_attention(x, x, x, 9), x)
+print(_C.cuda_architectures)
+try:
+    _C.CudaForward(problem).run(rows, lse, 16, 16, 0, 0)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_call_without_a_driver_names_the_operator(tmp_path: Path) -> None:
+    """Also with kernels built in: .ci/run says where such a module is. It imports, its CPU part
+    works, and its CUDA part says what is missing."""
+    modules = [Path(_C.__file__)]
+    if folder := os.environ.get("ATTNEXT_CUDA_MODULE"):
+        modules += Path(folder).glob("_C*.so")
+        assert len(modules) == 2
+    for k, module in enumerate(modules):
+        package = tmp_path / str(k) / "attnext"
+        shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("*.so"))
+        shutil.copy(module, package)
+        result = python(CALL_ON_CUDA, package.parent)
+        assert result.returncode == 0, result.stderr
+        architectures, error = result.stdout.splitlines()
+        assert error.startswith("attnext window_forward: ")
+        assert ("driver" in error or "device" in error) if architectures else "nvcc" in error
+        if k == 1:
+            versions = [entry.partition("-")[0] for entry in architectures.split()]
+            assert versions == ["80", "86", "89", "90", "100", "120"]
 
 
 def test_the_binary_exports_its_entry_only() -> None:

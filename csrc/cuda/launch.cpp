@@ -51,29 +51,14 @@ void allow_shared_memory(const void* kernel, const Launch& launch, int device, c
   devices |= bit;
 }
 
-class DeviceGuard {
- public:
-  DeviceGuard(int device, const char* op) {
-    check(cudaGetDevice(&before_), op, "cudaGetDevice");
-    if (before_ == device) return;
-    check(cudaSetDevice(device), op, "cudaSetDevice");
-    changed_ = true;
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(before_);
-  }
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
-
 }  // namespace
 
 const char* built_architectures() { return ATTNEXT_CUDA_ARCHITECTURES; }
 
 void launch(const std::vector<Launch>& launches, int device, uintptr_t stream, const char* op) {
-  const DeviceGuard guard(device, op);
+  // The caller has made the device the current one, but in its own copy of the CUDA runtime, of
+  // which this one may not know. There is nothing to go back to.
+  check(cudaSetDevice(device), op, "cudaSetDevice");
   for (const Launch& each : launches) {
     const void* kernel = find(each.kernel);
     allow_shared_memory(kernel, each, device, op);

@@ -13,7 +13,8 @@ namespace cuda {
 // Whether this build has kernels, and for which architectures: "80 90 100 120", empty without.
 const char* built_architectures();
 
-// Launches on a stream of a device; returns at once. `op` names the caller in errors.
+// Launches on a stream of a device, which must be the caller's current one; returns at once. `op`
+// names the caller in errors.
 void launch(const std::vector<Launch>& launches, int device, uintptr_t stream, const char* op);
 
 }  // namespace cuda

@@ -254,7 +254,7 @@ Tables make_tables(const Geometry& geometry, const std::vector<int32_t>& head_ru
 std::shared_ptr<const Tables> shared_tables(const std::shared_ptr<const Geometry>& geometry,
                                             const std::vector<int32_t>& head_rule, bool by_key,
                                             int32_t rows, int64_t extra_keys) {
-  constexpr size_t kKept = 64;
+  constexpr size_t kKept = 64, kKeptInts = size_t(1) << 26;
   struct Entry {
     std::shared_ptr<const Geometry> geometry;  // kept alive, so that its address stays its own
     std::vector<int32_t> head_rule;
@@ -275,8 +275,13 @@ std::shared_ptr<const Tables> shared_tables(const std::shared_ptr<const Geometry
   }
   auto tables =
       std::make_shared<const Tables>(make_tables(*geometry, head_rule, by_key, rows, extra_keys));
-  if (entries.size() == kKept) entries.erase(entries.begin());
   entries.push_back({geometry, head_rule, by_key, rows, extra_keys, tables});
+  size_t kept = 0;
+  for (const Entry& e : entries) kept += e.tables->data.size();
+  while (entries.size() > kKept || (kept > kKeptInts && entries.size() > 1)) {
+    kept -= entries.front().tables->data.size();
+    entries.erase(entries.begin());
+  }
   return tables;
 }
 
