@@ -76,7 +76,7 @@ def _only(kernel: str, text: str) -> str:
             listed = kernels.split(f"#define {name}(")[1].split("#define")[0]
             line = "".join(
                 f"{macro}({each.replace(', T,', f', {number},')})\n"
-                for each in re.findall(r"X\((.*?)\)", listed.replace("##type##", dtype))[1:]
+                for each in re.findall(r"X\((.*?)\)", listed.replace("##type##", dtype))
                 if each.split(",")[0] == kernel
             )
         elif re.match(r"ATTNEXT_\w+\(", line) and not re.search(rf"\({kernel}\b", line):
@@ -94,5 +94,5 @@ def lone(kernel: str, *edits: Edit, arch: str = "sm_80") -> Program:
         r'#include "(.*?)"\n', lambda m: _paste(CSRC / "cuda" / m.group(1), edits, seen), text
     )
     program = load(compile_ptx(pasted, flags=FLAGS, arch=arch))
-    assert program.kernels == [kernel], (kernel, program.kernels)
+    assert program.kernels == [kernel], f"{kernel} is not the only one of {program.kernels}"
     return program
