@@ -87,5 +87,5 @@ def lone(kernel: str, *edits: Edit, arch: str = "sm_80") -> Program:
         r'#include "(.*?)"\n', lambda m: _paste(CSRC / "cuda" / m.group(1), edits, seen), text
     )
     program = load(compile_ptx(pasted, flags=FLAGS, arch=arch))
-    assert program.kernels == [kernel], (kernel, program.kernels)
+    assert program.kernels == [kernel], f"{kernel} is not the only one of {program.kernels}"
     return program
