@@ -86,7 +86,7 @@ def test_version_is_stated_once() -> None:
 
 def test_stubs_name_what_the_binary_has() -> None:
     stub = (PACKAGE / "_C.pyi").read_text()
-    stated = set(re.findall(r"^(?:def )?(\w+)[(:]", stub, re.M))
+    stated = set(re.findall(r"^(?:def |class )?(\w+)[(:]", stub, re.M))
     hidden = {name for name in stated | set(dir(_C)) if name[0] == "_"} - {"__version__"}
     assert stated - hidden == set(dir(_C)) - hidden
 

@@ -22,7 +22,7 @@ BLOCK, TILE, WALK = "block.cuh", "tile.cuh", "walk.cuh"
 FORWARD, BACKWARD = "window_forward.cuh", "window_backward.cuh"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def problem(name: str) -> Problem:
     """Tiny problems by name, heads of 32 where nothing else is said."""
     sliding = functools.partial(make, "sliding_window_attention")
@@ -106,7 +106,8 @@ BUGS = [
          "write-read race",
          (BLOCK, "copy_step(slot + kStep, stage ^ 1)", "copy_step(slot + kStep, stage)")),
     _bug("reads the other stage", "forward_bf16_32", "sliding forward", _EARLY,
-         (FORWARD, "rows, this->walk_tile(stage, 0));", "rows, this->walk_tile(stage ^ 1, 0));")),
+         (FORWARD, "this->lanes, this->walk_tile(stage, 0));",
+          "this->lanes, this->walk_tile(stage ^ 1, 0));")),
     _bug("places in the wrong buffer", "forward_bf16_32", "sliding forward", "read-write race",
          (BLOCK, "find_step(slot + 2 * kStep, stage,", "find_step(slot + 2 * kStep, stage ^ 1,")),
     _bug("no barrier after the first places", "forward_bf16_32", "sliding forward",
@@ -156,10 +157,6 @@ BUGS = [
           "const bool mine = lane < kWarpRows;")),
     _bug("dead key stored", "key_gradient_bf16_32", "sliding", "global write out of bounds",
          (BACKWARD, "    if (!row.live) return 0;\n", "")),
-    _bug("a dead row's masked products are NaN", "forward_bf16_32", "sliding forward",
-         "one-row path",
-         (FORWARD, "scale_of(w, batch, row.token, head) : 1.f), unit);",
-          "scale_of(w, batch, row.token, head) : 0.f), unit);")),
     _bug("walk ends a slot early", "forward_bf16_32", "one slot more", WRONG,
          (FORWARD, "const int32_t to = min(walk.total,", "const int32_t to = min(walk.total - 1,")),
     _bug("window a key too long", "forward_bf16_32", "packed", WRONG,
@@ -168,8 +165,7 @@ BUGS = [
     _bug("stale mask after a skipped step", "forward_bf16_32", "sliding forward", WRONG,
          (BLOCK, "steps.advance(walk);", "if (kind != Step::kSkip) steps.advance(walk);")),
     _bug("a step full too early", "forward_bf16_32", "sliding forward", WRONG,
-         (WALK, "common[2].begin <= u && u + kStep <= common[2].end &&",
-          "common[2].begin <= u && u < common[2].end &&")),
+         (WALK, "common.begin <= u && u + kStep <= common.end;", "common.begin <= u && u < common.end;")),
     _bug("lines of a box mixed up", "forward_bf16_32", "two axes", WRONG,
          (WALK, "if (++l1 == walk.lines1) l1 = 0, ++l0;\n    }\n  }\n};",
           "if (++l1 == walk.lines1 + 1) l1 = 0, ++l0;\n    }\n  }\n};")),
@@ -243,14 +239,13 @@ BUGS = [
          "row scale", WRONG, (BACKWARD, "dscale[f][half] += g * x;", "dscale[f][half] += g;")),
     # ---- gradients ----
     _bug("delta missing, dQ", "query_gradient_bf16_32", "sliding", WRONG,
-         (BACKWARD, "g = weight * (g - delta[f][half]);", "g = weight * g;")),
+         (BACKWARD, "ds[f][n][0] = ds[f][n][1] = -delta[f][0];", "ds[f][n][0] = ds[f][n][1] = 0.f;")),
     _bug("delta missing, dK", "key_gradient_bf16_32", "sliding", WRONG,
          (BACKWARD, "g = weight * (g - delta);", "g = weight * g;")),
     _bug("gradient of lse missing", "statistics_bf16", "sliding", WRONG,
          (BACKWARD, "delta -= static_cast<const float*>(w.dlse.data)", "(void)static_cast<const float*>(w.dlse.data)")),
     _bug("mask missing, dQ", "query_gradient_bf16_32", "sliding", WRONG,
-         (BACKWARD, "g = weight * (g - delta[f][half]);\n",
-          "weight = exp2_approx(y);\n              g = weight * (g - delta[f][half]);\n")),
+         (BACKWARD, "g *= weight;\n", "g *= exp2_approx(y);\n")),
     _bug("dK without the scale", "key_gradient_bf16_32", "sliding", WRONG,
          (BACKWARD, "kModified ? 1.f : static_cast<float>(w.scale);", "1.f;")),
     _bug("rest of lse forgotten", "query_gradient_fp32_32", "exact", WRONG,

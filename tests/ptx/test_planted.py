@@ -46,7 +46,7 @@ def test_the_list_fits_the_sources() -> None:
             header_with(edit)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def said_without_bug(name: str) -> frozenset[str]:
     return frozenset(symptoms(name))
 
