@@ -48,7 +48,7 @@ def problem(name: str) -> Problem:
         "zero pad": lambda: neighborhood([9, 10], kernel_size=5, boundary="zero_pad"),
         "unaligned": lambda: sliding([70], window_size=20, dim=30, backward=False),
         "part of a row": lambda: sliding([70], window_size=20, dim=24, spare=8, backward=False),
-        "infinite": lambda: sliding([90], window_size=20, sinks=3, edit=infinite_value),
+        "infinite": lambda: sliding([20], window_size=4, edit=infinite_value),
         "exact": lambda: sliding([70], window_size=40, dtype=torch.float32),
     }  # fmt: skip
     return made[name]()

@@ -129,6 +129,8 @@ def run(
 
 
 def within_budget(problem: Problem, results: dict[str, Tensor]) -> bool:
+    if not all(x.isfinite().all() for x in problem.tensors.values()):
+        return like_the_cpu(problem, results)
     try:
         assert_within_budget(
             results,
@@ -140,3 +142,15 @@ def within_budget(problem: Problem, results: dict[str, Tensor]) -> bool:
     except AssertionError:
         return False
     return True
+
+
+def like_the_cpu(problem: Problem, results: dict[str, Tensor]) -> bool:
+    """Where something is not finite: the dense reference would carry it to all rows by a weight of
+    0, the kernels for the CPU do not."""
+    wanted = evaluate(
+        getattr(attnext, problem.op), problem.tensors, problem.options, problem.cotangents
+    )
+    return all(
+        torch.allclose(results[name].float(), x.float(), atol=3e-2, rtol=3e-2, equal_nan=True)
+        for name, x in wanted.items()
+    )
