@@ -81,14 +81,14 @@ def check_problem(problem: Problem) -> None:
     )
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(problems(dtypes=DTYPES))
 def test_random_problems(problem: Problem) -> None:
     check_problem(problem)
 
 
 @pytest.mark.heavy
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(problems(dtypes=DTYPES, most=3))
 def test_larger_random_problems(problem: Problem) -> None:
     check_problem(problem)
