@@ -325,6 +325,8 @@ struct Block {
       __syncthreads();
       copy_step(from, 0);
       if (from + kStep < to) find_step(from + kStep, 1, 1);
+    } else {
+      commit_copies();  // what is held, which no step has committed
     }
     wait_copies<0>();
     __syncthreads();

@@ -120,8 +120,6 @@ BUGS = [
     _bug("two buffers of numbers", "key_gradient_bf16_32", "sliding", "read-write race",
          (BLOCK, "numbers == 0 ? 2 : numbers - 1)", "numbers)"),
          (BLOCK, "numbers = numbers == 2 ? 0 : numbers + 1", "numbers ^= 1")),
-    _bug("no barrier between heads", "key_gradient_bf16_32", "gqa", "write-read race",
-         (BLOCK, "walk.has_phantoms();\n    __syncthreads();\n", "walk.has_phantoms();\n")),
     _bug("no barrier between held tiles", "query_gradient_bf16_32", "sliding", "write-read race",
          (BLOCK, "    __syncthreads();\n    if (lane < kWarpRows) addresses",
           "    if (lane < kWarpRows) addresses")),
