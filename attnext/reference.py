@@ -474,22 +474,23 @@ def linear_attention(
             state = initial_state[n : n + 1].to(dtype)
         else:
             state = initial_state.to(dtype)
-        order = range(begin, end)[:: -1 if reverse else 1]
-        seen = {}
-        for t in order:
+        found = {}  # what each query reads
+        for t in range(begin, end)[:: -1 if reverse else 1]:
             if decay is not None:
                 log = decay if decay.dim() == 1 else decay[items, t]
                 state = state * torch.exp(log.to(dtype))[..., None, None]
-            update = v[items, t]
+            written = v[items, t]
             if beta is not None:
-                error = update - torch.einsum("bhk,bhkv->bhv", k[items, t], state)
-                update = beta[items, t, :, None].to(dtype) * error
-            state = state + k[items, t, :, :, None] * update[:, :, None, :]
-            seen[t] = state
-        rows = [
-            torch.einsum("bhk,bhkv->bhv", q[items, t], seen[t] if is_causal else state)
-            for t in range(begin, end)
-        ]
+                lacking = written - torch.einsum("bhk,bhkv->bhv", k[items, t], state)
+                written = beta[items, t, :, None].to(dtype) * lacking
+            state = state + k[items, t, :, :, None] * written[:, :, None, :]
+            if is_causal:
+                found[t] = torch.einsum("bhk,bhkv->bhv", q[items, t], state)
+        if not is_causal:
+            found = {
+                t: torch.einsum("bhk,bhkv->bhv", q[items, t], state) for t in range(begin, end)
+            }
+        rows = [found[t] for t in range(begin, end)]
         outs.append(torch.stack(rows, dim=1) if rows else v[items, :0])
         states.append(state)
     out = torch.cat(outs, dim=1)

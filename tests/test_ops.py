@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operators of window attention as torch sees them: registration, autograd, compile, export, vmap, threads."""
+"""The operators of windows as torch sees them: registration, autograd, compile, export, vmap."""
 
 import concurrent.futures
 import itertools
