@@ -474,23 +474,30 @@ def linear_attention(
             state = initial_state[n : n + 1].to(dtype)
         else:
             state = initial_state.to(dtype)
+
+        def tokens_of(x: Tensor | None, part: Any = (items, slice(begin, end))) -> Any:
+            """Of one sequence, as a list; of a constant decay, the same for all."""
+            if x is None or x.dim() == 1:
+                return [x] * len(range(tokens)[part[1]])
+            return x[part].unbind(1)
+
+        queries, keys, values = tokens_of(q), tokens_of(k), tokens_of(v)
+        decays, betas = tokens_of(decay), tokens_of(beta)
         found = {}  # what each query reads
-        for t in range(begin, end)[:: -1 if reverse else 1]:
+        for t in range(end - begin)[:: -1 if reverse else 1]:
             if decay is not None:
-                log = decay if decay.dim() == 1 else decay[items, t]
-                state = state * torch.exp(log.to(dtype))[..., None, None]
-            written = v[items, t]
+                state = state * torch.exp(decays[t].to(dtype))[..., None, None]
+            written = values[t]
             if beta is not None:
-                lacking = written - torch.einsum("bhk,bhkv->bhv", k[items, t], state)
-                written = beta[items, t, :, None].to(dtype) * lacking
-            state = state + k[items, t, :, :, None] * written[:, :, None, :]
+                lacking = written - (keys[t][..., None, :] @ state).squeeze(-2)
+                written = betas[t].to(dtype)[..., None] * lacking
+            state = state + keys[t][..., :, None] * written[..., None, :]
             if is_causal:
-                found[t] = torch.einsum("bhk,bhkv->bhv", q[items, t], state)
-        if not is_causal:
-            found = {
-                t: torch.einsum("bhk,bhkv->bhv", q[items, t], state) for t in range(begin, end)
-            }
-        rows = [found[t] for t in range(begin, end)]
+                found[t] = (queries[t][..., None, :] @ state).squeeze(-2)
+        rows = [
+            found[t] if is_causal else (queries[t][..., None, :] @ state).squeeze(-2)
+            for t in range(end - begin)
+        ]
         outs.append(torch.stack(rows, dim=1) if rows else v[items, :0])
         states.append(state)
     out = torch.cat(outs, dim=1)
