@@ -82,27 +82,45 @@ ATTNEXT_INLINE VecOf<Acc> feature_slope(FeatureMap map, VecOf<Acc> f) {
   return one;
 }
 
+// At most kLanes x kLanes entries as a whole block, the rest 0.
+template <class T, class Acc>
+__attribute__((noinline)) void load_part(const T* rows, int64_t step, int64_t count, int64_t dim,
+                                         VecOf<Acc>* block) {
+  for (int64_t i = 0; i < Simd<Acc>::kLanes; ++i) {
+    block[i] = i < count ? widen_part<T, Acc>(rows + i * step, dim) : VecOf<Acc>{};
+  }
+}
+template <class T, class Acc>
+__attribute__((noinline)) void store_part(T* rows, int64_t step, int64_t count, int64_t dim,
+                                          const VecOf<Acc>* block) {
+  for (int64_t i = 0; i < min64(count, Simd<Acc>::kLanes); ++i) {
+    narrow_part(rows + i * step, block[i], dim);
+  }
+}
+
 // Token rows `step` apart, `count` of them, as [dim][ld]; lanes beyond them are 0.
 template <FeatureMap kMap, class T, class Acc>
 void pack_lanes(const T* rows, int64_t step, int64_t count, int64_t dim, Acc* out, int64_t ld) {
   constexpr int kLanes = Simd<Acc>::kLanes;
   for (int64_t t = 0; t < count; t += kLanes) {
-    const int64_t tokens = min64(kLanes, count - t);
-    const uint64_t valid = (uint64_t(2) << (tokens - 1)) - 1;
     for (int64_t d = 0; d < dim; d += kLanes) {
+      const T* from = rows + t * step + d;
+      Acc* to = out + d * ld + t;
       VecOf<Acc> block[kLanes];
+      if (t + kLanes <= count && d + kLanes <= dim) {
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) {
-        block[i] =
-            i < tokens ? widen_part<T, Acc>(rows + (t + i) * step + d, dim - d) : VecOf<Acc>{};
+        for (int i = 0; i < kLanes; ++i) block[i] = widen(from + i * step);
+        transpose_step<Acc, 1>(block);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) store(to + i * ld, feature<kMap, Acc>(block[i]));
+        continue;
       }
+      load_part<T, Acc>(from, step, count - t, dim - d, block);
       transpose_step<Acc, 1>(block);
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) {
-        if (d + i >= dim) break;
-        VecOf<Acc> f = feature<kMap, Acc>(block[i]);
-        if (tokens < kLanes) f = select_bits<Acc>(valid, f, VecOf<Acc>{});
-        store(out + (d + i) * ld + t, f);
+      const int64_t tokens = min64(kLanes, count - t);
+      const uint64_t valid = (uint64_t(2) << (tokens - 1)) - 1;
+      for (int64_t i = 0; i < min64(kLanes, dim - d); ++i) {
+        store(to + i * ld, select_bits<Acc>(valid, feature<kMap, Acc>(block[i]), VecOf<Acc>{}));
       }
     }
   }
@@ -125,27 +143,39 @@ void unpack_lanes(const Acc* in, int64_t ld, int64_t count, int64_t dim, T* rows
   constexpr int kLanes = Simd<Acc>::kLanes;
   for (int64_t t = 0; t < count; t += kLanes) {
     for (int64_t d = 0; d < dim; d += kLanes) {
+      T* to = rows + t * step + d;
       VecOf<Acc> block[kLanes];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) block[i] = load(in + min64(d + i, dim - 1) * ld + t);
       transpose_step<Acc, 1>(block);
+      if (t + kLanes <= count && d + kLanes <= dim) {
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) {
-        if (t + i < count) narrow_part(rows + (t + i) * step + d, block[i], dim - d);
+        for (int i = 0; i < kLanes; ++i) narrow(to + i * step, block[i]);
+      } else {
+        store_part<T, Acc>(to, step, count - t, dim - d, block);
       }
     }
   }
 }
 
-// Token rows as rows of whole vectors; columns beyond `dim` are 0.
+// A token row as whole vectors, columns beyond `dim` 0; and back.
+template <class T, class Acc>
+ATTNEXT_INLINE void widen_row(const T* row, int64_t dim, Acc* out) {
+  constexpr int64_t kLanes = Simd<Acc>::kLanes;
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) store(out + d, widen(row + d));
+  if (d < dim) store(out + d, widen_part<T, Acc>(row + d, dim - d));
+}
+template <class T, class Acc>
+ATTNEXT_INLINE void narrow_row(const Acc* in, int64_t dim, T* row) {
+  constexpr int64_t kLanes = Simd<Acc>::kLanes;
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) narrow(row + d, load(in + d));
+  if (d < dim) narrow_part(row + d, load(in + d), dim - d);
+}
 template <class T, class Acc>
 void pack_rows(const T* rows, int64_t step, int64_t count, int64_t dim, Acc* out, int64_t ld) {
-  constexpr int64_t kLanes = Simd<Acc>::kLanes;
-  for (int64_t t = 0; t < count; ++t) {
-    for (int64_t d = 0; d < dim; d += kLanes) {
-      store(out + t * ld + d, widen_part<T, Acc>(rows + t * step + d, dim - d));
-    }
-  }
+  for (int64_t t = 0; t < count; ++t) widen_row(rows + t * step, dim, out + t * ld);
 }
 
 // [rows][ld] times a factor per lane.

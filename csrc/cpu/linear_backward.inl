@@ -421,11 +421,7 @@ class LinearBackward : public LinearHead<T> {
   }
   template <class U>
   void store_rows(U* rows, int64_t step, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-      for (int64_t c = 0; c < columns; c += kLanes) {
-        narrow_part(rows + i * step + c, load(dv_ + i * width + c), columns - c);
-      }
-    }
+    for (int64_t i = 0; i < count; ++i) narrow_row(dv_ + i * width, columns, rows + i * step);
   }
 
   void add_chunk(int64_t count, Acc* dlocal, bool fresh) {

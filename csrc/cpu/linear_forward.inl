@@ -159,18 +159,17 @@ class LinearForward : public LinearHead<T> {
     const int64_t step = this->step(p.out);
     Acc* denominator = p.normalize ? this->template row<Acc>(p.denominator, t, p.heads) : nullptr;
     for (int64_t i = 0; i < count; ++i) {
-      VecOf<Acc> divisor = broadcast(Acc(1));
+      Acc* row = out_ + i * width;
+      if (!any) {
+        for (int64_t c = 0; c < width; c += kLanes) store(row + c, VecOf<Acc>{});
+      }
       if (p.normalize) {
         const Acc sum = any ? sum_[i] : Acc(0);
         const Acc moved = sum < 0 ? sum - Acc(p.eps) : sum + Acc(p.eps);
         denominator[i * this->step(p.denominator)] = moved;
-        divisor = broadcast(moved);
+        for (int64_t c = 0; c < width; c += kLanes) store(row + c, load(row + c) / moved);
       }
-      for (int64_t c = 0; c < columns; c += kLanes) {
-        VecOf<Acc> o = any ? load(out_ + i * width + c) : VecOf<Acc>{};
-        if (p.normalize) o /= divisor;
-        narrow_part(out + i * step + c, o, columns - c);
-      }
+      narrow_row(row, columns, out + i * step);
     }
   }
 
