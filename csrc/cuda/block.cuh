@@ -134,8 +134,9 @@ ATTNEXT_DEVICE float scale_of(const WindowParams& w, int64_t batch, const int32_
   return scale;
 }
 
-// Kernel: the class that derives, which has `note(slot, at, numbers)` for what it wants to know of
-// walked tokens besides their two rows.
+// Kernel: the class that derives, which has `note(j, slot, token, numbers)` for what it wants to
+// know of the walked tokens of a step besides their two rows; `token` is the token's number in
+// raster order, < 0 if the slot has none or is an extra key's.
 template <class Kernel, class Elem, int kDim_, int kWarps_, int kFrags_, int kStep_, int kHeld,
           int kNumbers_>
 struct Block {
@@ -223,6 +224,37 @@ struct Block {
   // ---- the walk
   // ----------------------------------------------------------------------------------
 
+  // How a walked token is found from its place in the box: where the first of the box is, and what
+  // a step along each axis adds. Of the two operands in units, and of the number in raster order.
+  struct Finder {
+    uint32_t line0, line1, column, first;
+    ATTNEXT_DEVICE uint32_t operator()(const int32_t (&c)[3]) const {
+      return first + c[0] * line0 + c[1] * line1 + c[2] * column;
+    }
+  };
+  ATTNEXT_DEVICE Finder& finder(int which) const {
+    return reinterpret_cast<Finder*>(memory + S::kFindersAt)[which];
+  }
+  ATTNEXT_DEVICE void set_finders() const {
+    const int which = threadIdx.x;
+    if (which > 2) return;
+    const RuleTiles& rule = walk.rule();
+    uint32_t step[3], number = 1;
+    Finder found;
+    found.first = 0;
+#pragma unroll
+    for (int a = 2; a >= 0; --a) {
+      const uint32_t between =
+          which == 2 ? number : p.units[walks_queries ? 3 * which : 1 + which][a];
+      number *= static_cast<uint32_t>(rule.axis[a].num_walked);
+      const uint32_t dilation = static_cast<uint32_t>(rule.axis[a].dilation);
+      step[a] = between * dilation;
+      found.first += (walk.tile(a).first + dilation * walk.tile(a).begin) * between;
+    }
+    found.line0 = step[0], found.line1 = step[1], found.column = step[2];
+    finder(which) = found;
+  }
+
   // Each thread finds a slot for all that will copy it. Extra keys are found by those who copy.
   ATTNEXT_DEVICE void find_step(int32_t slot, int buffer, int numbers) {
     if (!near && kNumbers == 0) return;
@@ -230,15 +262,18 @@ struct Block {
     for (int j0 = 0; j0 < kStep; j0 += kThreads) {
       const int j = j0 + threadIdx.x;
       if (kStep % kThreads != 0 && j >= kStep) break;
-      const Walk::Slot at = walk.slot(slot + j);
-      const bool real = at.kind == Walk::Slot::kToken;
-      const int place = j % kAtOnce * kEach + j / kAtOnce;
-      const auto units = [&](const uint32_t (&stride)[3]) {
-        return at.token[0] * stride[0] + at.token[1] * stride[1] + at.token[2] * stride[2];
-      };
-      places(buffer, 0)[place] = real ? units(p.units[walks_queries ? 0 : 1]) : 0;
-      places(buffer, 1)[place] = real ? units(p.units[walks_queries ? 3 : 2]) : 0;
-      if constexpr (kNumbers > 0) static_cast<Kernel*>(this)->note(j, at, numbers);
+      const bool real = walk.extra <= slot + j && slot + j < walk.total;
+      int32_t c[3];
+      walk.place(slot + j, c);
+      if (near) {
+        const int place = j % kAtOnce * kEach + j / kAtOnce;
+        places(buffer, 0)[place] = real ? finder(0)(c) : 0;
+        places(buffer, 1)[place] = real ? finder(1)(c) : 0;
+      }
+      if constexpr (kNumbers > 0) {
+        const int32_t token = real ? static_cast<int32_t>(finder(2)(c)) : -1;
+        static_cast<Kernel*>(this)->note(j, slot + j, token, numbers);
+      }
     }
   }
 
@@ -319,6 +354,7 @@ struct Block {
     steps.start(walk, row, lane < kWarpRows, from,
                 reinterpret_cast<Interval*>(memory + S::kOuterAt) + warp * (S::kOuter / 2));
     near = p.near && !walk.has_phantoms();
+    set_finders();
     __syncthreads();
     if (from < to) {
       find_step(from, 0, 0);
@@ -341,25 +377,22 @@ struct Block {
       }
       if (slot + kStep < to) copy_step(slot + kStep, stage ^ 1);
       if (slot + 2 * kStep < to) find_step(slot + 2 * kStep, stage, numbers == 0 ? 2 : numbers - 1);
-#ifdef ATTNEXT_ONLY_FULL
-      const Step kind = Step::kFull;
-#elif defined(ATTNEXT_ONLY_EDGE)
-      const Step kind = Step::kEdge;
-#else
-      const Step kind = steps.kind(walk, slot);
-#endif
+      uint32_t mine[Steps<kStep>::kWords];
+      const Step kind = steps.look(walk, row, slot, mine);
       Mask mask;
       if (kind == Step::kFull) {
-        mask.fill();
+        if constexpr (Kernel::kReadsBias) {  // rows that are not live have no place in its table
+          for (uint32_t& word : mine) word = row.live ? ~0u : 0;
+          mask.spread(mine);
+        } else {
+          mask.fill();
+        }
         visit(Bool<false>(), stage, numbers, mask);
       } else if (kind != Step::kSkip) {
-        uint32_t mine[Steps<kStep>::kWords];
-        steps.mask(walk, row, slot, mine);
         mask.spread(mine);
         masked = true;
         visit(Bool<true>(), stage, numbers, mask);
       }
-      steps.advance(walk);
       stage ^= 1;
       numbers = numbers == 2 ? 0 : numbers + 1;
     }

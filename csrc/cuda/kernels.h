@@ -4,10 +4,12 @@
 // and how many blocks share the columns of a tile's result. The host chooses from it, the device
 // instantiates it.
 //
-// A warp holds 32 rows where its registers allow: every fragment of the walked side that is read
-// from shared memory then serves two products. Tiles of 128 rows (`long`) are for sequences: warps
-// skip the steps that their own rows do not attend, and more rows share what is copied. Boxes of
-// two and three axes waste less at 64. fp32 is one variant with everything.
+// Shapes were measured on an H100 (bench/RESULTS.md). A warp holds 32 rows where its registers
+// allow: every fragment of the walked side that is read from shared memory then serves two
+// products. Tiles of 128 rows (`long`) are for sequences: warps skip the steps that their own rows
+// do not attend, and more rows share what is copied. Boxes of two and three axes waste less at 64,
+// and where head_dim is small, twice the warps with 16 rows each hide more of what their short
+// walks wait for. fp32 is one variant with everything.
 #pragma once
 
 #include "../dtype.h"
@@ -17,8 +19,8 @@ namespace cuda {
 
 // clang-format off
 #define ATTNEXT_FORWARD_KERNELS_16(X, T, type) \
-  X(window_forward_##type##_32, T, 32, 2, 2, 64, false, 1) \
-  X(window_forward_##type##_64, T, 64, 2, 2, 64, false, 1) \
+  X(window_forward_##type##_32, T, 32, 4, 1, 64, false, 1) \
+  X(window_forward_##type##_64, T, 64, 4, 1, 64, false, 1) \
   X(window_forward_##type##_128, T, 128, 2, 2, 32, false, 1) \
   X(window_forward_##type##_256, T, 256, 4, 1, 32, false, 1) \
   X(window_forward_##type##_64_long, T, 64, 4, 2, 64, false, 1) \
@@ -37,6 +39,7 @@ namespace cuda {
   X(window_query_gradient_##type##_64, T, 64, 2, 2, 32, false, 1) \
   X(window_query_gradient_##type##_128, T, 128, 4, 1, 32, false, 1) \
   X(window_query_gradient_##type##_256, T, 256, 4, 1, 16, false, 1) \
+  X(window_query_gradient_##type##_128_long, T, 128, 4, 2, 32, false, 1) \
   X(window_query_gradient_##type##_32_modified, T, 32, 2, 2, 32, true, 1) \
   X(window_query_gradient_##type##_64_modified, T, 64, 2, 2, 32, true, 1) \
   X(window_query_gradient_##type##_128_modified, T, 128, 4, 1, 32, true, 1) \
@@ -86,6 +89,11 @@ namespace cuda {
   X(window_merge_bias, float)
 // clang-format on
 
+// Blocks that an SM must have room for: the compiler then keeps to as many registers.
+constexpr int least_blocks(int dim, int warps, int frags, bool modified) {
+  return dim <= 64 && frags == 1 && !modified ? 16 / warps : 1;
+}
+
 // Shared memory of a block: tiles of rows that stay, two stages of two operands of the walk, where
 // the rows of the walk are, and numbers of walked tokens. Shared memory of every kernel fits in the
 // 99 KB that compute capabilities 8.6, 8.9 and 12.0 give a block.
@@ -96,9 +104,10 @@ struct SharedPlan {
   static constexpr int kWalkAt = kHeld * kRowTile;
   static constexpr int kPlacesAt = kWalkAt + 2 * 2 * kWalkTile;
   static constexpr int kNumbersAt = kPlacesAt + 2 * 2 * kStep * 4;  // buffers, operands
-  static constexpr int kOuterAt = kNumbersAt + 3 * kNumbers * kStep * 4;
-  static constexpr int kOuter = 8;  // ints of a warp: see Steps
-  static constexpr int kBytes = kOuterAt + 4 * kOuter * 4;
+  static constexpr int kFindersAt = kNumbersAt + 3 * kNumbers * kStep * 4;
+  static constexpr int kOuterAt = kFindersAt + 3 * 16;
+  static constexpr int kOuter = 8;                                   // ints of a warp: see Steps
+  static constexpr int kBytes = kOuterAt + kRows / 16 * kOuter * 4;  // a warp has 16 rows at least
   static_assert(kRows * 8 <= 4 * kWalkTile, "addresses of rows lie where the walk will be");
   static_assert(kBytes <= 99 * 1024, "some GPUs have no more");
 };

@@ -102,7 +102,8 @@ class TableWriter {
     out_->data.insert(out_->data.end(), values.begin(), values.end());
     return values.empty() ? -1 : at;
   }
-  int32_t append(const std::vector<AxisTile>& tiles) {
+  int32_t append(std::vector<AxisTile> tiles) {
+    for (AxisTile& tile : tiles) set_divider(&tile);
     std::vector<int32_t> ints(tiles.size() * kTileInts);
     if (!tiles.empty()) std::memcpy(ints.data(), tiles.data(), ints.size() * 4);
     return append(ints);
@@ -112,6 +113,15 @@ class TableWriter {
   }
 
  private:
+  static void set_divider(AxisTile* tile) {
+    const uint64_t divisor = static_cast<uint64_t>(std::max(1, tile->end - tile->begin));
+    int32_t bits = 0;
+    while ((uint64_t(1) << bits) < divisor) ++bits;
+    tile->shift = 31 + bits;
+    const uint64_t multiplier = ((uint64_t(1) << tile->shift) + divisor - 1) / divisor;
+    tile->multiplier = static_cast<int32_t>(static_cast<uint32_t>(multiplier));
+  }
+
   Tables* out_;
 };
 
@@ -136,7 +146,7 @@ std::vector<AxisTile> tiles_of(const AxisPlan& plan) {
   for (const Group& g : plan.groups) {
     const Segment& s = plan.segments[g.first_segment];
     tiles.push_back(
-        {s.query, s.count, s.position, g.cls, 0, g.begin, g.end, g.sink_begin, g.sink_end});
+        {s.query, s.count, s.position, g.cls, 0, g.begin, g.end, g.sink_begin, g.sink_end, 0, 0});
   }
   return tiles;
 }
@@ -174,7 +184,7 @@ RuleTiles extra_rule(int64_t extra_keys, const std::vector<AxisTable>& given, in
     for (int64_t row = 0; row < count; row += box) {
       const int64_t here = std::min(box, count - row);
       tiles.push_back(
-          {static_cast<int32_t>(row), static_cast<int32_t>(here), 0, 0, 0, 0, walked, 0, 0});
+          {static_cast<int32_t>(row), static_cast<int32_t>(here), 0, 0, 0, 0, walked, 0, 0, 0, 0});
     }
     axis.num_tiles = static_cast<int32_t>(tiles.size());
     axis.tiles = writer->append(tiles);
@@ -374,6 +384,18 @@ void split(const WindowParams& p, const Tables& tables, const KernelShape& shape
 // Floats of the statistics, rounded up so that what follows is aligned.
 int64_t statistics_size(const WindowParams& p) { return ceil_div(3 * rows_of(p), 4) * 4; }
 
+// As many threads a row as it has 16 bytes, up to a warp.
+Launch statistics_launch(const WindowParams& p, const WindowLaunch& params) {
+  constexpr int32_t kThreads = 128;
+  int32_t lanes = 1;
+  while (lanes < 32 && lanes * 16 < p.head_dim_v * elem_bytes(p)) lanes *= 2;
+  const int32_t rows = kThreads / lanes;
+  Launch launch{std::string("window_statistics") + suffix(p.dtype),
+                narrow(ceil_div(rows_of(p), rows), "grid"), kThreads, 0, params};
+  launch.params.rows = rows;
+  return launch;
+}
+
 int64_t bias_blocks(const WindowParams& p, const Tables& queries) {
   const int64_t tiles = std::max<int64_t>(1, p.batch * queries.most_tiles);
   return std::max<int64_t>(1, std::min(tiles, kEnoughBlocks / p.heads));
@@ -425,8 +447,7 @@ std::vector<Launch> backward_launches(const WindowParams& p, const Tables& queri
   WindowLaunch by_key = start_params(p, keys, device_keys);
   by_query.statistics = by_key.statistics = static_cast<float*>(workspace);
   if (rows > 0) {
-    out.push_back({std::string("window_statistics") + suffix(p.dtype),
-                   narrow(ceil_div(rows, 4), "grid"), 128, 0, by_query});
+    out.push_back(statistics_launch(p, by_query));
     out.push_back(launch_of(choose(p, Pass::kQueryGradient), p.batch * p.heads * queries.most_tiles,
                             by_query));
   }

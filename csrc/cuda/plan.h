@@ -26,6 +26,9 @@ struct AxisTile {
   int32_t first, base;
   int32_t begin, end;
   int32_t sink_begin, sink_end;  // walked before `begin`
+  // n / (end - begin) = n * multiplier >> shift for every n of 31 bits (Granlund and Montgomery,
+  // Division by invariant integers using multiplication, 1994).
+  int32_t multiplier, shift;  // the multiplier is unsigned
 };
 
 // One axis of one rule. Offsets count from the start of the tables; -1: not there.
@@ -105,7 +108,7 @@ struct WindowLaunch {
   int32_t aligned_out;
   int32_t rows;       // of a tile, for kernels that have no tiles of their own
   float* partial;     // [tile block][split][rows][dim + 2]: unnormalised output, maximum, sum
-  float* statistics;  // backward: lse in base 2, its rest, delta; [batch, tokens, heads] each
+  float* statistics;  // backward: lse in base 2, its rest, delta; [batch, heads, tokens] each
 };
 
 struct Launch {

@@ -47,6 +47,12 @@ ATTNEXT_DEVICE void copy_chunk_async(uint32_t to, const void* from, int bytes) {
 ATTNEXT_DEVICE void copy_chunk_async(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
+// A number, or zero.
+ATTNEXT_DEVICE void copy_number_async(float* to, const float* from, bool real) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(real ? 4 : 0)
+               : "memory");
+}
 // address + bytes * units: one instruction, but only if `bytes` is not a literal, for which a shift
 // and two additions are made.
 ATTNEXT_DEVICE const void* chunks_from(uint64_t address, uint32_t units, uint32_t bytes) {
@@ -276,14 +282,20 @@ struct Products<float> {
   static ATTNEXT_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b) {
     ATTNEXT_MMA(float, "m16n8k8", "tf32.tf32", a, b);
   }
+  // Tensor cores cut off what does not fit the larger of the addends instead of rounding it: over a
+  // long sum that is a drift many times fp32's error. So they add up only eight products, from
+  // zero, and the long sum is an ordinary addition (Ootomo and Yokota, arXiv 2203.03341).
   static ATTNEXT_DEVICE void multiply(float (&d0)[4], float (&d1)[4], const Left& a,
                                       const Right& b) {
-    multiply(d0, a.low, b.high);
-    multiply(d1, a.low, b.high + 2);
-    multiply(d0, a.high, b.low);
-    multiply(d1, a.high, b.low + 2);
-    multiply(d0, a.high, b.high);
-    multiply(d1, a.high, b.high + 2);
+    float part[2][4] = {};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      multiply(part[i], a.low, b.high + 2 * i);
+      multiply(part[i], a.high, b.low + 2 * i);
+      multiply(part[i], a.high, b.high + 2 * i);
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) d0[e] += part[0][e], d1[e] += part[1][e];
   }
 };
 

@@ -29,6 +29,17 @@ struct Interval {
   ATTNEXT_DEVICE bool contains(int32_t u) const { return begin <= u && u < end; }
 };
 
+// Division by the extent of a tile's walk on one axis.
+struct Divider {
+  uint32_t multiplier;
+  int32_t shift;
+  ATTNEXT_DEVICE explicit Divider(const AxisTile& tile)
+      : multiplier(static_cast<uint32_t>(tile.multiplier)), shift(tile.shift) {}
+  ATTNEXT_DEVICE int32_t operator()(int32_t n) const {
+    return static_cast<int32_t>(uint64_t(static_cast<uint32_t>(n)) * multiplier >> shift);
+  }
+};
+
 // One row of the tile: where it stands and what it attends.
 struct Row {
   bool live;
@@ -122,27 +133,29 @@ struct Walk {
     int32_t index[3];  // in the class, as windows count
   };
 
+  // Where a slot that is no extra key lies, counted from the first of the box: sinks may lie
+  // before.
+  ATTNEXT_DEVICE void place(int32_t s, int32_t (&c)[3]) const {
+    c[0] = c[1] = 0;
+    c[2] = s - extra - sinks;
+    if (c[2] < 0) {
+      c[2] += tile(2).sink_end - tile(2).begin;
+    } else if (lines > 1) {
+      const int32_t line = Divider(tile(2))(c[2]);
+      c[2] -= line * width;
+      c[0] = Divider(tile(1))(line);
+      c[1] = line - c[0] * lines1;
+    }
+  }
   ATTNEXT_DEVICE Slot slot(int32_t s) const {
     Slot at;
     at.kind = s < total ? Slot::kToken : Slot::kNone;
     if (s < extra) at.kind = Slot::kExtra;
-    at.index[0] = tile(0).begin;
-    at.index[1] = tile(1).begin;
-    if (s < extra + sinks) {
-      at.index[2] = tile(2).sink_begin + s - extra;
-    } else {
-      int32_t r = s - extra - sinks, line = 0;
-      if (lines > 1) line = r / width, r -= line * width;
-      at.index[2] = tile(2).begin + r;
-      if (lines > 1) {
-        const int32_t c0 = line / lines1;
-        at.index[0] += c0;
-        at.index[1] += line - c0 * lines1;
-      }
-    }
+    place(s, at.index);
 #pragma unroll
     for (int a = 0; a < 3; ++a) {
       const AxisTiles& axis = rule().axis[a];
+      at.index[a] += tile(a).begin;
       at.token[a] = tile(a).first + axis.dilation * at.index[a];
       const bool real = 0 <= at.token[a] && at.token[a] < axis.num_walked;
       if (at.kind == Slot::kToken && !real) at.kind = Slot::kPhantom;
@@ -197,89 +210,96 @@ template <int kStep>
 struct Steps {
   static constexpr int kWords = (kStep + 31) / 32;
 
-  // Union and intersection of the windows of the warp's rows: on the last axis here, on the others
-  // in shared memory, since only walks of several lines ask for them.
+  int32_t line0, line1, column;  // where the step begins, from the box's first; before it: < 0
+  // Union and intersection of the windows of the warp's rows, counted in the same way: on the last
+  // axis here, on the others in shared memory, since only walks of several lines ask for them.
   Interval reach, common;
   Interval* outer;  // reach and common of axis 0, of axis 1
   bool one_line;    // what a walk of one line asks of them: it lies in all rows' windows
   bool any_row;     // rows that are not live may hold anything
-  int32_t line0, line1, column;  // where the next step begins in the box; before it: column < 0
 
   // `count` rows of a warp lie in its first lanes.
   ATTNEXT_DEVICE void start(const Walk& walk, const Row& row, bool counts, int32_t from,
                             Interval* shared) {
     const bool use = counts && row.live;
     any_row = __any_sync(~0u, use);
-    const auto over = [&](const Interval& window, Interval& all, Interval& each) {
-      all.begin = __reduce_min_sync(~0u, use ? window.begin : INT32_MAX);
-      all.end = __reduce_max_sync(~0u, use ? window.end : INT32_MIN);
-      each.begin = __reduce_max_sync(~0u, use ? window.begin : INT32_MIN);
-      each.end = __reduce_min_sync(~0u, use ? window.end : INT32_MAX);
+    const auto over = [&](int a, Interval& all, Interval& each) {
+      const int32_t begin = row.window[a].begin - walk.tile(a).begin;
+      const int32_t end = row.window[a].end - walk.tile(a).begin;
+      all.begin = __reduce_min_sync(~0u, use ? begin : INT32_MAX);
+      all.end = __reduce_max_sync(~0u, use ? end : INT32_MIN);
+      each.begin = __reduce_max_sync(~0u, use ? begin : INT32_MIN);
+      each.end = __reduce_min_sync(~0u, use ? end : INT32_MAX);
     };
-    over(row.window[2], reach, common);
+    over(2, reach, common);
     outer = shared;
     one_line = true;
     __syncwarp();
 #pragma unroll
     for (int a = 0; a < 2; ++a) {
       Interval all, each;
-      over(row.window[a], all, each);
-      one_line &= each.contains(walk.tile(a).begin);
+      over(a, all, each);
+      one_line &= each.contains(0);
       if (threadIdx.x % 32 == 0) outer[2 * a] = all, outer[2 * a + 1] = each;
     }
     __syncwarp();
-    seek(walk, from);
-  }
-
-  ATTNEXT_DEVICE void seek(const Walk& walk, int32_t slot) {
-    column = slot - walk.extra - walk.sinks;
+    column = from - walk.extra - walk.sinks;
     line0 = line1 = 0;
     if (column > 0 && walk.lines > 1) {
-      const int32_t line = column / walk.width;
+      const int32_t line = Divider(walk.tile(2))(column);
       column -= line * walk.width;
-      line0 = line / walk.lines1;
+      line0 = Divider(walk.tile(1))(line);
       line1 = line - line0 * walk.lines1;
     }
   }
 
-  ATTNEXT_DEVICE void advance(const Walk& walk) {
-    column += kStep;
-    if (walk.lines == 1) return;
-    while (column >= walk.width) {
-      column -= walk.width;
-      if (++line1 == walk.lines1) line1 = 0, ++line0;
+  // What the step at `slot` holds; goes on to the next. Of an edge, `bits` tell which slots the
+  // lane's row attends. Extra keys and sinks are left to them.
+  ATTNEXT_DEVICE Step look(const Walk& walk, const Row& row, int32_t slot,
+                           uint32_t (&bits)[kWords]) {
+    Steps next = *this;
+    next.column += kStep;
+    while (walk.lines > 1 && next.column >= walk.width) {
+      next.column -= walk.width;
+      if (++next.line1 == walk.lines1) next.line1 = 0, ++next.line0;
     }
+#ifdef ATTNEXT_ONLY_FULL
+    const Step found = Step::kFull;
+#elif defined(ATTNEXT_ONLY_EDGE)
+    const Step found = Step::kEdge;
+#else
+    const Step found = kind(walk, slot, next);
+#endif
+    if (found == Step::kEdge) mask(walk, row, slot, bits);
+    line0 = next.line0, line1 = next.line1, column = next.column;
+    return found;
   }
 
-  // Of the step at `slot`. Extra keys and sinks are left to the masks.
-  ATTNEXT_DEVICE Step kind(const Walk& walk, int32_t slot) const {
+ private:
+  ATTNEXT_DEVICE Step kind(const Walk& walk, int32_t slot, const Steps& next) const {
     if (column < 0) return Step::kEdge;
     if (!any_row) return Step::kSkip;
-    const int32_t u = walk.tile(2).begin + column;
     if (walk.lines == 1) {
-      const bool sinks = walk.rule().axis[2].sink_begin >= 0;
-      if (!sinks && (u >= reach.end || u + kStep <= reach.begin)) return Step::kSkip;
-      const bool full = one_line && common.begin <= u && u + kStep <= common.end;
+      const bool outside = column >= reach.end || next.column <= reach.begin;
+      if (outside && walk.rule().axis[2].sink_begin < 0) return Step::kSkip;
+      const bool full = one_line && common.begin <= column && next.column <= common.end;
       return full ? Step::kFull : Step::kEdge;
     }
-    const int32_t u1 = walk.tile(1).begin + line1, u0 = walk.tile(0).begin + line0;
     const Interval reach0 = outer[0], common0 = outer[1], reach1 = outer[2], common1 = outer[3];
-    // Lines that the step touches: [first, last] of the axis 1, or wholes of it.
-    const int32_t last_line = (column + kStep - 1) / walk.width;
-    const int32_t last1 = u1 + last_line;
-    const bool wraps = last1 >= walk.tile(1).begin + walk.lines1;
-    if (u0 >= reach0.end) return Step::kSkip;
-    if (!wraps && (u0 < reach0.begin || u1 >= reach1.end || last1 < reach1.begin)) {
+    // The line of the step's last slot.
+    int32_t last0 = next.line0, last1 = next.line1;
+    if (next.column == 0 && --last1 < 0) last1 = walk.lines1 - 1, --last0;
+    const bool wraps = last0 != line0;
+    if (line0 >= reach0.end) return Step::kSkip;
+    if (!wraps && (line0 < reach0.begin || line1 >= reach1.end || last1 < reach1.begin)) {
       return Step::kSkip;
     }
-    const bool whole_lines =
-        common.begin <= walk.tile(2).begin && common.end >= walk.tile(2).begin + walk.width;
-    const bool full = whole_lines && !wraps && slot + kStep <= walk.total && common0.contains(u0) &&
-                      common1.begin <= u1 && last1 < common1.end;
+    const bool whole_lines = common.begin <= 0 && common.end >= walk.width;
+    const bool full = whole_lines && !wraps && slot + kStep <= walk.total &&
+                      common0.contains(line0) && common1.begin <= line1 && last1 < common1.end;
     return full ? Step::kFull : Step::kEdge;
   }
 
-  // Which slots of the step at `slot` a row attends.
   ATTNEXT_DEVICE void mask(const Walk& walk, const Row& row, int32_t slot,
                            uint32_t (&bits)[kWords]) const {
 #pragma unroll
@@ -299,23 +319,26 @@ struct Steps {
       add_sinks(row.window[2]);
       add_sinks(row.sinks);
     }
+    const int32_t begin0 = walk.tile(0).begin, begin1 = walk.tile(1).begin;
+    const int32_t begin2 = walk.tile(2).begin;
+    const bool has_sinks = walk.rule().axis[2].sink_begin >= 0;
     int32_t c = column, l1 = line1, l0 = line0;
     int32_t at = 0;  // bit of the first slot of the current line
     if (c < 0) at = -c, c = 0;
-    while (at < kStep && (walk.lines == 1 || l0 * walk.lines1 + l1 < walk.lines)) {
+    int32_t line = l0 * walk.lines1 + l1;
+    while (at < kStep && line < walk.lines) {
       const int32_t here = min(walk.width - c, kStep - at);
-      if (here > 0 && row.window[0].contains(walk.tile(0).begin + l0) &&
-          row.window[1].contains(walk.tile(1).begin + l1)) {
-        const int32_t to_bit = at - (walk.tile(2).begin + c);
+      if (here > 0 && row.window[0].contains(begin0 + l0) && row.window[1].contains(begin1 + l1)) {
+        const int32_t to_bit = at - (begin2 + c);
         const auto add_window = [&](const Interval& i) {
           add(max(i.begin + to_bit, at), min(i.end + to_bit, at + here));
         };
         add_window(row.window[2]);
-        if (walk.rule().axis[2].sink_begin >= 0) add_window(row.sinks);
+        if (has_sinks) add_window(row.sinks);
       }
-      if (walk.lines == 1) break;
       at += here;
       c = 0;
+      ++line;
       if (++l1 == walk.lines1) l1 = 0, ++l0;
     }
   }

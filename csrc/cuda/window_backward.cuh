@@ -13,7 +13,7 @@ namespace attnext {
 namespace cuda {
 
 // What the backward pass knows of a query row: one number for each, rows in the order
-// [batch, tokens, heads].
+// [batch, heads, tokens].
 struct Statistics {
   float lse, rest;  // log-sum-exp in base 2, in two parts
   float delta;
@@ -23,9 +23,11 @@ struct Statistics {
   }
   ATTNEXT_DEVICE static int64_t index(const WindowParams& w, int32_t batch, const int32_t (&x)[3],
                                       int32_t head) {
-    const int64_t token =
-        ((batch * w.query_extent[0] + x[0]) * w.query_extent[1] + x[1]) * w.query_extent[2] + x[2];
-    return token * w.heads + head;
+    return ((of_head(w, batch, head) + x[0]) * w.query_extent[1] + x[1]) * w.query_extent[2] + x[2];
+  }
+  // Of a head's first token, if there were no axes but the first.
+  ATTNEXT_DEVICE static int64_t of_head(const WindowParams& w, int32_t batch, int32_t head) {
+    return (batch * w.heads + head) * w.query_extent[0];
   }
   ATTNEXT_DEVICE static Statistics load(const WindowLaunch& p, int64_t index) {
     const int64_t n = rows(p.window);
@@ -34,36 +36,60 @@ struct Statistics {
   ATTNEXT_DEVICE static Statistics none() { return {INFINITY, 0.f, 0.f}; }  // weights of 0
 };
 
-// One warp a row.
+// As many lanes a row as it has chunks of 16 bytes, up to a warp: a block has p.rows rows.
 template <class T>
 ATTNEXT_DEVICE void find_statistics(const WindowLaunch& p) {
   const WindowParams& w = p.window;
-  const int lane = threadIdx.x % 32;
+  constexpr int kElems = 16 / static_cast<int>(sizeof(T));
+  const int lanes = static_cast<int>(blockDim.x) / p.rows, lane = threadIdx.x % lanes;
   const int64_t n = Statistics::rows(w);
-  const int64_t index = int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
-  if (index >= n) return;
-  int64_t at = index;
-  const int32_t head = at % w.heads;
-  at /= w.heads;
-  int32_t x[3];
+  const int64_t index = int64_t(blockIdx.x) * p.rows + threadIdx.x / lanes;
+  const bool live = index < n;
+  int32_t x[3] = {0, 0, 0}, head = 0, batch = 0;
+  const auto locate = [&](auto at) {  // division of 64 bits is slow
+    using Int = decltype(at);
 #pragma unroll
-  for (int a = 2; a >= 0; --a) {
-    x[a] = at % w.query_extent[a];
-    at /= w.query_extent[a];
+    for (int a = 2; a >= 0; --a) {
+      const Int extent = static_cast<Int>(w.query_extent[a]);
+      x[a] = static_cast<int32_t>(at % extent);
+      at /= extent;
+    }
+    head = static_cast<int32_t>(at % static_cast<Int>(w.heads));
+    batch = static_cast<int32_t>(at / static_cast<Int>(w.heads));
+  };
+  if (live && n <= UINT32_MAX) {
+    locate(static_cast<uint32_t>(index));
+  } else if (live) {
+    locate(index);
   }
-  const T* out = static_cast<const T*>(w.out.data) + offset_of(w.out, at, x, head);
-  const T* dout = static_cast<const T*>(w.dout.data) + offset_of(w.dout, at, x, head);
+  const T* out = static_cast<const T*>(w.out.data) + offset_of(w.out, batch, x, head);
+  const T* dout = static_cast<const T*>(w.dout.data) + offset_of(w.dout, batch, x, head);
+  const bool aligned = p.aligned && p.aligned_out;
   float delta = 0.f;
-  for (int64_t d = lane; d < w.head_dim_v; d += 32) {
-    delta += Number<T>::widen(out[d]) * Number<T>::widen(dout[d]);
+  for (int64_t d = lane * kElems; live && d < w.head_dim_v; d += lanes * kElems) {
+    T a[kElems], b[kElems];
+    if (aligned && d + kElems <= w.head_dim_v) {
+      *reinterpret_cast<uint4*>(a) = *reinterpret_cast<const uint4*>(out + d);
+      *reinterpret_cast<uint4*>(b) = *reinterpret_cast<const uint4*>(dout + d);
+    } else {
+#pragma unroll
+      for (int e = 0; e < kElems; ++e) {
+        const bool real = d + e < w.head_dim_v;
+        a[e] = real ? out[d + e] : T{}, b[e] = real ? dout[d + e] : T{};
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < kElems; ++e) {
+      delta = fmaf(Number<T>::widen(a[e]), Number<T>::widen(b[e]), delta);
+    }
   }
-  delta = warp_sum(delta);
-  if (lane != 0) return;
-  const float lse = static_cast<const float*>(w.lse.data)[offset_of(w.lse, at, x, head)];
+  for (int step = lanes / 2; step > 0; step /= 2) delta += __shfl_xor_sync(~0u, delta, step);
+  if (!live || lane != 0) return;
+  const float lse = static_cast<const float*>(w.lse.data)[offset_of(w.lse, batch, x, head)];
   Statistics s = Statistics::none();
   if (lse != -INFINITY) {
     if (w.dlse.data) {
-      delta -= static_cast<const float*>(w.dlse.data)[offset_of(w.dlse, at, x, head)];
+      delta -= static_cast<const float*>(w.dlse.data)[offset_of(w.dlse, batch, x, head)];
     }
     constexpr float kHigh = static_cast<float>(kLog2E);
     constexpr float kLow = static_cast<float>(kLog2E - kHigh);
@@ -78,12 +104,16 @@ ATTNEXT_DEVICE void find_statistics(const WindowLaunch& p) {
 // The gradient of a head's sink: one block a head, sums in one order.
 ATTNEXT_DEVICE void sink_gradient(const WindowLaunch& p) {
   const WindowParams& w = p.window;
-  const int64_t head = blockIdx.x, n = Statistics::rows(w);
+  const int32_t head = static_cast<int32_t>(blockIdx.x);
+  const int64_t tokens = w.query_extent[0] * w.query_extent[1] * w.query_extent[2];
   const float sink = static_cast<const float*>(w.sink_logits)[head] * static_cast<float>(kLog2E);
   float sum = 0.f;
-  for (int64_t row = threadIdx.x * w.heads + head; row < n; row += blockDim.x * w.heads) {
-    const Statistics s = Statistics::load(p, row);
-    if (s.lse != INFINITY) sum -= exp2_approx(sink - s.lse - s.rest) * s.delta;
+  for (int64_t batch = 0; batch < w.batch; ++batch) {
+    const int64_t first = (batch * w.heads + head) * tokens;
+    for (int64_t token = threadIdx.x; token < tokens; token += blockDim.x) {
+      const Statistics s = Statistics::load(p, first + token);
+      if (s.lse != INFINITY) sum -= exp2_approx(sink - s.lse - s.rest) * s.delta;
+    }
   }
   __shared__ float of_warp[32];
   sum = warp_sum(sum);
@@ -123,6 +153,7 @@ struct QueryGradient : Block<QueryGradient<T, kDim, kWarps, kFrags, kStep, kModi
       Base::warp;
   using Base::kColumns, Base::kMine, Base::kRows, Base::kWarpRows;
   using typename Base::Mask;
+  static constexpr bool kReadsBias = kModified;
   static constexpr bool kExact = sizeof(T) == 4;  // the rest of lse tells only in fp32
   using Rows = LeftRows<T, kDim, kFrags, false>;
 
@@ -132,9 +163,9 @@ struct QueryGradient : Block<QueryGradient<T, kDim, kWarps, kFrags, kStep, kModi
   int32_t row_bias[kFrags][2];
   Chain chain;
 
-  ATTNEXT_DEVICE void note(int j, const Walk::Slot& at, int numbers) {
+  ATTNEXT_DEVICE void note(int j, int32_t slot, int32_t, int numbers) {
     if constexpr (kModified) {
-      this->integer(numbers, 0)[j] = w.bias ? walk.bias_entry(w, at) : kNoBias;
+      this->integer(numbers, 0)[j] = w.bias ? walk.bias_entry(w, walk.slot(slot)) : kNoBias;
     }
   }
 
@@ -166,7 +197,7 @@ struct QueryGradient : Block<QueryGradient<T, kDim, kWarps, kFrags, kStep, kModi
           for (int half = 0; half < 2; ++half) {
             const float x = s[f][n][2 * half + e];
             float& g = ds[f][n][2 * half + e];
-            const bool attended = !kMasked || mask(f, half, n, e);
+            const bool attended = !(kMasked || kModified) || mask(f, half, n, e);
             if constexpr (kModified) {
               float weight, of_logit, of_product;
               chain(x, row_unit[f][half], g, lse[f][half], rest[f][half], 0.f,
@@ -391,6 +422,7 @@ struct KeyGradient : Block<KeyGradient<T, kDim, kWarps, kFrags, kStep, kModified
   using Base::kColumns, Base::kMine, Base::kRows, Base::kWarpRows;
   using typename Base::Mask;
   static constexpr int kOut = kDim / kSlices;
+  static constexpr bool kReadsBias = kModified;
   static constexpr bool kExact = sizeof(T) == 4;
   using Rows = LeftRows<T, kDim, kFrags, false>;
   enum { kLse, kRest, kDelta, kUnit, kScale, kBias };  // numbers of a walked query
@@ -400,14 +432,18 @@ struct KeyGradient : Block<KeyGradient<T, kDim, kWarps, kFrags, kStep, kModified
   int32_t slice;
   Chain chain;
 
-  ATTNEXT_DEVICE void note(int j, const Walk::Slot& at, int numbers) {
-    Statistics s = Statistics::none();
-    const bool real = at.kind == Walk::Slot::kToken;
-    if (real) s = Statistics::load(p, Statistics::index(w, batch, at.token, head));
-    this->number(numbers, kLse)[j] = s.lse;
-    this->number(numbers, kRest)[j] = s.rest;
-    this->number(numbers, kDelta)[j] = s.delta;
+  // Numbers that are only read arrive with the rows, those that are made are stored.
+  ATTNEXT_DEVICE void note(int j, int32_t slot, int32_t token, int numbers) {
+    const int64_t n = Statistics::rows(w);
+    const float* const from = p.statistics + Statistics::index(w, batch, {0, 0, 0}, head);
+    const bool real = token >= 0;
+    copy_number_async(&this->number(numbers, kLse)[j], from + (real ? token : 0), real);
+    copy_number_async(&this->number(numbers, kDelta)[j], from + 2 * n + (real ? token : 0), real);
+    if constexpr (kExact || kModified) {
+      copy_number_async(&this->number(numbers, kRest)[j], from + n + (real ? token : 0), real);
+    }
     if constexpr (kModified) {
+      const Walk::Slot at = walk.slot(slot);
       const float scale = real ? scale_of(w, batch, at.token, head) : 0.f;
       this->number(numbers, kUnit)[j] = Modifiers::unit(w, scale);
       this->number(numbers, kScale)[j] = scale;
@@ -436,7 +472,7 @@ struct KeyGradient : Block<KeyGradient<T, kDim, kWarps, kFrags, kStep, kModified
           for (int half = 0; half < 2; ++half) {
             float& x = s[f][n][2 * half + e];
             float& g = ds[f][n][2 * half + e];
-            const bool attended = !kMasked || mask(f, half, n, e);
+            const bool attended = !(kMasked || kModified) || mask(f, half, n, e);
             float weight;
             if constexpr (kModified) {
               const int32_t query = this->integer(numbers, kBias)[slot];

@@ -23,6 +23,7 @@ struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kD
       Base::warp;
   using Base::kColumns, Base::kMine, Base::kRows, Base::kWarpRows;
   using typename Base::Mask;
+  static constexpr bool kReadsBias = kModified;
   static constexpr bool kKept = sizeof(T) == 2 && kDim <= 32;
   using Rows = LeftRows<T, kDim, kFrags, kKept>;
 
@@ -35,9 +36,9 @@ struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kD
   Modifiers modifiers;
 
   // Where in the bias table a key would be for a query at the origin.
-  ATTNEXT_DEVICE void note(int j, const Walk::Slot& at, int numbers) {
+  ATTNEXT_DEVICE void note(int j, int32_t slot, int32_t, int numbers) {
     if constexpr (kModified) {
-      this->integer(numbers, 0)[j] = w.bias ? walk.bias_entry(w, at) : kNoBias;
+      this->integer(numbers, 0)[j] = w.bias ? walk.bias_entry(w, walk.slot(slot)) : kNoBias;
     }
   }
 
@@ -354,10 +355,11 @@ ATTNEXT_DEVICE void merge_parts(const WindowLaunch& p, int rows) {
 
 extern __shared__ __align__(1024) uint8_t shared_memory[];
 
-#define ATTNEXT_FORWARD(name, T, dim, warps, frags, step, modified, slices) \
-  extern "C" __global__ void __launch_bounds__((warps) * 32)                \
-      name(const __grid_constant__ WindowLaunch p) {                        \
-    Forward<T, dim, warps, frags, step, modified>(p, shared_memory).run();  \
+#define ATTNEXT_FORWARD(name, T, dim, warps, frags, step, modified, slices)        \
+  extern "C" __global__ void __launch_bounds__(                                    \
+      (warps) * 32, least_blocks(dim, warps, frags, (modified) || sizeof(T) == 4)) \
+      name(const __grid_constant__ WindowLaunch p) {                               \
+    Forward<T, dim, warps, frags, step, modified>(p, shared_memory).run();         \
   }
 #define ATTNEXT_MERGE(name, T)                                                                     \
   extern "C" __global__ void __launch_bounds__(128) name(const __grid_constant__ WindowLaunch p) { \

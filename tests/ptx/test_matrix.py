@@ -7,14 +7,16 @@ groupID = lane >> 2 and threadID_in_group = lane % 4 are the ISA's words, and so
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from .instructions_matrix import tensor_core_sum
 from .memory import Memory
 from .snippets import run
-from .words import Array
+from .words import Array, bf16_to_f32
 
 FULL = 32
 
@@ -113,6 +115,57 @@ def test_mma(kind: str, k: int, result: str) -> None:
         got[c_element(lane, i)] = words[lane, i]
     tolerance = 1e-6 if result == "f32" else 2e-3
     np.testing.assert_allclose(got, a @ b + c, rtol=tolerance, atol=tolerance * 4)
+
+
+# What an H100 made of random fragments whose numbers differ by up to 2^12: registers of 8 warps.
+H100 = np.load(Path(__file__).with_name("h100_mma.npz"))
+
+
+def recorded(kind: str, letter: str) -> Array:
+    """[warp, row, column], in float32."""
+    words = H100[f"{kind}_{letter}"]
+    k = 8 if kind == "tf32" else 16
+    if letter in "cd":
+        parts, shape = words, (16, 8)
+        place = [[c_element(t, i) for i in range(4)] for t in range(32)]
+    else:
+        parts = words.view({"tf32": np.float32, "fp16": np.float16, "bf16": np.uint16}[kind])
+        parts = bf16_to_f32(parts) if kind == "bf16" else parts.astype(np.float32)
+        element, shape = (a_element, (16, k)) if letter == "a" else (b_element, (k, 8))
+        place = [[element(t, i, kind, k) for i in range(parts.shape[2])] for t in range(32)]
+    matrix = np.full((len(words), *shape), np.nan, np.float32)
+    for lane, i in itertools.product(range(32), range(parts.shape[2])):
+        matrix[(slice(None), *place[lane][i])] = parts[:, lane, i]
+    return matrix
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16", "tf32"])
+def test_sums_are_those_of_an_h100(kind: str) -> None:
+    a, b, c, d = (recorded(kind, letter) for letter in "abcd")
+    np.testing.assert_array_equal(tensor_core_sum(a, b, c), d)
+    assert not np.array_equal(np.matmul(a, b) + c, d), "ordinary sums would do as well"
+
+
+def test_tf32_mma_is_that_of_an_h100() -> None:
+    text = mma_text("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32", 4, 2, 4)
+    for warp in range(8):
+        memory = Memory()
+        given = [memory.buffer(x, H100[f"tf32_{x}"][warp]) for x in "abc"]
+        result = memory.allocate("d", 4 * 128)
+        run(text, (*given, result), memory=memory).check()
+        np.testing.assert_array_equal(result.array(np.float32, (32, 4)), H100["tf32_d"][warp])
+
+
+def test_sums_that_are_not_finite() -> None:
+    a, b, c = (
+        np.ones((16, 8), np.float32),
+        np.ones((8, 8), np.float32),
+        np.zeros((16, 8), np.float32),
+    )
+    a[0, 0], a[1, 0], c[2, 0] = np.inf, np.nan, -np.inf
+    total = tensor_core_sum(a, b, c)
+    assert np.isposinf(total[0]).all() and np.isnan(total[1]).all() and total[2, 0] == -np.inf
+    assert (total[3:] == 8).all() and (total[2, 1:] == 8).all()
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])

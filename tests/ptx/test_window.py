@@ -102,6 +102,14 @@ def test_sequences_around_a_tile(tokens: int) -> None:
     check("sliding_window_attention", qkv((tokens,)), {"window_size": 33})
 
 
+def test_bias_of_a_tile_with_rows_to_spare() -> None:
+    """Rows that a tile lacks have no place in the bias table, in steps that all others attend too."""
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = qkv((10, 19), 8, dtype)
+        tensors["bias"] = normal(1, 9, 19)
+        check("window_attention", tensors, {"window_size": (12, 10), "shift": (17, 0)})
+
+
 @pytest.mark.parametrize("extents", [(9, 7), (8, 8), (3, 17, 2), (17, 23)])
 def test_boxes(extents: tuple[int, ...]) -> None:
     kernel = tuple(min(n, 5) for n in extents)
