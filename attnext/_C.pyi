@@ -113,4 +113,52 @@ class CudaBackward:
         *tensors: Any,
     ) -> None: ...
 
+class CudaLinearForward:
+    sequences: bytes  # of packed sequences, to be uploaded
+    workspace_bytes: int
+
+    def __init__(self, problem: tuple[Any, ...]) -> None: ...
+    def launches(
+        self, sequences: int, workspace: int, out: Any, denominator: Any, final_state: Any
+    ) -> list[dict[str, Any]]: ...
+    def run(
+        self,
+        sequences: int,
+        workspace: int,
+        device: int,
+        stream: int,
+        out: Tensor,
+        denominator: Tensor | None,
+        final_state: Tensor | None,
+    ) -> None: ...
+
+class CudaLinearBackward:
+    sequences: bytes
+    workspace_bytes: int
+
+    def __init__(self, problem: tuple[Any, ...], of_decay: bool, of_final_state: bool) -> None: ...
+    def launches(
+        self,
+        sequences: int,
+        workspace: int,
+        out: Any,
+        denominator: Any,
+        dout: Any,
+        dfinal_state: Any,
+        grads: tuple[Any, ...],
+    ) -> list[dict[str, Any]]: ...
+    def run(
+        self,
+        sequences: int,
+        workspace: int,
+        device: int,
+        stream: int,
+        out: Tensor,
+        denominator: Tensor | None,
+        dout: Tensor,
+        dfinal_state: Tensor | None,
+        grads: tuple[Tensor | None, ...],
+    ) -> None: ...
+
+def cuda_linear_kernels() -> list[dict[str, Any]]: ...
 def cuda_kernels() -> list[dict[str, Any]]: ...

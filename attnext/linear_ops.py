@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _C
+from .device_tables import DeviceTables
 from .ops import LIBRARY, accumulator_dtype, sequence_ends, transforms_are_active
 
 FEATURE_MAPS = ("identity", "elu", "relu", "taylor2")  # in the order of FeatureMap in params.h
@@ -24,7 +27,7 @@ _PROBLEM = (
 )
 _NUM_GRADS = 6
 _NUM_TENSORS = 7  # with cu_seqlens
-_NORMALIZE, _OUTPUT_STATE = 10, 11
+_DECAY, _BETA, _FEATURE_MAP, _NORMALIZE, _OUTPUT_STATE = 3, 4, 7, 10, 11
 
 # Beside `out` come what it was divided by, and the final state; empty where they are not wanted.
 LIBRARY.define(f"linear_forward({_PROBLEM}) -> (Tensor, Tensor, Tensor)")
@@ -79,15 +82,20 @@ def _forward_fake(*problem: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _forward_cpu(*problem: Any) -> tuple[Tensor, Tensor, Tensor]:
-    out, denominator, state = _forward_fake(*problem)
-    _C.linear_forward(
-        _native(problem),
+def _wanted_results(problem: tuple[Any, ...], results: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """Of what the fake gives, what is to be written."""
+    out, denominator, state = results
+    return (
         out,
         denominator if problem[_NORMALIZE] else None,
         state if problem[_OUTPUT_STATE] else None,
     )
-    return out, denominator, state
+
+
+def _forward_cpu(*problem: Any) -> tuple[Tensor, Tensor, Tensor]:
+    results = _forward_fake(*problem)
+    _C.linear_forward(_native(problem), *_wanted_results(problem, results))
+    return results
 
 
 def _per_head(t: Tensor, heads: int) -> Tensor:
@@ -105,33 +113,47 @@ def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
     return tuple(grads)
 
 
-def _backward_cpu(*args: Any) -> tuple[Tensor, ...]:
+def _backward_tensors(*args: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    """Fresh gradients, those of query, key and value with a row per head, and what the binary takes
+    after the problem."""
     problem, (out, denominator, dout, dstate, needs) = args[:-5], args[-5:]
-    query, key, value = problem[:3]
-    heads = num_heads(query, key, value)
-    grads = [_per_head(t, heads) for t in (query, key, value)]
+    heads = num_heads(*problem[:3])
+    grads = tuple(_per_head(t, heads) for t in problem[:3])
     more = _backward_fake(*args)[3:]
-    wanted = [
+    wanted = tuple(
         g if t is not None and need else None
         for g, t, need in zip(more, problem[3:_NUM_GRADS], needs[3:], strict=True)
-    ]
+    )
     if dout.stride(-1) != 1 and dout.shape[-1] > 1:  # e.g. the expanded gradient of a sum
         dout = dout.contiguous()
     if dstate is not None:
         dstate = dstate.contiguous()
-    _C.linear_backward(
-        _native(problem),
-        out,
-        denominator if problem[_NORMALIZE] else None,
-        dout,
-        dstate,
-        (*grads, *wanted),
+    denominator = denominator if problem[_NORMALIZE] else None
+    return (*grads, *more), (out, denominator, dout, dstate, (*grads, *wanted))
+
+
+def _asked(tensors: tuple[Any, ...]) -> tuple[bool, bool]:
+    """Whether there are gradients of the decay, and of the final state."""
+    *_, dstate, grads = tensors
+    return grads[_DECAY] is not None, dstate is not None
+
+
+def _shared(grads: tuple[Tensor, ...], problem: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Gradients of what heads share: the sums over them."""
+    return (
+        *(
+            g if t.shape[2] == g.shape[2] else g.unflatten(2, (t.shape[2], -1)).sum(3).to(t.dtype)
+            for g, t in zip(grads[:3], problem[:3], strict=True)
+        ),
+        *grads[3:],
     )
-    shared = (
-        g if t.shape[2] == heads else g.unflatten(2, (t.shape[2], -1)).sum(3).to(t.dtype)
-        for g, t in zip(grads, (query, key, value), strict=True)
-    )
-    return (*shared, *more)
+
+
+def _backward_cpu(*args: Any) -> tuple[Tensor, ...]:
+    problem = args[:-5]
+    grads, tensors = _backward_tensors(*args)
+    _C.linear_backward(_native(problem), *tensors)
+    return _shared(grads, problem)
 
 
 def _step_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
@@ -158,18 +180,92 @@ def _slot_list(slots: Tensor, count: int) -> list[int]:
     return chosen
 
 
-def _on_cuda(*args: Any) -> Any:
-    raise NotImplementedError("linear attention has no CUDA kernels yet: query is on a GPU")
+# ---- CUDA ----------------------------------------------------------------------------------------
+
+_TABLES = DeviceTables()
+_MAX_HEAD_DIM = 128
 
 
-for _name, _implementation, _fake in (
-    ("linear_forward", _forward_cpu, _forward_fake),
-    ("linear_backward", _backward_cpu, _backward_fake),
-    ("linear_step", _step_cpu, _step_fake),
+@dataclass(frozen=True, eq=False)
+class _Sequences:
+    """A list of sequences as a kernel reads it; one object for the same list."""
+
+    content: bytes
+
+    def data(self) -> bytes:
+        return self.content
+
+
+_sequences = functools.lru_cache(maxsize=64)(_Sequences)
+
+
+def check_cuda(query: Tensor, value: Tensor, beta: Tensor | None, feature_map: int) -> None:
+    """Errors: NotImplementedError for what the CUDA kernels lack."""
+    what = ""
+    if query.dtype == torch.float64:
+        what = "float64"
+    elif beta is not None:
+        what = "the delta rule (beta)"
+    elif FEATURE_MAPS[feature_map] == "taylor2":
+        what = "feature_map 'taylor2'"
+    elif max(query.shape[-1], value.shape[-1]) > _MAX_HEAD_DIM:
+        what = f"a head_dim above {_MAX_HEAD_DIM}"
+    if what:
+        raise NotImplementedError(f"linear attention on a GPU does not have {what} yet")
+
+
+def _run_cuda(call: Any, query: Tensor, op: str, *tensors: Any) -> None:
+    sequences = 0
+    if call.sequences:
+        table = _sequences(call.sequences)
+        sequences = _TABLES.get(table, query.device, op).data_ptr()
+    workspace = query.new_empty(call.workspace_bytes, dtype=torch.uint8)
+    stream = torch.cuda.current_stream(query.device).cuda_stream
+    call.run(sequences, workspace.data_ptr(), query.get_device(), stream, *tensors)
+
+
+def _forward_cuda(*problem: Any) -> tuple[Tensor, Tensor, Tensor]:
+    query, value = problem[0], problem[2]
+    check_cuda(query, value, problem[_BETA], problem[_FEATURE_MAP])
+    with torch.cuda.device(query.device):
+        results = _forward_fake(*problem)
+        call = _C.CudaLinearForward(_native(problem))
+        _run_cuda(call, query, "linear_forward", *_wanted_results(problem, results))
+    return results
+
+
+def _backward_cuda(*args: Any) -> tuple[Tensor, ...]:
+    problem, query = args[:-5], args[0]
+    check_cuda(query, args[2], args[_BETA], args[_FEATURE_MAP])
+    with torch.cuda.device(query.device):
+        grads, tensors = _backward_tensors(*args)
+        call = _C.CudaLinearBackward(_native(problem), *_asked(tensors))
+        _run_cuda(call, query, "linear_backward", *tensors)
+        return _shared(grads, problem)
+
+
+def _step_cuda(*args: Any) -> Tensor:
+    raise NotImplementedError("linear_attention_step has no CUDA kernel yet: query is on a GPU")
+
+
+for _name, _cpu, _cuda, _fake in (
+    ("linear_forward", _forward_cpu, _forward_cuda, _forward_fake),
+    ("linear_backward", _backward_cpu, _backward_cuda, _backward_fake),
+    ("linear_step", _step_cpu, _step_cuda, _step_fake),
 ):
-    LIBRARY.impl(_name, _implementation, "CPU")
-    LIBRARY.impl(_name, _on_cuda, "CUDA")
+    LIBRARY.impl(_name, _cpu, "CPU")
+    LIBRARY.impl(_name, _cuda, "CUDA")
     torch.library.register_fake(f"attnext::{_name}", _fake, lib=LIBRARY)
+
+
+def _forward(*problem: Any) -> tuple[Tensor, Tensor, Tensor]:
+    results: tuple[Tensor, Tensor, Tensor] = torch.ops.attnext.linear_forward.default(*problem)
+    return results
+
+
+def _backward(*args: Any) -> tuple[Tensor, ...]:
+    grads: tuple[Tensor, ...] = torch.ops.attnext.linear_backward.default(*args)
+    return grads
 
 
 class _Linear(torch.autograd.Function):
@@ -177,7 +273,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(*problem: Any) -> Any:
-        return torch.ops.attnext.linear_forward.default(*problem)
+        return _forward(*problem)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -199,11 +295,7 @@ class _Linear(torch.autograd.Function):
         if dout is None:
             dout = torch.zeros_like(out)
         needs = [bool(n) for n in ctx.needs_input_grad[:_NUM_GRADS]]
-        backward = (
-            _LinearBackward.apply
-            if transforms_are_active()
-            else torch.ops.attnext.linear_backward.default
-        )
+        backward = _LinearBackward.apply if transforms_are_active() else _backward
         grads = backward(*tensors, *ctx.plain, out, denominator, dout, dstate, needs)
         wanted = (
             g if t is not None and need else None
@@ -221,7 +313,7 @@ class _LinearBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> Any:
-        return torch.ops.attnext.linear_backward.default(*args)
+        return _backward(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -278,7 +370,7 @@ def linear_op(*problem: Any) -> tuple[Tensor, Tensor]:
     if needs_grad or transforms_are_active():
         out, _, state = _Linear.apply(*problem)
     else:
-        out, _, state = torch.ops.attnext.linear_forward.default(*problem)
+        out, _, state = _forward(*problem)
     return out, state
 
 

@@ -335,22 +335,6 @@ void window_backward(const py::tuple& problem, py::handle out, py::handle lse, p
 
 // ---- CUDA: what would be launched ---------------------------------------------------------------
 
-py::dict describe(const cuda::Launch& launch) {
-  py::dict out;
-  out["kernel"] = launch.kernel;
-  out["grid"] = launch.grid;
-  out["threads"] = launch.threads;
-  out["shared_bytes"] = launch.shared_bytes;
-  out["params"] = py::bytes(reinterpret_cast<const char*>(&launch.params), sizeof launch.params);
-  return out;
-}
-
-py::list describe(const std::vector<cuda::Launch>& launches) {
-  py::list out;
-  for (const cuda::Launch& launch : launches) out.append(describe(launch));
-  return out;
-}
-
 // A problem as a GPU takes it, worked out: which tables its kernels read, how much scratch they
 // need, what is launched.
 struct CudaCall {

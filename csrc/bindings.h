@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/launch.h"
 #include "dlpack.h"
 #include "params.h"
 
@@ -160,6 +161,22 @@ inline Shape read_tensor(py::handle t, DType dtype, Device device) {
 
 inline void require(bool ok, const char* what) {
   if (!ok) throw std::invalid_argument(std::string("attnext: inconsistent tensors: ") + what);
+}
+
+// What would be launched, for whoever runs the kernels elsewhere.
+inline py::list describe(const std::vector<cuda::Launch>& launches) {
+  py::list out;
+  for (const cuda::Launch& launch : launches) {
+    py::dict one;
+    one["kernel"] = launch.kernel;
+    one["grid"] = launch.grid;
+    one["threads"] = launch.threads;
+    one["shared_bytes"] = launch.shared_bytes;
+    one["params"] =
+        py::bytes(reinterpret_cast<const char*>(launch.params.data()), launch.params.size());
+    out.append(one);
+  }
+  return out;
 }
 
 void bind_linear(py::module_& m);

@@ -2,6 +2,7 @@
 // Linear attention for Python.
 #include "bindings.h"
 #include "cpu/linear.h"
+#include "cuda/linear_plan.h"
 
 namespace attnext {
 namespace {
@@ -32,6 +33,8 @@ constexpr int kNumGrads = kCuSeqlens;
 struct LinearCall {
   LinearParams params{};
   std::vector<LinearSequence> sequences;
+  int64_t length = 0;   // of sequences; if they are packed, of the longest
+  bool packed = false;
   bool blocks = false;  // of a window: none has a state
   Device device = Device::kCpu;
 
@@ -122,11 +125,14 @@ LinearCall make_call(const py::tuple& problem, Device device) {
     require(!bounds.empty() && bounds.front() == 0 && bounds.back() == p.tokens &&
                 std::is_sorted(bounds.begin(), bounds.end()) && p.batch == 1 && window == 0,
             "packed sequences");
+    call.packed = true;
     for (size_t n = 0; n + 1 < bounds.size(); ++n) {
       call.sequences.push_back({0, bounds[n], bounds[n + 1]});
+      call.length = std::max(call.length, bounds[n + 1] - bounds[n]);
     }
   } else {
     const int64_t length = window > 0 ? window : std::max<int64_t>(p.tokens, 1);
+    call.length = length;
     for (int64_t b = 0; b < p.batch; ++b) {
       int64_t begin = 0;
       do {  // an item without tokens is a sequence too
@@ -159,11 +165,10 @@ void linear_forward(const py::tuple& problem, py::handle out, py::handle denomin
 
 // `grads`: where the gradients of the first six arguments go; decay's, beta's and the state's may
 // be None.
-void linear_backward(const py::tuple& problem, py::handle out, py::handle denominator,
-                     py::handle dout, py::handle dfinal_state, const py::tuple& grads) {
+void set_gradients(LinearCall* given, py::handle dout, py::handle dfinal_state,
+                   const py::tuple& grads) {
   require(grads.size() == kNumGrads, "gradients");
-  LinearCall call = make_call(problem, Device::kCpu);
-  set_results(&call, out, denominator);
+  LinearCall& call = *given;
   LinearParams& p = call.params;
   const DType acc = accumulator(p.dtype);
   const auto gradient = [&](Argument of, int64_t heads, int64_t dim) {
@@ -179,6 +184,13 @@ void linear_backward(const py::tuple& problem, py::handle out, py::handle denomi
   p.dbeta = call.per_head(PyTuple_GET_ITEM(grads.ptr(), kBeta));
   require((p.decay.data || !p.ddecay.data) && (p.beta.data || !p.dbeta.data), "gradients");
   p.dinitial_state = call.states(PyTuple_GET_ITEM(grads.ptr(), kInitialState));
+}
+
+void linear_backward(const py::tuple& problem, py::handle out, py::handle denominator,
+                     py::handle dout, py::handle dfinal_state, const py::tuple& grads) {
+  LinearCall call = make_call(problem, Device::kCpu);
+  set_results(&call, out, denominator);
+  set_gradients(&call, dout, dfinal_state, grads);
   const py::gil_scoped_release release;
   cpu::linear_backward(call.params);
 }
@@ -228,12 +240,120 @@ void linear_step(py::handle query, py::handle key, py::handle value, py::handle 
   cpu::linear_step(params);
 }
 
+// ---- CUDA: what would be launched ---------------------------------------------------------------
+
+struct CudaLinear {
+  LinearCall call;
+
+  explicit CudaLinear(const py::tuple& problem) : call(make_call(problem, Device::kCuda)) {
+    require(!call.params.delta() && call.params.feature_map != FeatureMap::kTaylor2, "CUDA");
+    call.params.sequences = nullptr;
+  }
+  // Of packed sequences, for the caller to upload; else empty.
+  py::bytes sequences() const {
+    const auto& list = call.sequences;
+    return {reinterpret_cast<const char*>(list.data()),
+            call.packed ? list.size() * sizeof(LinearSequence) : 0};
+  }
+  void set_sequences(uintptr_t address) {
+    if (call.packed) call.params.sequences = reinterpret_cast<const LinearSequence*>(address);
+  }
+};
+
+struct CudaLinearForward : CudaLinear {
+  using CudaLinear::CudaLinear;
+  int64_t workspace_bytes() const {
+    return cuda::linear_forward_workspace(call.params, call.length);
+  }
+  std::vector<cuda::Launch> prepare(uintptr_t sequences, uintptr_t workspace, py::handle out,
+                                    py::handle denominator, py::handle final_state) {
+    set_sequences(sequences);
+    set_results(&call, out, denominator);
+    call.params.final_state = call.states(final_state);
+    return cuda::linear_forward_launches(call.params, call.length,
+                                         reinterpret_cast<void*>(workspace));
+  }
+};
+
+struct CudaLinearBackward : CudaLinear {
+  bool of_decay, of_final_state;
+
+  CudaLinearBackward(const py::tuple& problem, bool decay, bool final_state)
+      : CudaLinear(problem), of_decay(decay), of_final_state(final_state) {}
+  int64_t workspace_bytes() const {
+    LinearParams p = call.params;
+    static char anything;  // only whether it is there counts
+    if (of_decay) p.ddecay.data = &anything;
+    if (of_final_state) p.dfinal_state = &anything;
+    return cuda::linear_backward_workspace(p, call.length);
+  }
+  std::vector<cuda::Launch> prepare(uintptr_t sequences, uintptr_t workspace, py::handle out,
+                                    py::handle denominator, py::handle dout,
+                                    py::handle dfinal_state, const py::tuple& grads) {
+    set_sequences(sequences);
+    set_results(&call, out, denominator);
+    set_gradients(&call, dout, dfinal_state, grads);
+    require(of_decay == (call.params.ddecay.data != nullptr) &&
+                of_final_state == (call.params.dfinal_state != nullptr),
+            "gradients");
+    return cuda::linear_backward_launches(call.params, call.length,
+                                          reinterpret_cast<void*>(workspace));
+  }
+};
+
 }  // namespace
 
 void bind_linear(py::module_& m) {
   m.def("linear_forward", &linear_forward);
   m.def("linear_backward", &linear_backward);
   m.def("linear_step", &linear_step);
+  py::class_<CudaLinearForward>(m, "CudaLinearForward")
+      .def(py::init<const py::tuple&>())
+      .def_property_readonly("sequences", &CudaLinearForward::sequences)
+      .def_property_readonly("workspace_bytes", &CudaLinearForward::workspace_bytes)
+      .def("launches",
+           [](CudaLinearForward& f, uintptr_t sequences, uintptr_t workspace, py::handle out,
+              py::handle denominator, py::handle final_state) {
+             return describe(f.prepare(sequences, workspace, out, denominator, final_state));
+           })
+      .def("run", [](CudaLinearForward& f, uintptr_t sequences, uintptr_t workspace, int device,
+                     uintptr_t stream, py::handle out, py::handle denominator,
+                     py::handle final_state) {
+        const auto launches = f.prepare(sequences, workspace, out, denominator, final_state);
+        const py::gil_scoped_release release;
+        cuda::launch(launches, device, stream, "linear_forward");
+      });
+  py::class_<CudaLinearBackward>(m, "CudaLinearBackward")
+      .def(py::init<const py::tuple&, bool, bool>())
+      .def_property_readonly("sequences", &CudaLinearBackward::sequences)
+      .def_property_readonly("workspace_bytes", &CudaLinearBackward::workspace_bytes)
+      .def("launches",
+           [](CudaLinearBackward& b, uintptr_t sequences, uintptr_t workspace, py::handle out,
+              py::handle denominator, py::handle dout, py::handle dfinal_state,
+              const py::tuple& grads) {
+             return describe(
+                 b.prepare(sequences, workspace, out, denominator, dout, dfinal_state, grads));
+           })
+      .def("run", [](CudaLinearBackward& b, uintptr_t sequences, uintptr_t workspace, int device,
+                     uintptr_t stream, py::handle out, py::handle denominator, py::handle dout,
+                     py::handle dfinal_state, const py::tuple& grads) {
+        const auto launches =
+            b.prepare(sequences, workspace, out, denominator, dout, dfinal_state, grads);
+        const py::gil_scoped_release release;
+        cuda::launch(launches, device, stream, "linear_backward");
+      });
+  m.def("cuda_linear_kernels", [] {
+    py::list out;
+    for (const cuda::ScanFacts& k : cuda::scan_kernels()) {
+      py::dict facts;
+      facts["name"] = k.name;
+      facts["instance"] = k.instance;
+      facts["threads"] = 32 * k.warps;
+      facts["shared_bytes"] = k.shared_bytes;
+      out.append(facts);
+    }
+    return out;
+  });
 }
 
 }  // namespace attnext

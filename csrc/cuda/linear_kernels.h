@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+// The list of linear attention's kernels: name, element type, bucket of the state's rows, warps. A
+// block has 16 tokens of a chunk and 16 columns of the state for each of its warps.
+#pragma once
+
+#include "../dtype.h"
+
+namespace attnext {
+namespace cuda {
+
+// clang-format off
+#define ATTNEXT_SCAN_KERNELS_16(X, T, type) \
+  X(linear_scan_##type##_32, T, 32, 4) \
+  X(linear_scan_##type##_64, T, 64, 4) \
+  X(linear_scan_##type##_128, T, 128, 4)
+#define ATTNEXT_SCAN_KERNELS_32(X, T, type) \
+  X(linear_scan_##type##_32, T, 32, 2) \
+  X(linear_scan_##type##_64, T, 64, 2) \
+  X(linear_scan_##type##_128, T, 128, 2)
+#define ATTNEXT_ALL_LINEAR_KERNELS(X)         \
+  ATTNEXT_SCAN_KERNELS_16(X, bf16, bf16)      \
+  ATTNEXT_SCAN_KERNELS_16(X, fp16, fp16)      \
+  ATTNEXT_SCAN_KERNELS_32(X, float, fp32)     \
+  X(linear_numbers_bf16, bf16)                \
+  X(linear_numbers_fp16, fp16)                \
+  X(linear_numbers_fp32, float)               \
+  X(linear_combine, float)                    \
+  X(linear_decay_gradient, float)
+// clang-format on
+
+// Shared memory of a scan: two stages of a, b and c, the state as operand of a product, the outputs
+// on their way, what is known of each token of two chunks, z, and what a warp has scaled its part
+// of the state by.
+template <int kElem, int kDim, int kWarps>
+struct ScanShared {
+  static constexpr int kChunk = 16 * kWarps, kColumns = 16 * kWarps;
+  static constexpr int kWide = kChunk * kDim * kElem, kNarrow = kChunk * kColumns * kElem;
+  static constexpr int kStage = 2 * kWide + kNarrow;
+  static constexpr int kStateAt = 2 * kStage;
+  // A warp's own rows of a, once read, are room enough unless they are too short.
+  static constexpr bool kOutApart = kDim < kColumns;
+  static constexpr int kOutAt = kStateAt + kColumns * kDim * kElem;
+  static constexpr int kNumbersAt = kOutAt + (kOutApart ? kNarrow : 0);
+  static constexpr int kTotalsAt = kNumbersAt + 2 * kChunk * 16;
+  static constexpr int kZAt = kTotalsAt + 2 * 16;
+  static constexpr int kUnitsAt = kZAt + (kDim > kColumns ? kDim : kColumns) * 4;
+  static constexpr int kBytes = kUnitsAt + kWarps * 4;
+  static_assert(kBytes <= 99 * 1024, "some GPUs have no more");
+};
+
+}  // namespace cuda
+}  // namespace attnext

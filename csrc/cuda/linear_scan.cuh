@@ -1,0 +1,621 @@
+// SPDX-License-Identifier: Apache-2.0
+// The scan of linear_plan.h, in chunks (arXiv 2006.16236, 2405.21060): one block for a sequence,
+// head, segment of the sequence and slice of the columns of S.
+//
+// S stays in the accumulators, transposed: a warp has 16 of its columns. For each chunk
+//   1. the next one's rows are on their way while this one's are mapped to features in place;
+//   2. o = decay (a S) + (masked, decayed a b^T) c, where S is read from a rounded copy in shared
+//      memory; divided and rounded once;
+//   3. S = decay S + (decayed c)^T b, summed within the chunk by the tensor cores, to S in fp32;
+//   4. the copy is made again.
+// A token's decays are known as logarithms in base 2, cumulative since the chunk began; only
+// differences of them, of which none is positive, become factors.
+#pragma once
+
+#include <type_traits>
+
+#include "linear.cuh"
+
+namespace attnext {
+namespace cuda {
+
+template <class T, int kDim, int kWarps>
+struct Scan {
+  using S = ScanShared<sizeof(T), kDim, kWarps>;
+  using P = Products<T>;
+  using Wide = Layout<T, kDim>;
+  static constexpr int kChunk = S::kChunk, kColumns = S::kColumns, kThreads = kWarps * 32;
+  static constexpr int kDepth = P::kDepth, kSteps = kChunk / kDepth;
+  static constexpr int kMine = kDepth / 4;  // rows of a step that a lane has
+  static constexpr int kPer = kChunk / 32;  // tokens of a lane when one warp looks at all
+  static constexpr int kOwn = (kDim / 16 + kWarps - 1) / kWarps;  // z: fragments of a warp
+  static constexpr bool kKept = sizeof(T) == 2 && kDim <= 64;
+  // fp16 has too few exponents for a sum over a sequence: its copy is in a unit of each warp's.
+  static constexpr bool kUnits = std::is_same<T, fp16>::value;
+
+  // What is known of a token: its decay in two parts, factor, further entry of a or b.
+  struct Numbers {
+    float decay, rest, factor, entry;
+  };
+  struct Totals {
+    float decay, rest, unit, kept;  // unit: of the factors
+  };
+
+  const LinearLaunch& p;
+  uint8_t* memory;
+  uint32_t shared;
+  int lane, warp, g, t;
+  WalkLanes<T, kDim> wide;
+  WalkLanes<T, kColumns> narrow;
+  Tokens tokens;
+  int64_t sequence;
+  int32_t head, segment, slice;
+  int32_t first, count;  // the segment's tokens
+  bool weighted;
+  float state[kDim / 8][4];  // transposed: rows are columns of S
+  float z[kOwn][2];
+  float kept_all = 1.f;
+
+  ATTNEXT_DEVICE Scan(const LinearLaunch& launch, uint8_t* shared_memory)
+      : p(launch), memory(shared_memory), shared(shared_address(shared_memory)) {
+    lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    g = lane / 4, t = lane % 4;
+    wide.start();
+    narrow.start();
+  }
+
+  ATTNEXT_DEVICE uint32_t tile(int stage, int operand) const {
+    return shared + stage * S::kStage + operand * S::kWide;
+  }
+  ATTNEXT_DEVICE Numbers& numbers(int buffer, int i) const {
+    return reinterpret_cast<Numbers*>(memory + S::kNumbersAt)[buffer * kChunk + i];
+  }
+  ATTNEXT_DEVICE Totals& totals(int buffer) const {
+    return reinterpret_cast<Totals*>(memory + S::kTotalsAt)[buffer];
+  }
+  ATTNEXT_DEVICE float* shared_z() const { return reinterpret_cast<float*>(memory + S::kZAt); }
+  ATTNEXT_DEVICE float* units() const { return reinterpret_cast<float*>(memory + S::kUnitsAt); }
+
+  ATTNEXT_DEVICE void run() {
+    locate();
+    const int chunks = (count + kChunk - 1) / kChunk;
+    load_state();
+    if (chunks > 0) {
+      copy_chunk_rows(0, 0);
+      Next next;
+      look_at(0, next);
+      note(next, 0);
+      if (p.outputs) copy_state();
+    }
+#pragma unroll 1
+    for (int c = 0; c < chunks; ++c) {
+      const int stage = c % 2;
+      const bool more = c + 1 < chunks;
+      wait_copies<0>();
+      map_chunk(c * kChunk, stage);
+      __syncthreads();  // rows, numbers and the copy of the state are there
+      Next next;
+      if (more) {
+        copy_chunk_rows((c + 1) * kChunk, stage ^ 1);
+        look_at((c + 1) * kChunk, next);
+      }
+      if (p.outputs) attend(c * kChunk, stage);
+      const bool sums = p.sums && (more || p.after);
+      if (sums) add_chunk(stage);
+      if (sums && p.outputs) {
+        __syncthreads();  // the copy of the state has been read
+        if (more) copy_state();
+      }
+      if (more) note(next, stage ^ 1);
+    }
+    store_state();
+  }
+
+  ATTNEXT_DEVICE void locate() {
+    uint32_t block = blockIdx.x;
+    slice = block % static_cast<uint32_t>(p.slices), block /= static_cast<uint32_t>(p.slices);
+    segment = block % static_cast<uint32_t>(p.segments), block /= static_cast<uint32_t>(p.segments);
+    head = block % static_cast<uint32_t>(p.heads);
+    sequence = block / static_cast<uint32_t>(p.heads);
+    tokens.start(p, sequence, head);
+    const int64_t from = segment * p.segment;
+    first = static_cast<int32_t>(min(from, tokens.count()));
+    count = static_cast<int32_t>(min(from + p.segment, tokens.count())) - first;
+    weighted = p.decay.data || p.side != Side::kNone;
+  }
+
+  // ---- rows --------------------------------------------------------------------------------------
+
+  template <int kD, class Visit>
+  ATTNEXT_DEVICE void each_chunk(Visit visit) const {
+    constexpr int kChunks = Layout<T, kD>::kChunks, kAtOnce = kThreads / kChunks;
+    static_assert(kThreads % kChunks == 0 && kChunk % kAtOnce == 0, "uneven");
+    const int row0 = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+#pragma unroll
+    for (int i = 0; i < kChunk / kAtOnce; ++i) visit(row0 + i * kAtOnce, chunk);
+  }
+  template <int kD>
+  ATTNEXT_DEVICE void copy_rows_of(const ScanRows& x, int at, int column, uint32_t to) const {
+    constexpr int kBytes = sizeof(T);
+    const uint64_t start =
+        reinterpret_cast<uint64_t>(static_cast<const T*>(x.rows.data) +
+                                   tokens.offset(x.rows, x.group, first + at) + column);
+    const int64_t step = tokens.step(x.rows) * kBytes;
+    const int row_bytes = (x.dim - column) * kBytes;
+    each_chunk<kD>([&](int row, int chunk) {
+      const int bytes = at + row < count ? min(max(row_bytes - chunk * 16, 0), 16) : 0;
+      copy_chunk<T>(to + Layout<T, kD>::at(row, chunk), bytes > 0 ? start + row * step : 0,
+                    chunk * 16, bytes, x.aligned);
+    });
+  }
+  ATTNEXT_DEVICE void copy_chunk_rows(int at, int stage) const {
+    if (p.outputs) copy_rows_of<kDim>(p.a, at, 0, tile(stage, 0));
+    if (p.sums || p.within) {
+      copy_rows_of<kDim>(p.b, at, 0, tile(stage, 1));
+      copy_rows_of<kColumns>(p.c, at, slice * kColumns, tile(stage, 2));
+    }
+    commit_copies();
+  }
+
+  // Each thread maps what it has copied: no barrier is due in between.
+  template <int kD>
+  ATTNEXT_DEVICE void map_rows(const ScanRows& x, int at, int column, uint32_t tile_at) const {
+    if (x.map == FeatureMap::kIdentity) return;
+    constexpr int kElems = Layout<T, kD>::kElems;
+    each_chunk<kD>([&](int row, int chunk) {
+      if (at + row >= count) return;  // rows of zeros stay
+      const uint32_t where = tile_at + Layout<T, kD>::at(row, chunk);
+      const uint4 whole = load_shared(where);
+      T elems[kElems];
+      memcpy(elems, &whole, 16);
+#pragma unroll
+      for (int e = 0; e < kElems; ++e) {
+        if (column + chunk * kElems + e < x.dim) {
+          elems[e] = Number<T>::narrow(feature(x.map, Number<T>::widen(elems[e])));
+        }
+      }
+      uint4 mapped;
+      memcpy(&mapped, elems, 16);
+      store_shared(where, mapped);
+    });
+  }
+  ATTNEXT_DEVICE void map_chunk(int at, int stage) const {
+    if (p.outputs) map_rows<kDim>(p.a, at, 0, tile(stage, 0));
+    if (p.sums || p.within) {
+      map_rows<kDim>(p.b, at, 0, tile(stage, 1));
+      map_rows<kColumns>(p.c, at, slice * kColumns, tile(stage, 2));
+    }
+  }
+
+  // ---- what is known of tokens -------------------------------------------------------------------
+
+  struct Next {
+    float decay[kPer];
+    float2 number[kPer];
+  };
+  // The first warp reads them for all, a chunk ahead.
+  ATTNEXT_DEVICE void look_at(int at, Next& next) const {
+    if (!weighted || warp > 0) return;
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      const int row = at + lane * kPer + i;
+      next.decay[i] = 0.f;
+      next.number[i] = make_float2(0.f, 0.f);
+      if (row >= count) continue;
+      if (p.decay.data) {
+        next.decay[i] =
+            static_cast<const float*>(p.decay.data)[tokens.offset(p.decay, 1, first + row)];
+      }
+      if (p.side != Side::kNone) {
+        next.number[i] =
+            reinterpret_cast<const float2*>(p.numbers)[tokens.index(p, first + row)];
+      }
+    }
+  }
+  // In double: a difference of two sums is exact beside fp32, whatever has gone by before.
+  ATTNEXT_DEVICE void note(const Next& next, int buffer) {
+    if (!weighted || warp > 0) return;
+    constexpr float kLeast = -1000.f;  // its exponential is 0; -inf would leave NaN
+    double until[kPer], sum = 0.;
+    float top = 0.f;
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      const double own = (next.decay[i] < kLeast ? kLeast : next.decay[i]) * kLog2E;
+      sum += own;
+      until[i] = p.exclusive ? sum - own : sum;
+      top = fmaxf(top, fabsf(next.number[i].x));
+    }
+    double all = sum;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const double other = __shfl_up_sync(~0u, all, step);
+      if (lane >= step) all += other;
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+    }
+    const double before = all - sum, total = __shfl_sync(~0u, all, 31);
+    float unit = 1.f, inverse = 1.f;
+    if (p.side == Side::kB) unit_of(top, 0, unit, inverse);
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      const double decay = before + until[i];
+      const float high = static_cast<float>(decay);
+      numbers(buffer, lane * kPer + i) = {high, static_cast<float>(decay - high),
+                                          next.number[i].x * inverse, next.number[i].y};
+    }
+    if (lane == 0) {
+      const float high = static_cast<float>(total);
+      totals(buffer) = {high, static_cast<float>(total - high), unit, power(high)};
+    }
+  }
+
+  // ---- outputs -----------------------------------------------------------------------------------
+
+  ATTNEXT_DEVICE void attend(int at, int stage) {
+    const int buffer = stage, walked = warp * 16 + 16;
+    LeftRows<T, kDim, 1, kKept> rows;
+    rows.load(tile(stage, 0), warp * 16);
+    Numbers mine[2] = {{0.f, 0.f, 1.f, 1.f}, {0.f, 0.f, 1.f, 1.f}};
+    float unit = 1.f;
+    if (weighted) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const Numbers known = numbers(buffer, warp * 16 + half * 8 + g);
+        mine[half].decay = known.decay, mine[half].rest = known.rest;
+        if (p.side == Side::kA) mine[half].factor = known.factor, mine[half].entry = known.entry;
+      }
+      unit = totals(buffer).unit;
+    }
+
+    float scores[1][kChunk / 8][4], sum[2] = {0.f, 0.f};
+    if (p.within) {
+      product<T, kDim, 1, kChunk, kKept>(scores, rows, wide, tile(stage, 1), walked);
+      finish_scores(scores[0], buffer, mine, walked, sum);
+    }
+
+    float out[1][kColumns / 8][4], factor[1][2];
+    product<T, kDim, 1, kColumns, kKept>(out, rows, wide, shared + S::kStateAt);
+    float by_z[2];
+    if (p.extension == Extension::kColumn) products_with_z(rows, by_z);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float by = p.scale;
+      if (p.decay.data) by *= power(mine[half].decay);
+      factor[0][half] = mine[half].factor * unit;
+      if (p.extension == Extension::kColumn) {
+        const float total = quad_sum(fmaf(by, by_z[half], sum[half]));
+        factor[0][half] = divide_by(total, at + warp * 16 + half * 8 + g);
+      }
+      by /= unit;
+#pragma unroll
+      for (int n = 0; n < kColumns / 8; ++n) {
+        const float of_state = kUnits ? by * units()[n / 2] : by;
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = out[0][n][2 * half + e];
+          x *= of_state;
+          if (p.extension == Extension::kFeature) {
+            x += by * mine[half].entry * shared_z()[n * 8 + 2 * t + e];
+          }
+        }
+      }
+    }
+    if (p.within) {
+      accumulate<T, kColumns, kColumns, 1, kChunk>(out, scores, narrow, tile(stage, 2), 0, walked);
+    }
+    finish(at, stage, out, factor);
+  }
+
+  ATTNEXT_DEVICE void finish_scores(float (&scores)[kChunk / 8][4], int buffer,
+                                    const Numbers (&mine)[2], int walked, float (&sum)[2]) const {
+#pragma unroll
+    for (int n = 0; n < kChunk / 8; ++n) {
+      if (n * 8 >= walked) break;
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int j = n * 8 + 2 * t + e;
+        Numbers other = {0.f, 0.f, 1.f, 1.f};
+        if (weighted) {
+          const Numbers known = numbers(buffer, j);
+          other.decay = known.decay, other.rest = known.rest;
+          if (p.side == Side::kB) other.factor = known.factor, other.entry = known.entry;
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float& score = scores[n][2 * half + e];
+          float x = score;
+          if (p.extension == Extension::kFeature) x += mine[half].entry * other.entry;
+          if (p.decay.data) {
+            x *= power((mine[half].decay - other.decay) + (mine[half].rest - other.rest));
+          }
+          x *= p.scale * p.inner_scale * other.factor;
+          score = j <= warp * 16 + half * 8 + g ? x : 0.f;
+          sum[half] += score;
+        }
+      }
+    }
+  }
+
+  template <class Rows>
+  ATTNEXT_DEVICE void products_with_z(const Rows& rows, float (&by_z)[2]) const {
+    by_z[0] = by_z[1] = 0.f;
+#pragma unroll
+    for (int k = 0; k < Rows::kSteps; ++k) {
+      visit_left<false, T>(rows(0, k), [&](int half, int i, float x) {
+        by_z[half] = fmaf(x, shared_z()[k * kDepth + i], by_z[half]);
+      });
+    }
+  }
+  ATTNEXT_DEVICE float divide_by(float total, int row) const {
+    const float moved = total < 0.f ? total - p.eps : total + p.eps;
+    if (slice == 0 && t == 0 && row < count) {
+      static_cast<float*>(
+          p.denominator.data)[tokens.offset(p.denominator, 1, first + row)] = moved;
+    }
+    return 1.f / moved;
+  }
+
+  ATTNEXT_DEVICE void finish(int at, int stage, float (&out)[1][kColumns / 8][4],
+                             float (&factor)[1][2]) {
+    if (p.raw.rows.data) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        pull_back(at + warp * 16 + half * 8 + g, half, factor[0][half], out[0]);
+        factor[0][half] = 1.f;
+      }
+    }
+    const int dim = p.out.dim - slice * kColumns;
+    if (p.out_fp32) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = at + warp * 16 + half * 8 + g;
+        if (row >= count) continue;
+        float* to = static_cast<float*>(p.out.rows.data) +
+                    tokens.offset(p.out.rows, 1, first + row) + slice * kColumns;
+#pragma unroll
+        for (int n = 0; n < kColumns / 8; ++n) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const int column = n * 8 + 2 * t + e;
+            if (column < dim) to[column] = out[0][n][2 * half + e] * factor[0][half];
+          }
+        }
+      }
+      return;
+    }
+    const int row = at + warp * 16 + lane;
+    uint64_t address = 0;
+    if (lane < 16 && row < count) {
+      address = reinterpret_cast<uint64_t>(static_cast<T*>(p.out.rows.data) +
+                                           tokens.offset(p.out.rows, 1, first + row) +
+                                           slice * kColumns);
+    }
+    constexpr int kRowBytes = S::kOutApart ? Layout<T, kColumns>::kRowBytes : Wide::kRowBytes;
+    const uint32_t room = (S::kOutApart ? shared + S::kOutAt : tile(stage, 0));
+    store_rows<T, kColumns, kColumns, 1>(room + warp * 16 * kRowBytes, 0, out, factor, address, dim,
+                                         p.out.aligned);
+  }
+
+  // From a row's gradient of features to that of what they are features of.
+  ATTNEXT_DEVICE void pull_back(int row, int half, float factor, float (&out)[kColumns / 8][4]) {
+    const bool live = row < count;
+    const int dim = p.out.dim - slice * kColumns;
+    const T* raw = static_cast<const T*>(p.raw.rows.data) + slice * kColumns;
+    if (live) raw += tokens.offset(p.raw.rows, p.raw.group, first + row);
+    float dot = 0.f;
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int column = n * 8 + 2 * t + e;
+        float& x = out[n][2 * half + e];
+        x *= factor;
+        if (!live || column >= dim) continue;
+        const float f = feature(p.raw.map, Number<T>::widen(raw[column]));
+        dot = fmaf(x, f, dot);
+        x *= feature_slope(p.raw.map, f);
+      }
+    }
+    dot = quad_sum(dot);
+    if (p.dots && live && t == 0) {
+      p.dots[slice * p.batch * p.tokens * p.heads + tokens.index(p, first + row)] = dot;
+    }
+  }
+
+  // ---- the state ---------------------------------------------------------------------------------
+
+  ATTNEXT_DEVICE void add_chunk(int stage) {
+    const int buffer = stage;
+    typename P::Left c[kSteps];
+    float w[kSteps][kMine], more[2] = {0.f, 0.f}, kept = 1.f, unit = p.inner_scale;
+    if (weighted) kept = totals(buffer).kept, unit *= totals(buffer).unit;
+    kept_all *= kept;
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      c[k] = TransposedLeft<T, kColumns>::load(tile(stage, 2), k * kDepth,
+                                               warp * 16 / Layout<T, kColumns>::kElems);
+      float entry[kMine];
+#pragma unroll
+      for (int i = 0; i < kMine; ++i) {
+        w[k][i] = entry[i] = 1.f;
+        if (!weighted) continue;
+        const Numbers known = numbers(buffer, k * kDepth + contraction_row<T>(i));
+        const Totals all = totals(buffer);
+        if (p.decay.data) w[k][i] = power((all.decay - known.decay) + (all.rest - known.rest));
+        if (p.side == Side::kB) w[k][i] *= known.factor, entry[i] = known.entry;
+      }
+      if (p.extension == Extension::kFeature) {
+        visit_left<true, T>(c[k], [&](int half, int i, float x) {
+          const int at = sizeof(T) == 4 ? i % 2 : i / 8 * 2 + i % 2;
+          more[half] = fmaf(x, w[k][at] * entry[at], more[half]);
+        });
+      }
+      if (weighted) weigh<T>(c[k], w[k]);
+      if (p.extension == Extension::kColumn) {
+#pragma unroll
+        for (int i = 0; i < kMine; ++i) w[k][i] *= entry[i];
+      }
+    }
+    if (p.extension == Extension::kFeature) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        z[0][half] = fmaf(z[0][half], kept, quad_sum(more[half]) * unit);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kDim / 16; ++n) {
+      const bool mine = p.extension == Extension::kColumn && n % kWarps == warp;
+      float part[2][4] = {}, sum[2] = {0.f, 0.f};
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k) {
+        const auto b = P::template load_right_transposed<kDim>(
+            tile(stage, 1) + wide.transposed, k * kDepth, n * 16 / Wide::kElems);
+        P::multiply(part[0], part[1], c[k], b);
+        if (mine) {
+          visit_right<T>(b, [&](int half, int i, float x) {
+            sum[half] = fmaf(x, w[k][i], sum[half]);
+          });
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          float& x = state[2 * n + half][e];
+          x = fmaf(x, kept, part[half][e] * unit);
+        }
+        if (mine) {
+          float& x = z[n / kWarps][half];
+          x = fmaf(x, kept, quad_sum(sum[half]) * unit);
+        }
+      }
+    }
+  }
+
+  // Rounded, for products with a.
+  ATTNEXT_DEVICE void copy_state() const {
+    float unit = 1.f, inverse = 1.f;
+    if constexpr (kUnits) {
+      float top = 0.f;
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) top = fmaxf(top, fabsf(state[n][e]));
+      }
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+      unit_of(top, 14, unit, inverse);
+      if (lane == 0) units()[warp] = unit;
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = warp * 16 + half * 8 + g;
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n) {
+        const float x = state[n][2 * half] * inverse, y = state[n][2 * half + 1] * inverse;
+        if constexpr (sizeof(T) == 4) {
+          // Neighbouring rows share banks: one stores its first number while the other its second.
+          const int odd = g % 2;
+          const uint32_t at = shared + S::kStateAt + Wide::at(row, n * 2 + t / 2) + t % 2 * 8;
+          store_shared(at + odd * 4, __float_as_uint(odd ? y : x));
+          store_shared(at + 4 - odd * 4, __float_as_uint(odd ? x : y));
+        } else {
+          store_shared(shared + S::kStateAt + Wide::at(row, n) + t * 4, Number<T>::pack(x, y));
+        }
+      }
+      if (p.extension == Extension::kFeature && t == 0) shared_z()[row] = z[0][half];
+    }
+    if (p.extension == Extension::kColumn) {
+      each_z([&](int i, int half, int row) {
+        if (t == 0) shared_z()[row] = z[i][half];
+      });
+    }
+  }
+
+  // visit(i, half, row of S) for the numbers of z that the warp has.
+  template <class Visit>
+  ATTNEXT_DEVICE void each_z(Visit visit) const {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int n = i * kWarps + warp;
+      if (n * 16 >= kDim) continue;
+      visit(i, 0, n * 16 + g);
+      visit(i, 1, n * 16 + 8 + g);
+    }
+  }
+  // visit(n, e, offset of the number in a tensor of states) for the lane's real numbers of S.
+  template <class Visit>
+  ATTNEXT_DEVICE void each_state(Visit visit) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int column = slice * kColumns + warp * 16 + half * 8 + g;
+      if (column >= p.c.dim) continue;
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int row = n * 8 + 2 * t + e;
+          if (row < p.b.dim) {
+            visit(n, 2 * half + e, row * p.row_stride + column * p.column_stride);
+          }
+        }
+      }
+    }
+  }
+  ATTNEXT_DEVICE int64_t state_of(int32_t segments) const {
+    const int64_t which = segments > 1 ? sequence * segments + segment : sequence;
+    return (which * p.heads + head) * p.state_size;
+  }
+
+  ATTNEXT_DEVICE void load_state() {
+#pragma unroll
+    for (int n = 0; n < kDim / 8; ++n) state[n][0] = state[n][1] = state[n][2] = state[n][3] = 0.f;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) z[i][0] = z[i][1] = 0.f;
+    if (!p.before) return;
+    const float* from = p.before + state_of(p.before_segments);
+    each_state([&](int n, int e, int64_t at) { state[n][e] = from[at]; });
+    from += p.z_offset;
+    if (p.extension == Extension::kColumn) {
+      each_z([&](int i, int half, int row) {
+        if (row < p.b.dim) z[i][half] = from[row * p.z_stride];
+      });
+    } else if (p.extension == Extension::kFeature) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int column = slice * kColumns + warp * 16 + half * 8 + g;
+        if (column < p.c.dim) z[0][half] = from[column * p.z_stride];
+      }
+    }
+  }
+  ATTNEXT_DEVICE void store_state() const {
+    if (!p.after) return;
+    float* to = p.after + state_of(p.after_segments);
+    each_state([&](int n, int e, int64_t at) { to[at] = state[n][e]; });
+    to += p.z_offset;
+    if (p.extension == Extension::kColumn && slice == 0) {
+      each_z([&](int i, int half, int row) {
+        if (t == 0 && row < p.b.dim) to[row * p.z_stride] = z[i][half];
+      });
+    } else if (p.extension == Extension::kFeature && t == 0) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int column = slice * kColumns + warp * 16 + half * 8 + g;
+        if (column < p.c.dim) to[column * p.z_stride] = z[0][half];
+      }
+    }
+    if (p.factors && slice == 0 && threadIdx.x == 0) {
+      p.factors[(sequence * p.segments + segment) * p.heads + head] = kept_all;
+    }
+  }
+};
+
+extern __shared__ __align__(1024) uint8_t shared_memory[];
+
+#define ATTNEXT_SCAN(name, T, dim, warps)                                        \
+  extern "C" __global__ void __launch_bounds__((warps) * 32)                     \
+      name(const __grid_constant__ LinearLaunch p) {                             \
+    Scan<T, dim, warps>(p, shared_memory).run();                                 \
+  }
+
+}  // namespace cuda
+}  // namespace attnext
