@@ -411,7 +411,7 @@ struct Scan {
         x *= factor;
         if (!live || column >= dim) continue;
         const float f = feature(p.raw.map, Number<T>::widen(raw[column]));
-        dot = fmaf(x, f, dot);
+        dot = fmaf(x, Number<T>::widen(Number<T>::narrow(f)), dot);  // as the products have it
         x *= feature_slope(p.raw.map, f);
       }
     }
