@@ -136,7 +136,7 @@ class CudaLinearBackward:
     sequences: bytes
     workspace_bytes: int
 
-    def __init__(self, problem: tuple[Any, ...], of_decay: bool, of_final_state: bool) -> None: ...
+    def __init__(self, problem: tuple[Any, ...], of_decay: bool) -> None: ...
     def launches(
         self,
         sequences: int,

@@ -132,12 +132,6 @@ def _backward_tensors(*args: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
     return (*grads, *more), (out, denominator, dout, dstate, (*grads, *wanted))
 
 
-def _asked(tensors: tuple[Any, ...]) -> tuple[bool, bool]:
-    """Whether there are gradients of the decay, and of the final state."""
-    *_, dstate, grads = tensors
-    return grads[_DECAY] is not None, dstate is not None
-
-
 def _shared(grads: tuple[Tensor, ...], problem: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """Gradients of what heads share: the sums over them."""
     return (
@@ -239,7 +233,7 @@ def _backward_cuda(*args: Any) -> tuple[Tensor, ...]:
     check_cuda(query, args[2], args[_BETA], args[_FEATURE_MAP])
     with torch.cuda.device(query.device):
         grads, tensors = _backward_tensors(*args)
-        call = _C.CudaLinearBackward(_native(problem), *_asked(tensors))
+        call = _C.CudaLinearBackward(_native(problem), tensors[-1][_DECAY] is not None)
         _run_cuda(call, query, "linear_backward", *tensors)
         return _shared(grads, problem)
 

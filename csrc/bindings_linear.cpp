@@ -276,15 +276,14 @@ struct CudaLinearForward : CudaLinear {
 };
 
 struct CudaLinearBackward : CudaLinear {
-  bool of_decay, of_final_state;
+  bool of_decay;
 
-  CudaLinearBackward(const py::tuple& problem, bool decay, bool final_state)
-      : CudaLinear(problem), of_decay(decay), of_final_state(final_state) {}
+  CudaLinearBackward(const py::tuple& problem, bool decay)
+      : CudaLinear(problem), of_decay(decay) {}
   int64_t workspace_bytes() const {
     LinearParams p = call.params;
     static char anything;  // only whether it is there counts
     if (of_decay) p.ddecay.data = &anything;
-    if (of_final_state) p.dfinal_state = &anything;
     return cuda::linear_backward_workspace(p, call.length);
   }
   std::vector<cuda::Launch> prepare(uintptr_t sequences, uintptr_t workspace, py::handle out,
@@ -293,9 +292,7 @@ struct CudaLinearBackward : CudaLinear {
     set_sequences(sequences);
     set_results(&call, out, denominator);
     set_gradients(&call, dout, dfinal_state, grads);
-    require(of_decay == (call.params.ddecay.data != nullptr) &&
-                of_final_state == (call.params.dfinal_state != nullptr),
-            "gradients");
+    require(of_decay == (call.params.ddecay.data != nullptr), "gradients");
     return cuda::linear_backward_launches(call.params, call.length,
                                           reinterpret_cast<void*>(workspace));
   }
@@ -324,7 +321,7 @@ void bind_linear(py::module_& m) {
         cuda::launch(launches, device, stream, "linear_forward");
       });
   py::class_<CudaLinearBackward>(m, "CudaLinearBackward")
-      .def(py::init<const py::tuple&, bool, bool>())
+      .def(py::init<const py::tuple&, bool>())
       .def_property_readonly("sequences", &CudaLinearBackward::sequences)
       .def_property_readonly("workspace_bytes", &CudaLinearBackward::workspace_bytes)
       .def("launches",

@@ -49,11 +49,11 @@ class Plan {
       throw std::invalid_argument("attnext: a scan has neither Taylor features nor the delta rule");
     }
     const ScanFacts& scan = scan_of(p.dtype, std::max(p.head_dim, p.head_dim_v));
-    const int64_t chunk = 16 * scan.warps, longest = std::max<int64_t>(1, length_);
-    const int64_t chunks = ceil_div(longest, chunk);
+    chunk_ = 16 * scan.warps;
+    const int64_t longest = std::max<int64_t>(1, length_), chunks = ceil_div(longest, chunk_);
     const int64_t blocks = std::max<int64_t>(1, p.num_sequences * p.heads);
     segments_ = std::max<int64_t>(1, std::min(kEnoughBlocks / blocks, chunks / kLeastChunks));
-    segment_ = ceil_div(chunks, segments_) * chunk;
+    segment_ = ceil_div(chunks, segments_) * chunk_;
     segments_ = ceil_div(longest, segment_);
     state_size_ = p.features() * p.state_columns();
   }
@@ -67,6 +67,7 @@ class Plan {
     return reinterpret_cast<float*>(at);
   }
   float* take_states() { return take(p.num_sequences * p.heads * state_size_); }
+  int64_t chunks() const { return segments_ * segment_ / chunk_; }  // of a sequence, at most
   int64_t rows() const { return p.batch * p.tokens * p.heads; }
 
   ScanRows rows_of(const TensorRef& t, int64_t heads, int64_t dim,
@@ -91,6 +92,7 @@ class Plan {
     l.segments = static_cast<int32_t>(segments_);
     l.segment = segment_;
     l.slices = 1;
+    l.chunks = chunks();
     l.backwards = p.reverse != against;
     l.exclusive = against;
     l.scale = against ? 1.f : static_cast<float>(p.scale);
@@ -181,7 +183,7 @@ class Plan {
            whole(t.head);
   }
 
-  int64_t length_, segments_, segment_, state_size_;
+  int64_t length_, chunk_, segments_, segment_, state_size_;
   char* workspace_;
   int64_t used_ = 0;
 };
@@ -235,14 +237,20 @@ void plan_backward(Plan* plan) {
   const bool of_decay = p.ddecay.data;
   const bool curved = p.feature_map != FeatureMap::kIdentity;
   const int64_t key_slices = plan->slices(p.head_dim);
-  float* const dots = of_decay ? plan->take(2 * key_slices * plan->rows()) : nullptr;
-  float* const dots_key = dots ? dots + key_slices * plan->rows() : nullptr;
+  float *dots = nullptr, *dots_key = nullptr, *boundaries = nullptr, *meetings = nullptr;
+  const ScanFacts& scan = scan_of(p.dtype, p.head_dim_v);  // of dq and dk
+  if (of_decay) {
+    const int64_t states = p.num_sequences * p.heads * key_slices * plan->chunks();
+    dots = plan->take(key_slices * plan->rows());
+    dots_key = plan->take(key_slices * plan->rows());
+    boundaries = plan->take(states * (scan.dim / 8 + 1) * 4 * 32 * scan.warps);
+    meetings = plan->take(states * scan.warps);
+  }
 
   const auto* const initial = static_cast<const float*>(p.initial_state);
   const auto* const dfinal = static_cast<const float*>(p.dfinal_state);
-  float* const last = of_decay && dfinal ? plan->take_states() : nullptr;
   {
-    const auto states = plan->add_states(keys_and_values(*plan), initial, last);
+    const auto states = plan->add_states(keys_and_values(*plan), initial, nullptr);
     LinearLaunch l = plan->start(false);
     l.a = plan->dout();
     l.b = plan->value();
@@ -252,7 +260,8 @@ void plan_backward(Plan* plan) {
     result(&l, p.dquery, p.query_heads, p.head_dim);
     if (curved || of_decay) l.raw = plan->query();
     l.dots = dots;
-    plan->add_outputs(l, states, last);
+    l.boundaries = boundaries;
+    plan->add_outputs(l, states, nullptr);
   }
   auto* const dinitial = static_cast<float*>(p.dinitial_state);
   LinearLaunch l = plan->start(true);
@@ -273,17 +282,22 @@ void plan_backward(Plan* plan) {
   result(&l, p.dkey, p.key_heads, p.head_dim);
   if (curved || of_decay) l.raw = plan->key();
   l.dots = dots_key;
+  l.boundaries = boundaries;
+  l.meetings = meetings;
   plan->add_outputs(l, states, dinitial);
 
   if (of_decay) {
     LinearLaunch d = plan->start(false);
     d.dots = dots;
     d.dots_key = dots_key;
-    d.dots_slices = d.dots_key_slices = static_cast<int32_t>(key_slices);
-    d.before = last;
-    d.state_gradient = dfinal;
+    d.slices = static_cast<int32_t>(key_slices);
+    d.meetings = meetings;
+    d.num_meetings = scan.warps;
+    d.chunk = 16 * scan.warps;
     d.ddecay = p.ddecay;
-    plan->add("linear_decay_gradient", p.num_sequences * p.heads, 256, 0, d);
+    constexpr int kThreads = 128;
+    plan->add("linear_decay_gradient",
+              ceil_div(p.num_sequences * p.heads * plan->chunks(), kThreads / 32), kThreads, 0, d);
   }
 }
 

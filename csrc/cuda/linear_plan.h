@@ -61,6 +61,12 @@ struct LinearLaunch {
   float* numbers;  // [batch, tokens, heads] of {factor, further entry}, for `side`
   float* dots;     // [slices, batch, tokens, heads] out . features of raw; may be null
   int64_t batch;
+  // States after each chunk, as threads hold them: written by a scan in order, and met by the
+  // gradients of the same states in a scan against it, whose products go to `meetings`, one number
+  // for each chunk, slice and warp. May be null.
+  float* boundaries;
+  float* meetings;
+  int64_t chunks;  // of a sequence, at most
 
   // S, [columns of its tensor's rows][...] or transposed; z after it.
   const float* before;     // null: zero
@@ -71,11 +77,10 @@ struct LinearLaunch {
   float* states;   // linear_combine: of segments alone, which become those before them
 
   // The kernels around the scan.
-  ScanRows dout, result;    // linear_numbers: of -dO.o
-  const float* dots_key;    // linear_decay_gradient: those of queries less those of keys
-  const float* state_gradient;  // `before` times it is what the last token's decay scales
+  ScanRows dout, result;      // linear_numbers: of -dO.o
+  const float* dots_key;      // linear_decay_gradient: those of queries less those of keys
   TensorRef ddecay;
-  int32_t dots_slices, dots_key_slices;
+  int32_t chunk, num_meetings;  // tokens; numbers a chunk
 };
 
 // `params.sequences` is an address on the device, or null for sequences of `length` tokens; where

@@ -8,6 +8,9 @@
 //      memory; divided and rounded once;
 //   3. S = decay S + (decayed c)^T b, summed within the chunk by the tensor cores, to S in fp32;
 //   4. the copy is made again.
+// Against the order of the tokens, the first chunk is the one that is short, so that chunks are the
+// same in both directions.
+//
 // A token's decays are known as logarithms in base 2, cumulative since the chunk began; only
 // differences of them, of which none is positive, become factors.
 #pragma once
@@ -50,7 +53,8 @@ struct Scan {
   Tokens tokens;
   int64_t sequence;
   int32_t head, segment, slice;
-  int32_t first, count;  // the segment's tokens
+  int32_t first, count;     // of the segment's tokens, the first perhaps before the sequence
+  int32_t skipped, chunks;  // chunks without tokens at its start; its chunks, with these
   bool weighted;
   float state[kDim / 8][4];  // transposed: rows are columns of S
   float z[kOwn][2];
@@ -78,17 +82,16 @@ struct Scan {
 
   ATTNEXT_DEVICE void run() {
     locate();
-    const int chunks = (count + kChunk - 1) / kChunk;
     load_state();
-    if (chunks > 0) {
-      copy_chunk_rows(0, 0);
+    if (skipped < chunks) {
+      copy_chunk_rows(skipped * kChunk, skipped % 2);
       Next next;
-      look_at(0, next);
-      note(next, 0);
+      look_at(skipped * kChunk, next);
+      note(next, skipped % 2);
       if (p.outputs) copy_state();
     }
 #pragma unroll 1
-    for (int c = 0; c < chunks; ++c) {
+    for (int c = skipped; c < chunks; ++c) {
       const int stage = c % 2;
       const bool more = c + 1 < chunks;
       wait_copies<0>();
@@ -100,8 +103,10 @@ struct Scan {
         look_at((c + 1) * kChunk, next);
       }
       if (p.outputs) attend(c * kChunk, stage);
-      const bool sums = p.sums && (more || p.after);
+      const bool sums = p.sums && (more || p.after || p.boundaries);
+      if (p.meetings) meet(c);
       if (sums) add_chunk(stage);
+      if (p.boundaries && !p.meetings) leave(c);
       if (sums && p.outputs) {
         __syncthreads();  // the copy of the state has been read
         if (more) copy_state();
@@ -118,11 +123,16 @@ struct Scan {
     head = block % static_cast<uint32_t>(p.heads);
     sequence = block / static_cast<uint32_t>(p.heads);
     tokens.start(p, sequence, head);
-    const int64_t from = segment * p.segment;
-    first = static_cast<int32_t>(min(from, tokens.count()));
-    count = static_cast<int32_t>(min(from + p.segment, tokens.count())) - first;
+    const int64_t whole = (tokens.count() + p.segment - 1) / p.segment * p.segment;
+    const int64_t from = segment * p.segment - (p.exclusive ? whole - tokens.count() : 0);
+    first = static_cast<int32_t>(from);
+    count = static_cast<int32_t>(max(min(from + p.segment, tokens.count()) - from, int64_t(0)));
+    skipped = max(-first, 0) / kChunk;
+    chunks = (count + kChunk - 1) / kChunk;
     weighted = p.decay.data || p.side != Side::kNone;
   }
+
+  ATTNEXT_DEVICE bool is_token(int row) const { return row < count && first + row >= 0; }
 
   // ---- rows --------------------------------------------------------------------------------------
 
@@ -143,7 +153,7 @@ struct Scan {
     const int64_t step = tokens.step(x.rows) * kBytes;
     const int row_bytes = (x.dim - column) * kBytes;
     each_chunk<kD>([&](int row, int chunk) {
-      const int bytes = at + row < count ? min(max(row_bytes - chunk * 16, 0), 16) : 0;
+      const int bytes = is_token(at + row) ? min(max(row_bytes - chunk * 16, 0), 16) : 0;
       copy_chunk<T>(to + Layout<T, kD>::at(row, chunk), bytes > 0 ? start + row * step : 0,
                     chunk * 16, bytes, x.aligned);
     });
@@ -163,7 +173,7 @@ struct Scan {
     if (x.map == FeatureMap::kIdentity) return;
     constexpr int kElems = Layout<T, kD>::kElems;
     each_chunk<kD>([&](int row, int chunk) {
-      if (at + row >= count) return;  // rows of zeros stay
+      if (!is_token(at + row)) return;  // rows of zeros stay
       const uint32_t where = tile_at + Layout<T, kD>::at(row, chunk);
       const uint4 whole = load_shared(where);
       T elems[kElems];
@@ -201,7 +211,7 @@ struct Scan {
       const int row = at + lane * kPer + i;
       next.decay[i] = 0.f;
       next.number[i] = make_float2(0.f, 0.f);
-      if (row >= count) continue;
+      if (!is_token(row)) continue;
       if (p.decay.data) {
         next.decay[i] =
             static_cast<const float*>(p.decay.data)[tokens.offset(p.decay, 1, first + row)];
@@ -347,7 +357,7 @@ struct Scan {
   }
   ATTNEXT_DEVICE float divide_by(float total, int row) const {
     const float moved = total < 0.f ? total - p.eps : total + p.eps;
-    if (slice == 0 && t == 0 && row < count) {
+    if (slice == 0 && t == 0 && is_token(row)) {
       static_cast<float*>(
           p.denominator.data)[tokens.offset(p.denominator, 1, first + row)] = moved;
     }
@@ -368,7 +378,7 @@ struct Scan {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = at + warp * 16 + half * 8 + g;
-        if (row >= count) continue;
+        if (!is_token(row)) continue;
         float* to = static_cast<float*>(p.out.rows.data) +
                     tokens.offset(p.out.rows, 1, first + row) + slice * kColumns;
 #pragma unroll
@@ -384,7 +394,7 @@ struct Scan {
     }
     const int row = at + warp * 16 + lane;
     uint64_t address = 0;
-    if (lane < 16 && row < count) {
+    if (lane < 16 && is_token(row)) {
       address = reinterpret_cast<uint64_t>(static_cast<T*>(p.out.rows.data) +
                                            tokens.offset(p.out.rows, 1, first + row) +
                                            slice * kColumns);
@@ -397,7 +407,7 @@ struct Scan {
 
   // From a row's gradient of features to that of what they are features of.
   ATTNEXT_DEVICE void pull_back(int row, int half, float factor, float (&out)[kColumns / 8][4]) {
-    const bool live = row < count;
+    const bool live = is_token(row);
     const int dim = p.out.dim - slice * kColumns;
     const T* raw = static_cast<const T*>(p.raw.rows.data) + slice * kColumns;
     if (live) raw += tokens.offset(p.raw.rows, p.raw.group, first + row);
@@ -489,6 +499,44 @@ struct Scan {
         }
       }
     }
+  }
+
+  // The decays of a chunk's tokens scale, besides what passes between the tokens, all that the
+  // state after it means for later ones: its product with its gradient. In the order of tokens
+  // states are left for the scan against it.
+  static constexpr int kLeft = kDim / 8 + 1;  // float4 of a thread, the last for z
+  ATTNEXT_DEVICE int64_t boundary(int64_t chunk) const {
+    return ((sequence * p.heads + head) * p.slices + slice) * p.chunks + chunk;
+  }
+  ATTNEXT_DEVICE float4* left_at(int64_t chunk) const {
+    return reinterpret_cast<float4*>(p.boundaries) + boundary(chunk) * kLeft * kThreads +
+           threadIdx.x;
+  }
+  ATTNEXT_DEVICE void leave(int c) const {
+    float4* to = left_at(segment * (p.segment / kChunk) + c);
+#pragma unroll
+    for (int n = 0; n < kDim / 8; ++n) {
+      to[n * kThreads] = make_float4(state[n][0], state[n][1], state[n][2], state[n][3]);
+    }
+    to[kDim / 8 * kThreads] = make_float4(z[0][0], z[0][1], 0.f, 0.f);
+  }
+  ATTNEXT_DEVICE void meet(int c) const {
+    const int64_t per = p.segment / kChunk;
+    const int64_t all = (tokens.count() + p.segment - 1) / p.segment * per;
+    const int64_t chunk = all - 1 - segment * per - c;
+    const float4* from = left_at(chunk);
+    float sum = 0.f;
+#pragma unroll
+    for (int n = 0; n < kDim / 8; ++n) {
+      const float4 x = from[n * kThreads];
+      sum += (x.x * state[n][0] + x.y * state[n][1]) + (x.z * state[n][2] + x.w * state[n][3]);
+    }
+    if (p.extension == Extension::kFeature && t == 0) {
+      const float4 x = from[kDim / 8 * kThreads];
+      sum += x.x * z[0][0] + x.y * z[0][1];
+    }
+    sum = warp_sum(sum);
+    if (lane == 0) p.meetings[boundary(chunk) * kWarps + warp] = sum;
   }
 
   // Rounded, for products with a.

@@ -53,60 +53,47 @@ ATTNEXT_DEVICE void find_numbers(const LinearLaunch& p) {
   reinterpret_cast<float2*>(p.numbers)[index] = make_float2(p.scale / by, -dot);
 }
 
-// One block for a sequence and head, from its last token to its first. A decay scales all that
-// goes from the tokens before it to its own and those after: the sum of q.dq less that of k.dk,
-// features and their gradients, over these, and what leaves with the final state.
-constexpr int kDecayThreads = 256;
-
-ATTNEXT_DEVICE double block_sum_before(double x, double* sums, double& all) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const double other = __shfl_up_sync(~0u, x, step);
-    if (lane >= step) x += other;
-  }
-  __syncthreads();  // sums of the last call have been read
-  if (lane == 31) sums[warp] = x;
-  __syncthreads();
-  double before = 0.;
-  all = 0.;
-  for (int w = 0; w < kDecayThreads / 32; ++w) {
-    if (w < warp) before += sums[w];
-    all += sums[w];
-  }
-  return before + x;
-}
+// A warp for each chunk. A decay scales all that goes from the tokens before it to its own and
+// those after: the sum of q.dq less that of k.dk, features and their gradients, over these tokens.
+// Within the chunk it is taken so; beyond, it is the state after the chunk times its gradient.
+constexpr int kDecayThreads = 128;
 
 ATTNEXT_DEVICE void find_decay_gradient(const LinearLaunch& p) {
-  __shared__ double sums[kDecayThreads / 32];
-  const int64_t which = blockIdx.x;
-  const int64_t rows = p.batch * p.tokens * p.heads;
+  const int64_t which = int64_t(blockIdx.x) * (kDecayThreads / 32) + threadIdx.x / 32;
+  const int64_t chunk = which % p.chunks, head = which / p.chunks % p.heads;
+  const int64_t sequence = which / p.chunks / p.heads;
+  if (sequence >= p.num_sequences) return;
   Tokens tokens;
-  tokens.start(p, which / p.heads, which % p.heads);
-  double carry = 0., mine = 0.;
-  if (p.state_gradient) {
-    for (int64_t i = threadIdx.x; i < p.state_size; i += kDecayThreads) {
-      const int64_t at = which * p.state_size + i;
-      mine += double(p.before[at]) * p.state_gradient[at];
-    }
-    block_sum_before(mine, sums, carry);
+  tokens.start(p, sequence, head);
+  if (chunk * p.chunk >= tokens.count()) return;
+  const int lane = threadIdx.x % 32, per = p.chunk / 32;
+  double sum = 0.;
+  for (int64_t s = 0; s < p.slices; ++s) {
+    const int64_t at = ((sequence * p.heads + head) * p.slices + s) * p.chunks + chunk;
+    const float* meetings = p.meetings + at * p.num_meetings;
+    for (int i = 0; i < p.num_meetings; ++i) sum += meetings[i];
   }
-  for (int64_t at = 0; at < tokens.count(); at += kDecayThreads) {
-    const int64_t position = tokens.count() - 1 - at - threadIdx.x;
-    const bool live = position >= 0;
-    mine = 0.;
+  for (int i = per - 1; i >= 0; --i) {  // lanes have neighbouring tokens
+    const int64_t position = chunk * p.chunk + i * 32 + lane;
+    const bool live = position < tokens.count();
+    double mine = 0.;
     if (live) {
       const int64_t index = tokens.index(p, position);
-      for (int32_t s = 0; s < p.dots_slices; ++s) mine += p.dots[s * rows + index];
-      for (int32_t s = 0; s < p.dots_key_slices; ++s) mine -= p.dots_key[s * rows + index];
+      const int64_t rows = p.batch * p.tokens * p.heads;
+      for (int64_t s = 0; s < p.slices; ++s) {
+        mine += double(p.dots[s * rows + index]) - p.dots_key[s * rows + index];
+      }
     }
-    double all;
-    const double sum = block_sum_before(mine, sums, all) + carry;
-    carry += all;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const double other = __shfl_down_sync(~0u, mine, step);
+      if (lane + step < 32) mine += other;
+    }
     if (live) {
       static_cast<float*>(p.ddecay.data)[tokens.offset(p.ddecay, 1, position)] =
-          static_cast<float>(sum);
+          static_cast<float>(sum + mine);
     }
+    sum += __shfl_sync(~0u, mine, 0);
   }
 }
 

@@ -67,7 +67,7 @@ def backward(recorder: Recorder, *args: Any) -> tuple[Tensor, ...]:
         for name, w in zip(_NAMES, wanted, strict=True)
     ]
     names = ("out", "denominator", "dout", "dfinal_state")
-    call = _C.CudaLinearBackward(_native(memory, problem), *linear_ops._asked(tensors))
+    call = _C.CudaLinearBackward(_native(memory, problem), wanted[linear_ops._DECAY] is not None)
     recorder.carry_out(
         memory,
         call.launches(
