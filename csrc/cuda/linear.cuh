@@ -106,7 +106,10 @@ ATTNEXT_DEVICE int contraction_row(int i) {
 ATTNEXT_DEVICE float power(float x) { return exp2_approx(x > 127.f ? 127.f : x); }
 
 ATTNEXT_DEVICE float feature(FeatureMap map, float x) {
-  if (map == FeatureMap::kElu) return x > 0.f ? x + 1.f : power(x * static_cast<float>(kLog2E));
+  if (map == FeatureMap::kElu) {
+    const float above = x > 0.f ? x : 0.f, below = x > 0.f ? 0.f : x;
+    return above + exp2_approx(below * static_cast<float>(kLog2E));
+  }
   if (map == FeatureMap::kRelu) return x < 0.f ? 0.f : x;
   return x;
 }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The list of linear attention's kernels: name, element type, bucket of the state's rows, warps. A
-// block has 16 tokens of a chunk and 16 columns of the state for each of its warps.
+// The list of linear attention's kernels: name, element type, bucket of the state's rows, warps, and
+// whether everything is compiled in: decays and other numbers of tokens, further entries of b,
+// features' slopes. A block has 16 tokens of a chunk and 16 columns of the state for each of its
+// warps.
 #pragma once
 
 #include "../dtype.h"
@@ -10,13 +12,19 @@ namespace cuda {
 
 // clang-format off
 #define ATTNEXT_SCAN_KERNELS_16(X, T, type) \
-  X(linear_scan_##type##_32, T, 32, 4) \
-  X(linear_scan_##type##_64, T, 64, 4) \
-  X(linear_scan_##type##_128, T, 128, 4)
+  X(linear_scan_##type##_32, T, 32, 4, false) \
+  X(linear_scan_##type##_32_gated, T, 32, 4, true) \
+  X(linear_scan_##type##_64, T, 64, 4, false) \
+  X(linear_scan_##type##_64_gated, T, 64, 4, true) \
+  X(linear_scan_##type##_128, T, 128, 4, false) \
+  X(linear_scan_##type##_128_gated, T, 128, 4, true)
 #define ATTNEXT_SCAN_KERNELS_32(X, T, type) \
-  X(linear_scan_##type##_32, T, 32, 2) \
-  X(linear_scan_##type##_64, T, 64, 2) \
-  X(linear_scan_##type##_128, T, 128, 2)
+  X(linear_scan_##type##_32, T, 32, 2, false) \
+  X(linear_scan_##type##_32_gated, T, 32, 2, true) \
+  X(linear_scan_##type##_64, T, 64, 2, false) \
+  X(linear_scan_##type##_64_gated, T, 64, 2, true) \
+  X(linear_scan_##type##_128, T, 128, 2, false) \
+  X(linear_scan_##type##_128_gated, T, 128, 2, true)
 #define ATTNEXT_ALL_LINEAR_KERNELS(X)         \
   ATTNEXT_SCAN_KERNELS_16(X, bf16, bf16)      \
   ATTNEXT_SCAN_KERNELS_16(X, fp16, fp16)      \
@@ -27,6 +35,9 @@ namespace cuda {
   X(linear_combine, float)                    \
   X(linear_decay_gradient, float)
 // clang-format on
+
+// Blocks that an SM must have room for: the compiler then keeps to as many registers.
+constexpr int least_scan_blocks(int elem, int dim) { return elem == 2 && dim <= 64 ? 3 : 1; }
 
 // Shared memory of a scan: two stages of a, b and c, the state as operand of a product, the outputs
 // on their way, what is known of each token of two chunks, z, and what a warp has scaled its part

@@ -19,9 +19,14 @@ constexpr DType dtype_of() {
                                         : DType::kFloat16;
 }
 
-#define ATTNEXT_DESCRIBE(name, T, dim, warps)                                            \
-  ScanFacts{#name, "ATTNEXT_SCAN(" #name ", " #T ", " #dim ", " #warps ")", dtype_of<T>(), \
-            dim,   warps, ScanShared<sizeof(T), dim, warps>::kBytes},
+#define ATTNEXT_DESCRIBE(name, T, dim, warps, gated)                                 \
+  ScanFacts{#name,                                                                   \
+            "ATTNEXT_SCAN(" #name ", " #T ", " #dim ", " #warps ", " #gated ")",     \
+            dtype_of<T>(),                                                           \
+            dim,                                                                     \
+            warps,                                                                   \
+            gated,                                                                   \
+            ScanShared<sizeof(T), dim, warps>::kBytes},
 const ScanFacts kScans[] = {ATTNEXT_SCAN_KERNELS_16(ATTNEXT_DESCRIBE, bf16, bf16)
                                 ATTNEXT_SCAN_KERNELS_16(ATTNEXT_DESCRIBE, fp16, fp16)
                                     ATTNEXT_SCAN_KERNELS_32(ATTNEXT_DESCRIBE, float, fp32)};
@@ -31,9 +36,9 @@ constexpr int64_t kLeastChunks = 4;         // of a segment
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-const ScanFacts& scan_of(DType dtype, int64_t dim) {
+const ScanFacts& scan_of(DType dtype, int64_t dim, bool gated = true) {
   for (const ScanFacts& k : kScans) {
-    if (k.dtype == dtype && k.dim >= dim) return k;
+    if (k.dtype == dtype && k.dim >= dim && k.gated == gated) return k;
   }
   throw std::invalid_argument("attnext: linear attention on CUDA has head_dim up to 128, and "
                               "float32, bfloat16 or float16");
@@ -114,7 +119,9 @@ class Plan {
   }
 
   void add_scan(LinearLaunch l) {
-    const ScanFacts& scan = scan_of(p.dtype, std::max(l.b.dim, l.outputs ? l.a.dim : 0));
+    const bool gated = l.decay.data || l.side != Side::kNone || l.raw.rows.data ||
+                       l.extension == Extension::kFeature || l.out_fp32 || l.inner_scale == 0;
+    const ScanFacts& scan = scan_of(p.dtype, l.b.dim, gated);
     l.slices = static_cast<int32_t>(slices(l.c.dim));
     l.within = l.outputs && l.sums;
     const int64_t blocks = p.num_sequences * p.heads * segments_ * l.slices;

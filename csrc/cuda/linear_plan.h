@@ -97,7 +97,9 @@ struct ScanFacts {
   const char* name;
   const char* instance;  // the source line that makes it
   DType dtype;
-  int32_t dim, warps, shared_bytes;
+  int32_t dim, warps;
+  bool gated;
+  int32_t shared_bytes;
 };
 std::vector<ScanFacts> scan_kernels();
 

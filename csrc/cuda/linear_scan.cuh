@@ -22,7 +22,7 @@
 namespace attnext {
 namespace cuda {
 
-template <class T, int kDim, int kWarps>
+template <class T, int kDim, int kWarps, bool kGated>
 struct Scan {
   using S = ScanShared<sizeof(T), kDim, kWarps>;
   using P = Products<T>;
@@ -35,6 +35,8 @@ struct Scan {
   static constexpr bool kKept = sizeof(T) == 2 && kDim <= 64;
   // fp16 has too few exponents for a sum over a sequence: its copy is in a unit of each warp's.
   static constexpr bool kUnits = std::is_same<T, fp16>::value;
+  // Then, too, scores are scaled before they are rounded instead of with the output.
+  static constexpr bool kScaledLate = !kGated && !kUnits;
 
   // What is known of a token: its decay in two parts, factor, further entry of a or b.
   struct Numbers {
@@ -55,7 +57,6 @@ struct Scan {
   int32_t head, segment, slice;
   int32_t first, count;     // of the segment's tokens, the first perhaps before the sequence
   int32_t skipped, chunks;  // chunks without tokens at its start; its chunks, with these
-  bool weighted;
   float state[kDim / 8][4];  // transposed: rows are columns of S
   float z[kOwn][2];
   float kept_all = 1.f;
@@ -103,10 +104,10 @@ struct Scan {
         look_at((c + 1) * kChunk, next);
       }
       if (p.outputs) attend(c * kChunk, stage);
-      const bool sums = p.sums && (more || p.after || p.boundaries);
-      if (p.meetings) meet(c);
+      const bool sums = p.sums && (more || p.after || (kGated && p.boundaries));
+      if (kGated && p.meetings) meet(c);
       if (sums) add_chunk(stage);
-      if (p.boundaries && !p.meetings) leave(c);
+      if (kGated && p.boundaries && !p.meetings) leave(c);
       if (sums && p.outputs) {
         __syncthreads();  // the copy of the state has been read
         if (more) copy_state();
@@ -129,9 +130,10 @@ struct Scan {
     count = static_cast<int32_t>(max(min(from + p.segment, tokens.count()) - from, int64_t(0)));
     skipped = max(-first, 0) / kChunk;
     chunks = (count + kChunk - 1) / kChunk;
-    weighted = p.decay.data || p.side != Side::kNone;
   }
 
+  ATTNEXT_DEVICE bool decays() const { return kGated && p.decay.data; }
+  ATTNEXT_DEVICE bool is_further() const { return kGated && p.extension == Extension::kFeature; }
   ATTNEXT_DEVICE bool is_token(int row) const { return row < count && first + row >= 0; }
 
   // ---- rows --------------------------------------------------------------------------------------
@@ -152,6 +154,17 @@ struct Scan {
                                    tokens.offset(x.rows, x.group, first + at) + column);
     const int64_t step = tokens.step(x.rows) * kBytes;
     const int row_bytes = (x.dim - column) * kBytes;
+    if (x.aligned && row_bytes >= Layout<T, kD>::kRowBytes && is_token(at) &&
+        is_token(at + kChunk - 1)) {
+      const char* from = reinterpret_cast<const char*>(start) +
+                         threadIdx.x / Layout<T, kD>::kChunks * step +
+                         threadIdx.x % Layout<T, kD>::kChunks * 16;
+      each_chunk<kD>([&](int row, int chunk) {
+        copy_chunk_async(to + Layout<T, kD>::at(row, chunk), from);
+        from += kThreads / Layout<T, kD>::kChunks * step;
+      });
+      return;
+    }
     each_chunk<kD>([&](int row, int chunk) {
       const int bytes = is_token(at + row) ? min(max(row_bytes - chunk * 16, 0), 16) : 0;
       copy_chunk<T>(to + Layout<T, kD>::at(row, chunk), bytes > 0 ? start + row * step : 0,
@@ -178,11 +191,11 @@ struct Scan {
       const uint4 whole = load_shared(where);
       T elems[kElems];
       memcpy(elems, &whole, 16);
+      const int real = x.dim - column - chunk * kElems;
 #pragma unroll
       for (int e = 0; e < kElems; ++e) {
-        if (column + chunk * kElems + e < x.dim) {
-          elems[e] = Number<T>::narrow(feature(x.map, Number<T>::widen(elems[e])));
-        }
+        const float f = feature(x.map, Number<T>::widen(elems[e]));
+        elems[e] = Number<T>::narrow(e < real ? f : 0.f);
       }
       uint4 mapped;
       memcpy(&mapped, elems, 16);
@@ -205,14 +218,14 @@ struct Scan {
   };
   // The first warp reads them for all, a chunk ahead.
   ATTNEXT_DEVICE void look_at(int at, Next& next) const {
-    if (!weighted || warp > 0) return;
+    if (!kGated || warp > 0) return;
 #pragma unroll
     for (int i = 0; i < kPer; ++i) {
       const int row = at + lane * kPer + i;
       next.decay[i] = 0.f;
       next.number[i] = make_float2(0.f, 0.f);
       if (!is_token(row)) continue;
-      if (p.decay.data) {
+      if (decays()) {
         next.decay[i] =
             static_cast<const float*>(p.decay.data)[tokens.offset(p.decay, 1, first + row)];
       }
@@ -224,7 +237,7 @@ struct Scan {
   }
   // In double: a difference of two sums is exact beside fp32, whatever has gone by before.
   ATTNEXT_DEVICE void note(const Next& next, int buffer) {
-    if (!weighted || warp > 0) return;
+    if (!kGated || warp > 0) return;
     constexpr float kLeast = -1000.f;  // its exponential is 0; -inf would leave NaN
     double until[kPer], sum = 0.;
     float top = 0.f;
@@ -266,7 +279,7 @@ struct Scan {
     rows.load(tile(stage, 0), warp * 16);
     Numbers mine[2] = {{0.f, 0.f, 1.f, 1.f}, {0.f, 0.f, 1.f, 1.f}};
     float unit = 1.f;
-    if (weighted) {
+    if constexpr (kGated) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const Numbers known = numbers(buffer, warp * 16 + half * 8 + g);
@@ -288,14 +301,15 @@ struct Scan {
     if (p.extension == Extension::kColumn) products_with_z(rows, by_z);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float by = p.scale;
-      if (p.decay.data) by *= power(mine[half].decay);
-      factor[0][half] = mine[half].factor * unit;
+      float by = kScaledLate ? 1.f / p.inner_scale : p.scale;
+      if (decays()) by *= power(mine[half].decay);
+      factor[0][half] = kScaledLate ? p.scale * p.inner_scale : mine[half].factor * unit;
       if (p.extension == Extension::kColumn) {
         const float total = quad_sum(fmaf(by, by_z[half], sum[half]));
-        factor[0][half] = divide_by(total, at + warp * 16 + half * 8 + g);
+        const float late = kScaledLate ? factor[0][half] : 1.f;
+        factor[0][half] = late * divide_by(total * late, at + warp * 16 + half * 8 + g);
       }
-      by /= unit;
+      if constexpr (kGated) by /= unit;
 #pragma unroll
       for (int n = 0; n < kColumns / 8; ++n) {
         const float of_state = kUnits ? by * units()[n / 2] : by;
@@ -303,7 +317,7 @@ struct Scan {
         for (int e = 0; e < 2; ++e) {
           float& x = out[0][n][2 * half + e];
           x *= of_state;
-          if (p.extension == Extension::kFeature) {
+          if (is_further()) {
             x += by * mine[half].entry * shared_z()[n * 8 + 2 * t + e];
           }
         }
@@ -317,6 +331,7 @@ struct Scan {
 
   ATTNEXT_DEVICE void finish_scores(float (&scores)[kChunk / 8][4], int buffer,
                                     const Numbers (&mine)[2], int walked, float (&sum)[2]) const {
+    const float scale = p.scale * p.inner_scale;
 #pragma unroll
     for (int n = 0; n < kChunk / 8; ++n) {
       if (n * 8 >= walked) break;
@@ -324,7 +339,7 @@ struct Scan {
       for (int e = 0; e < 2; ++e) {
         const int j = n * 8 + 2 * t + e;
         Numbers other = {0.f, 0.f, 1.f, 1.f};
-        if (weighted) {
+        if constexpr (kGated) {
           const Numbers known = numbers(buffer, j);
           other.decay = known.decay, other.rest = known.rest;
           if (p.side == Side::kB) other.factor = known.factor, other.entry = known.entry;
@@ -333,11 +348,11 @@ struct Scan {
         for (int half = 0; half < 2; ++half) {
           float& score = scores[n][2 * half + e];
           float x = score;
-          if (p.extension == Extension::kFeature) x += mine[half].entry * other.entry;
-          if (p.decay.data) {
+          if (is_further()) x += mine[half].entry * other.entry;
+          if (decays()) {
             x *= power((mine[half].decay - other.decay) + (mine[half].rest - other.rest));
           }
-          x *= p.scale * p.inner_scale * other.factor;
+          if constexpr (!kScaledLate) x *= scale * other.factor;
           score = j <= warp * 16 + half * 8 + g ? x : 0.f;
           sum[half] += score;
         }
@@ -366,7 +381,7 @@ struct Scan {
 
   ATTNEXT_DEVICE void finish(int at, int stage, float (&out)[1][kColumns / 8][4],
                              float (&factor)[1][2]) {
-    if (p.raw.rows.data) {
+    if (kGated && p.raw.rows.data) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         pull_back(at + warp * 16 + half * 8 + g, half, factor[0][half], out[0]);
@@ -374,7 +389,7 @@ struct Scan {
       }
     }
     const int dim = p.out.dim - slice * kColumns;
-    if (p.out_fp32) {
+    if (kGated && p.out_fp32) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = at + warp * 16 + half * 8 + g;
@@ -437,7 +452,7 @@ struct Scan {
     const int buffer = stage;
     typename P::Left c[kSteps];
     float w[kSteps][kMine], more[2] = {0.f, 0.f}, kept = 1.f, unit = p.inner_scale;
-    if (weighted) kept = totals(buffer).kept, unit *= totals(buffer).unit;
+    if constexpr (kGated) kept = totals(buffer).kept, unit *= totals(buffer).unit;
     kept_all *= kept;
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
@@ -447,25 +462,25 @@ struct Scan {
 #pragma unroll
       for (int i = 0; i < kMine; ++i) {
         w[k][i] = entry[i] = 1.f;
-        if (!weighted) continue;
+        if constexpr (!kGated) continue;
         const Numbers known = numbers(buffer, k * kDepth + contraction_row<T>(i));
         const Totals all = totals(buffer);
-        if (p.decay.data) w[k][i] = power((all.decay - known.decay) + (all.rest - known.rest));
+        if (decays()) w[k][i] = power((all.decay - known.decay) + (all.rest - known.rest));
         if (p.side == Side::kB) w[k][i] *= known.factor, entry[i] = known.entry;
       }
-      if (p.extension == Extension::kFeature) {
+      if (is_further()) {
         visit_left<true, T>(c[k], [&](int half, int i, float x) {
           const int at = sizeof(T) == 4 ? i % 2 : i / 8 * 2 + i % 2;
           more[half] = fmaf(x, w[k][at] * entry[at], more[half]);
         });
       }
-      if (weighted) weigh<T>(c[k], w[k]);
+      if constexpr (kGated) weigh<T>(c[k], w[k]);
       if (p.extension == Extension::kColumn) {
 #pragma unroll
         for (int i = 0; i < kMine; ++i) w[k][i] *= entry[i];
       }
     }
-    if (p.extension == Extension::kFeature) {
+    if (is_further()) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         z[0][half] = fmaf(z[0][half], kept, quad_sum(more[half]) * unit);
@@ -491,7 +506,7 @@ struct Scan {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           float& x = state[2 * n + half][e];
-          x = fmaf(x, kept, part[half][e] * unit);
+          x = fmaf(part[half][e], unit, kGated ? x * kept : x);
         }
         if (mine) {
           float& x = z[n / kWarps][half];
@@ -531,7 +546,7 @@ struct Scan {
       const float4 x = from[n * kThreads];
       sum += (x.x * state[n][0] + x.y * state[n][1]) + (x.z * state[n][2] + x.w * state[n][3]);
     }
-    if (p.extension == Extension::kFeature && t == 0) {
+    if (is_further() && t == 0) {
       const float4 x = from[kDim / 8 * kThreads];
       sum += x.x * z[0][0] + x.y * z[0][1];
     }
@@ -570,7 +585,7 @@ struct Scan {
           store_shared(shared + S::kStateAt + Wide::at(row, n) + t * 4, Number<T>::pack(x, y));
         }
       }
-      if (p.extension == Extension::kFeature && t == 0) shared_z()[row] = z[0][half];
+      if (is_further() && t == 0) shared_z()[row] = z[0][half];
     }
     if (p.extension == Extension::kColumn) {
       each_z([&](int i, int half, int row) {
@@ -627,7 +642,7 @@ struct Scan {
       each_z([&](int i, int half, int row) {
         if (row < p.b.dim) z[i][half] = from[row * p.z_stride];
       });
-    } else if (p.extension == Extension::kFeature) {
+    } else if (is_further()) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int column = slice * kColumns + warp * 16 + half * 8 + g;
@@ -644,7 +659,7 @@ struct Scan {
       each_z([&](int i, int half, int row) {
         if (t == 0 && row < p.b.dim) to[row * p.z_stride] = z[i][half];
       });
-    } else if (p.extension == Extension::kFeature && t == 0) {
+    } else if (is_further() && t == 0) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int column = slice * kColumns + warp * 16 + half * 8 + g;
@@ -659,10 +674,10 @@ struct Scan {
 
 extern __shared__ __align__(1024) uint8_t shared_memory[];
 
-#define ATTNEXT_SCAN(name, T, dim, warps)                                        \
-  extern "C" __global__ void __launch_bounds__((warps) * 32)                     \
-      name(const __grid_constant__ LinearLaunch p) {                             \
-    Scan<T, dim, warps>(p, shared_memory).run();                                 \
+#define ATTNEXT_SCAN(name, T, dim, warps, gated)                                             \
+  extern "C" __global__ void __launch_bounds__((warps) * 32, least_scan_blocks(sizeof(T), dim)) \
+      name(const __grid_constant__ LinearLaunch p) {                                         \
+    Scan<T, dim, warps, gated>(p, shared_memory).run();                                      \
   }
 
 }  // namespace cuda

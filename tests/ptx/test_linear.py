@@ -35,7 +35,7 @@ def slack(options: dict[str, Any], dtype: torch.dtype) -> dict[str, float]:
     of those sums, whose terms come of products with rounded states."""
     half = dtype.itemsize == 2
     mean = 3.0 if options.get("normalize") and half else 1.0
-    return {"grad_decay": 10.0 if half else 3.0, "grad_query": mean, "grad_key": mean}
+    return {"grad_decay": 5.0 if half else 3.0, "grad_query": mean, "grad_key": mean}
 
 
 def check(tensors: dict[str, Tensor], options: dict[str, Any], grads: bool = True) -> Any:
