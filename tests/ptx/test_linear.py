@@ -19,23 +19,13 @@ from torch import Tensor
 
 import attnext
 from attnext import _C, linear_attention
+from attnext.gpu_check.linear import BUDGET, PROBLEMS, compare, slack
 
 from .linear import on_executor
 from .window import DeviceTensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BF16 = torch.bfloat16
-# Twice the rounding of an output and of what is an operand between two products.
-BUDGET = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
-
-
-def slack(options: dict[str, Any], dtype: torch.dtype) -> dict[str, float]:
-    """A normalised query's gradient is that of a mean, ``dO . (v - o)``. That of a decay is what
-    all queries from there on have received less what all their keys have given: its error is one
-    of those sums, whose terms come of products with rounded states."""
-    half = dtype.itemsize == 2
-    mean = 3.0 if options.get("normalize") and half else 1.0
-    return {"grad_decay": 5.0 if half else 3.0, "grad_query": mean, "grad_key": mean}
 
 
 def check(tensors: dict[str, Tensor], options: dict[str, Any], grads: bool = True) -> Any:
@@ -44,7 +34,8 @@ def check(tensors: dict[str, Tensor], options: dict[str, Any], grads: bool = Tru
     with on_executor(metrics=False) as recorder:
         got = evaluate(linear_attention, tensors, options, grads)
     assert got["out"].dtype == dtype
-    assert_close(got, expect(tensors, options, grads), BUDGET[dtype], slack(options, dtype))
+    assert_close(got, expect(tensors, options, grads), BUDGET[dtype],
+                 slack(dtype, bool(options.get("normalize"))))
     return recorder.reports
 
 
@@ -235,3 +226,9 @@ def test_what_is_missing_is_said() -> None:
         tensors, options = form("identity", **{"tokens": 3, "state": False, **more})
         with on_executor(), pytest.raises(NotImplementedError, match=what):
             linear_attention(**tensors, **options)
+
+
+def test_a_check_for_gpus() -> None:
+    with on_executor():
+        results = PROBLEMS["length-65"].results(BF16, "cpu")
+    compare(PROBLEMS["length-65"], BF16, results)
