@@ -177,7 +177,7 @@ def _slot_list(slots: Tensor, count: int) -> list[int]:
 # ---- CUDA ----------------------------------------------------------------------------------------
 
 _TABLES = DeviceTables()
-_MAX_HEAD_DIM = 128
+_MAX_HEAD_DIM, _MAX_TAYLOR_DIM = 128, 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,15 +193,19 @@ class _Sequences:
 _sequences = functools.lru_cache(maxsize=64)(_Sequences)
 
 
-def check_cuda(query: Tensor, value: Tensor, beta: Tensor | None, feature_map: int) -> None:
+def check_cuda(problem: tuple[Any, ...], grads: bool) -> None:
     """Errors: NotImplementedError for what the CUDA kernels lack."""
+    query, value, beta = problem[0], problem[2], problem[_BETA]
+    feature_map = problem[_FEATURE_MAP]
     what = ""
     if query.dtype == torch.float64:
         what = "float64"
     elif beta is not None:
         what = "the delta rule (beta)"
-    elif FEATURE_MAPS[feature_map] == "taylor2":
-        what = "feature_map 'taylor2'"
+    elif FEATURE_MAPS[feature_map] == "taylor2" and query.shape[-1] > _MAX_TAYLOR_DIM:
+        what = f"feature_map 'taylor2' with a head_dim above {_MAX_TAYLOR_DIM}"
+    elif FEATURE_MAPS[feature_map] == "taylor2" and grads:
+        what = "gradients of feature_map 'taylor2'"
     elif max(query.shape[-1], value.shape[-1]) > _MAX_HEAD_DIM:
         what = f"a head_dim above {_MAX_HEAD_DIM}"
     if what:
@@ -219,8 +223,8 @@ def _run_cuda(call: Any, query: Tensor, op: str, *tensors: Any) -> None:
 
 
 def _forward_cuda(*problem: Any) -> tuple[Tensor, Tensor, Tensor]:
-    query, value = problem[0], problem[2]
-    check_cuda(query, value, problem[_BETA], problem[_FEATURE_MAP])
+    query = problem[0]
+    check_cuda(problem, grads=False)
     with torch.cuda.device(query.device):
         results = _forward_fake(*problem)
         call = _C.CudaLinearForward(_native(problem))
@@ -230,7 +234,7 @@ def _forward_cuda(*problem: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _backward_cuda(*args: Any) -> tuple[Tensor, ...]:
     problem, query = args[:-5], args[0]
-    check_cuda(query, args[2], args[_BETA], args[_FEATURE_MAP])
+    check_cuda(problem, grads=True)
     with torch.cuda.device(query.device):
         grads, tensors = _backward_tensors(*args)
         call = _C.CudaLinearBackward(_native(problem), tensors[-1][_DECAY] is not None)

@@ -19,14 +19,15 @@ constexpr DType dtype_of() {
                                         : DType::kFloat16;
 }
 
-#define ATTNEXT_DESCRIBE(name, T, dim, warps, gated)                                 \
-  ScanFacts{#name,                                                                   \
-            "ATTNEXT_SCAN(" #name ", " #T ", " #dim ", " #warps ", " #gated ")",     \
-            dtype_of<T>(),                                                           \
-            dim,                                                                     \
-            warps,                                                                   \
-            gated,                                                                   \
-            ScanShared<sizeof(T), dim, warps>::kBytes},
+#define ATTNEXT_DESCRIBE(name, T, dim, warps, gated, entries)                                  \
+  ScanFacts{#name,                                                                             \
+            "ATTNEXT_SCAN(" #name ", " #T ", " #dim ", " #warps ", " #gated ", " #entries ")", \
+            dtype_of<T>(),                                                                     \
+            dim,                                                                               \
+            warps,                                                                             \
+            gated,                                                                             \
+            entries,                                                                           \
+            ScanShared<sizeof(T), dim, warps, entries>::kBytes},
 const ScanFacts kScans[] = {ATTNEXT_SCAN_KERNELS_16(ATTNEXT_DESCRIBE, bf16, bf16)
                                 ATTNEXT_SCAN_KERNELS_16(ATTNEXT_DESCRIBE, fp16, fp16)
                                     ATTNEXT_SCAN_KERNELS_32(ATTNEXT_DESCRIBE, float, fp32)};
@@ -36,12 +37,18 @@ constexpr int64_t kLeastChunks = 4;         // of a segment
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-const ScanFacts& scan_of(DType dtype, int64_t dim, bool gated = true) {
+const ScanFacts& scan_of(DType dtype, int64_t dim, bool gated) {
   for (const ScanFacts& k : kScans) {
-    if (k.dtype == dtype && k.dim >= dim && k.gated == gated) return k;
+    if (k.dtype == dtype && k.dim >= dim && k.gated == gated && k.entries == 0) return k;
   }
   throw std::invalid_argument("attnext: linear attention on CUDA has head_dim up to 128, and "
                               "float32, bfloat16 or float16");
+}
+const ScanFacts& taylor_scan_of(DType dtype, int64_t dim) {
+  for (const ScanFacts& k : kScans) {
+    if (k.dtype == dtype && k.entries >= dim) return k;
+  }
+  throw std::invalid_argument("attnext: Taylor features on CUDA are of a head_dim up to 16");
 }
 
 // A problem with its states and its scratch, which is counted as it is taken.
@@ -50,10 +57,8 @@ class Plan {
   Plan(const LinearParams& params, int64_t length, void* workspace)
       : p(params), length_(length), workspace_(static_cast<char*>(workspace)) {
     if (p.tokens >= INT32_MAX / 2) throw std::invalid_argument("attnext: more than 2^30 tokens");
-    if (p.feature_map == FeatureMap::kTaylor2 || p.delta()) {
-      throw std::invalid_argument("attnext: a scan has neither Taylor features nor the delta rule");
-    }
-    const ScanFacts& scan = scan_of(p.dtype, std::max(p.head_dim, p.head_dim_v));
+    if (p.delta()) throw std::invalid_argument("attnext: no delta rule on CUDA");
+    const ScanFacts& scan = scan_of(p.dtype, std::max(p.head_dim, p.head_dim_v), true);
     chunk_ = 16 * scan.warps;
     const int64_t longest = std::max<int64_t>(1, length_), chunks = ceil_div(longest, chunk_);
     const int64_t blocks = std::max<int64_t>(1, p.num_sequences * p.heads);
@@ -73,6 +78,7 @@ class Plan {
   }
   float* take_states() { return take(p.num_sequences * p.heads * state_size_); }
   int64_t chunks() const { return segments_ * segment_ / chunk_; }  // of a sequence, at most
+  bool taylor() const { return p.feature_map == FeatureMap::kTaylor2; }
   int64_t rows() const { return p.batch * p.tokens * p.heads; }
 
   ScanRows rows_of(const TensorRef& t, int64_t heads, int64_t dim,
@@ -102,6 +108,10 @@ class Plan {
     l.exclusive = against;
     l.scale = against ? 1.f : static_cast<float>(p.scale);
     l.inner_scale = against ? static_cast<float>(p.scale) : 1.f;
+    if (taylor()) {
+      l.polynomial_scale = l.scale;
+      l.scale = 1;
+    }
     l.eps = static_cast<float>(p.eps);
     l.decay = p.decay;
     l.denominator = p.denominator;
@@ -121,9 +131,9 @@ class Plan {
   void add_scan(LinearLaunch l) {
     const bool gated = l.decay.data || l.side != Side::kNone || l.raw.rows.data ||
                        l.extension == Extension::kFeature || l.out_fp32 || l.inner_scale == 0;
-    const ScanFacts& scan = scan_of(p.dtype, l.b.dim, gated);
+    const ScanFacts& scan =
+        taylor() ? taylor_scan_of(p.dtype, l.b.dim) : scan_of(p.dtype, l.b.dim, gated);
     l.slices = static_cast<int32_t>(slices(l.c.dim));
-    l.within = l.outputs && l.sums;
     const int64_t blocks = p.num_sequences * p.heads * segments_ * l.slices;
     add(scan.name, blocks, 32 * scan.warps, scan.shared_bytes, l);
   }
@@ -216,6 +226,7 @@ void plan_forward(Plan* plan) {
 
 void plan_backward(Plan* plan) {
   const LinearParams& p = plan->p;
+  if (plan->taylor()) throw std::invalid_argument("attnext: no gradients of Taylor features");
   float* numbers = nullptr;
   if (p.normalize) {
     numbers = plan->take(2 * plan->rows());
@@ -245,7 +256,7 @@ void plan_backward(Plan* plan) {
   const bool curved = p.feature_map != FeatureMap::kIdentity;
   const int64_t key_slices = plan->slices(p.head_dim);
   float *dots = nullptr, *dots_key = nullptr, *boundaries = nullptr, *meetings = nullptr;
-  const ScanFacts& scan = scan_of(p.dtype, p.head_dim_v);  // of dq and dk
+  const ScanFacts& scan = scan_of(p.dtype, p.head_dim_v, true);  // of dq and dk
   if (of_decay) {
     const int64_t states = p.num_sequences * p.heads * key_slices * plan->chunks();
     dots = plan->take(key_slices * plan->rows());

@@ -45,8 +45,8 @@ struct LinearLaunch {
   int32_t heads, segments, slices;
   int32_t backwards;  // from the last token to the first
   int32_t exclusive;  // decays count after their token instead of before it
-  int32_t within;     // outputs read the tokens before them, not just the state at the start
-  int32_t outputs, sums;
+  int32_t outputs;    // or just the state
+  int32_t sums;       // tokens enter the state; or outputs read the one at the start
 
   ScanRows a, b, c, out;
   int32_t out_fp32;
@@ -55,6 +55,7 @@ struct LinearLaunch {
   TensorRef denominator;  // Extension::kColumn divides by it where there are outputs
   float scale;        // on outputs
   float inner_scale;  // on what enters S
+  float polynomial_scale;  // of Taylor features: on products of entries
   float eps;
   Extension extension;
   Side side;
@@ -99,7 +100,7 @@ struct ScanFacts {
   DType dtype;
   int32_t dim, warps;
   bool gated;
-  int32_t shared_bytes;
+  int32_t entries, shared_bytes;
 };
 std::vector<ScanFacts> scan_kernels();
 

@@ -22,17 +22,20 @@
 namespace attnext {
 namespace cuda {
 
-template <class T, int kDim, int kWarps, bool kGated>
+template <class T, int kDim, int kWarps, bool kGated, int kEntries>
 struct Scan {
-  using S = ScanShared<sizeof(T), kDim, kWarps>;
+  using S = ScanShared<sizeof(T), kDim, kWarps, kEntries>;
   using P = Products<T>;
-  using Wide = Layout<T, kDim>;
+  static constexpr bool kExpanded = S::kExpanded;
+  static constexpr int kRaw = S::kRaw, kPanel = S::kPanel;
+  using Wide = Layout<T, kPanel>;
   static constexpr int kChunk = S::kChunk, kColumns = S::kColumns, kThreads = kWarps * 32;
   static constexpr int kDepth = P::kDepth, kSteps = kChunk / kDepth;
   static constexpr int kMine = kDepth / 4;  // rows of a step that a lane has
   static constexpr int kPer = kChunk / 32;  // tokens of a lane when one warp looks at all
   static constexpr int kOwn = (kDim / 16 + kWarps - 1) / kWarps;  // z: fragments of a warp
-  static constexpr bool kKept = sizeof(T) == 2 && kDim <= 64;
+  static constexpr bool kKept = sizeof(T) == 2 && kDim <= 64;  // rows of a
+  using Rows = LeftRows<T, kPanel, 1, kKept>;
   // fp16 has too few exponents for a sum over a sequence: its copy is in a unit of each warp's.
   static constexpr bool kUnits = std::is_same<T, fp16>::value;
   // Then, too, scores are scaled before they are rounded instead of with the output.
@@ -50,7 +53,7 @@ struct Scan {
   uint8_t* memory;
   uint32_t shared;
   int lane, warp, g, t;
-  WalkLanes<T, kDim> wide;
+  WalkLanes<T, kPanel> wide;
   WalkLanes<T, kColumns> narrow;
   Tokens tokens;
   int64_t sequence;
@@ -71,6 +74,14 @@ struct Scan {
 
   ATTNEXT_DEVICE uint32_t tile(int stage, int operand) const {
     return shared + stage * S::kStage + operand * S::kWide;
+  }
+  // Features of a (0) or b (1), and the copy of the state, of which features are a panel's columns.
+  ATTNEXT_DEVICE uint32_t features(int stage, int operand, int panel) const {
+    if constexpr (!kExpanded) return tile(stage, operand);
+    return shared + S::kFeaturesAt + (operand * S::kPanels + panel) * S::kPanelTile;
+  }
+  ATTNEXT_DEVICE uint32_t state_tile(int panel) const {
+    return shared + S::kStateAt + panel * S::kPanelTile;
   }
   ATTNEXT_DEVICE Numbers& numbers(int buffer, int i) const {
     return reinterpret_cast<Numbers*>(memory + S::kNumbersAt)[buffer * kChunk + i];
@@ -102,6 +113,10 @@ struct Scan {
       if (more) {
         copy_chunk_rows((c + 1) * kChunk, stage ^ 1);
         look_at((c + 1) * kChunk, next);
+      }
+      if constexpr (kExpanded) {
+        expand(c * kChunk, stage);
+        __syncthreads();
       }
       if (p.outputs) attend(c * kChunk, stage);
       const bool sums = p.sums && (more || p.after || (kGated && p.boundaries));
@@ -172,9 +187,9 @@ struct Scan {
     });
   }
   ATTNEXT_DEVICE void copy_chunk_rows(int at, int stage) const {
-    if (p.outputs) copy_rows_of<kDim>(p.a, at, 0, tile(stage, 0));
-    if (p.sums || p.within) {
-      copy_rows_of<kDim>(p.b, at, 0, tile(stage, 1));
+    if (p.outputs) copy_rows_of<kRaw>(p.a, at, 0, tile(stage, 0));
+    if (p.sums) {
+      copy_rows_of<kRaw>(p.b, at, 0, tile(stage, 1));
       copy_rows_of<kColumns>(p.c, at, slice * kColumns, tile(stage, 2));
     }
     commit_copies();
@@ -203,11 +218,69 @@ struct Scan {
     });
   }
   ATTNEXT_DEVICE void map_chunk(int at, int stage) const {
-    if (p.outputs) map_rows<kDim>(p.a, at, 0, tile(stage, 0));
-    if (p.sums || p.within) {
-      map_rows<kDim>(p.b, at, 0, tile(stage, 1));
+    if constexpr (kExpanded) return;
+    if (p.outputs) map_rows<kRaw>(p.a, at, 0, tile(stage, 0));
+    if (p.sums) {
+      map_rows<kRaw>(p.b, at, 0, tile(stage, 1));
       map_rows<kColumns>(p.c, at, slice * kColumns, tile(stage, 2));
     }
+  }
+
+  // Taylor features: 1, x_a, and x_a x_b for a <= b; those of a carry the polynomial's weights. Half
+  // of the threads have a row of a each, half one of b.
+  ATTNEXT_DEVICE void expand(int at, int stage) const {
+    using Raw = Layout<T, kRaw>;
+    static_assert(kThreads == 2 * kChunk && 1 + kEntries * (kEntries + 3) / 2 <= kDim, "features");
+    constexpr int kElems = Raw::kElems;
+    const int operand = threadIdx.x / kChunk, row = threadIdx.x % kChunk;
+    if (operand == 0 ? !p.outputs : !p.sums) return;
+    float x[kEntries], part[kElems];
+    const float by = operand == 0 ? p.polynomial_scale : 1.f, square = operand == 0 ? 0.5f : 1.f;
+#pragma unroll
+    for (int chunk = 0; chunk < kEntries / kElems; ++chunk) {
+      const uint4 whole = load_shared(tile(stage, operand) + Raw::at(row, chunk));
+      T elems[kElems];
+      memcpy(elems, &whole, 16);
+#pragma unroll
+      for (int e = 0; e < kElems; ++e) x[chunk * kElems + e] = Number<T>::widen(elems[e]) * by;
+    }
+    int f = 0;
+    const auto put = [&](float value) {
+      part[f % kElems] = value;
+      if (++f % kElems > 0) return;
+      uint4 whole;
+      if constexpr (sizeof(T) == 4) {
+        memcpy(&whole, part, 16);
+      } else {
+        whole = {Number<T>::pack(part[0], part[1]), Number<T>::pack(part[2], part[3]),
+                 Number<T>::pack(part[4], part[5]), Number<T>::pack(part[6], part[7])};
+      }
+      const int chunk = f / kElems - 1;
+      store_shared(features(stage, operand, chunk / Wide::kChunks) +
+                       Wide::at(row, chunk % Wide::kChunks),
+                   whole);
+    };
+    put(is_token(at + row) ? 1.f : 0.f);
+#pragma unroll
+    for (int a = 0; a < kEntries; ++a) put(x[a]);
+#pragma unroll
+    for (int a = 0; a < kEntries; ++a) {
+      put(x[a] * x[a] * square);
+#pragma unroll
+      for (int b = a + 1; b < kEntries; ++b) put(x[a] * x[b]);
+    }
+#pragma unroll
+    for (int i = 1 + kEntries * (kEntries + 3) / 2; i < kDim; ++i) put(0.f);
+  }
+  // The row of a state's tensor that a feature has there, where entries may be fewer; -1: none.
+  ATTNEXT_DEVICE int state_row(int f) const {
+    const int dim = p.b.dim;
+    if constexpr (!kExpanded) return f < dim ? f : -1;
+    if (f <= kEntries) return f <= dim ? f : -1;
+    int a = 0, b = f - 1 - kEntries;
+    while (a < kEntries && b >= kEntries - a) b -= kEntries - a, ++a;
+    b += a;
+    return b < dim ? 1 + dim + a * dim - a * (a - 1) / 2 + b - a : -1;
   }
 
   // ---- what is known of tokens -------------------------------------------------------------------
@@ -275,7 +348,7 @@ struct Scan {
 
   ATTNEXT_DEVICE void attend(int at, int stage) {
     const int buffer = stage, walked = warp * 16 + 16;
-    LeftRows<T, kDim, 1, kKept> rows;
+    Rows rows;
     rows.load(tile(stage, 0), warp * 16);
     Numbers mine[2] = {{0.f, 0.f, 1.f, 1.f}, {0.f, 0.f, 1.f, 1.f}};
     float unit = 1.f;
@@ -290,15 +363,23 @@ struct Scan {
     }
 
     float scores[1][kChunk / 8][4], sum[2] = {0.f, 0.f};
-    if (p.within) {
-      product<T, kDim, 1, kChunk, kKept>(scores, rows, wide, tile(stage, 1), walked);
+    if (p.sums) {
+      product<T, kRaw, 1, kChunk, kKept>(scores, rows, wide, tile(stage, 1), walked);
       finish_scores(scores[0], buffer, mine, walked, sum);
     }
 
     float out[1][kColumns / 8][4], factor[1][2];
-    product<T, kDim, 1, kColumns, kKept>(out, rows, wide, shared + S::kStateAt);
-    float by_z[2];
-    if (p.extension == Extension::kColumn) products_with_z(rows, by_z);
+    float by_z[2] = {0.f, 0.f};
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n) {
+      out[0][n][0] = out[0][n][1] = out[0][n][2] = out[0][n][3] = 0.f;
+    }
+#pragma unroll
+    for (int panel = 0; panel < S::kPanels; ++panel) {
+      if constexpr (kExpanded) rows.load(features(stage, 0, panel), warp * 16);
+      add_product<T, kPanel, 1, kColumns, kKept>(out, rows, wide, state_tile(panel));
+      if (p.extension == Extension::kColumn) add_products_with_z(rows, panel * kPanel, by_z);
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float by = kScaledLate ? 1.f / p.inner_scale : p.scale;
@@ -323,7 +404,7 @@ struct Scan {
         }
       }
     }
-    if (p.within) {
+    if (p.sums) {
       accumulate<T, kColumns, kColumns, 1, kChunk>(out, scores, narrow, tile(stage, 2), 0, walked);
     }
     finish(at, stage, out, factor);
@@ -349,6 +430,10 @@ struct Scan {
           float& score = scores[n][2 * half + e];
           float x = score;
           if (is_further()) x += mine[half].entry * other.entry;
+          if constexpr (kExpanded) {
+            x *= p.polynomial_scale;
+            x = fmaf(fmaf(x, 0.5f, 1.f), x, 1.f);
+          }
           if (decays()) {
             x *= power((mine[half].decay - other.decay) + (mine[half].rest - other.rest));
           }
@@ -360,13 +445,12 @@ struct Scan {
     }
   }
 
-  template <class Rows>
-  ATTNEXT_DEVICE void products_with_z(const Rows& rows, float (&by_z)[2]) const {
-    by_z[0] = by_z[1] = 0.f;
+  ATTNEXT_DEVICE void add_products_with_z(const Rows& rows, int first_feature,
+                                          float (&by_z)[2]) const {
 #pragma unroll
     for (int k = 0; k < Rows::kSteps; ++k) {
       visit_left<false, T>(rows(0, k), [&](int half, int i, float x) {
-        by_z[half] = fmaf(x, shared_z()[k * kDepth + i], by_z[half]);
+        by_z[half] = fmaf(x, shared_z()[first_feature + k * kDepth + i], by_z[half]);
       });
     }
   }
@@ -390,21 +474,11 @@ struct Scan {
     }
     const int dim = p.out.dim - slice * kColumns;
     if (kGated && p.out_fp32) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = at + warp * 16 + half * 8 + g;
-        if (!is_token(row)) continue;
-        float* to = static_cast<float*>(p.out.rows.data) +
-                    tokens.offset(p.out.rows, 1, first + row) + slice * kColumns;
-#pragma unroll
-        for (int n = 0; n < kColumns / 8; ++n) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const int column = n * 8 + 2 * t + e;
-            if (column < dim) to[column] = out[0][n][2 * half + e] * factor[0][half];
-          }
-        }
-      }
+      store_numbers<float>(at, out[0], factor[0]);
+      return;
+    }
+    if constexpr (kExpanded) {
+      store_numbers<T>(at, out[0], factor[0]);
       return;
     }
     const int row = at + warp * 16 + lane;
@@ -418,6 +492,29 @@ struct Scan {
     const uint32_t room = (S::kOutApart ? shared + S::kOutAt : tile(stage, 0));
     store_rows<T, kColumns, kColumns, 1>(room + warp * 16 * kRowBytes, 0, out, factor, address, dim,
                                          p.out.aligned);
+  }
+
+  // As they lie in the accumulators.
+  template <class Out>
+  ATTNEXT_DEVICE void store_numbers(int at, const float (&out)[kColumns / 8][4],
+                                    const float (&factor)[2]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = at + warp * 16 + half * 8 + g;
+      if (!is_token(row)) continue;
+      Out* to = static_cast<Out*>(p.out.rows.data) + tokens.offset(p.out.rows, 1, first + row) +
+                slice * kColumns;
+#pragma unroll
+      for (int n = 0; n < kColumns / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int column = n * 8 + 2 * t + e;
+          if (slice * kColumns + column < p.out.dim) {
+            to[column] = Number<Out>::narrow(out[n][2 * half + e] * factor[half]);
+          }
+        }
+      }
+    }
   }
 
   // From a row's gradient of features to that of what they are features of.
@@ -492,8 +589,9 @@ struct Scan {
       float part[2][4] = {}, sum[2] = {0.f, 0.f};
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
-        const auto b = P::template load_right_transposed<kDim>(
-            tile(stage, 1) + wide.transposed, k * kDepth, n * 16 / Wide::kElems);
+        const auto b = P::template load_right_transposed<kPanel>(
+            features(stage, 1, n * 16 / kPanel) + wide.transposed, k * kDepth,
+            n * 16 % kPanel / Wide::kElems);
         P::multiply(part[0], part[1], c[k], b);
         if (mine) {
           visit_right<T>(b, [&](int half, int i, float x) {
@@ -575,26 +673,28 @@ struct Scan {
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {
         const float x = state[n][2 * half] * inverse, y = state[n][2 * half + 1] * inverse;
+        const uint32_t to = state_tile(n * 8 / kPanel);
+        const int chunk = n * 8 % kPanel / Wide::kElems;
         if constexpr (sizeof(T) == 4) {
           // Neighbouring rows share banks: one stores its first number while the other its second.
           const int odd = g % 2;
-          const uint32_t at = shared + S::kStateAt + Wide::at(row, n * 2 + t / 2) + t % 2 * 8;
+          const uint32_t at = to + Wide::at(row, chunk + t / 2) + t % 2 * 8;
           store_shared(at + odd * 4, __float_as_uint(odd ? y : x));
           store_shared(at + 4 - odd * 4, __float_as_uint(odd ? x : y));
         } else {
-          store_shared(shared + S::kStateAt + Wide::at(row, n) + t * 4, Number<T>::pack(x, y));
+          store_shared(to + Wide::at(row, chunk) + t * 4, Number<T>::pack(x, y));
         }
       }
       if (is_further() && t == 0) shared_z()[row] = z[0][half];
     }
     if (p.extension == Extension::kColumn) {
-      each_z([&](int i, int half, int row) {
-        if (t == 0) shared_z()[row] = z[i][half];
+      each_z([&](int i, int half, int f) {
+        if (t == 0) shared_z()[f] = z[i][half];
       });
     }
   }
 
-  // visit(i, half, row of S) for the numbers of z that the warp has.
+  // visit(i, half, feature) for the numbers of z that the warp has.
   template <class Visit>
   ATTNEXT_DEVICE void each_z(Visit visit) const {
 #pragma unroll
@@ -616,8 +716,8 @@ struct Scan {
       for (int n = 0; n < kDim / 8; ++n) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const int row = n * 8 + 2 * t + e;
-          if (row < p.b.dim) {
+          const int row = state_row(n * 8 + 2 * t + e);
+          if (row >= 0) {
             visit(n, 2 * half + e, row * p.row_stride + column * p.column_stride);
           }
         }
@@ -639,8 +739,9 @@ struct Scan {
     each_state([&](int n, int e, int64_t at) { state[n][e] = from[at]; });
     from += p.z_offset;
     if (p.extension == Extension::kColumn) {
-      each_z([&](int i, int half, int row) {
-        if (row < p.b.dim) z[i][half] = from[row * p.z_stride];
+      each_z([&](int i, int half, int f) {
+        const int row = state_row(f);
+        if (row >= 0) z[i][half] = from[row * p.z_stride];
       });
     } else if (is_further()) {
 #pragma unroll
@@ -656,8 +757,9 @@ struct Scan {
     each_state([&](int n, int e, int64_t at) { to[at] = state[n][e]; });
     to += p.z_offset;
     if (p.extension == Extension::kColumn && slice == 0) {
-      each_z([&](int i, int half, int row) {
-        if (t == 0 && row < p.b.dim) to[row * p.z_stride] = z[i][half];
+      each_z([&](int i, int half, int f) {
+        const int row = state_row(f);
+        if (t == 0 && row >= 0) to[row * p.z_stride] = z[i][half];
       });
     } else if (is_further() && t == 0) {
 #pragma unroll
@@ -674,10 +776,10 @@ struct Scan {
 
 extern __shared__ __align__(1024) uint8_t shared_memory[];
 
-#define ATTNEXT_SCAN(name, T, dim, warps, gated)                                             \
+#define ATTNEXT_SCAN(name, T, dim, warps, gated, entries)                                    \
   extern "C" __global__ void __launch_bounds__((warps) * 32, least_scan_blocks(sizeof(T), dim)) \
       name(const __grid_constant__ LinearLaunch p) {                                         \
-    Scan<T, dim, warps, gated>(p, shared_memory).run();                                      \
+    Scan<T, dim, warps, gated, entries>(p, shared_memory).run();                                      \
   }
 
 }  // namespace cuda

@@ -20,12 +20,6 @@ _NAMES = ("query", "key", "value", "decay", "beta", "initial_state")
 _RESULTS = ("out", "denominator", "final_state")
 
 
-def _check(problem: tuple[Any, ...]) -> None:
-    linear_ops.check_cuda(
-        problem[0], problem[2], problem[linear_ops._BETA], problem[linear_ops._FEATURE_MAP]
-    )
-
-
 def _native(memory: Memory, problem: tuple[Any, ...]) -> tuple[Any, ...]:
     native = linear_ops._native(problem)
     tensors = [put(memory, n, t) for n, t in zip(_NAMES, native, strict=False)]
@@ -42,7 +36,7 @@ def _room(memory: Memory, call: Any) -> tuple[int, int]:
 
 
 def forward(recorder: Recorder, *problem: Any) -> tuple[Tensor, ...]:
-    _check(problem)
+    linear_ops.check_cuda(problem, grads=False)
     memory = Memory()
     fakes = linear_ops._forward_fake(*problem)
     results = [
@@ -58,7 +52,7 @@ def forward(recorder: Recorder, *problem: Any) -> tuple[Tensor, ...]:
 
 def backward(recorder: Recorder, *args: Any) -> tuple[Tensor, ...]:
     problem = args[:-5]
-    _check(problem)
+    linear_ops.check_cuda(problem, grads=True)
     memory = Memory()
     fakes, tensors = linear_ops._backward_tensors(*args)
     *given, wanted = tensors
