@@ -33,7 +33,7 @@ constexpr int kNumGrads = kCuSeqlens;
 struct LinearCall {
   LinearParams params{};
   std::vector<LinearSequence> sequences;
-  int64_t length = 0;   // of sequences; if they are packed, of the longest
+  int64_t length = 0;  // of sequences; if they are packed, of the longest
   bool packed = false;
   bool blocks = false;  // of a window: none has a state
   Device device = Device::kCpu;
@@ -278,8 +278,7 @@ struct CudaLinearForward : CudaLinear {
 struct CudaLinearBackward : CudaLinear {
   bool of_decay;
 
-  CudaLinearBackward(const py::tuple& problem, bool decay)
-      : CudaLinear(problem), of_decay(decay) {}
+  CudaLinearBackward(const py::tuple& problem, bool decay) : CudaLinear(problem), of_decay(decay) {}
   int64_t workspace_bytes() const {
     LinearParams p = call.params;
     static char anything;  // only whether it is there counts
@@ -313,13 +312,13 @@ void bind_linear(py::module_& m) {
               py::handle denominator, py::handle final_state) {
              return describe(f.prepare(sequences, workspace, out, denominator, final_state));
            })
-      .def("run", [](CudaLinearForward& f, uintptr_t sequences, uintptr_t workspace, int device,
-                     uintptr_t stream, py::handle out, py::handle denominator,
-                     py::handle final_state) {
-        const auto launches = f.prepare(sequences, workspace, out, denominator, final_state);
-        const py::gil_scoped_release release;
-        cuda::launch(launches, device, stream, "linear_forward");
-      });
+      .def("run",
+           [](CudaLinearForward& f, uintptr_t sequences, uintptr_t workspace, int device,
+              uintptr_t stream, py::handle out, py::handle denominator, py::handle final_state) {
+             const auto launches = f.prepare(sequences, workspace, out, denominator, final_state);
+             const py::gil_scoped_release release;
+             cuda::launch(launches, device, stream, "linear_forward");
+           });
   py::class_<CudaLinearBackward>(m, "CudaLinearBackward")
       .def(py::init<const py::tuple&, bool>())
       .def_property_readonly("sequences", &CudaLinearBackward::sequences)

@@ -89,7 +89,8 @@ class LinearProblem:
         options = {**self.options, "output_final_state": self.state}
         if self.ends:
             options["cu_seqlens"] = torch.tensor(self.ends, dtype=torch.int32)
-        found = linear_attention(**leaves, **options)
+        call: Any = linear_attention
+        found = call(**leaves, **options)
         named = dict(zip(("out", "final_state"), found if self.state else (found,), strict=False))
         generator = torch.Generator().manual_seed(1)
         cotangents = [
@@ -117,7 +118,7 @@ def _problems() -> list[LinearProblem]:
             LinearProblem(name=f"dims-{dim}-{dim_v}-gated", options=elu, decay="token", **more),
         ]
     ends = (0, 0, 290, 291, 291, 1500)
-    return made + [
+    made += [
         LinearProblem(name="many-blocks", tokens=700, batch=20, heads=(16, 16, 16)),
         LinearProblem(name="segments", tokens=4096, decay="head"),
         LinearProblem(name="segments-normalized", tokens=4097, options=elu, decay="token"),
@@ -135,6 +136,7 @@ def _problems() -> list[LinearProblem]:
             name="layout-cut-out", tokens=200, batch=2, layout="cut out", decay="token", options=elu
         ),
     ]
+    return made
 
 
 PROBLEMS: dict[str, LinearProblem] = {problem.name: problem for problem in _problems()}
@@ -169,7 +171,9 @@ def check(problem: LinearProblem, dtype: torch.dtype, device: torch.device | str
 
 # ---- timing --------------------------------------------------------------------------------------
 
-CASES = [  # batch, tokens, heads, head_dim, options
+CASES: list[
+    tuple[int, int, int, int, dict[str, Any]]
+] = [  # batch, tokens, heads, head_dim, options
     (8, 4096, 16, 64, {}),
     (8, 4096, 16, 64, {"feature_map": "elu", "normalize": True}),
     (8, 4096, 16, 64, {"decay": "token"}),

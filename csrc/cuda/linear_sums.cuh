@@ -101,10 +101,10 @@ ATTNEXT_DEVICE void find_decay_gradient(const LinearLaunch& p) {
   extern "C" __global__ void __launch_bounds__(128) name(const __grid_constant__ LinearLaunch p) { \
     find_numbers<T>(p);                                                                            \
   }
-#define ATTNEXT_AROUND(name, threads, body)                              \
-  extern "C" __global__ void __launch_bounds__(threads)                  \
-      name(const __grid_constant__ LinearLaunch p) {                     \
-    body(p);                                                             \
+#define ATTNEXT_AROUND(name, threads, body)             \
+  extern "C" __global__ void __launch_bounds__(threads) \
+      name(const __grid_constant__ LinearLaunch p) {    \
+    body(p);                                            \
   }
 
 }  // namespace cuda

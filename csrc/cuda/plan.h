@@ -112,7 +112,6 @@ struct WindowLaunch {
   float* statistics;  // backward: lse in base 2, its rest, delta; [batch, heads, tokens] each
 };
 
-
 // Bytes of scratch in global memory.
 int64_t forward_workspace(const WindowParams& params, const Tables& tables);
 int64_t backward_workspace(const WindowParams& params, const Tables& queries);

@@ -61,12 +61,15 @@ def backward(recorder: Recorder, *args: Any) -> tuple[Tensor, ...]:
         for name, w in zip(_NAMES, wanted, strict=True)
     ]
     names = ("out", "denominator", "dout", "dfinal_state")
-    call = _C.CudaLinearBackward(_native(memory, problem), wanted[linear_ops._DECAY] is not None)
+    on_device: Any = [put(memory, name, x) for name, x in zip(names, given, strict=True)]
+    call: Any = _C.CudaLinearBackward(
+        _native(memory, problem), wanted[linear_ops._DECAY] is not None
+    )
     recorder.carry_out(
         memory,
         call.launches(
             *_room(memory, call),
-            *(put(memory, name, x) for name, x in zip(names, given, strict=True)),
+            *on_device,
             tuple(g and g.tensor for g in grads),
         ),
     )

@@ -7,6 +7,7 @@ start as NaN and must be written whole; results are held to the float64 recurren
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -14,16 +15,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import lay_out
-from test_linear import assert_close, evaluate, expect, problem
 from torch import Tensor
 
 import attnext
-from attnext import _C, linear_attention
+from attnext import _C, reference
 from attnext.gpu_check.linear import BUDGET, PROBLEMS, compare, slack
 
 from .linear import on_executor
 from .window import DeviceTensor
 
+linear_attention: Any = attnext.linear_attention
+on_cpu: Any = importlib.import_module("test_linear")  # its neighbour above, which has no types
+assert_close, evaluate, expect, problem = (
+    on_cpu.assert_close, on_cpu.evaluate, on_cpu.expect, on_cpu.problem,
+)  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BF16 = torch.bfloat16
 
@@ -34,8 +39,12 @@ def check(tensors: dict[str, Tensor], options: dict[str, Any], grads: bool = Tru
     with on_executor(metrics=False) as recorder:
         got = evaluate(linear_attention, tensors, options, grads)
     assert got["out"].dtype == dtype
-    assert_close(got, expect(tensors, options, grads), BUDGET[dtype],
-                 slack(dtype, bool(options.get("normalize"))))
+    assert_close(
+        got,
+        expect(tensors, options, grads),
+        BUDGET[dtype],
+        slack(dtype, bool(options.get("normalize"))),
+    )
     return recorder.reports
 
 
@@ -50,7 +59,10 @@ FORMS: dict[str, dict[str, Any]] = {
 
 def form(name: str, **more: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     defaults = {"tokens": 70, "heads": (1, 1, 1), "dim": 32, "dim_v": 24, "state": True}
-    return problem(**{**defaults, "dtype": BF16, **FORMS[name], **more})
+    made: tuple[dict[str, Tensor], dict[str, Any]] = problem(
+        **{**defaults, "dtype": BF16, **FORMS[name], **more}
+    )
+    return made
 
 
 # ---- whatever may come ---------------------------------------------------------------------------
@@ -79,14 +91,15 @@ def problems(draw: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     elif division == "blocks":
         options["window_size"] = draw(st.integers(10, 90))
     decay = draw(st.sampled_from([None, "head", "token"])) if options["is_causal"] else None
-    return problem(
+    made: tuple[dict[str, Tensor], dict[str, Any]] = problem(
         tokens, batch, draw(st.sampled_from([(1, 1, 1), (1, 1, 2), (2, 1, 1)])),
         draw(st.integers(1, 32)), draw(st.integers(1, 32)), dtype=draw(st.sampled_from(DTYPES)),
         state=division != "blocks" and draw(st.booleans()), states=states, decay=decay, **options,
     )  # fmt: skip
+    return made
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(problems())
 def test_random_problems(given_problem: tuple[dict[str, Tensor], dict[str, Any]]) -> None:
     tensors, options = given_problem
@@ -112,9 +125,23 @@ def test_no_tokens() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("dim", "dim_v"), [(16, 64), (53, 30), (128, 100)])
+@pytest.mark.parametrize(("dim", "dim_v"), [(16, 64), (53, 30), (128, 70)])
 def test_every_bucket(dim: int, dim_v: int, dtype: torch.dtype) -> None:
-    check(*form("elu, normalized, decayed", tokens=67, dim=dim, dim_v=dim_v, dtype=dtype))
+    tokens = 34 if dtype == torch.float32 else 66
+    check(*form("elu, normalized, decayed", tokens=tokens, dim=dim, dim_v=dim_v, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [16, 7])
+def test_taylor_features(dim: int, dtype: torch.dtype) -> None:
+    more = {"feature_map": "taylor2", "normalize": True, "dim": dim, "dim_v": 40, "dtype": dtype}
+    check(*form("identity", tokens=65, **more, decay="token"), grads=False)
+
+
+def test_taylor_features_in_segments() -> None:
+    more = {"feature_map": "taylor2", "normalize": True, "dim": 5, "dtype": torch.float32}
+    check(*form("identity", tokens=260, **more), grads=False)
+    check(*form("identity", tokens=260, **more, is_causal=False), grads=False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -211,21 +238,26 @@ def test_nothing_but_outputs() -> None:
     tensors, options = form("identity", state=False)
     with on_executor() as recorder:
         out = linear_attention(**tensors, **options)
-    expected = attnext.reference.linear_attention(**tensors, **options)
-    assert_close({"out": out}, {"out": expected}, BUDGET[BF16])
+    exact: Any = reference.linear_attention
+    assert_close({"out": out}, {"out": exact(**tensors, **options)}, BUDGET[BF16])
     assert [r.kernel for r in recorder.reports] == ["linear_scan_bf16_32"]
 
 
 def test_what_is_missing_is_said() -> None:
     for more, what in (
         ({"beta": True}, "delta rule"),
-        ({"feature_map": "taylor2", "dim": 4}, "taylor2"),
+        ({"feature_map": "taylor2", "dim": 17}, "taylor2"),
         ({"dtype": torch.float64}, "float64"),
         ({"dim": 129}, "head_dim above 128"),
     ):
         tensors, options = form("identity", **{"tokens": 3, "state": False, **more})
         with on_executor(), pytest.raises(NotImplementedError, match=what):
             linear_attention(**tensors, **options)
+    tensors, options = form("identity", tokens=3, state=False, feature_map="taylor2", dim=4)
+    with on_executor(), pytest.raises(NotImplementedError, match=r"gradients of .* 'taylor2'"):
+        linear_attention(
+            tensors.pop("query").requires_grad_(), **tensors, **options
+        ).sum().backward()
 
 
 def test_a_check_for_gpus() -> None:

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bugs planted in the kernels of linear attention: each must be caught by what it should be."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import attnext
+from attnext.gpu_check.linear import BUDGET, slack
+
+from .executor import Program, WrongRun
+from .linear import on_executor
+from .source import Edit, header_with, lone
+from .test_linear import assert_close, evaluate, expect, form
+
+linear_attention: Any = attnext.linear_attention
+WRONG = "wrong result"
+SCAN, SUMS = "linear_scan.cuh", "linear_sums.cuh"
+_EARLY = "cp.async read before its wait"
+
+
+class Bug(NamedTuple):
+    """Edits of one kernel, the problem that shows them, and what is said then."""
+
+    name: str
+    kernel: str
+    problem: str
+    symptom: str
+    edits: tuple[Edit, ...]
+
+
+def _bug(name: str, kernel: str, problem: str, symptom: str, *edits: tuple[str, str, str]) -> Bug:
+    made = tuple(Edit(*edit) for edit in edits)
+    return Bug(name, f"linear_{kernel}", problem, symptom, made)
+
+
+# Of one head with 32 entries; forward only where no gradients are asked for.
+PROBLEMS: dict[str, tuple[str, bool, dict[str, Any]]] = {
+    "plain": ("identity", False, {"tokens": 150}),
+    "narrow": ("elu, normalized, decayed", False, {"tokens": 70, "dim": 30, "decay": None}),
+    "wide": ("elu, normalized, decayed", False, {"tokens": 20, "dim_v": 70, "decay": None}),
+    "gated": ("elu, normalized, decayed", False, {"tokens": 150}),
+    "gradients": ("elu, normalized, decayed", True, {"tokens": 80}),
+    "large": ("identity", False, {"tokens": 70, "dtype": torch.float16}),
+    "segments": ("reverse", False, {"tokens": 260, "dtype": torch.float32}),
+    "taylor": (
+        "identity", False, {"tokens": 70, "feature_map": "taylor2", "dim": 16, "decay": "head"}
+    ),
+}  # fmt: skip
+
+BUGS = [
+    # ---- the pipeline ----
+    _bug("no wait for a chunk", "scan_bf16_32", "plain", _EARLY,
+         (SCAN, "      wait_copies<0>();\n", "")),
+    _bug("no barrier before a chunk", "scan_bf16_32", "plain", "read-write race",
+         (SCAN, "__syncthreads();  // rows, numbers and the copy of the state are there\n", "")),
+    _bug("state copied while it is read", "scan_bf16_32", "plain", "write-read race",
+         (SCAN, "        __syncthreads();  // the copy of the state has been read\n", "")),
+    _bug("copies into the stage that is read", "scan_bf16_32", "plain", "write-read race",
+         (SCAN, "copy_chunk_rows((c + 1) * kChunk, stage ^ 1);",
+          "copy_chunk_rows((c + 1) * kChunk, stage);")),
+    _bug("numbers of the next chunk too early", "scan_bf16_32_gated", "gated", "write-read race",
+         (SCAN, "if (more) note(next, stage ^ 1);", "if (more) note(next, stage);")),
+    _bug("features read while they are made", "scan_bf16_taylor", "taylor", "read-write race",
+         (SCAN, "        expand(c * kChunk, stage);\n        __syncthreads();\n",
+          "        expand(c * kChunk, stage);\n")),
+    # ---- tokens ----
+    _bug("mask lost", "scan_bf16_32", "plain", WRONG,
+         (SCAN, "score = j <= warp * 16 + half * 8 + g ? x : 0.f;", "score = x;")),
+    _bug("a token is not its own past", "scan_bf16_32", "plain", WRONG,
+         (SCAN, "score = j <= warp * 16", "score = j < warp * 16")),
+    _bug("tail is read", "scan_bf16_32", "plain", "global read out of bounds",
+         (SCAN, "const int bytes = is_token(at + row) ? min", "const int bytes = true ? min")),
+    _bug("tail is stored", "scan_bf16_32", "plain", "global write out of bounds",
+         (SCAN, "if (lane < 16 && is_token(row)) {", "if (lane < 16) {")),
+    _bug("tail has features", "scan_bf16_32", "narrow", WRONG,
+         (SCAN, "      if (!is_token(at + row)) return;  // rows of zeros stay\n", "")),
+    _bug("entries that are not there have features", "scan_bf16_32", "narrow", WRONG,
+         (SCAN, "Number<T>::narrow(e < real ? f : 0.f);", "Number<T>::narrow(f);")),
+    _bug("short chunk at the other end", "scan_bf16_32_gated", "gradients", WRONG,
+         (SCAN, "(p.exclusive ? whole - tokens.count() : 0)", "0")),
+    # ---- decays ----
+    _bug("decay of the token before", "scan_bf16_32_gated", "gated", WRONG,
+         (SCAN, "p.exclusive ? sum - own : sum;", "sum - own;")),
+    _bug("decay before its token in the way back", "scan_bf16_32_gated", "gradients", WRONG,
+         (SCAN, "p.exclusive ? sum - own : sum;", "sum;")),
+    _bug("state not decayed", "scan_bf16_32_gated", "gated", WRONG,
+         (SCAN, "kGated ? x * kept : x);", "x);")),
+    _bug("sums not decayed", "scan_bf16_32_gated", "gated", WRONG,
+         (SCAN, "x = fmaf(x, kept, quad_sum(sum[half]) * unit);",
+          "x += quad_sum(sum[half]) * unit;")),
+    _bug("a segment's decay forgotten", "combine", "segments", WRONG,
+         (SUMS, "carry = fmaf(carry, p.factors[at], alone);", "carry += alone;")),
+    _bug("gradient of decays ends with a lane's tokens", "decay_gradient", "gradients", WRONG,
+         (SUMS, "    sum += __shfl_sync(~0u, mine, 0);\n", "")),
+    _bug("gradient of decays without the state", "decay_gradient", "gradients", WRONG,
+         (SUMS, "sum += meetings[i];", "sum += 0. * meetings[i];")),
+    # ---- values ----
+    _bug("unit of the state's copy forgotten", "scan_fp16_32", "large", WRONG,
+         (SCAN, "kUnits ? by * units()[n / 2] : by;", "by;")),
+    _bug("every slice stores the denominator", "scan_bf16_32", "wide", "global write-write race",
+         (SCAN, "if (slice == 0 && t == 0 && is_token(row)) {", "if (t == 0 && is_token(row)) {")),
+    _bug("gradient of features taken for that of entries", "scan_bf16_32_gated", "gradients", WRONG,
+         (SCAN, "p.raw.map, f);", "FeatureMap::kIdentity, f);")),
+    _bug("squares counted twice", "scan_bf16_taylor", "taylor", WRONG,
+         (SCAN, "square = operand == 0 ? 0.5f : 1.f;", "square = 1.f;")),
+]  # fmt: skip
+
+
+def symptoms(name: str, bug: Bug | None = None) -> set[str]:
+    """What is said of a problem with a bug in one kernel."""
+
+    def find(kernel: str) -> Program:
+        return lone(kernel, *bug.edits) if bug and kernel == bug.kernel else lone(kernel)
+
+    kind, grads, more = PROBLEMS[name]
+    tensors, options = form(kind, **more)
+    said, got = set(), None
+    with on_executor(find=find) as recorder:
+        try:
+            got = evaluate(linear_attention, tensors, options, grads)
+        except WrongRun:
+            pass  # the last report says it
+    for report in recorder.reports:
+        said |= report.kinds()
+    if bug:
+        assert any(r.kernel == bug.kernel for r in recorder.reports)
+    if got is not None:
+        dtype = tensors["query"].dtype
+        more_budget = slack(dtype, bool(options.get("normalize")))
+        try:
+            assert_close(got, expected(name), BUDGET[dtype], more_budget)
+        except AssertionError:
+            said.add(WRONG)
+    return said
+
+
+@functools.cache
+def expected(name: str) -> dict[str, Any]:
+    kind, grads, more = PROBLEMS[name]
+    found: dict[str, Any] = expect(*form(kind, **more), grads)
+    return found
+
+
+def test_the_list_fits_the_sources() -> None:
+    assert len({bug.name for bug in BUGS}) == len(BUGS)
+    for bug in BUGS:
+        for edit in bug.edits:
+            header_with(edit)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_nothing_is_said_without_a_bug(name: str) -> None:
+    assert not symptoms(name)
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_planted_bug_is_caught(bug: Bug) -> None:
+    assert bug.symptom in symptoms(bug.problem, bug)
