@@ -200,8 +200,8 @@ def check_cuda(problem: tuple[Any, ...], grads: bool) -> None:
     what = ""
     if query.dtype == torch.float64:
         what = "float64"
-    elif beta is not None:
-        what = "the delta rule (beta)"
+    elif beta is not None and grads:
+        what = "gradients of the delta rule (beta)"
     elif FEATURE_MAPS[feature_map] == "taylor2" and query.shape[-1] > _MAX_TAYLOR_DIM:
         what = f"feature_map 'taylor2' with a head_dim above {_MAX_TAYLOR_DIM}"
     elif FEATURE_MAPS[feature_map] == "taylor2" and grads:

@@ -246,7 +246,6 @@ struct CudaLinear {
   LinearCall call;
 
   explicit CudaLinear(const py::tuple& problem) : call(make_call(problem, Device::kCuda)) {
-    require(!call.params.delta(), "the delta rule on CUDA");
     call.params.sequences = nullptr;
   }
   // Of packed sequences, for the caller to upload; else empty.

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The list of linear attention's kernels: name, element type, bucket of the state's rows, warps,
-// and whether everything is compiled in: decays and other numbers of tokens, further entries of b,
-// features' slopes; and the number of entries of which all products of two are features, with them
-// and 1, or 0. A block has 16 tokens of a chunk and 16 columns of the state for each of its warps.
+// kind. A block has 16 tokens of a chunk and 16 columns of the state for each of its warps.
 #pragma once
 
 #include "../dtype.h"
@@ -10,23 +8,36 @@
 namespace attnext {
 namespace cuda {
 
+// What is compiled in. Plain: products, and the normaliser of outputs. Gated: decays and other
+// numbers of tokens too, further entries of b, features' slopes. Taylor: as gated, of features that
+// are all products of two of 16 entries, with them and 1. Delta: as gated, with values that the
+// state has not told yet.
+enum class ScanKind { kPlain, kGated, kTaylor, kDelta };
+constexpr int kTaylorEntries = 16;
+
 // clang-format off
 #define ATTNEXT_SCAN_KERNELS_16(X, T, type) \
-  X(linear_scan_##type##_32, T, 32, 4, false, 0) \
-  X(linear_scan_##type##_32_gated, T, 32, 4, true, 0) \
-  X(linear_scan_##type##_64, T, 64, 4, false, 0) \
-  X(linear_scan_##type##_64_gated, T, 64, 4, true, 0) \
-  X(linear_scan_##type##_128, T, 128, 4, false, 0) \
-  X(linear_scan_##type##_128_gated, T, 128, 4, true, 0) \
-  X(linear_scan_##type##_taylor, T, 160, 4, true, 16)
+  X(linear_scan_##type##_32, T, 32, 4, kPlain) \
+  X(linear_scan_##type##_32_gated, T, 32, 4, kGated) \
+  X(linear_scan_##type##_32_delta, T, 32, 4, kDelta) \
+  X(linear_scan_##type##_64, T, 64, 4, kPlain) \
+  X(linear_scan_##type##_64_gated, T, 64, 4, kGated) \
+  X(linear_scan_##type##_64_delta, T, 64, 4, kDelta) \
+  X(linear_scan_##type##_128, T, 128, 4, kPlain) \
+  X(linear_scan_##type##_128_gated, T, 128, 4, kGated) \
+  X(linear_scan_##type##_128_delta, T, 128, 4, kDelta) \
+  X(linear_scan_##type##_taylor, T, 160, 4, kTaylor)
 #define ATTNEXT_SCAN_KERNELS_32(X, T, type) \
-  X(linear_scan_##type##_32, T, 32, 2, false, 0) \
-  X(linear_scan_##type##_32_gated, T, 32, 2, true, 0) \
-  X(linear_scan_##type##_64, T, 64, 2, false, 0) \
-  X(linear_scan_##type##_64_gated, T, 64, 2, true, 0) \
-  X(linear_scan_##type##_128, T, 128, 2, false, 0) \
-  X(linear_scan_##type##_128_gated, T, 128, 2, true, 0) \
-  X(linear_scan_##type##_taylor, T, 160, 2, true, 16)
+  X(linear_scan_##type##_32, T, 32, 2, kPlain) \
+  X(linear_scan_##type##_32_gated, T, 32, 2, kGated) \
+  X(linear_scan_##type##_32_delta, T, 32, 2, kDelta) \
+  X(linear_scan_##type##_64, T, 64, 2, kPlain) \
+  X(linear_scan_##type##_64_gated, T, 64, 2, kGated) \
+  X(linear_scan_##type##_64_delta, T, 64, 2, kDelta) \
+  X(linear_scan_##type##_128, T, 128, 2, kPlain) \
+  X(linear_scan_##type##_128_gated, T, 128, 2, kGated) \
+  X(linear_scan_##type##_128_delta, T, 128, 2, kDelta) \
+  X(linear_scan_##type##_taylor, T, 160, 2, kTaylor)
 #define ATTNEXT_ALL_LINEAR_KERNELS(X)         \
   ATTNEXT_SCAN_KERNELS_16(X, bf16, bf16)      \
   ATTNEXT_SCAN_KERNELS_16(X, fp16, fp16)      \
@@ -45,9 +56,9 @@ constexpr int least_scan_blocks(int elem, int dim) { return elem == 2 && dim <= 
 // than their entries, the state as operand of a product, the outputs on their way, what is known of
 // each token of two chunks, z, and what a warp has scaled its part of the state by. Wide tiles lie
 // in panels, whose rows have a power of two of bytes.
-template <int kElem, int kDim, int kWarps, int kEntries>
+template <int kElem, int kDim, int kWarps, ScanKind kKind>
 struct ScanShared {
-  static constexpr bool kExpanded = kEntries > 0;
+  static constexpr bool kExpanded = kKind == ScanKind::kTaylor;
   static constexpr int kChunk = 16 * kWarps, kColumns = 16 * kWarps;
   static constexpr int kRaw = kExpanded ? 32 : kDim, kPanel = kRaw;
   static constexpr int kPanels = kDim / kPanel, kPanelTile = kChunk * kPanel * kElem;

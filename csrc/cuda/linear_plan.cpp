@@ -19,15 +19,14 @@ constexpr DType dtype_of() {
                                         : DType::kFloat16;
 }
 
-#define ATTNEXT_DESCRIBE(name, T, dim, warps, gated, entries)                                  \
-  ScanFacts{#name,                                                                             \
-            "ATTNEXT_SCAN(" #name ", " #T ", " #dim ", " #warps ", " #gated ", " #entries ")", \
-            dtype_of<T>(),                                                                     \
-            dim,                                                                               \
-            warps,                                                                             \
-            gated,                                                                             \
-            entries,                                                                           \
-            ScanShared<sizeof(T), dim, warps, entries>::kBytes},
+#define ATTNEXT_DESCRIBE(name, T, dim, warps, kind)                             \
+  ScanFacts{#name,                                                              \
+            "ATTNEXT_SCAN(" #name ", " #T ", " #dim ", " #warps ", " #kind ")", \
+            dtype_of<T>(),                                                      \
+            dim,                                                                \
+            warps,                                                              \
+            ScanKind::kind,                                                     \
+            ScanShared<sizeof(T), dim, warps, ScanKind::kind>::kBytes},
 const ScanFacts kScans[] = {ATTNEXT_SCAN_KERNELS_16(ATTNEXT_DESCRIBE, bf16, bf16)
                                 ATTNEXT_SCAN_KERNELS_16(ATTNEXT_DESCRIBE, fp16, fp16)
                                     ATTNEXT_SCAN_KERNELS_32(ATTNEXT_DESCRIBE, float, fp32)};
@@ -37,19 +36,14 @@ constexpr int64_t kLeastChunks = 4;         // of a segment
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-const ScanFacts& scan_of(DType dtype, int64_t dim, bool gated) {
+const ScanFacts& scan_of(DType dtype, int64_t dim, ScanKind kind) {
   for (const ScanFacts& k : kScans) {
-    if (k.dtype == dtype && k.dim >= dim && k.gated == gated && k.entries == 0) return k;
+    const int64_t most = kind == ScanKind::kTaylor ? kTaylorEntries : k.dim;
+    if (k.dtype == dtype && most >= dim && k.kind == kind) return k;
   }
   throw std::invalid_argument(
-      "attnext: linear attention on CUDA has head_dim up to 128, and "
-      "float32, bfloat16 or float16");
-}
-const ScanFacts& taylor_scan_of(DType dtype, int64_t dim) {
-  for (const ScanFacts& k : kScans) {
-    if (k.dtype == dtype && k.entries >= dim) return k;
-  }
-  throw std::invalid_argument("attnext: Taylor features on CUDA are of a head_dim up to 16");
+      "attnext: linear attention on CUDA has head_dim up to 128, Taylor "
+      "features up to 16, in float32, bfloat16 or float16");
 }
 
 // A problem with its states and its scratch, which is counted as it is taken.
@@ -58,12 +52,12 @@ class Plan {
   Plan(const LinearParams& params, int64_t length, void* workspace)
       : p(params), length_(length), workspace_(static_cast<char*>(workspace)) {
     if (p.tokens >= INT32_MAX / 2) throw std::invalid_argument("attnext: more than 2^30 tokens");
-    if (p.delta()) throw std::invalid_argument("attnext: no delta rule on CUDA");
-    const ScanFacts& scan = scan_of(p.dtype, std::max(p.head_dim, p.head_dim_v), true);
+    const ScanFacts& scan = scan_of(p.dtype, std::max(p.head_dim, p.head_dim_v), ScanKind::kGated);
     chunk_ = 16 * scan.warps;
     const int64_t longest = std::max<int64_t>(1, length_), chunks = ceil_div(longest, chunk_);
     const int64_t blocks = std::max<int64_t>(1, p.num_sequences * p.heads);
     segments_ = std::max<int64_t>(1, std::min(kEnoughBlocks / blocks, chunks / kLeastChunks));
+    if (p.delta()) segments_ = 1;  // what a chunk writes depends on the state before it
     segment_ = ceil_div(chunks, segments_) * chunk_;
     segments_ = ceil_div(longest, segment_);
     state_size_ = p.features() * p.state_columns();
@@ -115,6 +109,7 @@ class Plan {
     }
     l.eps = static_cast<float>(p.eps);
     l.decay = p.decay;
+    l.beta = p.beta;
     l.denominator = p.denominator;
     l.before_segments = l.after_segments = 1;
     l.state_size = state_size_;
@@ -132,8 +127,11 @@ class Plan {
   void add_scan(LinearLaunch l) {
     const bool gated = l.decay.data || l.side != Side::kNone || l.raw.rows.data ||
                        l.extension == Extension::kFeature || l.out_fp32 || l.inner_scale == 0;
-    const ScanFacts& scan =
-        taylor() ? taylor_scan_of(p.dtype, l.b.dim) : scan_of(p.dtype, l.b.dim, gated);
+    const ScanKind kind = taylor()    ? ScanKind::kTaylor
+                          : p.delta() ? ScanKind::kDelta
+                          : gated     ? ScanKind::kGated
+                                      : ScanKind::kPlain;
+    const ScanFacts& scan = scan_of(p.dtype, l.b.dim, kind);
     l.slices = static_cast<int32_t>(slices(l.c.dim));
     const int64_t blocks = p.num_sequences * p.heads * segments_ * l.slices;
     add(scan.name, blocks, 32 * scan.warps, scan.shared_bytes, l);
@@ -227,7 +225,10 @@ void plan_forward(Plan* plan) {
 
 void plan_backward(Plan* plan) {
   const LinearParams& p = plan->p;
-  if (plan->taylor()) throw std::invalid_argument("attnext: no gradients of Taylor features");
+  if (plan->taylor() || p.delta()) {
+    throw std::invalid_argument(
+        "attnext: no gradients of Taylor features or the delta rule on CUDA");
+  }
   float* numbers = nullptr;
   if (p.normalize) {
     numbers = plan->take(2 * plan->rows());
@@ -257,7 +258,7 @@ void plan_backward(Plan* plan) {
   const bool curved = p.feature_map != FeatureMap::kIdentity;
   const int64_t key_slices = plan->slices(p.head_dim);
   float *dots = nullptr, *dots_key = nullptr, *boundaries = nullptr, *meetings = nullptr;
-  const ScanFacts& scan = scan_of(p.dtype, p.head_dim_v, true);  // of dq and dk
+  const ScanFacts& scan = scan_of(p.dtype, p.head_dim_v, ScanKind::kGated);  // of dq and dk
   if (of_decay) {
     const int64_t states = p.num_sequences * p.heads * key_slices * plan->chunks();
     dots = plan->take(key_slices * plan->rows());

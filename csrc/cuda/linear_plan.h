@@ -15,6 +15,7 @@
 
 #include "../params.h"
 #include "launch.h"
+#include "linear_kernels.h"
 
 namespace attnext {
 namespace cuda {
@@ -51,7 +52,7 @@ struct LinearLaunch {
   ScanRows a, b, c, out;
   int32_t out_fp32;
   ScanRows raw;  // `out` is a gradient of features; of what they are features, or no data
-  TensorRef decay;
+  TensorRef decay, beta;
   TensorRef denominator;   // Extension::kColumn divides by it where there are outputs
   float scale;             // on outputs
   float inner_scale;       // on what enters S
@@ -99,8 +100,8 @@ struct ScanFacts {
   const char* instance;  // the source line that makes it
   DType dtype;
   int32_t dim, warps;
-  bool gated;
-  int32_t entries, shared_bytes;
+  ScanKind kind;
+  int32_t shared_bytes;
 };
 std::vector<ScanFacts> scan_kernels();
 

@@ -22,9 +22,11 @@
 namespace attnext {
 namespace cuda {
 
-template <class T, int kDim, int kWarps, bool kGated, int kEntries>
+template <class T, int kDim, int kWarps, ScanKind kKind>
 struct Scan {
-  using S = ScanShared<sizeof(T), kDim, kWarps, kEntries>;
+  using S = ScanShared<sizeof(T), kDim, kWarps, kKind>;
+  static constexpr bool kGated = kKind != ScanKind::kPlain, kDelta = kKind == ScanKind::kDelta;
+  static constexpr int kEntries = kTaylorEntries;
   using P = Products<T>;
   static constexpr bool kExpanded = S::kExpanded;
   static constexpr int kRaw = S::kRaw, kPanel = S::kPanel;
@@ -43,7 +45,7 @@ struct Scan {
 
   // What is known of a token: its decay in two parts, factor, further entry of a or b.
   struct Numbers {
-    float decay, rest, factor, entry;
+    float decay, rest, factor, entry;  // the entry is beta under the delta rule
   };
   struct Totals {
     float decay, rest, unit, kept;  // unit: of the factors
@@ -118,6 +120,7 @@ struct Scan {
         expand(c * kChunk, stage);
         __syncthreads();
       }
+      if constexpr (kDelta) replace_values(stage);
       if (p.outputs) attend(c * kChunk, stage);
       const bool sums = p.sums && (more || p.after || (kGated && p.boundaries));
       if (kGated && p.meetings) meet(c);
@@ -151,8 +154,7 @@ struct Scan {
   ATTNEXT_DEVICE bool is_further() const { return kGated && p.extension == Extension::kFeature; }
   ATTNEXT_DEVICE bool is_token(int row) const { return row < count && first + row >= 0; }
 
-  // ---- rows
-  // --------------------------------------------------------------------------------------
+  // ---- rows ------------------------------------------------------------------------------------
 
   template <int kD, class Visit>
   ATTNEXT_DEVICE void each_chunk(Visit visit) const {
@@ -283,8 +285,7 @@ struct Scan {
     return b < dim ? 1 + dim + a * dim - a * (a - 1) / 2 + b - a : -1;
   }
 
-  // ---- what is known of tokens
-  // -------------------------------------------------------------------
+  // ---- what is known of tokens -----------------------------------------------------------------
 
   struct Next {
     float decay[kPer];
@@ -303,7 +304,10 @@ struct Scan {
         next.decay[i] =
             static_cast<const float*>(p.decay.data)[tokens.offset(p.decay, 1, first + row)];
       }
-      if (p.side != Side::kNone) {
+      if constexpr (kDelta) {
+        next.number[i].y =
+            static_cast<const float*>(p.beta.data)[tokens.offset(p.beta, 1, first + row)];
+      } else if (p.side != Side::kNone) {
         next.number[i] = reinterpret_cast<const float2*>(p.numbers)[tokens.index(p, first + row)];
       }
     }
@@ -344,8 +348,92 @@ struct Scan {
     }
   }
 
-  // ---- outputs
-  // -----------------------------------------------------------------------------------
+  // ---- the delta rule --------------------------------------------------------------------------
+
+  // What is written, u_i = beta_i (v_i - decay k_i S - sum over j < i of decay (k_i k_j) u_j),
+  // takes the place of the values: 16 tokens after 16, those within by substitution, in fp32.
+  ATTNEXT_DEVICE void replace_values(int stage) {
+    const int buffer = stage;
+    Rows rows;
+    rows.load(tile(stage, 1), warp * 16);
+    float by_key[1][kChunk / 8][4], u[1][kColumns / 8][4];
+    product<T, kRaw, 1, kChunk, kKept>(by_key, rows, wide, tile(stage, 1), warp * 16 + 16);
+    product<T, kPanel, 1, kColumns, kKept>(u, rows, wide, state_tile(0));
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = warp * 16 + half * 8 + g;
+      const Numbers mine = numbers(buffer, row);
+      const float beta = mine.entry, kept = decays() ? power(mine.decay) : 1.f;
+#pragma unroll
+      for (int n = 0; n < kChunk / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = by_key[0][n][2 * half + e];
+          const int j = n * 8 + 2 * t + e;
+          if (decays()) {
+            const Numbers other = numbers(buffer, j);
+            x *= power((mine.decay - other.decay) + (mine.rest - other.rest));
+          }
+          x = j < row ? -beta * x : 0.f;
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kColumns / 8; ++n) {
+        const float of_state = kUnits ? kept * units()[n / 2] : kept;
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = u[0][n][2 * half + e];
+          x = beta * (Number<T>::widen(value(stage, row, n * 8 + 2 * t + e)) - of_state * x);
+        }
+      }
+    }
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      if (warp == w) {
+        accumulate<T, kColumns, kColumns, 1, kChunk>(u, by_key, narrow, tile(stage, 2), 0, w * 16);
+        substitute(by_key[0][2 * w], by_key[0][2 * w + 1], u[0]);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int n = 0; n < kColumns / 8; ++n) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              value(stage, w * 16 + half * 8 + g, n * 8 + 2 * t + e) =
+                  Number<T>::narrow(u[0][n][2 * half + e]);
+            }
+          }
+        }
+      }
+      __syncthreads();  // the next warp reads them
+    }
+  }
+  // u_i += sum over j < i of weights_ij u_j, for 16 rows from the first to the last.
+  ATTNEXT_DEVICE void substitute(const float (&low)[4], const float (&high)[4],
+                                 float (&u)[kColumns / 8][4]) const {
+#pragma unroll
+    for (int j = 0; j < 15; ++j) {
+      const int from = lane / 4 * 4 + j % 8 / 2, row = j % 8 * 4 + t;
+      const float above = __shfl_sync(~0u, j < 8 ? low[j % 2] : high[j % 2], from);
+      const float below = __shfl_sync(~0u, j < 8 ? low[2 + j % 2] : high[2 + j % 2], from);
+#pragma unroll
+      for (int n = 0; n < kColumns / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float x = __shfl_sync(~0u, u[n][j / 8 * 2 + e], row);
+          u[n][e] = fmaf(above, x, u[n][e]);
+          u[n][2 + e] = fmaf(below, x, u[n][2 + e]);
+        }
+      }
+    }
+  }
+  ATTNEXT_DEVICE T& value(int stage, int row, int column) const {
+    using Narrow = Layout<T, kColumns>;
+    uint8_t* const from = memory + stage * S::kStage + 2 * S::kWide;
+    return reinterpret_cast<T*>(from +
+                                Narrow::at(row, column / Narrow::kElems))[column % Narrow::kElems];
+  }
+
+  // ---- outputs ---------------------------------------------------------------------------------
 
   ATTNEXT_DEVICE void attend(int at, int stage) {
     const int buffer = stage, walked = warp * 16 + 16;
@@ -543,8 +631,7 @@ struct Scan {
     }
   }
 
-  // ---- the state
-  // ---------------------------------------------------------------------------------
+  // ---- the state -------------------------------------------------------------------------------
 
   ATTNEXT_DEVICE void add_chunk(int stage) {
     const int buffer = stage;
@@ -776,10 +863,10 @@ struct Scan {
 
 extern __shared__ __align__(1024) uint8_t shared_memory[];
 
-#define ATTNEXT_SCAN(name, T, dim, warps, gated, entries)                                       \
+#define ATTNEXT_SCAN(name, T, dim, warps, kind)                                                 \
   extern "C" __global__ void __launch_bounds__((warps) * 32, least_scan_blocks(sizeof(T), dim)) \
       name(const __grid_constant__ LinearLaunch p) {                                            \
-    Scan<T, dim, warps, gated, entries>(p, shared_memory).run();                                \
+    Scan<T, dim, warps, ScanKind::kind>(p, shared_memory).run();                                \
   }
 
 }  // namespace cuda

@@ -138,6 +138,20 @@ def test_taylor_features(dim: int, dtype: torch.dtype) -> None:
     check(*form("identity", tokens=65, **more, decay="token"), grads=False)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [64, 20])
+def test_delta_rule(dim: int, dtype: torch.dtype) -> None:
+    more = {"beta": True, "dim": dim, "dim_v": 40, "dtype": dtype}
+    check(*form("identity", tokens=97, **more), grads=False)
+    check(*form("reverse", tokens=20, **more), grads=False)
+
+
+def test_delta_rule_of_packed_sequences() -> None:
+    ends = torch.tensor([0, 0, 66, 67, 90], dtype=torch.int32)
+    more = {"beta": True, "states": 4, "cu_seqlens": ends, "feature_map": "relu"}
+    check(*form("reverse", tokens=90, **more), grads=False)
+
+
 def test_taylor_features_in_segments() -> None:
     more = {"feature_map": "taylor2", "normalize": True, "dim": 5, "dtype": torch.float32}
     check(*form("identity", tokens=260, **more), grads=False)
@@ -245,7 +259,6 @@ def test_nothing_but_outputs() -> None:
 
 def test_what_is_missing_is_said() -> None:
     for more, what in (
-        ({"beta": True}, "delta rule"),
         ({"feature_map": "taylor2", "dim": 17}, "taylor2"),
         ({"dtype": torch.float64}, "float64"),
         ({"dim": 129}, "head_dim above 128"),
@@ -253,11 +266,14 @@ def test_what_is_missing_is_said() -> None:
         tensors, options = form("identity", **{"tokens": 3, "state": False, **more})
         with on_executor(), pytest.raises(NotImplementedError, match=what):
             linear_attention(**tensors, **options)
-    tensors, options = form("identity", tokens=3, state=False, feature_map="taylor2", dim=4)
-    with on_executor(), pytest.raises(NotImplementedError, match=r"gradients of .* 'taylor2'"):
-        linear_attention(
-            tensors.pop("query").requires_grad_(), **tensors, **options
-        ).sum().backward()
+    for more, what in (
+        ({"feature_map": "taylor2", "dim": 4}, "taylor2"),
+        ({"beta": True}, "delta"),
+    ):
+        tensors, options = form("identity", tokens=3, state=False, **more)
+        tensors["query"].requires_grad_()
+        with on_executor(), pytest.raises(NotImplementedError, match=f"gradients of .*{what}"):
+            linear_attention(**tensors, **options).sum().backward()
 
 
 def test_a_check_for_gpus() -> None:
