@@ -177,7 +177,7 @@ def _slot_list(slots: Tensor, count: int) -> list[int]:
 # ---- CUDA ----------------------------------------------------------------------------------------
 
 _TABLES = DeviceTables()
-_MAX_HEAD_DIM, _MAX_TAYLOR_DIM = 128, 16
+_MAX_HEAD_DIM, _MAX_TAYLOR_DIM, _MAX_TAYLOR_DIM_V = 128, 16, 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +193,7 @@ class _Sequences:
 _sequences = functools.lru_cache(maxsize=64)(_Sequences)
 
 
-def check_cuda(problem: tuple[Any, ...], grads: bool) -> None:
+def check_cuda(problem: tuple[Any, ...], grads: bool, of_decay: bool = False) -> None:
     """Errors: NotImplementedError for what the CUDA kernels lack."""
     query, value, beta = problem[0], problem[2], problem[_BETA]
     feature_map = problem[_FEATURE_MAP]
@@ -204,8 +204,10 @@ def check_cuda(problem: tuple[Any, ...], grads: bool) -> None:
         what = "gradients of the delta rule (beta)"
     elif FEATURE_MAPS[feature_map] == "taylor2" and query.shape[-1] > _MAX_TAYLOR_DIM:
         what = f"feature_map 'taylor2' with a head_dim above {_MAX_TAYLOR_DIM}"
-    elif FEATURE_MAPS[feature_map] == "taylor2" and grads:
-        what = "gradients of feature_map 'taylor2'"
+    elif FEATURE_MAPS[feature_map] == "taylor2" and grads and value.shape[-1] > _MAX_TAYLOR_DIM_V:
+        what = f"gradients of feature_map 'taylor2' with values wider than {_MAX_TAYLOR_DIM_V}"
+    elif FEATURE_MAPS[feature_map] == "taylor2" and of_decay:
+        what = "a gradient of decay beside feature_map 'taylor2'"
     elif max(query.shape[-1], value.shape[-1]) > _MAX_HEAD_DIM:
         what = f"a head_dim above {_MAX_HEAD_DIM}"
     if what:
@@ -234,7 +236,7 @@ def _forward_cuda(*problem: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _backward_cuda(*args: Any) -> tuple[Tensor, ...]:
     problem, query = args[:-5], args[0]
-    check_cuda(problem, grads=True)
+    check_cuda(problem, grads=True, of_decay=problem[_DECAY] is not None and args[-1][_DECAY])
     with torch.cuda.device(query.device):
         grads, tensors = _backward_tensors(*args)
         call = _C.CudaLinearBackward(_native(problem), tensors[-1][_DECAY] is not None)

@@ -11,8 +11,9 @@ namespace cuda {
 // What is compiled in. Plain: products, and the normaliser of outputs. Gated: decays and other
 // numbers of tokens too, further entries of b, features' slopes. Taylor: as gated, of features that
 // are all products of two of 16 entries, with them and 1. Delta: as gated, with values that the
-// state has not told yet.
-enum class ScanKind { kPlain, kGated, kTaylor, kDelta };
+// state has not told yet. Fold: c has Taylor features, from whose gradient that of the entries
+// comes.
+enum class ScanKind { kPlain, kGated, kTaylor, kDelta, kFold };
 constexpr int kTaylorEntries = 16;
 
 // clang-format off
@@ -26,7 +27,8 @@ constexpr int kTaylorEntries = 16;
   X(linear_scan_##type##_128, T, 128, 4, kPlain) \
   X(linear_scan_##type##_128_gated, T, 128, 4, kGated) \
   X(linear_scan_##type##_128_delta, T, 128, 4, kDelta) \
-  X(linear_scan_##type##_taylor, T, 160, 4, kTaylor)
+  X(linear_scan_##type##_taylor, T, 160, 4, kTaylor) \
+  X(linear_scan_##type##_fold, T, 64, 4, kFold)
 #define ATTNEXT_SCAN_KERNELS_32(X, T, type) \
   X(linear_scan_##type##_32, T, 32, 2, kPlain) \
   X(linear_scan_##type##_32_gated, T, 32, 2, kGated) \
@@ -37,7 +39,8 @@ constexpr int kTaylorEntries = 16;
   X(linear_scan_##type##_128, T, 128, 2, kPlain) \
   X(linear_scan_##type##_128_gated, T, 128, 2, kGated) \
   X(linear_scan_##type##_128_delta, T, 128, 2, kDelta) \
-  X(linear_scan_##type##_taylor, T, 160, 2, kTaylor)
+  X(linear_scan_##type##_taylor, T, 160, 2, kTaylor) \
+  X(linear_scan_##type##_fold, T, 64, 2, kFold)
 #define ATTNEXT_ALL_LINEAR_KERNELS(X)         \
   ATTNEXT_SCAN_KERNELS_16(X, bf16, bf16)      \
   ATTNEXT_SCAN_KERNELS_16(X, fp16, fp16)      \
@@ -45,12 +48,17 @@ constexpr int kTaylorEntries = 16;
   X(linear_numbers_bf16, bf16)                \
   X(linear_numbers_fp16, fp16)                \
   X(linear_numbers_fp32, float)               \
+  X(linear_fold_bf16, bf16)                   \
+  X(linear_fold_fp16, fp16)                   \
+  X(linear_fold_fp32, float)                  \
   X(linear_combine, float)                    \
   X(linear_decay_gradient, float)
 // clang-format on
 
 // Blocks that an SM must have room for: the compiler then keeps to as many registers.
-constexpr int least_scan_blocks(int elem, int dim) { return elem == 2 && dim <= 64 ? 3 : 1; }
+constexpr int least_scan_blocks(int elem, int dim, ScanKind kind) {
+  return elem == 4 || dim > 64 ? 1 : kind == ScanKind::kFold ? 2 : 3;
+}
 
 // Shared memory of a scan: two stages of a, b and c, the features of a and b where they are more
 // than their entries, the state as operand of a product, the outputs on their way, what is known of
@@ -58,18 +66,22 @@ constexpr int least_scan_blocks(int elem, int dim) { return elem == 2 && dim <= 
 // in panels, whose rows have a power of two of bytes.
 template <int kElem, int kDim, int kWarps, ScanKind kKind>
 struct ScanShared {
-  static constexpr bool kExpanded = kKind == ScanKind::kTaylor;
+  static constexpr bool kExpanded = kKind == ScanKind::kTaylor, kFolded = kKind == ScanKind::kFold;
   static constexpr int kChunk = 16 * kWarps, kColumns = 16 * kWarps;
   static constexpr int kRaw = kExpanded ? 32 : kDim, kPanel = kRaw;
   static constexpr int kPanels = kDim / kPanel, kPanelTile = kChunk * kPanel * kElem;
   static constexpr int kWide = kChunk * kRaw * kElem, kNarrow = kChunk * kColumns * kElem;
-  static constexpr int kStage = 2 * kWide + kNarrow;
+  static constexpr int kEntriesTile = kChunk * 32 * kElem;  // of Taylor entries, padded
+  static constexpr int kStage = 2 * kWide + (kFolded ? 2 * kEntriesTile : kNarrow);
   static constexpr int kFeaturesAt = 2 * kStage;
-  static constexpr int kStateAt = kFeaturesAt + (kExpanded ? 2 * kPanels * kPanelTile : 0);
+  static constexpr int kStateAt = kFeaturesAt + (kExpanded ? 2 * kPanels * kPanelTile
+                                                 : kFolded ? kNarrow
+                                                           : 0);
   // A warp's own rows of a, once read, are room enough for its outputs unless they are too short.
   static constexpr bool kOutApart = kRaw < kColumns && !kExpanded;
-  static constexpr int kOutAt = kStateAt + kPanels * kPanelTile;
-  static constexpr int kNumbersAt = kOutAt + (kOutApart ? kNarrow : 0);
+  static constexpr int kOutAt = kStateAt + kPanels * kColumns * kPanel * kElem;
+  static constexpr int kOutBytes = kFolded ? kChunk * kColumns * 4 : kOutApart ? kNarrow : 0;
+  static constexpr int kNumbersAt = kOutAt + kOutBytes;
   static constexpr int kTotalsAt = kNumbersAt + 2 * kChunk * 16;
   static constexpr int kZAt = kTotalsAt + 2 * 16;
   static constexpr int kUnitsAt = kZAt + (kDim > kColumns ? kDim : kColumns) * 4;

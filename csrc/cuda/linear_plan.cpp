@@ -46,6 +46,10 @@ const ScanFacts& scan_of(DType dtype, int64_t dim, ScanKind kind) {
       "features up to 16, in float32, bfloat16 or float16");
 }
 
+std::string suffix(DType dtype) {
+  return dtype == DType::kFloat32 ? "_fp32" : dtype == DType::kBFloat16 ? "_bf16" : "_fp16";
+}
+
 // A problem with its states and its scratch, which is counted as it is taken.
 class Plan {
  public:
@@ -104,8 +108,9 @@ class Plan {
     l.scale = against ? 1.f : static_cast<float>(p.scale);
     l.inner_scale = against ? static_cast<float>(p.scale) : 1.f;
     if (taylor()) {
-      l.polynomial_scale = l.scale;
-      l.scale = 1;
+      l.polynomial_scale = static_cast<float>(p.scale);
+      l.scale = l.inner_scale = 1;
+      l.weighted_b = against;
     }
     l.eps = static_cast<float>(p.eps);
     l.decay = p.decay;
@@ -127,16 +132,18 @@ class Plan {
   void add_scan(LinearLaunch l) {
     const bool gated = l.decay.data || l.side != Side::kNone || l.raw.rows.data ||
                        l.extension == Extension::kFeature || l.out_fp32 || l.inner_scale == 0;
-    const ScanKind kind = taylor()    ? ScanKind::kTaylor
+    const ScanKind kind = l.folds     ? ScanKind::kFold
+                          : taylor()  ? ScanKind::kTaylor
                           : p.delta() ? ScanKind::kDelta
                           : gated     ? ScanKind::kGated
                                       : ScanKind::kPlain;
     const ScanFacts& scan = scan_of(p.dtype, l.b.dim, kind);
-    l.slices = static_cast<int32_t>(slices(l.c.dim));
+    l.slices = static_cast<int32_t>(l.folds ? fold_slices() : slices(l.c.dim));
     const int64_t blocks = p.num_sequences * p.heads * segments_ * l.slices;
     add(scan.name, blocks, 32 * scan.warps, scan.shared_bytes, l);
   }
   int64_t slices(int64_t dim) const { return ceil_div(dim, p.dtype == DType::kFloat32 ? 32 : 64); }
+  int64_t fold_slices() const { return slices(num_features(FeatureMap::kTaylor2, kTaylorEntries)); }
   void add(const std::string& name, int64_t blocks, int32_t threads, int32_t shared,
            const LinearLaunch& l) {
     if (blocks > INT32_MAX) throw std::invalid_argument("attnext: grid: more than 2^31 blocks");
@@ -225,9 +232,11 @@ void plan_forward(Plan* plan) {
 
 void plan_backward(Plan* plan) {
   const LinearParams& p = plan->p;
-  if (plan->taylor() || p.delta()) {
+  if (p.delta()) throw std::invalid_argument("attnext: no gradients of the delta rule on CUDA");
+  if (plan->taylor() && (p.ddecay.data || p.head_dim_v > 64)) {
     throw std::invalid_argument(
-        "attnext: no gradients of Taylor features or the delta rule on CUDA");
+        "attnext: gradients of Taylor features on CUDA have a head_dim_v up "
+        "to 64, and none of the decay");
   }
   float* numbers = nullptr;
   if (p.normalize) {
@@ -237,11 +246,7 @@ void plan_backward(Plan* plan) {
     l.dout = plan->dout();
     l.result = plan->rows_of(p.out, p.heads, p.head_dim_v);
     constexpr int kThreads = 128, kRows = kThreads / 8;
-    const char* const suffix = p.dtype == DType::kFloat32    ? "fp32"
-                               : p.dtype == DType::kBFloat16 ? "bf16"
-                                                             : "fp16";
-    plan->add(std::string("linear_numbers_") + suffix, ceil_div(plan->rows(), kRows), kThreads, 0,
-              l);
+    plan->add("linear_numbers" + suffix(p.dtype), ceil_div(plan->rows(), kRows), kThreads, 0, l);
   }
   const auto use_numbers = [&](LinearLaunch* l, Side side, Extension extension) {
     l->extension = p.normalize ? extension : Extension::kNone;
@@ -253,6 +258,19 @@ void plan_backward(Plan* plan) {
   const auto result = [&](LinearLaunch* l, const TensorRef& t, int64_t heads, int64_t dim) {
     l->out = plan->rows_of(t, p.heads, dim);
     l->out_fp32 = heads != p.heads && p.dtype != DType::kFloat32;
+  };
+  float* folded = nullptr;
+  if (plan->taylor()) folded = plan->take(plan->fold_slices() * plan->rows() * kTaylorEntries);
+  const auto fold = [&](LinearLaunch* l) {
+    l->folds = plan->taylor();
+    l->folded = folded;
+  };
+  const auto add_fold = [&](LinearLaunch l) {
+    if (!plan->taylor()) return;
+    constexpr int kThreads = 256;
+    l.slices = static_cast<int32_t>(plan->fold_slices());
+    plan->add("linear_fold" + suffix(p.dtype), ceil_div(plan->rows() * kTaylorEntries, kThreads),
+              kThreads, 0, l);
   };
   const bool of_decay = p.ddecay.data;
   const bool curved = p.feature_map != FeatureMap::kIdentity;
@@ -281,7 +299,9 @@ void plan_backward(Plan* plan) {
     if (curved || of_decay) l.raw = plan->query();
     l.dots = dots;
     l.boundaries = boundaries;
+    fold(&l);
     plan->add_outputs(l, states, nullptr);
+    add_fold(l);
   }
   auto* const dinitial = static_cast<float*>(p.dinitial_state);
   LinearLaunch l = plan->start(true);
@@ -304,7 +324,9 @@ void plan_backward(Plan* plan) {
   l.dots = dots_key;
   l.boundaries = boundaries;
   l.meetings = meetings;
+  fold(&l);
   plan->add_outputs(l, states, dinitial);
+  add_fold(l);
 
   if (of_decay) {
     LinearLaunch d = plan->start(false);

@@ -58,6 +58,11 @@ struct LinearLaunch {
   float inner_scale;       // on what enters S
   float polynomial_scale;  // of Taylor features: on products of entries
   float eps;
+  int32_t weighted_b;  // Taylor: the weights of the polynomial are b's or c's, not a's or raw's
+  // Fold: [slices, batch, tokens, heads, 16], what the features of each slice make of the gradient
+  // of the entries.
+  float* folded;
+  int32_t folds;
   Extension extension;
   Side side;
   float* numbers;  // [batch, tokens, heads] of {factor, further entry}, for `side`

@@ -26,6 +26,7 @@ template <class T, int kDim, int kWarps, ScanKind kKind>
 struct Scan {
   using S = ScanShared<sizeof(T), kDim, kWarps, kKind>;
   static constexpr bool kGated = kKind != ScanKind::kPlain, kDelta = kKind == ScanKind::kDelta;
+  static constexpr bool kFolded = S::kFolded;
   static constexpr int kEntries = kTaylorEntries;
   using P = Products<T>;
   static constexpr bool kExpanded = S::kExpanded;
@@ -57,6 +58,7 @@ struct Scan {
   int lane, warp, g, t;
   WalkLanes<T, kPanel> wide;
   WalkLanes<T, kColumns> narrow;
+  WalkLanes<T, 32> entries;  // fold: of raw and c
   Tokens tokens;
   int64_t sequence;
   int32_t head, segment, slice;
@@ -72,10 +74,17 @@ struct Scan {
     g = lane / 4, t = lane % 4;
     wide.start();
     narrow.start();
+    if constexpr (kFolded) entries.start();
   }
 
   ATTNEXT_DEVICE uint32_t tile(int stage, int operand) const {
     return shared + stage * S::kStage + operand * S::kWide;
+  }
+  ATTNEXT_DEVICE uint32_t c_tile(int stage) const {
+    return kFolded ? shared + S::kFeaturesAt : tile(stage, 2);
+  }
+  ATTNEXT_DEVICE uint32_t entries_tile(int stage, int operand) const {  // raw (0), c (1)
+    return tile(stage, 2) + operand * S::kEntriesTile;
   }
   // Features of a (0) or b (1), and the copy of the state, of which features are a panel's columns.
   ATTNEXT_DEVICE uint32_t features(int stage, int operand, int panel) const {
@@ -100,8 +109,7 @@ struct Scan {
     if (skipped < chunks) {
       copy_chunk_rows(skipped * kChunk, skipped % 2);
       Next next;
-      look_at(skipped * kChunk, next);
-      note(next, skipped % 2);
+      if (notes()) look_at(skipped * kChunk, next), note(next, skipped % 2);
       if (p.outputs) copy_state();
     }
 #pragma unroll 1
@@ -114,13 +122,17 @@ struct Scan {
       Next next;
       if (more) {
         copy_chunk_rows((c + 1) * kChunk, stage ^ 1);
-        look_at((c + 1) * kChunk, next);
+        if (notes()) look_at((c + 1) * kChunk, next);
       }
       if constexpr (kExpanded) {
         expand(c * kChunk, stage);
         __syncthreads();
       }
       if constexpr (kDelta) replace_values(stage);
+      if constexpr (kFolded) {
+        expand_slice(c * kChunk, stage);
+        __syncthreads();
+      }
       if (p.outputs) attend(c * kChunk, stage);
       const bool sums = p.sums && (more || p.after || (kGated && p.boundaries));
       if (kGated && p.meetings) meet(c);
@@ -130,7 +142,7 @@ struct Scan {
         __syncthreads();  // the copy of the state has been read
         if (more) copy_state();
       }
-      if (more) note(next, stage ^ 1);
+      if (more && notes()) note(next, stage ^ 1);
     }
     store_state();
   }
@@ -190,8 +202,11 @@ struct Scan {
   }
   ATTNEXT_DEVICE void copy_chunk_rows(int at, int stage) const {
     if (p.outputs) copy_rows_of<kRaw>(p.a, at, 0, tile(stage, 0));
-    if (p.sums) {
-      copy_rows_of<kRaw>(p.b, at, 0, tile(stage, 1));
+    if (p.sums) copy_rows_of<kRaw>(p.b, at, 0, tile(stage, 1));
+    if constexpr (kFolded) {
+      copy_rows_of<32>(p.raw, at, 0, entries_tile(stage, 0));
+      if (p.sums) copy_rows_of<32>(p.c, at, 0, entries_tile(stage, 1));
+    } else if (p.sums) {
       copy_rows_of<kColumns>(p.c, at, slice * kColumns, tile(stage, 2));
     }
     commit_copies();
@@ -220,7 +235,7 @@ struct Scan {
     });
   }
   ATTNEXT_DEVICE void map_chunk(int at, int stage) const {
-    if constexpr (kExpanded) return;
+    if constexpr (kExpanded || kFolded) return;
     if (p.outputs) map_rows<kRaw>(p.a, at, 0, tile(stage, 0));
     if (p.sums) {
       map_rows<kRaw>(p.b, at, 0, tile(stage, 1));
@@ -237,7 +252,8 @@ struct Scan {
     const int operand = threadIdx.x / kChunk, row = threadIdx.x % kChunk;
     if (operand == 0 ? !p.outputs : !p.sums) return;
     float x[kEntries], part[kElems];
-    const float by = operand == 0 ? p.polynomial_scale : 1.f, square = operand == 0 ? 0.5f : 1.f;
+    const bool weighted = operand == p.weighted_b;
+    const float by = weighted ? p.polynomial_scale : 1.f, square = weighted ? 0.5f : 1.f;
 #pragma unroll
     for (int chunk = 0; chunk < kEntries / kElems; ++chunk) {
       const uint4 whole = load_shared(tile(stage, operand) + Raw::at(row, chunk));
@@ -274,15 +290,32 @@ struct Scan {
 #pragma unroll
     for (int i = 1 + kEntries * (kEntries + 3) / 2; i < kDim; ++i) put(0.f);
   }
-  // The row of a state's tensor that a feature has there, where entries may be fewer; -1: none.
-  ATTNEXT_DEVICE int state_row(int f) const {
-    const int dim = p.b.dim;
-    if constexpr (!kExpanded) return f < dim ? f : -1;
-    if (f <= kEntries) return f <= dim ? f : -1;
-    int a = 0, b = f - 1 - kEntries;
+  // Feature f > kEntries is x_a x_b.
+  ATTNEXT_DEVICE static void pair_of(int f, int& a, int& b) {
+    a = 0, b = f - 1 - kEntries;
     while (a < kEntries && b >= kEntries - a) b -= kEntries - a, ++a;
     b += a;
+  }
+  // Its place in a tensor of states, where entries may be fewer; -1: none.
+  ATTNEXT_DEVICE static int place_of(int f, int dim) {
+    if (f <= kEntries) return f <= dim ? f : -1;
+    int a, b;
+    pair_of(f, a, b);
     return b < dim ? 1 + dim + a * dim - a * (a - 1) / 2 + b - a : -1;
+  }
+  ATTNEXT_DEVICE int state_row(int f) const {
+    if constexpr (kExpanded) {
+      return place_of(f, p.b.dim);
+    } else {
+      return f < p.b.dim ? f : -1;
+    }
+  }
+  ATTNEXT_DEVICE int state_column(int f) const {
+    if constexpr (kFolded) {
+      return place_of(f, p.c.dim);
+    } else {
+      return f < p.c.dim ? f : -1;
+    }
   }
 
   // ---- what is known of tokens -----------------------------------------------------------------
@@ -292,8 +325,8 @@ struct Scan {
     float2 number[kPer];
   };
   // The first warp reads them for all, a chunk ahead.
+  ATTNEXT_DEVICE bool notes() const { return kGated && warp == 0; }
   ATTNEXT_DEVICE void look_at(int at, Next& next) const {
-    if (!kGated || warp > 0) return;
 #pragma unroll
     for (int i = 0; i < kPer; ++i) {
       const int row = at + lane * kPer + i;
@@ -314,7 +347,6 @@ struct Scan {
   }
   // In double: a difference of two sums is exact beside fp32, whatever has gone by before.
   ATTNEXT_DEVICE void note(const Next& next, int buffer) {
-    if (!kGated || warp > 0) return;
     constexpr float kLeast = -1000.f;  // its exponential is 0; -inf would leave NaN
     double until[kPer], sum = 0.;
     float top = 0.f;
@@ -455,6 +487,7 @@ struct Scan {
     if (p.sums) {
       product<T, kRaw, 1, kChunk, kKept>(scores, rows, wide, tile(stage, 1), walked);
       finish_scores(scores[0], buffer, mine, walked, sum);
+      if constexpr (kFolded) times_slope(scores, stage, walked);
     }
 
     float out[1][kColumns / 8][4], factor[1][2];
@@ -492,6 +525,10 @@ struct Scan {
           }
         }
       }
+    }
+    if constexpr (kFolded) {
+      fold(at, stage, out[0], scores, factor[0], walked);
+      return;
     }
     if (p.sums) {
       accumulate<T, kColumns, kColumns, 1, kChunk>(out, scores, narrow, tile(stage, 2), 0, walked);
@@ -533,6 +570,121 @@ struct Scan {
       }
     }
   }
+
+  // ---- gradients of Taylor features ----
+
+  // The features of c that are the slice's columns.
+  ATTNEXT_DEVICE void expand_slice(int at, int stage) const {
+    if (!p.sums) return;
+    using Narrow = Layout<T, kColumns>;
+    constexpr int kElems = Narrow::kElems, kEach = kColumns / 2;
+    const int row = threadIdx.x % kChunk, column0 = threadIdx.x / kChunk * kEach;
+    const float by = p.weighted_b ? p.polynomial_scale : 1.f, square = p.weighted_b ? 0.5f : 1.f;
+    int a = 0, b = 0, f = slice * kColumns + column0;
+    if (f > kEntries) pair_of(f, a, b);
+#pragma unroll 1
+    for (int column = column0; column < column0 + kEach; column += kElems) {
+      T elems[kElems];
+#pragma unroll
+      for (int e = 0; e < kElems; ++e, ++f) {
+        float x = f == 0 && is_token(at + row) ? 1.f : 0.f;
+        if (f > 0 && f <= kEntries) {
+          x = by * entry(stage, 1, row, f - 1);
+        } else if (f > 0 && a < kEntries) {
+          x = by * entry(stage, 1, row, a) * (by * entry(stage, 1, row, b));
+          if (a == b) x *= square;
+          if (++b == kEntries) b = ++a;
+        }
+        elems[e] = Number<T>::narrow(x);
+      }
+      uint4 whole;
+      memcpy(&whole, elems, 16);
+      store_shared(c_tile(stage) + Narrow::at(row, column / kElems), whole);
+    }
+  }
+  ATTNEXT_DEVICE float entry(int stage, int operand, int row, int i) const {
+    using Raw = Layout<T, 32>;
+    const uint8_t* from = memory + (entries_tile(stage, operand) - shared);
+    return Number<T>::widen(
+        reinterpret_cast<const T*>(from + Raw::at(row, i / Raw::kElems))[i % Raw::kElems]);
+  }
+
+  // The polynomial's slope by the entries of raw, less those of c.
+  ATTNEXT_DEVICE void times_slope(float (&scores)[1][kChunk / 8][4], int stage, int walked) const {
+    LeftRows<T, 32, 1, false> raw;
+    raw.load(entries_tile(stage, 0), warp * 16);
+    float s[1][kChunk / 8][4];
+    product<T, 32, 1, kChunk, false>(s, raw, entries, entries_tile(stage, 1), walked);
+#pragma unroll
+    for (int n = 0; n < kChunk / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        scores[0][n][e] *= p.polynomial_scale * fmaf(s[0][n][e], p.polynomial_scale, 1.f);
+      }
+    }
+  }
+
+  // From the gradient of features, by way of shared memory, and from the products within the chunk.
+  ATTNEXT_DEVICE void fold(int at, int stage, const float (&out)[kColumns / 8][4],
+                           const float (&scores)[1][kChunk / 8][4], const float (&factor)[2],
+                           int walked) const {
+    float inner[1][4][4] = {};
+    if (p.sums && slice == 0) {
+      accumulate<T, 32, 32, 1, kChunk>(inner, scores, entries, entries_tile(stage, 1), 0, walked);
+    }
+    float* const room = reinterpret_cast<float*>(memory + S::kOutAt) + warp * 16 * kColumns;
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        room[(e / 2 * 8 + g) * kColumns + n * 8 + 2 * t + e % 2] = out[n][e] * factor[e / 2];
+      }
+    }
+    __syncwarp();
+    // Two lanes a row, eight entries each.
+    constexpr int kHalf = kEntries / 2;
+    const int row = lane % 16, first_entry = lane / 16 * kHalf, low = slice * kColumns;
+    const float by = p.weighted_b ? 1.f : p.polynomial_scale, square = p.weighted_b ? 2.f : 1.f;
+    float x[kEntries], sum[kHalf];
+#pragma unroll
+    for (int i = 0; i < kEntries; ++i) x[i] = by * entry(stage, 0, warp * 16 + row, i);
+    const auto of_feature = [&](int f) {
+      return low <= f && f < low + kColumns ? room[row * kColumns + f - low] : 0.f;
+    };
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      const int a = first_entry + i;
+      sum[i] = of_feature(1 + a);
+#pragma unroll
+      for (int b = 0; b < kEntries; ++b) {
+        const int m = min(a, b), f = 1 + kEntries + m * kEntries - m * (m - 1) / 2 + max(a, b) - m;
+        sum[i] = fmaf(of_feature(f), a == b ? x[b] * square : x[b], sum[i]);
+      }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int n = 0; n < kEntries / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        room[(e / 2 * 8 + g) * kColumns + n * 8 + 2 * t + e % 2] = inner[0][n][e] * factor[e / 2];
+      }
+    }
+    __syncwarp();
+    const int token = at + warp * 16 + row;
+    if (is_token(token)) {
+      float* to =
+          p.folded +
+          (slice * p.batch * p.tokens * p.heads + tokens.index(p, first + token)) * kEntries +
+          first_entry;
+#pragma unroll
+      for (int i = 0; i < kHalf; ++i) {
+        to[i] = fmaf(sum[i], by, room[row * kColumns + first_entry + i]);
+      }
+    }
+    __syncwarp();  // before the next chunk's
+  }
+
+  // ---- the normaliser ----
 
   ATTNEXT_DEVICE void add_products_with_z(const Rows& rows, int first_feature,
                                           float (&by_z)[2]) const {
@@ -641,7 +793,7 @@ struct Scan {
     kept_all *= kept;
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      c[k] = TransposedLeft<T, kColumns>::load(tile(stage, 2), k * kDepth,
+      c[k] = TransposedLeft<T, kColumns>::load(c_tile(stage), k * kDepth,
                                                warp * 16 / Layout<T, kColumns>::kElems);
       float entry[kMine];
 #pragma unroll
@@ -797,8 +949,8 @@ struct Scan {
   ATTNEXT_DEVICE void each_state(Visit visit) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int column = slice * kColumns + warp * 16 + half * 8 + g;
-      if (column >= p.c.dim) continue;
+      const int column = state_column(slice * kColumns + warp * 16 + half * 8 + g);
+      if (column < 0) continue;
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {
 #pragma unroll
@@ -833,8 +985,8 @@ struct Scan {
     } else if (is_further()) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int column = slice * kColumns + warp * 16 + half * 8 + g;
-        if (column < p.c.dim) z[0][half] = from[column * p.z_stride];
+        const int column = state_column(slice * kColumns + warp * 16 + half * 8 + g);
+        if (column >= 0) z[0][half] = from[column * p.z_stride];
       }
     }
   }
@@ -851,8 +1003,8 @@ struct Scan {
     } else if (is_further() && t == 0) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int column = slice * kColumns + warp * 16 + half * 8 + g;
-        if (column < p.c.dim) to[column * p.z_stride] = z[0][half];
+        const int column = state_column(slice * kColumns + warp * 16 + half * 8 + g);
+        if (column >= 0) to[column * p.z_stride] = z[0][half];
       }
     }
     if (p.factors && slice == 0 && threadIdx.x == 0) {
@@ -863,10 +1015,11 @@ struct Scan {
 
 extern __shared__ __align__(1024) uint8_t shared_memory[];
 
-#define ATTNEXT_SCAN(name, T, dim, warps, kind)                                                 \
-  extern "C" __global__ void __launch_bounds__((warps) * 32, least_scan_blocks(sizeof(T), dim)) \
-      name(const __grid_constant__ LinearLaunch p) {                                            \
-    Scan<T, dim, warps, ScanKind::kind>(p, shared_memory).run();                                \
+#define ATTNEXT_SCAN(name, T, dim, warps, kind)                                                   \
+  extern "C" __global__ void __launch_bounds__((warps) * 32,                                      \
+                                               least_scan_blocks(sizeof(T), dim, ScanKind::kind)) \
+      name(const __grid_constant__ LinearLaunch p) {                                              \
+    Scan<T, dim, warps, ScanKind::kind>(p, shared_memory).run();                                  \
   }
 
 }  // namespace cuda

@@ -7,6 +7,9 @@ namespace cuda {
 ATTNEXT_NUMBERS(linear_numbers_bf16, bf16)
 ATTNEXT_NUMBERS(linear_numbers_fp16, fp16)
 ATTNEXT_NUMBERS(linear_numbers_fp32, float)
+ATTNEXT_FOLD(linear_fold_bf16, bf16)
+ATTNEXT_FOLD(linear_fold_fp16, fp16)
+ATTNEXT_FOLD(linear_fold_fp32, float)
 ATTNEXT_AROUND(linear_combine, 256, combine_segments)
 ATTNEXT_AROUND(linear_decay_gradient, kDecayThreads, find_decay_gradient)
 

@@ -53,6 +53,25 @@ ATTNEXT_DEVICE void find_numbers(const LinearLaunch& p) {
   reinterpret_cast<float2*>(p.numbers)[index] = make_float2(p.scale / by, -dot);
 }
 
+// Gradients of entries, summed over slices of their features.
+template <class T>
+ATTNEXT_DEVICE void fold_slices(const LinearLaunch& p) {
+  const int64_t number = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t index = number / kTaylorEntries, entry = number % kTaylorEntries;
+  const int64_t rows = p.batch * p.tokens * p.heads;
+  if (index >= rows || entry >= p.out.dim) return;
+  float sum = 0.f;
+  for (int64_t s = 0; s < p.slices; ++s) sum += p.folded[s * rows * kTaylorEntries + number];
+  const TensorRef& out = p.out.rows;
+  const int64_t at = index / p.heads / p.tokens * out.batch +
+                     index / p.heads % p.tokens * out.token[2] + index % p.heads * out.head + entry;
+  if (p.out_fp32) {
+    static_cast<float*>(out.data)[at] = sum;
+  } else {
+    static_cast<T*>(out.data)[at] = Number<T>::narrow(sum);
+  }
+}
+
 // A warp for each chunk. A decay scales all that goes from the tokens before it to its own and
 // those after: the sum of q.dq less that of k.dk, features and their gradients, over these tokens.
 // Within the chunk it is taken so; beyond, it is the state after the chunk times its gradient.
@@ -100,6 +119,10 @@ ATTNEXT_DEVICE void find_decay_gradient(const LinearLaunch& p) {
 #define ATTNEXT_NUMBERS(name, T)                                                                   \
   extern "C" __global__ void __launch_bounds__(128) name(const __grid_constant__ LinearLaunch p) { \
     find_numbers<T>(p);                                                                            \
+  }
+#define ATTNEXT_FOLD(name, T)                                                                      \
+  extern "C" __global__ void __launch_bounds__(256) name(const __grid_constant__ LinearLaunch p) { \
+    fold_slices<T>(p);                                                                             \
   }
 #define ATTNEXT_AROUND(name, threads, body)             \
   extern "C" __global__ void __launch_bounds__(threads) \

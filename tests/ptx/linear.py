@@ -52,7 +52,8 @@ def forward(recorder: Recorder, *problem: Any) -> tuple[Tensor, ...]:
 
 def backward(recorder: Recorder, *args: Any) -> tuple[Tensor, ...]:
     problem = args[:-5]
-    linear_ops.check_cuda(problem, grads=True)
+    of_decay = problem[linear_ops._DECAY] is not None and args[-1][linear_ops._DECAY]
+    linear_ops.check_cuda(problem, grads=True, of_decay=of_decay)
     memory = Memory()
     fakes, tensors = linear_ops._backward_tensors(*args)
     *given, wanted = tensors

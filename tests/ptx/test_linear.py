@@ -258,6 +258,7 @@ def test_nothing_but_outputs() -> None:
 
 
 def test_what_is_missing_is_said() -> None:
+    more: dict[str, Any]
     for more, what in (
         ({"feature_map": "taylor2", "dim": 17}, "taylor2"),
         ({"dtype": torch.float64}, "float64"),
