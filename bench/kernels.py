@@ -84,7 +84,7 @@ KERNELS: tuple[Kernel, ...] = tuple(
 LINEAR_KERNELS: tuple[Kernel, ...] = tuple(
     Kernel(
         facts["name"],
-        _alone("linear_scan.cuh", facts["instance"]),
+        _alone("linear_entry.cuh", facts["instance"]),
         facts["name"],
         facts["threads"],
         facts["shared_bytes"],

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..linear import linear_attention
+from ..linear_ops import num_features
 from .problems import DTYPES, lay_out
 
 # Root mean square, relative: twice the rounding of an output and of what is an operand between two
@@ -35,7 +36,7 @@ def slack(dtype: torch.dtype, normalize: bool) -> dict[str, float]:
 @dataclass(frozen=True, kw_only=True)
 class LinearProblem:
     """A call of :func:`attnext.linear_attention` on random numbers. ``heads``: of query, key and
-    value. ``decay``: None, "head" or "token"."""
+    value. ``decay``: None, "head" or "token". ``beta``: the delta rule, forward only."""
 
     name: str
     tokens: int
@@ -44,6 +45,7 @@ class LinearProblem:
     head_dim: int = 64
     head_dim_v: int = 64
     decay: str | None = None
+    beta: bool = False
     state: bool = True
     ends: tuple[int, ...] = ()
     layout: str = "whole"
@@ -70,11 +72,15 @@ class LinearProblem:
         if self.decay:
             shape = (most,) if self.decay == "head" else (*rows, most)
             tensors["decay"] = -normal(*shape, kind=torch.float32).abs() / 8
+        if self.beta:
+            tensors["key"] = torch.nn.functional.normalize(tensors["key"].float(), dim=-1).to(dtype)
+            tensors["beta"] = normal(*rows, most, kind=torch.float32).sigmoid()
         if self.state:
             count = max(self.batch, len(self.ends) - 1)
+            features = num_features(self.options.get("feature_map", "identity"), self.head_dim)
             columns = self.head_dim_v + bool(self.options.get("normalize"))
             tensors["initial_state"] = normal(
-                count, most, self.head_dim, columns, kind=torch.float32
+                count, most, features, columns, kind=torch.float32
             ).abs()
         return tensors
 
@@ -83,7 +89,7 @@ class LinearProblem:
     ) -> dict[str, Tensor]:
         """Results and gradients; ``wide``: in float64, of the same numbers and cotangents."""
         leaves = {
-            name: (x.double() if wide else x).requires_grad_()
+            name: (x.double() if wide else x).requires_grad_(not self.beta)
             for name, x in self.tensors(dtype, device).items()
         }
         options = {**self.options, "output_final_state": self.state}
@@ -92,6 +98,8 @@ class LinearProblem:
         call: Any = linear_attention
         found = call(**leaves, **options)
         named = dict(zip(("out", "final_state"), found if self.state else (found,), strict=False))
+        if self.beta:
+            return {name: x.cpu() for name, x in named.items()}
         generator = torch.Generator().manual_seed(1)
         cotangents = [
             torch.randn(x.shape, generator=generator, dtype=torch.float64)
@@ -107,6 +115,7 @@ class LinearProblem:
 
 def _problems() -> list[LinearProblem]:
     elu = {"feature_map": "elu", "normalize": True}
+    taylor = {"feature_map": "taylor2", "normalize": True}
     made = [
         LinearProblem(name=f"length-{n}", tokens=n, options=elu, decay="token")
         for n in (1, 63, 64, 65, 129, 1000)
@@ -124,6 +133,16 @@ def _problems() -> list[LinearProblem]:
         LinearProblem(name="segments-normalized", tokens=4097, options=elu, decay="token"),
         LinearProblem(name="not-causal", tokens=900, options={**elu, "is_causal": False}),
         LinearProblem(name="reverse", tokens=900, options={"reverse": True}, decay="token"),
+        LinearProblem(name="delta", tokens=300, beta=True, heads=(4, 4, 4)),
+        LinearProblem(name="delta-gated", tokens=1000, beta=True, decay="token", head_dim_v=100),
+        LinearProblem(name="taylor", tokens=1000, head_dim=16, options=taylor),
+        LinearProblem(name="taylor-small", tokens=200, head_dim=5, batch=3, options=taylor),
+        LinearProblem(
+            name="taylor-not-causal",
+            tokens=900,
+            head_dim=16,
+            options={**taylor, "is_causal": False},
+        ),
         LinearProblem(name="relu", tokens=300, options={"feature_map": "relu"}),
         LinearProblem(name="blocks", tokens=300, options={"window_size": 90}, state=False),
         LinearProblem(name="packed", tokens=1500, ends=ends, decay="token", options=elu),
@@ -180,6 +199,7 @@ CASES: list[
     (8, 4096, 16, 128, {}),
     (8, 1024, 8, 64, {}),
     (1, 16384, 16, 128, {}),
+    (8, 4096, 16, 16, {"feature_map": "taylor2", "normalize": True}),  # values of 64
 ]
 
 
@@ -188,15 +208,16 @@ def time_case(
 ) -> str:
     """Milliseconds of the forward pass and of both, bfloat16, median of 20."""
     options = dict(given)
-    shape = (batch, tokens, heads, dim)
+    rows, dim_v = (batch, tokens, heads), max(dim, 64)
     leaves = [
-        torch.randn(shape, device=device, dtype=torch.bfloat16).requires_grad_() for _ in range(3)
+        torch.randn((*rows, d), device=device, dtype=torch.bfloat16).requires_grad_()
+        for d in (dim, dim, dim_v)
     ]
     if options.pop("decay", None):
         decay = -torch.rand(batch, tokens, heads, device=device) / 8
         options["decay"] = decay.requires_grad_()
         leaves.append(options["decay"])
-    dout = torch.randn(shape, device=device, dtype=torch.bfloat16)
+    dout = torch.randn((*rows, dim_v), device=device, dtype=torch.bfloat16)
 
     def forward() -> Any:
         with torch.no_grad():
@@ -206,8 +227,10 @@ def time_case(
         return torch.autograd.grad(linear_attention(*leaves[:3], **options), leaves, dout)
 
     words = [f"B{batch} N{tokens} H{heads} D{dim} {dict(given)}:"]
-    size = batch * tokens * heads * dim * 2
-    for name, run, passes in (("forward", forward, 4), ("with gradients", both, 12)):
+    bytes_of = batch * tokens * heads * 2  # of one column
+    # What each pass must read and write at least.
+    traffic = {"forward": 2 * dim + 2 * dim_v, "with gradients": 6 * dim + 5 * dim_v}
+    for name, run in (("forward", forward), ("with gradients", both)):
         for _ in range(3):
             run()
         times = []
@@ -219,7 +242,7 @@ def time_case(
             end.synchronize()
             times.append(start.elapsed_time(end))
         median = sorted(times)[10]
-        words.append(f"{name} {median:.3f} ms ({passes * size / median / 1e9:.2f} TB/s)")
+        words.append(f"{name} {median:.3f} ms ({traffic[name] * bytes_of / median / 1e9:.2f} TB/s)")
     return " ".join(words)
 
 

@@ -243,53 +243,7 @@ struct Scan {
     }
   }
 
-  // Taylor features: 1, x_a, and x_a x_b for a <= b; those of a carry the polynomial's weights.
-  // Half of the threads have a row of a each, half one of b.
-  ATTNEXT_DEVICE void expand(int at, int stage) const {
-    using Raw = Layout<T, kRaw>;
-    static_assert(kThreads == 2 * kChunk && 1 + kEntries * (kEntries + 3) / 2 <= kDim, "features");
-    constexpr int kElems = Raw::kElems;
-    const int operand = threadIdx.x / kChunk, row = threadIdx.x % kChunk;
-    if (operand == 0 ? !p.outputs : !p.sums) return;
-    float x[kEntries], part[kElems];
-    const bool weighted = operand == p.weighted_b;
-    const float by = weighted ? p.polynomial_scale : 1.f, square = weighted ? 0.5f : 1.f;
-#pragma unroll
-    for (int chunk = 0; chunk < kEntries / kElems; ++chunk) {
-      const uint4 whole = load_shared(tile(stage, operand) + Raw::at(row, chunk));
-      T elems[kElems];
-      memcpy(elems, &whole, 16);
-#pragma unroll
-      for (int e = 0; e < kElems; ++e) x[chunk * kElems + e] = Number<T>::widen(elems[e]) * by;
-    }
-    int f = 0;
-    const auto put = [&](float value) {
-      part[f % kElems] = value;
-      if (++f % kElems > 0) return;
-      uint4 whole;
-      if constexpr (sizeof(T) == 4) {
-        memcpy(&whole, part, 16);
-      } else {
-        whole = {Number<T>::pack(part[0], part[1]), Number<T>::pack(part[2], part[3]),
-                 Number<T>::pack(part[4], part[5]), Number<T>::pack(part[6], part[7])};
-      }
-      const int chunk = f / kElems - 1;
-      store_shared(
-          features(stage, operand, chunk / Wide::kChunks) + Wide::at(row, chunk % Wide::kChunks),
-          whole);
-    };
-    put(is_token(at + row) ? 1.f : 0.f);
-#pragma unroll
-    for (int a = 0; a < kEntries; ++a) put(x[a]);
-#pragma unroll
-    for (int a = 0; a < kEntries; ++a) {
-      put(x[a] * x[a] * square);
-#pragma unroll
-      for (int b = a + 1; b < kEntries; ++b) put(x[a] * x[b]);
-    }
-#pragma unroll
-    for (int i = 1 + kEntries * (kEntries + 3) / 2; i < kDim; ++i) put(0.f);
-  }
+  ATTNEXT_DEVICE void expand(int at, int stage) const;
   // Feature f > kEntries is x_a x_b.
   ATTNEXT_DEVICE static void pair_of(int f, int& a, int& b) {
     a = 0, b = f - 1 - kEntries;
@@ -382,82 +336,9 @@ struct Scan {
 
   // ---- the delta rule --------------------------------------------------------------------------
 
-  // What is written, u_i = beta_i (v_i - decay k_i S - sum over j < i of decay (k_i k_j) u_j),
-  // takes the place of the values: 16 tokens after 16, those within by substitution, in fp32.
-  ATTNEXT_DEVICE void replace_values(int stage) {
-    const int buffer = stage;
-    Rows rows;
-    rows.load(tile(stage, 1), warp * 16);
-    float by_key[1][kChunk / 8][4], u[1][kColumns / 8][4];
-    product<T, kRaw, 1, kChunk, kKept>(by_key, rows, wide, tile(stage, 1), warp * 16 + 16);
-    product<T, kPanel, 1, kColumns, kKept>(u, rows, wide, state_tile(0));
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = warp * 16 + half * 8 + g;
-      const Numbers mine = numbers(buffer, row);
-      const float beta = mine.entry, kept = decays() ? power(mine.decay) : 1.f;
-#pragma unroll
-      for (int n = 0; n < kChunk / 8; ++n) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& x = by_key[0][n][2 * half + e];
-          const int j = n * 8 + 2 * t + e;
-          if (decays()) {
-            const Numbers other = numbers(buffer, j);
-            x *= power((mine.decay - other.decay) + (mine.rest - other.rest));
-          }
-          x = j < row ? -beta * x : 0.f;
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < kColumns / 8; ++n) {
-        const float of_state = kUnits ? kept * units()[n / 2] : kept;
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& x = u[0][n][2 * half + e];
-          x = beta * (Number<T>::widen(value(stage, row, n * 8 + 2 * t + e)) - of_state * x);
-        }
-      }
-    }
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      if (warp == w) {
-        accumulate<T, kColumns, kColumns, 1, kChunk>(u, by_key, narrow, tile(stage, 2), 0, w * 16);
-        substitute(by_key[0][2 * w], by_key[0][2 * w + 1], u[0]);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-#pragma unroll
-          for (int n = 0; n < kColumns / 8; ++n) {
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              value(stage, w * 16 + half * 8 + g, n * 8 + 2 * t + e) =
-                  Number<T>::narrow(u[0][n][2 * half + e]);
-            }
-          }
-        }
-      }
-      __syncthreads();  // the next warp reads them
-    }
-  }
-  // u_i += sum over j < i of weights_ij u_j, for 16 rows from the first to the last.
+  ATTNEXT_DEVICE void replace_values(int stage);
   ATTNEXT_DEVICE void substitute(const float (&low)[4], const float (&high)[4],
-                                 float (&u)[kColumns / 8][4]) const {
-#pragma unroll
-    for (int j = 0; j < 15; ++j) {
-      const int from = lane / 4 * 4 + j % 8 / 2, row = j % 8 * 4 + t;
-      const float above = __shfl_sync(~0u, j < 8 ? low[j % 2] : high[j % 2], from);
-      const float below = __shfl_sync(~0u, j < 8 ? low[2 + j % 2] : high[2 + j % 2], from);
-#pragma unroll
-      for (int n = 0; n < kColumns / 8; ++n) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float x = __shfl_sync(~0u, u[n][j / 8 * 2 + e], row);
-          u[n][e] = fmaf(above, x, u[n][e]);
-          u[n][2 + e] = fmaf(below, x, u[n][2 + e]);
-        }
-      }
-    }
-  }
+                                 float (&u)[kColumns / 8][4]) const;
   ATTNEXT_DEVICE T& value(int stage, int row, int column) const {
     using Narrow = Layout<T, kColumns>;
     uint8_t* const from = memory + stage * S::kStage + 2 * S::kWide;
@@ -573,35 +454,7 @@ struct Scan {
 
   // ---- gradients of Taylor features ----
 
-  // The features of c that are the slice's columns.
-  ATTNEXT_DEVICE void expand_slice(int at, int stage) const {
-    if (!p.sums) return;
-    using Narrow = Layout<T, kColumns>;
-    constexpr int kElems = Narrow::kElems, kEach = kColumns / 2;
-    const int row = threadIdx.x % kChunk, column0 = threadIdx.x / kChunk * kEach;
-    const float by = p.weighted_b ? p.polynomial_scale : 1.f, square = p.weighted_b ? 0.5f : 1.f;
-    int a = 0, b = 0, f = slice * kColumns + column0;
-    if (f > kEntries) pair_of(f, a, b);
-#pragma unroll 1
-    for (int column = column0; column < column0 + kEach; column += kElems) {
-      T elems[kElems];
-#pragma unroll
-      for (int e = 0; e < kElems; ++e, ++f) {
-        float x = f == 0 && is_token(at + row) ? 1.f : 0.f;
-        if (f > 0 && f <= kEntries) {
-          x = by * entry(stage, 1, row, f - 1);
-        } else if (f > 0 && a < kEntries) {
-          x = by * entry(stage, 1, row, a) * (by * entry(stage, 1, row, b));
-          if (a == b) x *= square;
-          if (++b == kEntries) b = ++a;
-        }
-        elems[e] = Number<T>::narrow(x);
-      }
-      uint4 whole;
-      memcpy(&whole, elems, 16);
-      store_shared(c_tile(stage) + Narrow::at(row, column / kElems), whole);
-    }
-  }
+  ATTNEXT_DEVICE void expand_slice(int at, int stage) const;
   ATTNEXT_DEVICE float entry(int stage, int operand, int row, int i) const {
     using Raw = Layout<T, 32>;
     const uint8_t* from = memory + (entries_tile(stage, operand) - shared);
@@ -609,80 +462,11 @@ struct Scan {
         reinterpret_cast<const T*>(from + Raw::at(row, i / Raw::kElems))[i % Raw::kElems]);
   }
 
-  // The polynomial's slope by the entries of raw, less those of c.
-  ATTNEXT_DEVICE void times_slope(float (&scores)[1][kChunk / 8][4], int stage, int walked) const {
-    LeftRows<T, 32, 1, false> raw;
-    raw.load(entries_tile(stage, 0), warp * 16);
-    float s[1][kChunk / 8][4];
-    product<T, 32, 1, kChunk, false>(s, raw, entries, entries_tile(stage, 1), walked);
-#pragma unroll
-    for (int n = 0; n < kChunk / 8; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        scores[0][n][e] *= p.polynomial_scale * fmaf(s[0][n][e], p.polynomial_scale, 1.f);
-      }
-    }
-  }
+  ATTNEXT_DEVICE void times_slope(float (&scores)[1][kChunk / 8][4], int stage, int walked) const;
 
-  // From the gradient of features, by way of shared memory, and from the products within the chunk.
   ATTNEXT_DEVICE void fold(int at, int stage, const float (&out)[kColumns / 8][4],
                            const float (&scores)[1][kChunk / 8][4], const float (&factor)[2],
-                           int walked) const {
-    float inner[1][4][4] = {};
-    if (p.sums && slice == 0) {
-      accumulate<T, 32, 32, 1, kChunk>(inner, scores, entries, entries_tile(stage, 1), 0, walked);
-    }
-    float* const room = reinterpret_cast<float*>(memory + S::kOutAt) + warp * 16 * kColumns;
-#pragma unroll
-    for (int n = 0; n < kColumns / 8; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        room[(e / 2 * 8 + g) * kColumns + n * 8 + 2 * t + e % 2] = out[n][e] * factor[e / 2];
-      }
-    }
-    __syncwarp();
-    // Two lanes a row, eight entries each.
-    constexpr int kHalf = kEntries / 2;
-    const int row = lane % 16, first_entry = lane / 16 * kHalf, low = slice * kColumns;
-    const float by = p.weighted_b ? 1.f : p.polynomial_scale, square = p.weighted_b ? 2.f : 1.f;
-    float x[kEntries], sum[kHalf];
-#pragma unroll
-    for (int i = 0; i < kEntries; ++i) x[i] = by * entry(stage, 0, warp * 16 + row, i);
-    const auto of_feature = [&](int f) {
-      return low <= f && f < low + kColumns ? room[row * kColumns + f - low] : 0.f;
-    };
-#pragma unroll
-    for (int i = 0; i < kHalf; ++i) {
-      const int a = first_entry + i;
-      sum[i] = of_feature(1 + a);
-#pragma unroll
-      for (int b = 0; b < kEntries; ++b) {
-        const int m = min(a, b), f = 1 + kEntries + m * kEntries - m * (m - 1) / 2 + max(a, b) - m;
-        sum[i] = fmaf(of_feature(f), a == b ? x[b] * square : x[b], sum[i]);
-      }
-    }
-    __syncwarp();
-#pragma unroll
-    for (int n = 0; n < kEntries / 8; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        room[(e / 2 * 8 + g) * kColumns + n * 8 + 2 * t + e % 2] = inner[0][n][e] * factor[e / 2];
-      }
-    }
-    __syncwarp();
-    const int token = at + warp * 16 + row;
-    if (is_token(token)) {
-      float* to =
-          p.folded +
-          (slice * p.batch * p.tokens * p.heads + tokens.index(p, first + token)) * kEntries +
-          first_entry;
-#pragma unroll
-      for (int i = 0; i < kHalf; ++i) {
-        to[i] = fmaf(sum[i], by, room[row * kColumns + first_entry + i]);
-      }
-    }
-    __syncwarp();  // before the next chunk's
-  }
+                           int walked) const;
 
   // ---- the normaliser ----
 
@@ -785,73 +569,7 @@ struct Scan {
 
   // ---- the state -------------------------------------------------------------------------------
 
-  ATTNEXT_DEVICE void add_chunk(int stage) {
-    const int buffer = stage;
-    typename P::Left c[kSteps];
-    float w[kSteps][kMine], more[2] = {0.f, 0.f}, kept = 1.f, unit = p.inner_scale;
-    if constexpr (kGated) kept = totals(buffer).kept, unit *= totals(buffer).unit;
-    kept_all *= kept;
-#pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-      c[k] = TransposedLeft<T, kColumns>::load(c_tile(stage), k * kDepth,
-                                               warp * 16 / Layout<T, kColumns>::kElems);
-      float entry[kMine];
-#pragma unroll
-      for (int i = 0; i < kMine; ++i) {
-        w[k][i] = entry[i] = 1.f;
-        if constexpr (!kGated) continue;
-        const Numbers known = numbers(buffer, k * kDepth + contraction_row<T>(i));
-        const Totals all = totals(buffer);
-        if (decays()) w[k][i] = power((all.decay - known.decay) + (all.rest - known.rest));
-        if (p.side == Side::kB) w[k][i] *= known.factor, entry[i] = known.entry;
-      }
-      if (is_further()) {
-        visit_left<true, T>(c[k], [&](int half, int i, float x) {
-          const int at = sizeof(T) == 4 ? i % 2 : i / 8 * 2 + i % 2;
-          more[half] = fmaf(x, w[k][at] * entry[at], more[half]);
-        });
-      }
-      if constexpr (kGated) weigh<T>(c[k], w[k]);
-      if (p.extension == Extension::kColumn) {
-#pragma unroll
-        for (int i = 0; i < kMine; ++i) w[k][i] *= entry[i];
-      }
-    }
-    if (is_further()) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        z[0][half] = fmaf(z[0][half], kept, quad_sum(more[half]) * unit);
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < kDim / 16; ++n) {
-      const bool mine = p.extension == Extension::kColumn && n % kWarps == warp;
-      float part[2][4] = {}, sum[2] = {0.f, 0.f};
-#pragma unroll
-      for (int k = 0; k < kSteps; ++k) {
-        const auto b = P::template load_right_transposed<kPanel>(
-            features(stage, 1, n * 16 / kPanel) + wide.transposed, k * kDepth,
-            n * 16 % kPanel / Wide::kElems);
-        P::multiply(part[0], part[1], c[k], b);
-        if (mine) {
-          visit_right<T>(
-              b, [&](int half, int i, float x) { sum[half] = fmaf(x, w[k][i], sum[half]); });
-        }
-      }
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          float& x = state[2 * n + half][e];
-          x = fmaf(part[half][e], unit, kGated ? x * kept : x);
-        }
-        if (mine) {
-          float& x = z[n / kWarps][half];
-          x = fmaf(x, kept, quad_sum(sum[half]) * unit);
-        }
-      }
-    }
-  }
+  ATTNEXT_DEVICE void add_chunk(int stage);
 
   // The decays of a chunk's tokens scale, besides what passes between the tokens, all that the
   // state after it means for later ones: its product with its gradient. In the order of tokens
@@ -864,74 +582,10 @@ struct Scan {
     return reinterpret_cast<float4*>(p.boundaries) + boundary(chunk) * kLeft * kThreads +
            threadIdx.x;
   }
-  ATTNEXT_DEVICE void leave(int c) const {
-    float4* to = left_at(segment * (p.segment / kChunk) + c);
-#pragma unroll
-    for (int n = 0; n < kDim / 8; ++n) {
-      to[n * kThreads] = make_float4(state[n][0], state[n][1], state[n][2], state[n][3]);
-    }
-    to[kDim / 8 * kThreads] = make_float4(z[0][0], z[0][1], 0.f, 0.f);
-  }
-  ATTNEXT_DEVICE void meet(int c) const {
-    const int64_t per = p.segment / kChunk;
-    const int64_t all = (tokens.count() + p.segment - 1) / p.segment * per;
-    const int64_t chunk = all - 1 - segment * per - c;
-    const float4* from = left_at(chunk);
-    float sum = 0.f;
-#pragma unroll
-    for (int n = 0; n < kDim / 8; ++n) {
-      const float4 x = from[n * kThreads];
-      sum += (x.x * state[n][0] + x.y * state[n][1]) + (x.z * state[n][2] + x.w * state[n][3]);
-    }
-    if (is_further() && t == 0) {
-      const float4 x = from[kDim / 8 * kThreads];
-      sum += x.x * z[0][0] + x.y * z[0][1];
-    }
-    sum = warp_sum(sum);
-    if (lane == 0) p.meetings[boundary(chunk) * kWarps + warp] = sum;
-  }
+  ATTNEXT_DEVICE void leave(int c) const;
+  ATTNEXT_DEVICE void meet(int c) const;
 
-  // Rounded, for products with a.
-  ATTNEXT_DEVICE void copy_state() const {
-    float unit = 1.f, inverse = 1.f;
-    if constexpr (kUnits) {
-      float top = 0.f;
-#pragma unroll
-      for (int n = 0; n < kDim / 8; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) top = fmaxf(top, fabsf(state[n][e]));
-      }
-#pragma unroll
-      for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-      unit_of(top, 14, unit, inverse);
-      if (lane == 0) units()[warp] = unit;
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = warp * 16 + half * 8 + g;
-#pragma unroll
-      for (int n = 0; n < kDim / 8; ++n) {
-        const float x = state[n][2 * half] * inverse, y = state[n][2 * half + 1] * inverse;
-        const uint32_t to = state_tile(n * 8 / kPanel);
-        const int chunk = n * 8 % kPanel / Wide::kElems;
-        if constexpr (sizeof(T) == 4) {
-          // Neighbouring rows share banks: one stores its first number while the other its second.
-          const int odd = g % 2;
-          const uint32_t at = to + Wide::at(row, chunk + t / 2) + t % 2 * 8;
-          store_shared(at + odd * 4, __float_as_uint(odd ? y : x));
-          store_shared(at + 4 - odd * 4, __float_as_uint(odd ? x : y));
-        } else {
-          store_shared(to + Wide::at(row, chunk) + t * 4, Number<T>::pack(x, y));
-        }
-      }
-      if (is_further() && t == 0) shared_z()[row] = z[0][half];
-    }
-    if (p.extension == Extension::kColumn) {
-      each_z([&](int i, int half, int f) {
-        if (t == 0) shared_z()[f] = z[i][half];
-      });
-    }
-  }
+  ATTNEXT_DEVICE void copy_state() const;
 
   // visit(i, half, feature) for the numbers of z that the warp has.
   template <class Visit>
@@ -968,59 +622,13 @@ struct Scan {
     return (which * p.heads + head) * p.state_size;
   }
 
-  ATTNEXT_DEVICE void load_state() {
-#pragma unroll
-    for (int n = 0; n < kDim / 8; ++n) state[n][0] = state[n][1] = state[n][2] = state[n][3] = 0.f;
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) z[i][0] = z[i][1] = 0.f;
-    if (!p.before) return;
-    const float* from = p.before + state_of(p.before_segments);
-    each_state([&](int n, int e, int64_t at) { state[n][e] = from[at]; });
-    from += p.z_offset;
-    if (p.extension == Extension::kColumn) {
-      each_z([&](int i, int half, int f) {
-        const int row = state_row(f);
-        if (row >= 0) z[i][half] = from[row * p.z_stride];
-      });
-    } else if (is_further()) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int column = state_column(slice * kColumns + warp * 16 + half * 8 + g);
-        if (column >= 0) z[0][half] = from[column * p.z_stride];
-      }
-    }
-  }
-  ATTNEXT_DEVICE void store_state() const {
-    if (!p.after) return;
-    float* to = p.after + state_of(p.after_segments);
-    each_state([&](int n, int e, int64_t at) { to[at] = state[n][e]; });
-    to += p.z_offset;
-    if (p.extension == Extension::kColumn && slice == 0) {
-      each_z([&](int i, int half, int f) {
-        const int row = state_row(f);
-        if (t == 0 && row >= 0) to[row * p.z_stride] = z[i][half];
-      });
-    } else if (is_further() && t == 0) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int column = state_column(slice * kColumns + warp * 16 + half * 8 + g);
-        if (column >= 0) to[column * p.z_stride] = z[0][half];
-      }
-    }
-    if (p.factors && slice == 0 && threadIdx.x == 0) {
-      p.factors[(sequence * p.segments + segment) * p.heads + head] = kept_all;
-    }
-  }
+  ATTNEXT_DEVICE void load_state();
+  ATTNEXT_DEVICE void store_state() const;
 };
 
-extern __shared__ __align__(1024) uint8_t shared_memory[];
-
-#define ATTNEXT_SCAN(name, T, dim, warps, kind)                                                   \
-  extern "C" __global__ void __launch_bounds__((warps) * 32,                                      \
-                                               least_scan_blocks(sizeof(T), dim, ScanKind::kind)) \
-      name(const __grid_constant__ LinearLaunch p) {                                              \
-    Scan<T, dim, warps, ScanKind::kind>(p, shared_memory).run();                                  \
-  }
+#define ATTNEXT_SCAN_MEMBER                                \
+  template <class T, int kDim, int kWarps, ScanKind kKind> \
+  ATTNEXT_DEVICE
 
 }  // namespace cuda
 }  // namespace attnext

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "linear_scan.cuh"
+#include "linear_entry.cuh"
 
 namespace attnext {
 namespace cuda {

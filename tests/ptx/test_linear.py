@@ -136,6 +136,7 @@ def test_every_bucket(dim: int, dim_v: int, dtype: torch.dtype) -> None:
 def test_taylor_features(dim: int, dtype: torch.dtype) -> None:
     more = {"feature_map": "taylor2", "normalize": True, "dim": dim, "dim_v": 40, "dtype": dtype}
     check(*form("identity", tokens=65, **more, decay="token"), grads=False)
+    check(*form("identity", tokens=65, **more))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -154,8 +155,9 @@ def test_delta_rule_of_packed_sequences() -> None:
 
 def test_taylor_features_in_segments() -> None:
     more = {"feature_map": "taylor2", "normalize": True, "dim": 5, "dtype": torch.float32}
-    check(*form("identity", tokens=260, **more), grads=False)
-    check(*form("identity", tokens=260, **more, is_causal=False), grads=False)
+    check(*form("identity", tokens=260, **more))
+    check(*form("reverse", tokens=40, **more, decay=None))
+    check(*form("identity", tokens=260, **more, is_causal=False))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -19,7 +19,8 @@ from .test_linear import assert_close, evaluate, expect, form
 
 linear_attention: Any = attnext.linear_attention
 WRONG = "wrong result"
-SCAN, SUMS = "linear_scan.cuh", "linear_sums.cuh"
+SCAN, STATE, SUMS = "linear_scan.cuh", "linear_state.cuh", "linear_sums.cuh"
+DELTA, TAYLOR = "linear_delta.cuh", "linear_taylor.cuh"
 _EARLY = "cp.async read before its wait"
 
 
@@ -48,6 +49,9 @@ PROBLEMS: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "large": ("identity", False, {"tokens": 70, "dtype": torch.float16}),
     "segments": ("reverse", False, {"tokens": 260, "dtype": torch.float32}),
     "delta": ("reverse", False, {"tokens": 100, "beta": True}),
+    "fold": (
+        "identity", True, {"tokens": 70, "feature_map": "taylor2", "dim": 16, "normalize": True}
+    ),
     "taylor": (
         "identity", False, {"tokens": 70, "feature_map": "taylor2", "dim": 16, "decay": "head"}
     ),
@@ -66,12 +70,12 @@ BUGS = [
           "copy_chunk_rows((c + 1) * kChunk, stage);")),
     _bug("numbers of the next chunk too early", "scan_bf16_32_gated", "gated",
          "read of unwritten shared memory",
-         (SCAN, "if (more && notes()) note(next, stage ^ 1);", "if (more && notes()) note(next, stage);")),
+         (SCAN, "notes()) note(next, stage ^ 1);", "notes()) note(next, stage);")),
     _bug("features read while they are made", "scan_bf16_taylor", "taylor", "read-write race",
          (SCAN, "        expand(c * kChunk, stage);\n        __syncthreads();\n",
           "        expand(c * kChunk, stage);\n")),
     _bug("no order between the warps of the delta rule", "scan_bf16_32_delta", "delta",
-         "read-write race", (SCAN, "      __syncthreads();  // the next warp reads them\n", "")),
+         "read-write race", (DELTA, "    __syncthreads();  // the next warp reads them\n", "")),
     # ---- tokens ----
     _bug("mask lost", "scan_bf16_32", "plain", WRONG,
          (SCAN, "score = j <= warp * 16 + half * 8 + g ? x : 0.f;", "score = x;")),
@@ -93,9 +97,9 @@ BUGS = [
     _bug("decay before its token in the way back", "scan_bf16_32_gated", "gradients", WRONG,
          (SCAN, "p.exclusive ? sum - own : sum;", "sum;")),
     _bug("state not decayed", "scan_bf16_32_gated", "gated", WRONG,
-         (SCAN, "kGated ? x * kept : x);", "x);")),
+         (STATE, "kGated ? x * kept : x);", "x);")),
     _bug("sums not decayed", "scan_bf16_32_gated", "gated", WRONG,
-         (SCAN, "x = fmaf(x, kept, quad_sum(sum[half]) * unit);",
+         (STATE, "x = fmaf(x, kept, quad_sum(sum[half]) * unit);",
           "x += quad_sum(sum[half]) * unit;")),
     _bug("a segment's decay forgotten", "combine", "segments", WRONG,
          (SUMS, "carry = fmaf(carry, p.factors[at], alone);", "carry += alone;")),
@@ -104,10 +108,22 @@ BUGS = [
     _bug("gradient of decays without the state", "decay_gradient", "gradients", WRONG,
          (SUMS, "sum += meetings[i];", "sum += 0. * meetings[i];")),
     _bug("beta left out where the state is read", "scan_bf16_32_delta", "delta", WRONG,
-         (SCAN, "x = beta * (Number<T>::widen(value(stage,",
+         (DELTA, "x = beta * (Number<T>::widen(value(stage,",
           "x = (beta * Number<T>::widen(value(stage,")),
     _bug("a token too few in the substitution", "scan_bf16_32_delta", "delta", WRONG,
-         (SCAN, "for (int j = 0; j < 15; ++j) {", "for (int j = 0; j < 14; ++j) {")),
+         (DELTA, "for (int j = 0; j < 15; ++j) {", "for (int j = 0; j < 14; ++j) {")),
+    _bug("slices of features overlap", "scan_bf16_fold", "fold", WRONG,
+         (TAYLOR, "low <= f && f < low + kColumns ? room[row * kColumns + f - low] : 0.f;",
+          "room[row * kColumns + (f - low & kColumns - 1)];")),
+    _bug("products within the chunk in every slice", "scan_bf16_fold", "fold", WRONG,
+         (TAYLOR, "if (p.sums && slice == 0) {", "if (p.sums) {")),
+    _bug("slope of the polynomial without its one", "scan_bf16_fold", "fold", WRONG,
+         (TAYLOR, "p.polynomial_scale, 1.f);\n", "p.polynomial_scale, 0.f);\n")),
+    _bug("features of c read while they are made", "scan_bf16_fold", "fold", "read-write race",
+         (SCAN, "        expand_slice(c * kChunk, stage);\n        __syncthreads();\n",
+          "        expand_slice(c * kChunk, stage);\n")),
+    _bug("no order between the rows that fold", "scan_bf16_fold", "fold", "write-read race",
+         (TAYLOR, "  __syncwarp();  // before the next chunk's\n", "")),
     # ---- values ----
     _bug("unit of the state's copy forgotten", "scan_fp16_32", "large", WRONG,
          (SCAN, "kUnits ? by * units()[n / 2] : by;", "by;")),
@@ -116,7 +132,7 @@ BUGS = [
     _bug("gradient of features taken for that of entries", "scan_bf16_32_gated", "gradients", WRONG,
          (SCAN, "p.raw.map, f);", "FeatureMap::kIdentity, f);")),
     _bug("squares counted twice", "scan_bf16_taylor", "taylor", WRONG,
-         (SCAN, "square = operand == 0 ? 0.5f : 1.f;", "square = 1.f;")),
+         (TAYLOR, "square = weighted ? 0.5f : 1.f;", "square = 1.f;")),
 ]  # fmt: skip
 
 

@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: Apache-2.0
+// The state of a scan: what a chunk adds to it, its copy for products, and its places in tensors.
+#pragma once
+
+#include "linear_scan.cuh"
+
+namespace attnext {
+namespace cuda {
+
+ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::add_chunk(int stage) {
+  const int buffer = stage;
+  typename P::Left c[kSteps];
+  float w[kSteps][kMine], more[2] = {0.f, 0.f}, kept = 1.f, unit = p.inner_scale;
+  if constexpr (kGated) kept = totals(buffer).kept, unit *= totals(buffer).unit;
+  kept_all *= kept;
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) {
+    c[k] = TransposedLeft<T, kColumns>::load(c_tile(stage), k * kDepth,
+                                             warp * 16 / Layout<T, kColumns>::kElems);
+    float entry[kMine];
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) {
+      w[k][i] = entry[i] = 1.f;
+      if constexpr (!kGated) continue;
+      const Numbers known = numbers(buffer, k * kDepth + contraction_row<T>(i));
+      const Totals all = totals(buffer);
+      if (decays()) w[k][i] = power((all.decay - known.decay) + (all.rest - known.rest));
+      if (p.side == Side::kB) w[k][i] *= known.factor, entry[i] = known.entry;
+    }
+    if (is_further()) {
+      visit_left<true, T>(c[k], [&](int half, int i, float x) {
+        const int at = sizeof(T) == 4 ? i % 2 : i / 8 * 2 + i % 2;
+        more[half] = fmaf(x, w[k][at] * entry[at], more[half]);
+      });
+    }
+    if constexpr (kGated) weigh<T>(c[k], w[k]);
+    if (p.extension == Extension::kColumn) {
+#pragma unroll
+      for (int i = 0; i < kMine; ++i) w[k][i] *= entry[i];
+    }
+  }
+  if (is_further()) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      z[0][half] = fmaf(z[0][half], kept, quad_sum(more[half]) * unit);
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < kDim / 16; ++n) {
+    const bool mine = p.extension == Extension::kColumn && n % kWarps == warp;
+    float part[2][4] = {}, sum[2] = {0.f, 0.f};
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      const auto b = P::template load_right_transposed<kPanel>(
+          features(stage, 1, n * 16 / kPanel) + wide.transposed, k * kDepth,
+          n * 16 % kPanel / Wide::kElems);
+      P::multiply(part[0], part[1], c[k], b);
+      if (mine) {
+        visit_right<T>(b,
+                       [&](int half, int i, float x) { sum[half] = fmaf(x, w[k][i], sum[half]); });
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        float& x = state[2 * n + half][e];
+        x = fmaf(part[half][e], unit, kGated ? x * kept : x);
+      }
+      if (mine) {
+        float& x = z[n / kWarps][half];
+        x = fmaf(x, kept, quad_sum(sum[half]) * unit);
+      }
+    }
+  }
+}
+
+ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::leave(int c) const {
+  float4* to = left_at(segment * (p.segment / kChunk) + c);
+#pragma unroll
+  for (int n = 0; n < kDim / 8; ++n) {
+    to[n * kThreads] = make_float4(state[n][0], state[n][1], state[n][2], state[n][3]);
+  }
+  to[kDim / 8 * kThreads] = make_float4(z[0][0], z[0][1], 0.f, 0.f);
+}
+
+ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::meet(int c) const {
+  const int64_t per = p.segment / kChunk;
+  const int64_t all = (tokens.count() + p.segment - 1) / p.segment * per;
+  const int64_t chunk = all - 1 - segment * per - c;
+  const float4* from = left_at(chunk);
+  float sum = 0.f;
+#pragma unroll
+  for (int n = 0; n < kDim / 8; ++n) {
+    const float4 x = from[n * kThreads];
+    sum += (x.x * state[n][0] + x.y * state[n][1]) + (x.z * state[n][2] + x.w * state[n][3]);
+  }
+  if (is_further() && t == 0) {
+    const float4 x = from[kDim / 8 * kThreads];
+    sum += x.x * z[0][0] + x.y * z[0][1];
+  }
+  sum = warp_sum(sum);
+  if (lane == 0) p.meetings[boundary(chunk) * kWarps + warp] = sum;
+}
+
+// Rounded, for products with a.
+ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::copy_state() const {
+  float unit = 1.f, inverse = 1.f;
+  if constexpr (kUnits) {
+    float top = 0.f;
+#pragma unroll
+    for (int n = 0; n < kDim / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) top = fmaxf(top, fabsf(state[n][e]));
+    }
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+    unit_of(top, 14, unit, inverse);
+    if (lane == 0) units()[warp] = unit;
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = warp * 16 + half * 8 + g;
+#pragma unroll
+    for (int n = 0; n < kDim / 8; ++n) {
+      const float x = state[n][2 * half] * inverse, y = state[n][2 * half + 1] * inverse;
+      const uint32_t to = state_tile(n * 8 / kPanel);
+      const int chunk = n * 8 % kPanel / Wide::kElems;
+      if constexpr (sizeof(T) == 4) {
+        // Neighbouring rows share banks: one stores its first number while the other its second.
+        const int odd = g % 2;
+        const uint32_t at = to + Wide::at(row, chunk + t / 2) + t % 2 * 8;
+        store_shared(at + odd * 4, __float_as_uint(odd ? y : x));
+        store_shared(at + 4 - odd * 4, __float_as_uint(odd ? x : y));
+      } else {
+        store_shared(to + Wide::at(row, chunk) + t * 4, Number<T>::pack(x, y));
+      }
+    }
+    if (is_further() && t == 0) shared_z()[row] = z[0][half];
+  }
+  if (p.extension == Extension::kColumn) {
+    each_z([&](int i, int half, int f) {
+      if (t == 0) shared_z()[f] = z[i][half];
+    });
+  }
+}
+
+ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::load_state() {
+#pragma unroll
+  for (int n = 0; n < kDim / 8; ++n) state[n][0] = state[n][1] = state[n][2] = state[n][3] = 0.f;
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) z[i][0] = z[i][1] = 0.f;
+  if (!p.before) return;
+  const float* from = p.before + state_of(p.before_segments);
+  each_state([&](int n, int e, int64_t at) { state[n][e] = from[at]; });
+  from += p.z_offset;
+  if (p.extension == Extension::kColumn) {
+    each_z([&](int i, int half, int f) {
+      const int row = state_row(f);
+      if (row >= 0) z[i][half] = from[row * p.z_stride];
+    });
+  } else if (is_further()) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int column = state_column(slice * kColumns + warp * 16 + half * 8 + g);
+      if (column >= 0) z[0][half] = from[column * p.z_stride];
+    }
+  }
+}
+
+ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::store_state() const {
+  if (!p.after) return;
+  float* to = p.after + state_of(p.after_segments);
+  each_state([&](int n, int e, int64_t at) { to[at] = state[n][e]; });
+  to += p.z_offset;
+  if (p.extension == Extension::kColumn && slice == 0) {
+    each_z([&](int i, int half, int f) {
+      const int row = state_row(f);
+      if (t == 0 && row >= 0) to[row * p.z_stride] = z[i][half];
+    });
+  } else if (is_further() && t == 0) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int column = state_column(slice * kColumns + warp * 16 + half * 8 + g);
+      if (column >= 0) to[column * p.z_stride] = z[0][half];
+    }
+  }
+  if (p.factors && slice == 0 && threadIdx.x == 0) {
+    p.factors[(sequence * p.segments + segment) * p.heads + head] = kept_all;
+  }
+}
+
+}  // namespace cuda
+}  // namespace attnext

@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: Apache-2.0
+// Taylor features in a scan: made of entries in shared memory, and the gradients' way back.
+#pragma once
+
+#include "linear_scan.cuh"
+
+namespace attnext {
+namespace cuda {
+
+// Taylor features: 1, x_a, and x_a x_b for a <= b; those of a carry the polynomial's weights.
+// Half of the threads have a row of a each, half one of b.
+ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::expand(int at, int stage) const {
+  using Raw = Layout<T, kRaw>;
+  static_assert(kThreads == 2 * kChunk && 1 + kEntries * (kEntries + 3) / 2 <= kDim, "features");
+  constexpr int kElems = Raw::kElems;
+  const int operand = threadIdx.x / kChunk, row = threadIdx.x % kChunk;
+  if (operand == 0 ? !p.outputs : !p.sums) return;
+  float x[kEntries], part[kElems];
+  const bool weighted = operand == p.weighted_b;
+  const float by = weighted ? p.polynomial_scale : 1.f, square = weighted ? 0.5f : 1.f;
+#pragma unroll
+  for (int chunk = 0; chunk < kEntries / kElems; ++chunk) {
+    const uint4 whole = load_shared(tile(stage, operand) + Raw::at(row, chunk));
+    T elems[kElems];
+    memcpy(elems, &whole, 16);
+#pragma unroll
+    for (int e = 0; e < kElems; ++e) x[chunk * kElems + e] = Number<T>::widen(elems[e]) * by;
+  }
+  int f = 0;
+  const auto put = [&](float value) {
+    part[f % kElems] = value;
+    if (++f % kElems > 0) return;
+    uint4 whole;
+    if constexpr (sizeof(T) == 4) {
+      memcpy(&whole, part, 16);
+    } else {
+      whole = {Number<T>::pack(part[0], part[1]), Number<T>::pack(part[2], part[3]),
+               Number<T>::pack(part[4], part[5]), Number<T>::pack(part[6], part[7])};
+    }
+    const int chunk = f / kElems - 1;
+    store_shared(
+        features(stage, operand, chunk / Wide::kChunks) + Wide::at(row, chunk % Wide::kChunks),
+        whole);
+  };
+  put(is_token(at + row) ? 1.f : 0.f);
+#pragma unroll
+  for (int a = 0; a < kEntries; ++a) put(x[a]);
+#pragma unroll
+  for (int a = 0; a < kEntries; ++a) {
+    put(x[a] * x[a] * square);
+#pragma unroll
+    for (int b = a + 1; b < kEntries; ++b) put(x[a] * x[b]);
+  }
+#pragma unroll
+  for (int i = 1 + kEntries * (kEntries + 3) / 2; i < kDim; ++i) put(0.f);
+}
+
+// The features of c that are the slice's columns.
+ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::expand_slice(int at, int stage) const {
+  if (!p.sums) return;
+  using Narrow = Layout<T, kColumns>;
+  constexpr int kElems = Narrow::kElems, kEach = kColumns / 2;
+  const int row = threadIdx.x % kChunk, column0 = threadIdx.x / kChunk * kEach;
+  const float by = p.weighted_b ? p.polynomial_scale : 1.f, square = p.weighted_b ? 0.5f : 1.f;
+  int a = 0, b = 0, f = slice * kColumns + column0;
+  if (f > kEntries) pair_of(f, a, b);
+#pragma unroll 1
+  for (int column = column0; column < column0 + kEach; column += kElems) {
+    T elems[kElems];
+#pragma unroll
+    for (int e = 0; e < kElems; ++e, ++f) {
+      float x = f == 0 && is_token(at + row) ? 1.f : 0.f;
+      if (f > 0 && f <= kEntries) {
+        x = by * entry(stage, 1, row, f - 1);
+      } else if (f > 0 && a < kEntries) {
+        x = by * entry(stage, 1, row, a) * (by * entry(stage, 1, row, b));
+        if (a == b) x *= square;
+        if (++b == kEntries) b = ++a;
+      }
+      elems[e] = Number<T>::narrow(x);
+    }
+    uint4 whole;
+    memcpy(&whole, elems, 16);
+    store_shared(c_tile(stage) + Narrow::at(row, column / kElems), whole);
+  }
+}
+
+// The polynomial's slope by the entries of raw, less those of c.
+ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::times_slope(
+    float (&scores)[1][kChunk / 8][4], int stage, int walked) const {
+  LeftRows<T, 32, 1, false> raw;
+  raw.load(entries_tile(stage, 0), warp * 16);
+  float s[1][kChunk / 8][4];
+  product<T, 32, 1, kChunk, false>(s, raw, entries, entries_tile(stage, 1), walked);
+#pragma unroll
+  for (int n = 0; n < kChunk / 8; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      scores[0][n][e] *= p.polynomial_scale * fmaf(s[0][n][e], p.polynomial_scale, 1.f);
+    }
+  }
+}
+
+// From the gradient of features, by way of shared memory, and from the products within the chunk.
+ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::fold(int at, int stage,
+                                                            const float (&out)[kColumns / 8][4],
+                                                            const float (&scores)[1][kChunk / 8][4],
+                                                            const float (&factor)[2],
+                                                            int walked) const {
+  float inner[1][4][4] = {};
+  if (p.sums && slice == 0) {
+    accumulate<T, 32, 32, 1, kChunk>(inner, scores, entries, entries_tile(stage, 1), 0, walked);
+  }
+  float* const room = reinterpret_cast<float*>(memory + S::kOutAt) + warp * 16 * kColumns;
+#pragma unroll
+  for (int n = 0; n < kColumns / 8; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      room[(e / 2 * 8 + g) * kColumns + n * 8 + 2 * t + e % 2] = out[n][e] * factor[e / 2];
+    }
+  }
+  __syncwarp();
+  // Two lanes a row, eight entries each.
+  constexpr int kHalf = kEntries / 2;
+  const int row = lane % 16, first_entry = lane / 16 * kHalf, low = slice * kColumns;
+  const float by = p.weighted_b ? 1.f : p.polynomial_scale, square = p.weighted_b ? 2.f : 1.f;
+  float x[kEntries], sum[kHalf];
+#pragma unroll
+  for (int i = 0; i < kEntries; ++i) x[i] = by * entry(stage, 0, warp * 16 + row, i);
+  const auto of_feature = [&](int f) {
+    return low <= f && f < low + kColumns ? room[row * kColumns + f - low] : 0.f;
+  };
+#pragma unroll
+  for (int i = 0; i < kHalf; ++i) {
+    const int a = first_entry + i;
+    sum[i] = of_feature(1 + a);
+#pragma unroll
+    for (int b = 0; b < kEntries; ++b) {
+      const int m = min(a, b), f = 1 + kEntries + m * kEntries - m * (m - 1) / 2 + max(a, b) - m;
+      sum[i] = fmaf(of_feature(f), a == b ? x[b] * square : x[b], sum[i]);
+    }
+  }
+  __syncwarp();
+#pragma unroll
+  for (int n = 0; n < kEntries / 8; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      room[(e / 2 * 8 + g) * kColumns + n * 8 + 2 * t + e % 2] = inner[0][n][e] * factor[e / 2];
+    }
+  }
+  __syncwarp();
+  const int token = at + warp * 16 + row;
+  if (is_token(token)) {
+    float* to = p.folded +
+                (slice * p.batch * p.tokens * p.heads + tokens.index(p, first + token)) * kEntries +
+                first_entry;
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      to[i] = fmaf(sum[i], by, room[row * kColumns + first_entry + i]);
+    }
+  }
+  __syncwarp();  // before the next chunk's
+}
+
+}  // namespace cuda
+}  // namespace attnext
