@@ -159,7 +159,6 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::fold(int at, int stage,
       to[i] = fmaf(sum[i], by, room[row * kColumns + first_entry + i]);
     }
   }
-  __syncwarp();  // before the next chunk's
 }
 
 }  // namespace cuda
