@@ -20,6 +20,37 @@ def window_backward(
     dlse: Tensor | None,
     grads: tuple[Tensor | None, ...],
 ) -> None: ...
+
+# ---- Linear attention: `problem` as above; `grads` of its first six tensors
+
+def linear_forward(
+    problem: tuple[Any, ...], out: Tensor, denominator: Tensor | None, final_state: Tensor | None
+) -> None: ...
+def linear_backward(
+    problem: tuple[Any, ...],
+    out: Tensor,
+    denominator: Tensor | None,
+    dout: Tensor,
+    dfinal_state: Tensor | None,
+    grads: tuple[Tensor | None, ...],
+) -> None: ...
+def linear_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: Tensor,
+    slots: _Integers | None,
+    decay: Tensor | None,
+    beta: Tensor | None,
+    feature_map: int,
+    normalize: bool,
+    scale: float,
+    eps: float,
+    out: Tensor,
+) -> None: ...
+
+# ---- Geometry, and the machine
+
 def axis_intervals(rule: _Integers, num_queries: int, num_keys: int) -> list[tuple[int, int]]: ...
 def inverse_intervals(
     rule: _Integers, num_queries: int, num_keys: int
@@ -82,4 +113,52 @@ class CudaBackward:
         *tensors: Any,
     ) -> None: ...
 
+class CudaLinearForward:
+    sequences: bytes  # of packed sequences, to be uploaded
+    workspace_bytes: int
+
+    def __init__(self, problem: tuple[Any, ...]) -> None: ...
+    def launches(
+        self, sequences: int, workspace: int, out: Any, denominator: Any, final_state: Any
+    ) -> list[dict[str, Any]]: ...
+    def run(
+        self,
+        sequences: int,
+        workspace: int,
+        device: int,
+        stream: int,
+        out: Tensor,
+        denominator: Tensor | None,
+        final_state: Tensor | None,
+    ) -> None: ...
+
+class CudaLinearBackward:
+    sequences: bytes
+    workspace_bytes: int
+
+    def __init__(self, problem: tuple[Any, ...], of_decay: bool) -> None: ...
+    def launches(
+        self,
+        sequences: int,
+        workspace: int,
+        out: Any,
+        denominator: Any,
+        dout: Any,
+        dfinal_state: Any,
+        grads: tuple[Any, ...],
+    ) -> list[dict[str, Any]]: ...
+    def run(
+        self,
+        sequences: int,
+        workspace: int,
+        device: int,
+        stream: int,
+        out: Tensor,
+        denominator: Tensor | None,
+        dout: Tensor,
+        dfinal_state: Tensor | None,
+        grads: tuple[Tensor | None, ...],
+    ) -> None: ...
+
+def cuda_linear_kernels() -> list[dict[str, Any]]: ...
 def cuda_kernels() -> list[dict[str, Any]]: ...

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention for long sequences, images, volumes and videos: fused windowed kernels for PyTorch."""
+"""Attention for long sequences, images, volumes and videos: fused kernels for PyTorch."""
 
 # torch first: the binary then shares torch's own OpenMP runtime.
 try:
@@ -32,15 +32,25 @@ from .functional import (  # noqa: E402
     sliding_window_attention,
     window_attention,
 )
+from .linear import (  # noqa: E402
+    linear_attention,
+    linear_attention_step,
+    taylor_state_from_plain,
+    taylor_state_to_plain,
+)
 
 __version__: str = _C.__version__
 
 __all__ = [
+    "linear_attention",
+    "linear_attention_step",
     "merge_attentions",
     "na1d",
     "na2d",
     "na3d",
     "neighborhood_attention",
     "sliding_window_attention",
+    "taylor_state_from_plain",
+    "taylor_state_to_plain",
     "window_attention",
 ]

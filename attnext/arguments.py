@@ -17,7 +17,7 @@ from .ops import DTYPES, accumulator_dtype, window_op
 PerAxis = Any  # a value, or a tuple with one per token axis
 
 _MAX_PHANTOMS = 2**20  # keys beyond the border, each of which costs as much as a real one
-_DTYPE_NAMES = "float32, float64, bfloat16, float16"
+DTYPE_NAMES = "float32, float64, bfloat16, float16"
 
 
 # (left, right, stride, phase, dilation, is_causal, boundary, offset) per rule and axis, and the
@@ -143,7 +143,7 @@ def sliding_rules(
         raise ValueError(f"query must be [B, N, H, D], got shape {tuple(query.shape)}")
     if not isinstance(is_causal, bool):
         raise TypeError(f"is_causal must be a bool, got {is_causal!r}")
-    _integer("sinks", sinks, minimum=0)
+    check_integer("sinks", sinks, minimum=0)
     offset = 0 if packed else key.shape[1] - query.shape[1]
     windows, head_rule = _per_head("window_size", window_size, query)
     rules = []
@@ -221,7 +221,7 @@ def _check_qkv(query: Tensor, key: Tensor, value: Tensor) -> int:
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
     dtype, rank = query.dtype, query.dim() - 3
     if dtype not in DTYPES:
-        raise TypeError(f"query must be one of {_DTYPE_NAMES}, got {dtype}")
+        raise TypeError(f"query must be one of {DTYPE_NAMES}, got {dtype}")
     if not 1 <= rank <= 3:
         raise ValueError(
             "query must be [batch, *tokens, heads, head_dim] with 1 to 3 token axes, got shape "
@@ -268,7 +268,7 @@ def _is_int(x: Any) -> bool:
     return isinstance(x, int | torch.SymInt) and not isinstance(x, bool)
 
 
-def _integer(name: str, x: Any, minimum: int | None = None) -> None:
+def check_integer(name: str, x: Any, minimum: int | None = None) -> None:
     if not _is_int(x):
         raise TypeError(f"{name} must be an int, got {x!r}")
     if minimum is not None and x < minimum:
@@ -277,14 +277,14 @@ def _integer(name: str, x: Any, minimum: int | None = None) -> None:
 
 def _per_axis(name: str, x: Any, rank: int, minimum: int | None = None) -> Sequence[int]:
     if _is_int(x):
-        _integer(name, x, minimum)
+        check_integer(name, x, minimum)
         return (x,) * rank
     if not isinstance(x, tuple | list):
         raise TypeError(f"{name} must be an int or a tuple of {rank}, got {x!r}")
     if len(x) != rank:
         raise ValueError(f"{name} must have one entry per token axis, {rank}, got {x!r}")
     for entry in x:
-        _integer(name, entry, minimum)
+        check_integer(name, entry, minimum)
     return x
 
 
@@ -330,7 +330,7 @@ def _per_axis_windows(x: Any, rank: int) -> Sequence[Any]:
 def _kernel_sides(size: Any, causal: bool) -> tuple[int, int]:
     if isinstance(size, tuple):
         return _sides("kernel_size", size, causal)
-    _integer("kernel_size", size, 1)
+    check_integer("kernel_size", size, 1)
     return (size - 1, 0) if causal else (size // 2, size - 1 - size // 2)
 
 
@@ -339,7 +339,7 @@ def _window_sides(window: Any, causal: bool) -> tuple[int, int]:
         return UNLIMITED, 0 if causal else UNLIMITED
     if isinstance(window, tuple):
         return _sides("window_size", window, causal)
-    _integer("window_size", window, 1)
+    check_integer("window_size", window, 1)
     return (window - 1, 0) if causal else (window // 2, window - 1 - window // 2)
 
 
@@ -347,7 +347,7 @@ def _sides(name: str, sides: tuple[Any, ...], causal: bool) -> tuple[int, int]:
     if len(sides) != 2:
         raise ValueError(f"{name} must be an int or (left, right), got {sides!r}")
     for side in sides:
-        _integer(name, side, -1)
+        check_integer(name, side, -1)
     left, right = (UNLIMITED if side == -1 else side for side in sides)
     if causal:
         if sides[1] not in (0, -1):
@@ -359,8 +359,8 @@ def _sides(name: str, sides: tuple[Any, ...], causal: bool) -> tuple[int, int]:
 def _check_packing(cu_seqlens_q: Any, cu_seqlens_k: Any, query: Tensor) -> None:
     if cu_seqlens_q is None:
         raise ValueError("cu_seqlens_k needs cu_seqlens_q")
-    _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, query)
-    _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, query)
+    check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, query)
+    check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, query)
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
             f"cu_seqlens_k must list as many sequences as cu_seqlens_q, got "
@@ -368,7 +368,7 @@ def _check_packing(cu_seqlens_q: Any, cu_seqlens_k: Any, query: Tensor) -> None:
         )
 
 
-def _check_cu_seqlens(name: str, cu_seqlens: Any, query: Tensor) -> None:
+def check_cu_seqlens(name: str, cu_seqlens: Any, query: Tensor) -> None:
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
         raise TypeError(f"{name} must be an int32 tensor, got {kind_of(cu_seqlens)}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
@@ -484,12 +484,12 @@ def _alibi_table(
     return table if bias is None else table + bias.to(acc)
 
 
-def _unit_stride(t: Tensor) -> Tensor:
+def unit_stride(t: Tensor) -> Tensor:
     """The kernels read rows; only a tensor whose last axis is strided is copied."""
     return t if t.stride()[-1] == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-def _under_autocast(*tensors: Any) -> tuple[Any, ...]:
+def under_autocast(*tensors: Any) -> tuple[Any, ...]:
     """The tensors in the dtype of the active autocast, if there is one (float64 stays)."""
     device = getattr(tensors[0], "device", None)
     if device is None or device.type == "meta" or not torch.is_autocast_enabled(device.type):
@@ -539,17 +539,17 @@ def attend(
     """Checks the arguments of a public function, whose rules ``build`` makes of ``options``, and
     calls the operator. A small call costs as much in here as in the kernel."""
     if is_compiling() or torch._C._is_any_autocast_enabled():
-        query, key, value = _under_autocast(query, key, value)
+        query, key, value = under_autocast(query, key, value)
     rules, head_rule, fields = _prepare(build, options, query, key, value)
     if cu_seqlens_q is not None or cu_seqlens_k is not None:
         cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
         _check_packing(cu_seqlens_q, cu_seqlens_k, query)
         cu_seqlens_q, cu_seqlens_k = _on_host(cu_seqlens_q, cu_seqlens_k)
     if additional_keys is not None or additional_values is not None:
-        additional_keys, additional_values = _under_autocast(additional_keys, additional_values)
+        additional_keys, additional_values = under_autocast(additional_keys, additional_values)
         _check_additional(additional_keys, additional_values, query, key, value)
-        additional_keys = _unit_stride(additional_keys)
-        additional_values = _unit_stride(additional_values)
+        additional_keys = unit_stride(additional_keys)
+        additional_values = unit_stride(additional_values)
     number, row_scale = _row_scale(scale, query)
     if softcap is not None:
         if isinstance(softcap, bool) or not isinstance(softcap, int | float):
@@ -568,9 +568,9 @@ def attend(
         sink_logits = sink_logits.to(accumulator_dtype(query.dtype)).contiguous()
     out, lse = window_op(
         return_lse,
-        _unit_stride(query),
-        _unit_stride(key),
-        _unit_stride(value),
+        unit_stride(query),
+        unit_stride(key),
+        unit_stride(value),
         row_scale,
         bias,
         additional_keys,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registered operators: schemas, implementations, fakes, autograd and vmap.
+"""The registered operators of window attention: schemas, implementations, fakes, autograd and vmap.
 
 ``functional.py`` normalises arguments and calls :func:`window_op`; nothing else should.
 """
@@ -18,7 +18,7 @@ from .device_tables import DeviceTables
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-_LIBRARY = torch.library.Library("attnext", "DEF")
+LIBRARY = torch.library.Library("attnext", "DEF")
 
 # What every window op takes. `rules` holds 8 integers per rule and axis (AxisRule.fields),
 # `head_rule` the rule of each head (empty: all the first). `row_scale` multiplies `scale` per query
@@ -28,8 +28,8 @@ _PROBLEM = (
     "Tensor? extra_value, Tensor? sink_logits, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
     "SymInt[] rules, SymInt[] head_rule, float scale, float softcap, SymInt sinks"
 )
-_LIBRARY.define(f"window_forward({_PROBLEM}) -> (Tensor, Tensor)")
-_LIBRARY.define(
+LIBRARY.define(f"window_forward({_PROBLEM}) -> (Tensor, Tensor)")
+LIBRARY.define(
     f"window_backward({_PROBLEM}, Tensor out, Tensor lse, Tensor dout, Tensor? dlse, "
     "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
@@ -43,7 +43,7 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _sequence_ends(cu_seqlens: Tensor, name: str, tokens: int) -> list[int]:
+def sequence_ends(cu_seqlens: Tensor, name: str, tokens: int) -> list[int]:
     ends: list[int] = cu_seqlens.tolist()
     if not ends or ends[0] != 0 or ends[-1] != tokens or sorted(ends) != ends:
         raise ValueError(
@@ -63,8 +63,8 @@ def _native(problem: tuple[Any, ...]) -> tuple[Any, ...]:
         return problem
     return (
         *problem[:_NUM_GRADS],
-        _sequence_ends(cu_q, "cu_seqlens_q", problem[0].shape[1]),
-        _sequence_ends(cu_k, "cu_seqlens_k", problem[1].shape[1]),
+        sequence_ends(cu_q, "cu_seqlens_q", problem[0].shape[1]),
+        sequence_ends(cu_k, "cu_seqlens_k", problem[1].shape[1]),
         *problem[_NUM_TENSORS:],
     )
 
@@ -156,12 +156,12 @@ def _window_backward_cuda(*args: Any) -> tuple[Tensor, ...]:
     return grads
 
 
-_LIBRARY.impl("window_forward", _window_forward_cpu, "CPU")
-_LIBRARY.impl("window_backward", _window_backward_cpu, "CPU")
-_LIBRARY.impl("window_forward", _window_forward_cuda, "CUDA")
-_LIBRARY.impl("window_backward", _window_backward_cuda, "CUDA")
-torch.library.register_fake("attnext::window_forward", _window_forward_fake, lib=_LIBRARY)
-torch.library.register_fake("attnext::window_backward", _window_backward_fake, lib=_LIBRARY)
+LIBRARY.impl("window_forward", _window_forward_cpu, "CPU")
+LIBRARY.impl("window_backward", _window_backward_cpu, "CPU")
+LIBRARY.impl("window_forward", _window_forward_cuda, "CUDA")
+LIBRARY.impl("window_backward", _window_backward_cuda, "CUDA")
+torch.library.register_fake("attnext::window_forward", _window_forward_fake, lib=LIBRARY)
+torch.library.register_fake("attnext::window_backward", _window_backward_fake, lib=LIBRARY)
 
 
 def _is_plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -212,7 +212,7 @@ class _Window(torch.autograd.Function):
         if dout is None:
             dout = torch.zeros_like(out)
         needs = [bool(n) for n in ctx.needs_input_grad[:_NUM_GRADS]]
-        backward = _WindowBackward.apply if _transforms_are_active() else _backward
+        backward = _WindowBackward.apply if transforms_are_active() else _backward
         grads = backward(*tensors, *ctx.plain, out, lse, dout, dlse, needs)
         wanted = (
             g if t is not None and need else None
@@ -276,7 +276,7 @@ def _batched(
     return outputs, (0,) * len(outputs)
 
 
-def _transforms_are_active() -> bool:
+def transforms_are_active() -> bool:
     """Under torch.func a tensor's requires_grad does not tell, and vmap needs its rule."""
     return not is_compiling() and torch._C._are_functorch_transforms_active()
 
@@ -288,7 +288,7 @@ def window_op(want_lse: bool, *problem: Any) -> tuple[Tensor, Tensor | None]:
         for t in problem[:_NUM_GRADS]:
             if t is not None and t.requires_grad:
                 return _Window.apply(*problem)
-    if _transforms_are_active():
+    if transforms_are_active():
         return _Window.apply(*problem)
     query, key, value = problem[:3]
     if want_lse or not query.is_cpu or not _is_plain(query, key, value):

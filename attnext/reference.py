@@ -395,3 +395,113 @@ def _product(masks: Sequence[Tensor]) -> Tensor:
         rows, columns = result.shape[0] * mask.shape[0], result.shape[1] * mask.shape[1]
         result = (result[:, None, :, None] & mask[None, :, None, :]).reshape(rows, columns)
     return result
+
+
+def linear_features(x: Tensor, feature_map: str, weighted: bool = False) -> Tensor:
+    """phi of linear attention, ``[..., D] -> [..., F]``. ``weighted``: of queries, which carry the
+    weights of the polynomial, so that ``phi(q) . phi(k)`` is ``1 + s + s^2 / 2`` for ``taylor2``.
+    """
+    if feature_map == "taylor2":
+        ones = torch.ones_like(x[..., :1])
+        dim = x.shape[-1]
+        pairs = [
+            x[..., a] * x[..., b] * (0.5 if weighted and a == b else 1.0)
+            for a in range(dim)
+            for b in range(a, dim)
+        ]
+        return torch.cat([ones, x, torch.stack(pairs, dim=-1)], dim=-1)
+    maps: dict[str, Callable[[Tensor], Tensor]] = {
+        "identity": lambda x: x,
+        "elu": lambda x: torch.where(x > 0, x + 1, torch.exp(torch.where(x > 0, 0.0, x))),
+        "relu": torch.relu,
+    }
+    return maps[feature_map](x)
+
+
+def linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    feature_map: str = "identity",
+    is_causal: bool = True,
+    decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    reverse: bool = False,
+    window_size: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    chunk_size: int | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Any:
+    """``attnext.linear_attention`` as its recurrence, a token at a time.
+
+    ``chunk_size`` is a matter of speed, and ignored.
+    """
+    if scale is None:
+        scale = query.shape[-1] ** -0.5 if feature_map in ("identity", "taylor2") else 1.0
+    heads = max(query.shape[2], key.shape[2], value.shape[2])
+    q, k, v = (
+        x.to(dtype).repeat_interleave(heads // x.shape[2], dim=2) for x in (query, key, value)
+    )
+    if feature_map == "taylor2":
+        q = linear_features(q * scale, feature_map, weighted=True)
+    else:
+        q = linear_features(q, feature_map) * scale
+    k = linear_features(k, feature_map)
+    if normalize:
+        v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
+    tokens = q.shape[1]
+
+    if cu_seqlens is not None:
+        ends = cu_seqlens.tolist()
+        sequences = [(slice(0, 1), *bounds) for bounds in itertools.pairwise(ends)]
+    elif window_size is not None:
+        starts = range(0, tokens, window_size)
+        sequences = [(slice(None), t, min(t + window_size, tokens)) for t in starts]
+    else:
+        sequences = [(slice(None), 0, tokens)]
+
+    outs, states = [], []
+    for n, (items, begin, end) in enumerate(sequences):
+        if initial_state is None:
+            state = q.new_zeros(len(q[items]), heads, q.shape[-1], v.shape[-1])
+        elif cu_seqlens is not None:
+            state = initial_state[n : n + 1].to(dtype)
+        else:
+            state = initial_state.to(dtype)
+
+        def tokens_of(x: Tensor | None, part: Any = (items, slice(begin, end))) -> Any:
+            """Of one sequence, as a list; of a constant decay, the same for all."""
+            if x is None or x.dim() == 1:
+                return [x] * len(range(tokens)[part[1]])
+            return x[part].unbind(1)
+
+        queries, keys, values = tokens_of(q), tokens_of(k), tokens_of(v)
+        decays, betas = tokens_of(decay), tokens_of(beta)
+        found = {}  # what each query reads
+        for t in range(end - begin)[:: -1 if reverse else 1]:
+            if decay is not None:
+                state = state * torch.exp(decays[t].to(dtype))[..., None, None]
+            written = values[t]
+            if beta is not None:
+                lacking = written - (keys[t][..., None, :] @ state).squeeze(-2)
+                written = betas[t].to(dtype)[..., None] * lacking
+            state = state + keys[t][..., :, None] * written[..., None, :]
+            if is_causal:
+                found[t] = (queries[t][..., None, :] @ state).squeeze(-2)
+        rows = [
+            found[t] if is_causal else (queries[t][..., None, :] @ state).squeeze(-2)
+            for t in range(end - begin)
+        ]
+        outs.append(torch.stack(rows, dim=1) if rows else v[items, :0])
+        states.append(state)
+    out = torch.cat(outs, dim=1)
+    if normalize:
+        total = out[..., -1:]
+        out = out[..., :-1] / (total + torch.where(total < 0, -eps, eps))
+    return (out, torch.cat(states)) if output_final_state else out

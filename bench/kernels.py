@@ -58,9 +58,12 @@ def _instance(facts: dict[str, Any]) -> str:
 def _only(facts: dict[str, Any]) -> str:
     """A source with one kernel of the library: what the static figures need compiles in seconds."""
     header = "window_forward.cuh" if facts["pass"] == "forward" else "window_backward.cuh"
+    return _alone(header, _instance(facts))
+
+
+def _alone(header: str, instance: str) -> str:
     return (
-        f'#include "cuda/{header}"\n'
-        f"namespace attnext {{\nnamespace cuda {{\n{_instance(facts)}\n}}\n}}\n"
+        f'#include "cuda/{header}"\nnamespace attnext {{\nnamespace cuda {{\n{instance}\n}}\n}}\n'
     )
 
 
@@ -75,6 +78,21 @@ KERNELS: tuple[Kernel, ...] = tuple(
         instance=_instance(facts),
     )
     for facts in _C.cuda_kernels()
+)
+
+# Scans of linear attention: one path, whose branches are of the problem.
+LINEAR_KERNELS: tuple[Kernel, ...] = tuple(
+    Kernel(
+        facts["name"],
+        _alone("linear_scan.cuh", facts["instance"]),
+        facts["name"],
+        facts["threads"],
+        facts["shared_bytes"],
+        ("whole",),
+        include=(CSRC,),
+        instance=facts["instance"],
+    )
+    for facts in _C.cuda_linear_kernels()
 )
 
 # What the tools that find the figures are tested with.
@@ -92,7 +110,7 @@ SAMPLES: tuple[Kernel, ...] = (
 def select(patterns: Sequence[str]) -> list[Kernel]:
     """Kernels by name or pattern, the library's if none is given. Errors: ValueError if one fits
     none."""
-    known = (*KERNELS, *SAMPLES)
+    known = (*KERNELS, *LINEAR_KERNELS, *SAMPLES)
     for pattern in patterns:
         if not any(fnmatch(kernel.name, pattern) for kernel in known):
             names = ", ".join(kernel.name for kernel in known)

@@ -42,4 +42,74 @@ struct WindowParams {
 };
 static_assert(std::is_trivially_copyable<WindowParams>::value, "crosses to kernels by memcpy");
 
+// phi: what linear attention makes of the entries of queries and keys. Taylor2 is exp to second
+// order, 1 + s + s^2/2; its features are 1, k_a, and k_a k_b for a <= b (order of a, then b), the
+// weights 1/2 of the squares on the query's side.
+enum class FeatureMap : int32_t {
+  kIdentity = 0,
+  kElu = 1,
+  kRelu = 2,
+  kTaylor2 = 3
+};  // elu: plus 1
+constexpr int kNumFeatureMaps = 4;
+
+constexpr int64_t num_features(FeatureMap map, int64_t head_dim) {
+  return map == FeatureMap::kTaylor2 ? 1 + head_dim + head_dim * (head_dim + 1) / 2 : head_dim;
+}
+
+// Tokens [begin, end) of one batch item that attend each other: a whole item, one of several packed
+// sequences, or a block of one. In reverse, `end - 1` comes first.
+struct LinearSequence {
+  int64_t batch, begin, end;
+};
+
+// One problem of linear attention, per head and in the accumulator type:
+//   S_t = exp(decay_t) S_{t-1} + phi(k_t) u_t^T,  o_t = scale phi(q_t)^T S_t,
+// where u is v, or under the delta rule beta_t (v_t - phi(k_t)^T exp(decay_t) S_{t-1}). With
+// `normalize`, values have a further column of ones: the state has its sums in column head_dim_v,
+// and o is divided by its entry there, moved away from zero by eps. Not causal: S is the last one
+// for all. Head h reads query head h / (heads / query_heads), and so on.
+struct LinearParams {
+  DType dtype;
+  FeatureMap feature_map;
+  bool causal, reverse, normalize;
+  int64_t batch, tokens, heads, query_heads, key_heads, value_heads, head_dim, head_dim_v;
+  int64_t num_sequences;
+  const LinearSequence* sequences;  // where the kernel runs
+  int64_t chunk;                    // tokens; 0: the kernel's choice
+  double scale;                     // inside the polynomial of Taylor2
+  double eps;
+
+  // Tokens on axis 2. Of decay (natural log) and beta, accumulator type, data may be null.
+  TensorRef query, key, value, decay, beta;
+  TensorRef out;
+  TensorRef denominator;  // [batch, tokens, heads], accumulator type; with `normalize` only
+  // Contiguous [sequences, heads, features, head_dim_v + normalize], accumulator type; may be null.
+  const void* initial_state;
+  void* final_state;
+
+  // Backward only.
+  TensorRef dout;            // data may be null
+  const void* dfinal_state;  // may be null
+  // Gradients have a row per head; where heads share a tensor its gradient is in the accumulator
+  // type, for the caller to sum.
+  TensorRef dquery, dkey, dvalue;
+  TensorRef ddecay, dbeta;  // [batch, tokens, heads], accumulator type; data may be null
+  void* dinitial_state;     // may be null
+
+  int64_t features() const { return num_features(feature_map, head_dim); }
+  int64_t state_columns() const { return head_dim_v + (normalize ? 1 : 0); }
+  bool delta() const { return beta.data != nullptr; }
+};
+static_assert(std::is_trivially_copyable<LinearParams>::value, "crosses to kernels by memcpy");
+
+// A few tokens of decoding, each batch item against a state of its own, which is updated in place.
+struct LinearStepParams {
+  LinearParams problem;  // of the tensors; sequences, chunk and states are not read
+  void* state;           // accumulator type; columns have unit stride
+  int64_t slot_stride, head_stride, feature_stride;
+  const int64_t* slots;  // [batch], which state; null: the batch item's own; -1: none, out is 0
+};
+static_assert(std::is_trivially_copyable<LinearStepParams>::value, "crosses to kernels by memcpy");
+
 }  // namespace attnext

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operators as torch sees them: registration, autograd, compile, export, vmap, threads."""
+"""The operators of windows as torch sees them: registration, autograd, compile, export, vmap."""
 
 import concurrent.futures
 import itertools
@@ -122,7 +122,7 @@ def assert_equal(one, other):
 
 def registered():
     names = torch._C._dispatch_get_all_op_names()
-    return {name.split(".")[0] for name in names if name.startswith("attnext::")}
+    return {name.split(".")[0] for name in names if name.startswith("attnext::window_")}
 
 
 class Recorder(TorchDispatchMode):

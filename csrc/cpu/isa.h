@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "linear.h"
 #include "window.h"
 
 namespace attnext {
@@ -16,6 +17,7 @@ std::string active_isa();
 void set_isa(const std::string& name);  // throws std::invalid_argument
 
 const WindowKernels& window_kernels(DType dtype);
+const LinearKernels& linear_kernels(DType dtype);
 
 // Multiply-adds per second over all threads, times two: the machine's measured peak.
 double fma_peak(const std::string& isa, DType dtype, double seconds);

@@ -2,6 +2,7 @@
 // What every ISA unit exports: plain tables of function pointers, indexed by DType.
 #pragma once
 
+#include "linear.h"
 #include "window.h"
 
 namespace attnext {
@@ -9,6 +10,7 @@ namespace cpu {
 
 struct IsaUnit {
   WindowKernels window[kNumDTypes];
+  LinearKernels linear[kNumDTypes];
   double (*peak_loop[kNumDTypes])(int64_t iterations, double* sink);
 };
 

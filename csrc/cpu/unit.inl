@@ -2,6 +2,7 @@
 // All tables of one ISA unit.
 #pragma once
 
+#include "linear_unit.inl"
 #include "peak.inl"
 #include "unit.h"
 #include "window_unit.inl"
@@ -14,6 +15,8 @@ inline const IsaUnit* unit() {
   static constexpr IsaUnit table = {
       {WindowEntry<float>::table(), WindowEntry<double>::table(), WindowEntry<bf16>::table(),
        WindowEntry<fp16>::table()},
+      {LinearEntry<float>::table(), LinearEntry<double>::table(), LinearEntry<bf16>::table(),
+       LinearEntry<fp16>::table()},
       {peak_loop<float>, peak_loop<double>, peak_loop<ElemOf<bf16>::type>, peak_loop<float>}};
   return &table;
 }

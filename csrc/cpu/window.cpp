@@ -3,37 +3,17 @@
 #include "window.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <memory>
-#include <new>
 #include <tuple>
 #include <vector>
 
 #include "isa.h"
+#include "memory.h"
 #include "parallel.h"
 
 namespace attnext {
 namespace cpu {
 namespace {
-
-constexpr double kSerialWork = 5e5;  // multiply-adds below which waking a thread costs more
-
-struct Free {
-  void operator()(char* p) const { std::free(p); }
-};
-using Memory = std::unique_ptr<char, Free>;
-
-Memory allocate(int64_t bytes) {
-  Memory m(static_cast<char*>(
-      std::aligned_alloc(64, static_cast<size_t>(std::max<int64_t>(bytes, 1) + 63) / 64 * 64)));
-  if (!m) throw std::bad_alloc();
-  return m;
-}
-
-int64_t size_of(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
-int64_t acc_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
 
 // The plans of all rules and what the heads share.
 struct Problem {

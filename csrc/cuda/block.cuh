@@ -68,15 +68,6 @@ ATTNEXT_DEVICE float gather(const float (&x)[kFrags][2]) {
   }
   return mine;
 }
-ATTNEXT_DEVICE float quad_sum(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
-ATTNEXT_DEVICE float warp_sum(float x) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
-  return x;
-}
 
 template <int kFrags, int kColumns>
 ATTNEXT_DEVICE void clear(float (&x)[kFrags][kColumns][4]) {

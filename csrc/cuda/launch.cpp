@@ -11,6 +11,9 @@
 #include <unordered_map>
 
 #include "kernels.h"
+#include "linear_kernels.h"
+#include "linear_plan.h"
+#include "plan.h"
 
 namespace attnext {
 namespace cuda {
@@ -18,13 +21,15 @@ namespace cuda {
 // The kernels, by the names under which plan.cpp asks for them.
 #define ATTNEXT_DECLARE(name, ...) extern "C" void name(WindowLaunch);
 ATTNEXT_ALL_KERNELS(ATTNEXT_DECLARE)
+#define ATTNEXT_DECLARE_LINEAR(name, ...) extern "C" void name(LinearLaunch);
+ATTNEXT_ALL_LINEAR_KERNELS(ATTNEXT_DECLARE_LINEAR)
 
 namespace {
 
 const void* find(const std::string& name) {
   static const std::unordered_map<std::string, const void*> known = {
 #define ATTNEXT_ENTRY(name, ...) {#name, reinterpret_cast<const void*>(&name)},
-      ATTNEXT_ALL_KERNELS(ATTNEXT_ENTRY)};
+      ATTNEXT_ALL_KERNELS(ATTNEXT_ENTRY) ATTNEXT_ALL_LINEAR_KERNELS(ATTNEXT_ENTRY)};
   return known.at(name);
 }
 
@@ -62,8 +67,7 @@ void launch(const std::vector<Launch>& launches, int device, uintptr_t stream, c
   for (const Launch& each : launches) {
     const void* kernel = find(each.kernel);
     allow_shared_memory(kernel, each, device, op);
-    WindowLaunch params = each.params;
-    void* args[] = {&params};
+    void* args[] = {const_cast<unsigned char*>(each.params.data())};
     check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(each.grid)),
                            dim3(static_cast<unsigned>(each.threads)), args,
                            static_cast<size_t>(each.shared_bytes),

@@ -359,11 +359,10 @@ WindowLaunch start_params(const WindowParams& p, const Tables& tables,
   return launch;
 }
 
-Launch launch_of(const Kernel& kernel, int64_t blocks, const WindowLaunch& params) {
-  Launch launch{kernel.name, narrow(blocks * kernel.shape.slices, "grid"), kernel.shape.threads(),
-                kernel.shared_bytes, params};
-  launch.params.rows = kernel.shape.rows();
-  return launch;
+Launch launch_of(const Kernel& kernel, int64_t blocks, WindowLaunch params) {
+  params.rows = kernel.shape.rows();
+  return {kernel.name, narrow(blocks * kernel.shape.slices, "grid"), kernel.shape.threads(),
+          kernel.shared_bytes, params};
 }
 
 // Few tiles leave most of a GPU idle: the walk of each is then shared by several blocks.
@@ -384,15 +383,14 @@ void split(const WindowParams& p, const Tables& tables, const KernelShape& shape
 int64_t statistics_size(const WindowParams& p) { return 4 * rows_of(p); }
 
 // As many threads a row as it has 16 bytes, up to a warp.
-Launch statistics_launch(const WindowParams& p, const WindowLaunch& params) {
+Launch statistics_launch(const WindowParams& p, WindowLaunch params) {
   constexpr int32_t kThreads = 128;
   int32_t lanes = 1;
   while (lanes < 32 && lanes * 16 < p.head_dim_v * elem_bytes(p)) lanes *= 2;
   const int32_t rows = kThreads / lanes;
-  Launch launch{std::string("window_statistics") + suffix(p.dtype),
-                narrow(ceil_div(rows_of(p), rows), "grid"), kThreads, 0, params};
-  launch.params.rows = rows;
-  return launch;
+  params.rows = rows;
+  return {std::string("window_statistics") + suffix(p.dtype),
+          narrow(ceil_div(rows_of(p), rows), "grid"), kThreads, 0, params};
 }
 
 int64_t bias_blocks(const WindowParams& p, const Tables& queries) {
@@ -422,8 +420,8 @@ std::vector<Launch> forward_launches(const WindowParams& p, const Tables& tables
   split(p, tables, kernel.shape, &params);
   std::vector<Launch> out{launch_of(kernel, tiles * params.splits, params)};
   if (params.splits > 1) {
+    params.rows = kernel.shape.rows();
     out.push_back({std::string("window_merge") + suffix(p.dtype), tiles, 128, 0, params});
-    out.back().params.rows = kernel.shape.rows();
   }
   return out;
 }

@@ -14,6 +14,7 @@
 
 #include "../geometry.h"
 #include "../params.h"
+#include "launch.h"
 
 namespace attnext {
 namespace cuda {
@@ -111,13 +112,6 @@ struct WindowLaunch {
   float* statistics;  // backward: four numbers of each [batch, heads, tokens], see Statistics
 };
 
-struct Launch {
-  std::string kernel;
-  int64_t grid;
-  int32_t threads;
-  int32_t shared_bytes;
-  WindowLaunch params;
-};
 
 // Bytes of scratch in global memory.
 int64_t forward_workspace(const WindowParams& params, const Tables& tables);

@@ -351,11 +351,12 @@ struct LeftRows {
   }
 };
 
-// s += rows x walk^T
+// s += rows x walk^T. `walked`: no more rows of the walk than these count, in fragments of 16.
 template <class T, int kDim, int kFrags, int kWalk, bool kKept>
 ATTNEXT_DEVICE void add_product(float (&s)[kFrags][kWalk / 8][4],
                                 const LeftRows<T, kDim, kFrags, kKept>& rows,
-                                const WalkLanes<T, kDim>& lanes, uint32_t walk_tile) {
+                                const WalkLanes<T, kDim>& lanes, uint32_t walk_tile,
+                                int walked = kWalk) {
   const uint32_t at = walk_tile + lanes.right;
 #pragma unroll
   for (int k = 0; k < LeftRows<T, kDim, kFrags, kKept>::kSteps; ++k) {
@@ -364,6 +365,7 @@ ATTNEXT_DEVICE void add_product(float (&s)[kFrags][kWalk / 8][4],
     for (int f = 0; f < kFrags; ++f) a[f] = rows(f, k);
 #pragma unroll
     for (int n = 0; n < kWalk / 16; ++n) {
+      if (n * 16 >= walked) break;
       const auto b = Products<T>::load_right((at ^ static_cast<uint32_t>(k * 32)) +
                                              n * 16 * Layout<T, kDim>::kRowBytes);
 #pragma unroll
@@ -378,24 +380,27 @@ ATTNEXT_DEVICE void add_product(float (&s)[kFrags][kWalk / 8][4],
 template <class T, int kDim, int kFrags, int kWalk, bool kKept>
 ATTNEXT_DEVICE void product(float (&s)[kFrags][kWalk / 8][4],
                             const LeftRows<T, kDim, kFrags, kKept>& rows,
-                            const WalkLanes<T, kDim>& lanes, uint32_t walk_tile) {
+                            const WalkLanes<T, kDim>& lanes, uint32_t walk_tile,
+                            int walked = kWalk) {
 #pragma unroll
   for (int f = 0; f < kFrags; ++f) {
 #pragma unroll
     for (int n = 0; n < kWalk / 8; ++n) s[f][n][0] = s[f][n][1] = s[f][n][2] = s[f][n][3] = 0.f;
   }
-  add_product<T, kDim, kFrags, kWalk, kKept>(s, rows, lanes, walk_tile);
+  add_product<T, kDim, kFrags, kWalk, kKept>(s, rows, lanes, walk_tile, walked);
 }
 
 // out += weights x kOut columns of the walk from `chunk0` on
 template <class T, int kDim, int kOut, int kFrags, int kWalk>
 ATTNEXT_DEVICE void accumulate(float (&out)[kFrags][kOut / 8][4],
                                const float (&weights)[kFrags][kWalk / 8][4],
-                               const WalkLanes<T, kDim>& lanes, uint32_t walk_tile, int chunk0) {
+                               const WalkLanes<T, kDim>& lanes, uint32_t walk_tile, int chunk0,
+                               int walked = kWalk) {
   constexpr int kDepth = Products<T>::kDepth;
   const uint32_t at = walk_tile + lanes.transposed;
 #pragma unroll
   for (int k = 0; k < kWalk / kDepth; ++k) {
+    if (k * kDepth >= walked) break;
     typename Products<T>::Left a[kFrags];
 #pragma unroll
     for (int f = 0; f < kFrags; ++f) a[f] = Products<T>::round(&weights[f][k * kDepth / 8]);

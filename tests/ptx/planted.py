@@ -19,7 +19,7 @@ from .source import Edit
 
 WRONG = "wrong result"
 CONFLICTS = "bank conflicts"
-BLOCK, TILE, WALK = "block.cuh", "tile.cuh", "walk.cuh"
+BLOCK, TILE, WALK, ROWS = "block.cuh", "tile.cuh", "walk.cuh", "rows.cuh"
 FORWARD, BACKWARD = "window_forward.cuh", "window_backward.cuh"
 
 
@@ -145,12 +145,12 @@ BUGS = [
     _bug("no swizzle at all", "forward_bf16_64", "wide rows", CONFLICTS,
          (TILE, "return kChunks >= 8 ? row % 8 : row / 2 % 4;", "return 0;")),
     _bug("a held row is not copied", "forward_bf16_32", "short", _UNWRITTEN,
-         (WALK, "i < (kRows + kRowsAtOnce - 1) / kRowsAtOnce;", "i < kRows / kRowsAtOnce - 1;")),
+         (ROWS, "i < (kRows + kRowsAtOnce - 1) / kRowsAtOnce;", "i < kRows / kRowsAtOnce - 1;")),
     _bug("a row of a step is not copied", "key_gradient_bf16_32", "short", _UNWRITTEN,
          (BLOCK, "for (int i = 0; i < kEach; ++i) {", "for (int i = 0; i < kEach - 1; ++i) {")),
     _bug("no order between rows' stores and loads", "forward_bf16_32", "sliding forward",
          "read-write race",
-         (WALK, "  __syncwarp();\n  constexpr int kChunks", "  constexpr int kChunks")),
+         (ROWS, "  __syncwarp();\n  constexpr int kChunks", "  constexpr int kChunks")),
     _bug("low parts of fp32 forgotten", "forward_fp32_32", "exact", WRONG,
          (TILE, "      multiply(part[i], a.high, b.low + 2 * i);\n", "")),
     _bug("long sums of fp32 left to the tensor cores", "forward_fp32_64", "dense", WRONG,
@@ -199,7 +199,7 @@ BUGS = [
     _bug("extra keys are copied as tokens", "forward_bf16_32_modified", "bias", WRONG,
          (BLOCK, "if (near && slot >= walk.extra) {", "if (near) {")),
     _bug("aligned copies of unaligned rows", "forward_bf16_32", "unaligned",
-         "misaligned global access", (WALK, "  if (aligned) {\n", "  if (true) {\n")),
+         "misaligned global access", (ROWS, "  if (aligned) {\n", "  if (true) {\n")),
     _bug("reads past the end of a row", "forward_bf16_32", "part of a row",
          "read of unwritten global memory",
          (BLOCK, "const int mine = min(max(bytes - chunk * 16, 0), 16);", "const int mine = 16;")),

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m attnext.gpu_check.linear``: linear attention on this machine's GPU, held to the CPU
+kernels in float64, and timed beside what its traffic alone would take."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..linear import linear_attention
+from .problems import DTYPES, lay_out
+
+# Root mean square, relative: twice the rounding of an output and of what is an operand between two
+# products.
+BUDGET = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+
+
+def slack(dtype: torch.dtype, normalize: bool) -> dict[str, float]:
+    """Which gradients are differences of larger numbers. That of a normalised query is one of a
+    mean, ``dO . (v - o)`` with the rounded ``o``; that of a decay is what its chunk's later queries
+    have received less what their keys have given."""
+    half = dtype.itemsize == 2
+    mean = 3.0 if normalize and half else 1.0
+    return {"grad_decay": 5.0 if half else 3.0, "grad_query": mean, "grad_key": mean}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearProblem:
+    """A call of :func:`attnext.linear_attention` on random numbers. ``heads``: of query, key and
+    value. ``decay``: None, "head" or "token"."""
+
+    name: str
+    tokens: int
+    batch: int = 1
+    heads: tuple[int, int, int] = (2, 2, 2)
+    head_dim: int = 64
+    head_dim_v: int = 64
+    decay: str | None = None
+    state: bool = True
+    ends: tuple[int, ...] = ()
+    layout: str = "whole"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def tensors(self, dtype: torch.dtype, device: torch.device | str) -> dict[str, Tensor]:
+        """The tensor arguments that have gradients: the same numbers on every device."""
+        generator = torch.Generator().manual_seed(sum(map(ord, self.name)))
+
+        def normal(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+            x = torch.randn(shape, generator=generator, dtype=torch.float64)
+            return lay_out(x.to(kind).to(device), self.layout)
+
+        rows, most = (self.batch, self.tokens), max(self.heads)
+        tensors = {
+            name: normal(*rows, heads, dim)
+            for name, heads, dim in zip(
+                ("query", "key", "value"),
+                self.heads,
+                (self.head_dim, self.head_dim, self.head_dim_v),
+                strict=True,
+            )
+        }
+        if self.decay:
+            shape = (most,) if self.decay == "head" else (*rows, most)
+            tensors["decay"] = -normal(*shape, kind=torch.float32).abs() / 8
+        if self.state:
+            count = max(self.batch, len(self.ends) - 1)
+            columns = self.head_dim_v + bool(self.options.get("normalize"))
+            tensors["initial_state"] = normal(
+                count, most, self.head_dim, columns, kind=torch.float32
+            ).abs()
+        return tensors
+
+    def results(
+        self, dtype: torch.dtype, device: torch.device | str, wide: bool = False
+    ) -> dict[str, Tensor]:
+        """Results and gradients; ``wide``: in float64, of the same numbers and cotangents."""
+        leaves = {
+            name: (x.double() if wide else x).requires_grad_()
+            for name, x in self.tensors(dtype, device).items()
+        }
+        options = {**self.options, "output_final_state": self.state}
+        if self.ends:
+            options["cu_seqlens"] = torch.tensor(self.ends, dtype=torch.int32)
+        found = linear_attention(**leaves, **options)
+        named = dict(zip(("out", "final_state"), found if self.state else (found,), strict=False))
+        generator = torch.Generator().manual_seed(1)
+        cotangents = [
+            torch.randn(x.shape, generator=generator, dtype=torch.float64)
+            .to(dtype if name == "out" else torch.float32)
+            .to(x.dtype)
+            .to(device)
+            for name, x in named.items()
+        ]
+        grads = torch.autograd.grad(list(named.values()), list(leaves.values()), cotangents)
+        named |= {f"grad_{name}": g for name, g in zip(leaves, grads, strict=True)}
+        return {name: x.detach().cpu() for name, x in named.items()}
+
+
+def _problems() -> list[LinearProblem]:
+    elu = {"feature_map": "elu", "normalize": True}
+    made = [
+        LinearProblem(name=f"length-{n}", tokens=n, options=elu, decay="token")
+        for n in (1, 63, 64, 65, 129, 1000)
+    ]
+    for dim, dim_v in ((16, 64), (53, 30), (128, 100), (64, 128)):
+        more: dict[str, Any] = {"head_dim": dim, "head_dim_v": dim_v, "tokens": 200}
+        made += [
+            LinearProblem(name=f"dims-{dim}-{dim_v}", **more),
+            LinearProblem(name=f"dims-{dim}-{dim_v}-gated", options=elu, decay="token", **more),
+        ]
+    ends = (0, 0, 290, 291, 291, 1500)
+    return made + [
+        LinearProblem(name="many-blocks", tokens=700, batch=20, heads=(16, 16, 16)),
+        LinearProblem(name="segments", tokens=4096, decay="head"),
+        LinearProblem(name="segments-normalized", tokens=4097, options=elu, decay="token"),
+        LinearProblem(name="not-causal", tokens=900, options={**elu, "is_causal": False}),
+        LinearProblem(name="reverse", tokens=900, options={"reverse": True}, decay="token"),
+        LinearProblem(name="relu", tokens=300, options={"feature_map": "relu"}),
+        LinearProblem(name="blocks", tokens=300, options={"window_size": 90}, state=False),
+        LinearProblem(name="packed", tokens=1500, ends=ends, decay="token", options=elu),
+        LinearProblem(
+            name="packed-not-causal", tokens=1500, ends=ends, options={**elu, "is_causal": False}
+        ),
+        LinearProblem(name="shared-keys", tokens=200, heads=(2, 1, 6), decay="token"),
+        LinearProblem(name="layout-heads-first", tokens=200, batch=2, layout="heads first"),
+        LinearProblem(
+            name="layout-cut-out", tokens=200, batch=2, layout="cut out", decay="token", options=elu
+        ),
+    ]
+
+
+PROBLEMS: dict[str, LinearProblem] = {problem.name: problem for problem in _problems()}
+
+
+def error(got: Tensor, exact: Tensor) -> float:
+    """Relative, root mean square."""
+    size = exact.double().square().mean().sqrt().item()
+    return (got.double() - exact.double()).square().mean().sqrt().item() / (size or 1.0)
+
+
+def compare(problem: LinearProblem, dtype: torch.dtype, results: Mapping[str, Tensor]) -> float:
+    """The largest share of the budget that a result uses. Errors: AssertionError."""
+    exact = problem.results(dtype, "cpu", wide=True)
+    more = slack(dtype, bool(problem.options.get("normalize")))
+    most = 0.0
+    for name, x in results.items():
+        off = error(x, exact[name])
+        used = off / BUDGET[dtype] / more.get(name, 1.0)
+        assert used <= 1, f"{name}: error {off:.2e} is {used:.2f} of the budget"
+        most = max(most, used)
+    return most
+
+
+def check(problem: LinearProblem, dtype: torch.dtype, device: torch.device | str) -> float:
+    """As compare; and two runs are equal bit for bit."""
+    first, second = (problem.results(dtype, device) for _ in range(2))
+    for name, x in first.items():
+        assert torch.equal(x, second[name]), f"{name}: two runs of the same problem differ"
+    return compare(problem, dtype, first)
+
+
+# ---- timing --------------------------------------------------------------------------------------
+
+CASES = [  # batch, tokens, heads, head_dim, options
+    (8, 4096, 16, 64, {}),
+    (8, 4096, 16, 64, {"feature_map": "elu", "normalize": True}),
+    (8, 4096, 16, 64, {"decay": "token"}),
+    (8, 4096, 16, 128, {}),
+    (8, 1024, 8, 64, {}),
+    (1, 16384, 16, 128, {}),
+]
+
+
+def time_case(
+    device: torch.device, batch: int, tokens: int, heads: int, dim: int, given: Mapping[str, Any]
+) -> str:
+    """Milliseconds of the forward pass and of both, bfloat16, median of 20."""
+    options = dict(given)
+    shape = (batch, tokens, heads, dim)
+    leaves = [
+        torch.randn(shape, device=device, dtype=torch.bfloat16).requires_grad_() for _ in range(3)
+    ]
+    if options.pop("decay", None):
+        decay = -torch.rand(batch, tokens, heads, device=device) / 8
+        options["decay"] = decay.requires_grad_()
+        leaves.append(options["decay"])
+    dout = torch.randn(shape, device=device, dtype=torch.bfloat16)
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return linear_attention(*leaves[:3], **options)
+
+    def both() -> Any:
+        return torch.autograd.grad(linear_attention(*leaves[:3], **options), leaves, dout)
+
+    words = [f"B{batch} N{tokens} H{heads} D{dim} {dict(given)}:"]
+    size = batch * tokens * heads * dim * 2
+    for name, run, passes in (("forward", forward, 4), ("with gradients", both, 12)):
+        for _ in range(3):
+            run()
+        times = []
+        for _ in range(20):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        median = sorted(times)[10]
+        words.append(f"{name} {median:.3f} ms ({passes * size / median / 1e9:.2f} TB/s)")
+    return " ".join(words)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 every check passed, 1 one failed, 2 no GPU."""
+    parser = argparse.ArgumentParser(prog="python -m attnext.gpu_check.linear")
+    parser.add_argument("--only", default="*", metavar="PATTERN")
+    parser.add_argument("--device", type=int, default=0)
+    parser.add_argument("--no-timing", action="store_true")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("there is no GPU", file=sys.stderr)
+        return 2
+    device = torch.device("cuda", options.device)
+    failed = 0
+    for name in fnmatch.filter(PROBLEMS, options.only):
+        for kind, dtype in DTYPES.items():
+            try:
+                said = f"{check(PROBLEMS[name], dtype, device):.2f} of the budget"
+            except Exception as wrong:
+                last = traceback.extract_tb(wrong.__traceback__)[-1]
+                said = f"FAILED: {type(wrong).__name__}: {wrong} ({last.name}:{last.lineno})"
+                failed += 1
+            print(f"{name}/{kind}: {said}", flush=True)
+    if not options.no_timing:
+        for case in CASES:
+            print(time_case(device, *case), flush=True)
+    print(f"{failed} failed")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

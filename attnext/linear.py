@@ -1,0 +1,468 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear attention: the public functions. Every user error is raised here."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from .arguments import (
+    DTYPE_NAMES,
+    check_cu_seqlens,
+    check_integer,
+    kind_of,
+    under_autocast,
+    unit_stride,
+)
+from .linear_ops import FEATURE_MAPS, linear_op, num_features, num_heads, step_op
+from .ops import DTYPES, accumulator_dtype
+
+_MAX_CHUNK = 1024
+
+
+def linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    feature_map: str = "identity",
+    is_causal: bool = True,
+    decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    reverse: bool = False,
+    window_size: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    chunk_size: int | None = None,
+) -> Any:
+    """Attention without softmax, as a recurrence over a state of fixed size.
+
+    Per head, with features ``phi``: ``S_t = exp(decay_t) S_{t-1} + phi(k_t) u_t^T`` and
+    ``o_t = scale phi(q_t)^T S_t``. ``u`` is the value, or with ``beta`` what the delta rule writes.
+
+    Shapes:
+        query ``[B, N, Hq, K]``, key ``[B, N, Hk, K]``, value ``[B, N, Hv, V]``; the result is
+        ``[B, N, H, V]``, ``H`` being the largest of the three numbers of heads, of which the others
+        are divisors: head ``h`` reads query head ``h // (H // Hq)``, and so on (Mamba-2 shares
+        query and key among value heads). Any strides; no copies as long as the last axis has
+        stride 1. States are ``[B, H, F, V]`` in float32 (float64 for float64) with ``F`` features;
+        with ``normalize`` ``[B, H, F, V + 1]``, whose last column is the sum of the features.
+
+    Args:
+        feature_map: ``"identity"``; ``"elu"``, which is elu(x) + 1; ``"relu"``; ``"taylor2"``:
+            features whose product is ``1 + s + s^2/2``, ``s = scale q . k``. Their state is packed:
+            1, ``k_a``, and ``k_a k_b`` for ``a <= b`` in order of a, then b, without any weights:
+            ``F = 1 + K + K (K + 1) / 2``. :func:`taylor_state_to_plain` gives the usual layout.
+        is_causal: if not, every token sees the state after the last one.
+        decay: natural logarithm, ``[H]`` (RetNet) or ``[B, N, H]`` (gated linear attention,
+            Mamba-2); -inf forgets everything before. Differentiable. Needs ``is_causal``.
+        beta: ``[B, N, H]``, the strength of the delta rule,
+            ``u_t = beta_t (v_t - phi(k_t)^T exp(decay_t) S_{t-1})``. Differentiable. Needs
+            ``is_causal``; not with ``normalize`` or ``"taylor2"``.
+        normalize: divides by ``d = scale phi(q_t) . sum phi(k)``, decayed as the state is, and
+            moved away from 0 by ``eps``: to ``d + eps``, or ``d - eps`` where it is negative, which
+            features with signs can make it.
+        scale: factor on ``q . k``; by default ``K ** -0.5`` for ``"identity"`` and ``"taylor2"``,
+            else 1.
+        initial_state: what the first token finds (by default 0). Differentiable.
+        output_final_state: also returns the state after the last token. Differentiable.
+        reverse: from the last token to the first; the initial state is then found by the last.
+        window_size: cuts sequences into blocks of so many tokens, the last one shorter, that know
+            nothing of each other. Not with states or ``cu_seqlens``.
+        cu_seqlens: int32 ``[M + 1]``, where each of M sequences packed along the token axis ends;
+            ``B`` must be 1, and states are ``[M, H, F, V]``.
+        chunk_size: tokens worked on together. A matter of speed; by default the kernel's choice.
+
+    Numerics:
+        float32, float64, bfloat16, float16 in and out. Products, sums, states and the division in
+        float32 (float64 for float64), one rounding at the store: the error does not grow with the
+        length. The bits do not depend on the number of threads or on other batch items.
+
+    Errors:
+        ValueError, TypeError or NotImplementedError, naming the argument.
+
+    Complexity:
+        O(N F V) time, O(N (K + V)) memory and a few states.
+
+    Source:
+        Linear transformers (arXiv 2006.16236), RetNet (2307.08621), GLA (2312.06635), Mamba-2
+        (2405.21060), DeltaNet (2406.06484), gated DeltaNet (2412.06464), BASED (2402.18668).
+
+    Example:
+        >>> import torch, attnext
+        >>> q, k, v = (torch.randn(1, 100, 4, 16) for _ in range(3))
+        >>> out, state = attnext.linear_attention(
+        ...     q, k, v, feature_map="taylor2", normalize=True, output_final_state=True
+        ... )
+        >>> out.shape, state.shape
+        (torch.Size([1, 100, 4, 16]), torch.Size([1, 4, 153, 17]))
+    """
+    if is_compiling() or torch._C._is_any_autocast_enabled():
+        query, key, value = under_autocast(query, key, value)
+    for name, flag in (
+        ("is_causal", is_causal),
+        ("output_final_state", output_final_state),
+        ("reverse", reverse),
+    ):
+        _check_flag(name, flag)
+    heads, number = _check_problem(query, key, value, feature_map, normalize, eps, scale)
+    decay, beta = _check_gates(decay, beta, query, heads, is_causal, normalize, feature_map)
+    count = query.shape[0]
+    if cu_seqlens is not None:
+        check_cu_seqlens("cu_seqlens", cu_seqlens, query)
+        count = cu_seqlens.shape[0] - 1
+    if window_size is not None:
+        check_integer("window_size", window_size, 1)
+        if cu_seqlens is not None or initial_state is not None or output_final_state:
+            raise ValueError(
+                "window_size makes blocks without states: cu_seqlens, initial_state and "
+                "output_final_state are not allowed with it"
+            )
+    if chunk_size is not None:
+        check_integer("chunk_size", chunk_size, 1)
+        if chunk_size > _MAX_CHUNK:
+            raise ValueError(f"chunk_size must be at most {_MAX_CHUNK}, got {chunk_size}")
+    if initial_state is not None:
+        _check_state("initial_state", initial_state, query, value, heads, feature_map, normalize)
+        if initial_state.shape[0] != count:
+            raise ValueError(
+                f"initial_state must have a state for each of {count} sequences, got "
+                f"{initial_state.shape[0]}"
+            )
+        initial_state = initial_state.to(accumulator_dtype(query.dtype)).contiguous()
+    out, state = linear_op(
+        unit_stride(query),
+        unit_stride(key),
+        unit_stride(value),
+        decay,
+        beta,
+        initial_state,
+        cu_seqlens,
+        FEATURE_MAPS.index(feature_map),
+        is_causal,
+        reverse,
+        normalize,
+        output_final_state,
+        number,
+        float(eps),
+        0 if window_size is None else window_size,
+        0 if chunk_size is None else chunk_size,
+    )
+    return (out, state) if output_final_state else out
+
+
+def linear_attention_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: Tensor,
+    *,
+    feature_map: str = "identity",
+    decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    scale: float | None = None,
+    slots: Tensor | None = None,
+    in_place: bool = True,
+) -> Any:
+    """Decoding: one token or a few of :func:`linear_attention`, against a state that is kept.
+
+    Shapes:
+        query ``[B, N, Hq, K]``, key ``[B, N, Hk, K]``, value ``[B, N, Hv, V]`` with a small ``N``;
+        the result is ``[B, N, H, V]``. state: ``[B, H, F, V]`` (``V + 1`` with ``normalize``), as
+        ``output_final_state`` gives it, float32 (float64 for float64), any strides as long as the
+        last axis has stride 1.
+
+    Args:
+        slots: int32 or int64 ``[B]``: which of the states of a larger ``[S, H, F, V]`` each batch
+            item has. None twice; -1: none at all, for padding, whose result is 0.
+        in_place: updates ``state`` and returns the result alone; otherwise leaves it and returns
+            ``(result, new state)``.
+        feature_map, decay, beta, normalize, eps, scale: see :func:`linear_attention`.
+
+    Numerics:
+        As :func:`linear_attention`. No gradient: under ``torch.no_grad()`` where inputs ask for it.
+
+    Errors:
+        ValueError, TypeError or NotImplementedError, naming the argument.
+
+    Complexity:
+        One pass over the state (two with ``beta``) a token, whatever has gone by before.
+
+    Source:
+        The recurrences of :func:`linear_attention`.
+
+    Example:
+        >>> import torch, attnext
+        >>> q, k, v = (torch.randn(1, 1, 4, 16) for _ in range(3))
+        >>> state = torch.zeros(1, 4, 16, 16)
+        >>> attnext.linear_attention_step(q, k, v, state).shape
+        torch.Size([1, 1, 4, 16])
+    """
+    if torch._C._is_any_autocast_enabled():
+        query, key, value = under_autocast(query, key, value)
+    _check_flag("in_place", in_place)
+    heads, number = _check_problem(query, key, value, feature_map, normalize, eps, scale)
+    decay, beta = _check_gates(decay, beta, query, heads, True, normalize, feature_map)
+    _check_state("state", state, query, value, heads, feature_map, normalize)
+    if state.dtype != accumulator_dtype(query.dtype):
+        raise TypeError(
+            f"state must be {accumulator_dtype(query.dtype)} beside {query.dtype} inputs, got "
+            f"{state.dtype}"
+        )
+    if state.stride(-1) != 1 and state.shape[-1] > 1:
+        raise ValueError(f"state must have unit stride on its last axis, got {state.stride()}")
+    if slots is None:
+        if state.shape[0] != query.shape[0]:
+            raise ValueError(
+                f"state must have a state for each of {query.shape[0]} batch items, got "
+                f"{state.shape[0]}"
+            )
+    elif not isinstance(slots, Tensor) or slots.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"slots must be an int32 or int64 tensor, got {kind_of(slots)}")
+    elif slots.shape != query.shape[:1]:
+        raise ValueError(f"slots must be [B] = {(query.shape[0],)}, got {tuple(slots.shape)}")
+    tensors = (query, key, value, state, decay, beta)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise NotImplementedError(
+            "linear_attention_step has no gradient: query, key, value, state, decay and beta must "
+            "not require one, or call it under torch.no_grad()"
+        )
+    if not in_place:
+        state = state.clone()
+    out = step_op(
+        unit_stride(query),
+        unit_stride(key),
+        unit_stride(value),
+        state,
+        slots,
+        decay,
+        beta,
+        FEATURE_MAPS.index(feature_map),
+        normalize,
+        number,
+        float(eps),
+    )
+    return out if in_place else (out, state)
+
+
+def taylor_state_to_plain(state: Tensor, head_dim: int, scale: float | None = None) -> Tensor:
+    """A packed state of ``"taylor2"`` with a row for each of all ``1 + K + K^2`` features.
+
+    Shapes:
+        state ``[..., 1 + K + K (K + 1) / 2, V]``; the result is ``[..., 1 + K + K^2, V]``, in the
+        order of BASED: 1, ``x_a``, and all ``x_a x_b``, ``x = k sqrt(scale)``, the products divided
+        by ``sqrt(2)``. ``scale`` as in :func:`linear_attention`.
+
+    Numerics:
+        In the dtype of the state. Differentiable.
+
+    Errors:
+        ValueError or TypeError, naming the argument.
+
+    Complexity:
+        Linear.
+
+    Source:
+        BASED (arXiv 2402.18668).
+
+    Example:
+        >>> import torch, attnext
+        >>> attnext.taylor_state_to_plain(torch.zeros(1, 4, 153, 64), 16).shape
+        torch.Size([1, 4, 273, 64])
+    """
+    index, weight = _plain_layout(state, head_dim, scale, num_features("taylor2", head_dim))
+    return state.index_select(-2, index) * weight
+
+
+def taylor_state_from_plain(plain: Tensor, head_dim: int, scale: float | None = None) -> Tensor:
+    """The way back of :func:`taylor_state_to_plain`.
+
+    Shapes, Numerics, Errors, Complexity, Source:
+        As there; of two rows for the same product the mean counts.
+
+    Example:
+        >>> import torch, attnext
+        >>> attnext.taylor_state_from_plain(torch.zeros(1, 4, 273, 64), 16).shape
+        torch.Size([1, 4, 153, 64])
+    """
+    index, weight = _plain_layout(plain, head_dim, scale, 1 + head_dim + head_dim**2)
+    features = num_features("taylor2", head_dim)
+    copies = torch.bincount(index, minlength=features).to(plain.dtype)[:, None]
+    shape = (*plain.shape[:-2], features, plain.shape[-1])
+    return plain.new_zeros(shape).index_add(-2, index, plain / weight) / copies
+
+
+def _plain_layout(
+    state: Tensor, head_dim: int, scale: float | None, rows: int
+) -> tuple[Tensor, Tensor]:
+    """For each plain feature the packed one, and its weight."""
+    if not isinstance(state, Tensor) or not state.is_floating_point():
+        raise TypeError(f"state must be a floating-point tensor, got {kind_of(state)}")
+    check_integer("head_dim", head_dim, 1)
+    if state.dim() < 2 or state.shape[-2] != rows:
+        raise ValueError(
+            f"state must have {rows} rows for head_dim {head_dim}, got {tuple(state.shape)}"
+        )
+    number = _scale(scale, head_dim**-0.5)
+    if number <= 0:
+        raise ValueError(f"scale must be positive, got {scale}")
+    packed = torch.zeros(head_dim, head_dim, dtype=torch.int64)
+    a, b = torch.triu_indices(head_dim, head_dim)
+    packed[a, b] = packed[b, a] = torch.arange(len(a)) + 1 + head_dim
+    index = torch.cat([torch.arange(1 + head_dim), packed.flatten()]).to(state.device)
+    weight = torch.ones(len(index), 1, dtype=torch.float64)
+    weight[1 : 1 + head_dim] = math.sqrt(number)
+    weight[1 + head_dim :] = number / math.sqrt(2)
+    return index, weight.to(state)
+
+
+# ---- checks
+
+
+def _check_flag(name: str, x: Any) -> None:
+    if not isinstance(x, bool):
+        raise TypeError(f"{name} must be a bool, got {x!r}")
+
+
+def _scale(scale: Any, default: float) -> float:
+    if scale is None:
+        return default
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise TypeError(f"scale must be a number, got {scale!r}")
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"scale must be finite, got {scale}")
+    return float(scale)
+
+
+def _check_problem(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    feature_map: str,
+    normalize: bool,
+    eps: float,
+    scale: float | None,
+) -> tuple[int, float]:
+    """What both functions take; returns the number of heads, and the scale as a number."""
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if query.dtype not in DTYPES:
+        raise TypeError(f"query must be one of {DTYPE_NAMES}, got {query.dtype}")
+    if query.dim() != 4:
+        raise ValueError(
+            f"query must be [batch, tokens, heads, head_dim], got shape {tuple(query.shape)}"
+        )
+    for name, t in (("key", key), ("value", value)):
+        if t.dtype != query.dtype:
+            raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {t.dtype}")
+        if t.device != query.device:
+            raise ValueError(
+                f"{name} must be on the device of query, {query.device}, got {t.device}"
+            )
+        if t.dim() != 4 or t.shape[:2] != query.shape[:2]:
+            raise ValueError(
+                f"{name} must be [batch, tokens, heads, dim] with the batch and tokens of query, "
+                f"{tuple(query.shape[:2])}, got shape {tuple(t.shape)}"
+            )
+    if query.device.type not in ("cpu", "meta"):
+        raise NotImplementedError(
+            f"query is on {query.device}: linear attention runs on CPU tensors (and meta, for "
+            "shapes)"
+        )
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(
+            f"key must have the head_dim of query, {query.shape[-1]}, got {key.shape[-1]}"
+        )
+    if query.shape[-1] < 1 or value.shape[-1] < 1:
+        raise ValueError(
+            f"value and query must have head_dim at least 1, got {value.shape[-1]} and "
+            f"{query.shape[-1]}"
+        )
+    heads = num_heads(query, key, value)
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if t.shape[2] < 1 or heads % t.shape[2]:
+            raise ValueError(
+                f"{name} must have a divisor of {heads} heads, the most of query, key and value, "
+                f"got {t.shape[2]}"
+            )
+    if feature_map not in FEATURE_MAPS:
+        raise ValueError(f"feature_map must be one of {FEATURE_MAPS}, got {feature_map!r}")
+    _check_flag("normalize", normalize)
+    if isinstance(eps, bool) or not isinstance(eps, int | float):
+        raise TypeError(f"eps must be a number, got {eps!r}")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps must be finite and not negative, got {eps}")
+    scaled = feature_map in ("identity", "taylor2")
+    return heads, _scale(scale, query.shape[-1] ** -0.5 if scaled else 1.0)
+
+
+def _check_gates(
+    decay: Any,
+    beta: Any,
+    query: Tensor,
+    heads: int,
+    is_causal: bool,
+    normalize: bool,
+    feature_map: str,
+) -> tuple[Tensor | None, Tensor | None]:
+    """decay and beta as ``[batch, tokens, heads]`` in the accumulator dtype."""
+    rows = (query.shape[0], query.shape[1], heads)
+    for name, gate in (("decay", decay), ("beta", beta)):
+        if gate is None:
+            continue
+        if not isinstance(gate, Tensor) or not gate.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {kind_of(gate)}")
+        if gate.device != query.device:
+            raise ValueError(
+                f"{name} must be on the device of query, {query.device}, got {gate.device}"
+            )
+        if gate.shape != rows and (name == "beta" or gate.shape != (heads,)):
+            either = "" if name == "beta" else f"{(heads,)} or "
+            raise ValueError(f"{name} must have shape {either}{rows}, got {tuple(gate.shape)}")
+        if not is_causal:
+            raise ValueError(f"{name} needs an order of tokens: is_causal must be True with it")
+    if beta is not None and normalize:
+        raise ValueError("beta, the delta rule, has no normaliser: normalize must be False with it")
+    if beta is not None and feature_map == "taylor2":
+        raise ValueError("beta, the delta rule, is not for feature_map 'taylor2'")
+    acc = accumulator_dtype(query.dtype)
+    if decay is not None:
+        decay = decay.to(acc).expand(rows)
+    if beta is not None:
+        beta = beta.to(acc)
+    return decay, beta
+
+
+def _check_state(
+    name: str,
+    state: Any,
+    query: Tensor,
+    value: Tensor,
+    heads: int,
+    feature_map: str,
+    normalize: bool,
+) -> None:
+    if not isinstance(state, Tensor) or not state.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {kind_of(state)}")
+    if state.device != query.device:
+        raise ValueError(
+            f"{name} must be on the device of query, {query.device}, got {state.device}"
+        )
+    features = num_features(feature_map, query.shape[-1])
+    want = (heads, features, value.shape[-1] + int(normalize))
+    if state.dim() != 4 or state.shape[1:] != want:
+        raise ValueError(
+            f"{name} must be [sequences, heads, features, columns] with the last three {want}, got "
+            f"{tuple(state.shape)}"
+        )

@@ -1,0 +1,378 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The registered operators of linear attention. ``linear.py`` calls :func:`linear_op` and
+:func:`step_op`; nothing else should."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import _C
+from .device_tables import DeviceTables
+from .ops import LIBRARY, accumulator_dtype, sequence_ends, transforms_are_active
+
+FEATURE_MAPS = ("identity", "elu", "relu", "taylor2")  # in the order of FeatureMap in params.h
+
+# decay and beta are [batch, tokens, heads] in the accumulator dtype, heads being the most of query,
+# key and value. window_size 0: sequences are whole; chunk_size 0: the kernel's choice.
+_PROBLEM = (
+    "Tensor query, Tensor key, Tensor value, Tensor? decay, Tensor? beta, Tensor? initial_state, "
+    "Tensor? cu_seqlens, int feature_map, bool is_causal, bool reverse, bool normalize, "
+    "bool output_final_state, float scale, float eps, SymInt window_size, SymInt chunk_size"
+)
+_NUM_GRADS = 6
+_NUM_TENSORS = 7  # with cu_seqlens
+_DECAY, _BETA, _FEATURE_MAP, _NORMALIZE, _OUTPUT_STATE = 3, 4, 7, 10, 11
+
+# Beside `out` come what it was divided by, and the final state; empty where they are not wanted.
+LIBRARY.define(f"linear_forward({_PROBLEM}) -> (Tensor, Tensor, Tensor)")
+LIBRARY.define(
+    f"linear_backward({_PROBLEM}, Tensor out, Tensor denominator, Tensor dout, "
+    "Tensor? dfinal_state, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(
+    "linear_step(Tensor query, Tensor key, Tensor value, Tensor(a!) state, Tensor? slots, "
+    "Tensor? decay, Tensor? beta, int feature_map, bool normalize, float scale, float eps) "
+    "-> Tensor"
+)
+
+
+def num_features(feature_map: str, head_dim: int) -> int:
+    """Rows of the state."""
+    return 1 + head_dim + head_dim * (head_dim + 1) // 2 if feature_map == "taylor2" else head_dim
+
+
+def num_heads(query: Tensor, key: Tensor, value: Tensor) -> int:
+    """The heads that have a state: those of the tensor with most."""
+    most = query.shape[2]
+    for t in (key, value):
+        if t.shape[2] > most:
+            most = t.shape[2]
+    return most
+
+
+def _native(problem: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The problem as the binary takes it, with cu_seqlens as a checked list."""
+    cu_seqlens = problem[_NUM_GRADS]
+    if cu_seqlens is None:
+        return problem
+    ends = sequence_ends(cu_seqlens, "cu_seqlens", problem[0].shape[1])
+    return (*problem[:_NUM_GRADS], ends, *problem[_NUM_TENSORS:])
+
+
+def _forward_fake(*problem: Any) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = problem[:3]
+    cu_seqlens, feature_map = problem[_NUM_GRADS : _NUM_GRADS + 2]
+    normalize, output_state = problem[_NORMALIZE], problem[_OUTPUT_STATE]
+    batch, tokens, _, dim = query.shape
+    heads, acc = num_heads(query, key, value), accumulator_dtype(query.dtype)
+    rows = (batch, tokens, heads)
+    count = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    features = num_features(FEATURE_MAPS[feature_map], dim)
+    state = (count, heads, features, value.shape[-1] + int(normalize))
+    return (
+        query.new_empty((*rows, value.shape[-1])),
+        query.new_empty(rows if normalize else (0,), dtype=acc),
+        query.new_empty(state if output_state else (0,), dtype=acc),
+    )
+
+
+def _wanted_results(problem: tuple[Any, ...], results: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """Of what the fake gives, what is to be written."""
+    out, denominator, state = results
+    return (
+        out,
+        denominator if problem[_NORMALIZE] else None,
+        state if problem[_OUTPUT_STATE] else None,
+    )
+
+
+def _forward_cpu(*problem: Any) -> tuple[Tensor, Tensor, Tensor]:
+    results = _forward_fake(*problem)
+    _C.linear_forward(_native(problem), *_wanted_results(problem, results))
+    return results
+
+
+def _per_head(t: Tensor, heads: int) -> Tensor:
+    """Room for a gradient with a row per head; heads that share a row are summed at more digits."""
+    shape = (*t.shape[:2], heads, t.shape[3])
+    return t.new_empty(shape, dtype=t.dtype if t.shape[2] == heads else accumulator_dtype(t.dtype))
+
+
+def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    """Fresh gradients; those of decay, beta and state are empty where not needed."""
+    tensors, needs = args[:_NUM_GRADS], args[-1]
+    grads = [t.new_empty(t.shape) for t in tensors[:3]]
+    for t, need in zip(tensors[3:], needs[3:], strict=True):
+        grads.append(tensors[0].new_empty([0]) if t is None or not need else t.new_empty(t.shape))
+    return tuple(grads)
+
+
+def _backward_tensors(*args: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    """Fresh gradients, those of query, key and value with a row per head, and what the binary takes
+    after the problem."""
+    problem, (out, denominator, dout, dstate, needs) = args[:-5], args[-5:]
+    heads = num_heads(*problem[:3])
+    grads = tuple(_per_head(t, heads) for t in problem[:3])
+    more = _backward_fake(*args)[3:]
+    wanted = tuple(
+        g if t is not None and need else None
+        for g, t, need in zip(more, problem[3:_NUM_GRADS], needs[3:], strict=True)
+    )
+    if dout.stride(-1) != 1 and dout.shape[-1] > 1:  # e.g. the expanded gradient of a sum
+        dout = dout.contiguous()
+    if dstate is not None:
+        dstate = dstate.contiguous()
+    denominator = denominator if problem[_NORMALIZE] else None
+    return (*grads, *more), (out, denominator, dout, dstate, (*grads, *wanted))
+
+
+def _shared(grads: tuple[Tensor, ...], problem: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Gradients of what heads share: the sums over them."""
+    return (
+        *(
+            g if t.shape[2] == g.shape[2] else g.unflatten(2, (t.shape[2], -1)).sum(3).to(t.dtype)
+            for g, t in zip(grads[:3], problem[:3], strict=True)
+        ),
+        *grads[3:],
+    )
+
+
+def _backward_cpu(*args: Any) -> tuple[Tensor, ...]:
+    problem = args[:-5]
+    grads, tensors = _backward_tensors(*args)
+    _C.linear_backward(_native(problem), *tensors)
+    return _shared(grads, problem)
+
+
+def _step_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+    batch, tokens = query.shape[:2]
+    return query.new_empty((batch, tokens, num_heads(query, key, value), value.shape[-1]))
+
+
+def _step_cpu(
+    query: Tensor, key: Tensor, value: Tensor, state: Tensor, slots: Tensor | None, *rest: Any
+) -> Tensor:
+    out = _step_fake(query, key, value)
+    chosen = None if slots is None else _slot_list(slots, state.shape[0])
+    _C.linear_step(query, key, value, state, chosen, *rest, out)  # type: ignore[call-arg]
+    return out
+
+
+def _slot_list(slots: Tensor, count: int) -> list[int]:
+    chosen: list[int] = slots.tolist()
+    if any(not -1 <= slot < count for slot in chosen):
+        raise ValueError(f"slots must be between -1 and {count - 1}, got {chosen}")
+    used = [slot for slot in chosen if slot >= 0]
+    if len(set(used)) < len(used):
+        raise ValueError(f"slots must not name a state twice, got {chosen}")
+    return chosen
+
+
+# ---- CUDA ----------------------------------------------------------------------------------------
+
+_TABLES = DeviceTables()
+_MAX_HEAD_DIM, _MAX_TAYLOR_DIM = 128, 16
+
+
+@dataclass(frozen=True, eq=False)
+class _Sequences:
+    """A list of sequences as a kernel reads it; one object for the same list."""
+
+    content: bytes
+
+    def data(self) -> bytes:
+        return self.content
+
+
+_sequences = functools.lru_cache(maxsize=64)(_Sequences)
+
+
+def check_cuda(problem: tuple[Any, ...], grads: bool) -> None:
+    """Errors: NotImplementedError for what the CUDA kernels lack."""
+    query, value, beta = problem[0], problem[2], problem[_BETA]
+    feature_map = problem[_FEATURE_MAP]
+    what = ""
+    if query.dtype == torch.float64:
+        what = "float64"
+    elif beta is not None:
+        what = "the delta rule (beta)"
+    elif FEATURE_MAPS[feature_map] == "taylor2" and query.shape[-1] > _MAX_TAYLOR_DIM:
+        what = f"feature_map 'taylor2' with a head_dim above {_MAX_TAYLOR_DIM}"
+    elif FEATURE_MAPS[feature_map] == "taylor2" and grads:
+        what = "gradients of feature_map 'taylor2'"
+    elif max(query.shape[-1], value.shape[-1]) > _MAX_HEAD_DIM:
+        what = f"a head_dim above {_MAX_HEAD_DIM}"
+    if what:
+        raise NotImplementedError(f"linear attention on a GPU does not have {what} yet")
+
+
+def _run_cuda(call: Any, query: Tensor, op: str, *tensors: Any) -> None:
+    sequences = 0
+    if call.sequences:
+        table = _sequences(call.sequences)
+        sequences = _TABLES.get(table, query.device, op).data_ptr()
+    workspace = query.new_empty(call.workspace_bytes, dtype=torch.uint8)
+    stream = torch.cuda.current_stream(query.device).cuda_stream
+    call.run(sequences, workspace.data_ptr(), query.get_device(), stream, *tensors)
+
+
+def _forward_cuda(*problem: Any) -> tuple[Tensor, Tensor, Tensor]:
+    query = problem[0]
+    check_cuda(problem, grads=False)
+    with torch.cuda.device(query.device):
+        results = _forward_fake(*problem)
+        call = _C.CudaLinearForward(_native(problem))
+        _run_cuda(call, query, "linear_forward", *_wanted_results(problem, results))
+    return results
+
+
+def _backward_cuda(*args: Any) -> tuple[Tensor, ...]:
+    problem, query = args[:-5], args[0]
+    check_cuda(problem, grads=True)
+    with torch.cuda.device(query.device):
+        grads, tensors = _backward_tensors(*args)
+        call = _C.CudaLinearBackward(_native(problem), tensors[-1][_DECAY] is not None)
+        _run_cuda(call, query, "linear_backward", *tensors)
+        return _shared(grads, problem)
+
+
+def _step_cuda(*args: Any) -> Tensor:
+    raise NotImplementedError("linear_attention_step has no CUDA kernel yet: query is on a GPU")
+
+
+for _name, _cpu, _cuda, _fake in (
+    ("linear_forward", _forward_cpu, _forward_cuda, _forward_fake),
+    ("linear_backward", _backward_cpu, _backward_cuda, _backward_fake),
+    ("linear_step", _step_cpu, _step_cuda, _step_fake),
+):
+    LIBRARY.impl(_name, _cpu, "CPU")
+    LIBRARY.impl(_name, _cuda, "CUDA")
+    torch.library.register_fake(f"attnext::{_name}", _fake, lib=LIBRARY)
+
+
+def _forward(*problem: Any) -> tuple[Tensor, Tensor, Tensor]:
+    results: tuple[Tensor, Tensor, Tensor] = torch.ops.attnext.linear_forward.default(*problem)
+    return results
+
+
+def _backward(*args: Any) -> tuple[Tensor, ...]:
+    grads: tuple[Tensor, ...] = torch.ops.attnext.linear_backward.default(*args)
+    return grads
+
+
+class _Linear(torch.autograd.Function):
+    """linear_forward with its gradients, for reverse mode once."""
+
+    @staticmethod
+    def forward(*problem: Any) -> Any:
+        return _forward(*problem)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        out, denominator, _ = output
+        ctx.save_for_backward(*inputs[:_NUM_TENSORS], out, denominator)
+        ctx.plain = inputs[_NUM_TENSORS:]
+        ctx.mark_non_differentiable(denominator)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, _: Any, dstate: Tensor | None) -> Any:
+        *tensors, out, denominator = ctx.saved_tensors
+        nothing = (None,) * len(ctx.plain)
+        if not ctx.plain[_OUTPUT_STATE - _NUM_TENSORS]:
+            dstate = None
+        if dout is None and dstate is None:
+            return (None,) * _NUM_TENSORS + nothing
+        if dout is None:
+            dout = torch.zeros_like(out)
+        needs = [bool(n) for n in ctx.needs_input_grad[:_NUM_GRADS]]
+        backward = _LinearBackward.apply if transforms_are_active() else _backward
+        grads = backward(*tensors, *ctx.plain, out, denominator, dout, dstate, needs)
+        wanted = (
+            g if t is not None and need else None
+            for g, t, need in zip(grads, tensors[:_NUM_GRADS], needs, strict=True)
+        )
+        return (*wanted, None, *nothing)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *problem: Any) -> Any:
+        return _batched(_Linear.apply, info.batch_size, in_dims, problem, ())
+
+
+class _LinearBackward(torch.autograd.Function):
+    """linear_backward; exists for its vmap rule, and to refuse a second derivative."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return _backward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError("attnext: linear attention has no second derivative")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        tail = range(len(args) - 5, len(args) - 1)  # out, denominator, dout, dfinal_state
+        return _batched(_LinearBackward.apply, info.batch_size, in_dims, args, tuple(tail))
+
+
+def _batched(
+    apply: Any, size: int, in_dims: Any, args: tuple[Any, ...], more: tuple[int, ...]
+) -> Any:
+    """Runs an op over a vmapped dimension, folded into the batch, which every tensor has; packed
+    sequences one slice at a time. ``more``: tensors beside the first."""
+    if args[_NUM_GRADS] is None:
+        inputs = list(args)
+        for k in (*range(_NUM_GRADS), *more):
+            t, dim = args[k], in_dims[k]
+            if t is None:
+                continue
+            if t.dim() - isinstance(dim, int) > 1:  # not one of those that are empty
+                t = t.movedim(dim, 0) if isinstance(dim, int) else t.expand(size, *t.shape)
+                inputs[k] = t.reshape(size * t.shape[1], *t.shape[2:])
+            elif isinstance(dim, int):
+                inputs[k] = t.select(dim, 0)
+        outputs = apply(*inputs)
+        return tuple(
+            o.reshape(size, o.shape[0] // size, *o.shape[1:]) if o.dim() > 1 else o for o in outputs
+        ), tuple(0 if o.dim() > 1 else None for o in outputs)
+    slices = [
+        apply(
+            *(
+                a.select(d, i) if isinstance(d, int) else a
+                for a, d in zip(args, in_dims, strict=True)
+            )
+        )
+        for i in range(size)
+    ]
+    outputs = tuple(torch.stack(parts) for parts in zip(*slices, strict=True))
+    return outputs, (0,) * len(outputs)
+
+
+def linear_op(*problem: Any) -> tuple[Tensor, Tensor]:
+    """Outputs and final state (empty if not wanted), entering autograd only where it is needed."""
+    needs_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in problem[:_NUM_GRADS]
+    )
+    if needs_grad or transforms_are_active():
+        out, _, state = _Linear.apply(*problem)
+    else:
+        out, _, state = _forward(*problem)
+    return out, state
+
+
+def step_op(*problem: Any) -> Tensor:
+    """Outputs of a step; the state is updated in place."""
+    out: Tensor = torch.ops.attnext.linear_step.default(*problem)
+    return out

@@ -1,0 +1,377 @@
+// SPDX-License-Identifier: Apache-2.0
+// Entry points: cut the problem into rows (one sequence and head) and these into segments, and hand
+// them to threads. With rows enough, a thread walks a row's segments one after the other; else it
+// takes single segments, after the sums that carry a row's state from one to the next. Both give
+// the same bits.
+#include "linear.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "isa.h"
+#include "memory.h"
+#include "parallel.h"
+
+namespace attnext {
+namespace cpu {
+namespace {
+
+// A state that may still be zero, in which case its memory has not been written.
+struct State {
+  void* data = nullptr;
+  bool empty = true;
+
+  const void* get() const { return empty ? nullptr : data; }
+};
+
+class Problem {
+ public:
+  const LinearParams& p;
+  const LinearKernels& kernels;
+
+  explicit Problem(const LinearParams& params)
+      : p(params),
+        kernels(linear_kernels(params.dtype)),
+        rows(p.num_sequences * p.heads),
+        segment_(kernels.segment(p)),
+        state_bytes(kernels.state_size(p, p.head_dim_v) * acc_size(p.dtype)) {
+    double tokens = 0;
+    for (int64_t n = 0; n < p.num_sequences; ++n) {
+      tokens += static_cast<double>(length(n));
+      most_segments = std::max(most_segments, segments(n));
+    }
+    serial = tokens * p.heads * p.features() * p.head_dim_v < kSerialWork;
+    const int64_t threads = serial ? 1 : max_threads();
+    split = threads > 1 && rows < 2 * threads && most_segments > 1 && !p.delta();
+  }
+
+  int64_t length(int64_t n) const { return p.sequences[n].end - p.sequences[n].begin; }
+  int64_t segments(int64_t n) const { return (length(n) + segment_ - 1) / segment_; }
+  LinearItem row(int64_t r) const {
+    return {r / p.heads, r % p.heads, 0, length(r / p.heads), 0, p.head_dim_v};
+  }
+  LinearItem segment(int64_t r, int64_t s) const {
+    LinearItem item = row(r);
+    item.begin = s * segment_;
+    item.end = std::min(item.end, item.begin + segment_);
+    return item;
+  }
+
+  // A row's place in a tensor of states.
+  char* state_of(const void* states, int64_t r) const {
+    if (!states) return nullptr;
+    const int64_t row_bytes = p.features() * p.state_columns() * acc_size(p.dtype);
+    return const_cast<char*>(static_cast<const char*>(states)) + r * row_bytes;
+  }
+  State load(const LinearItem& item, const void* states, int64_t r, void* room) const {
+    if (!states) return {room, true};
+    kernels.load_state(p, item, state_of(states, r), room);
+    return {room, false};
+  }
+  void store(const LinearItem& item, const State& state, void* states, int64_t r) const {
+    if (!states) return;
+    if (state.empty) kernels.load_state(p, item, nullptr, state.data);
+    kernels.store_state(p, item, state.data, state_of(states, r));
+  }
+  void advance(State* carry, const void* local) const {
+    if (carry->empty) {
+      std::memcpy(carry->data, local, state_bytes);
+      carry->empty = false;
+    } else {
+      kernels.advance(p, p.head_dim_v, carry->data, local);
+    }
+  }
+
+  const int64_t rows;
+
+ private:
+  const int64_t segment_;
+
+ public:
+  const int64_t state_bytes;
+  int64_t most_segments = 0;
+  bool serial, split;
+};
+
+// The sums of all segments of all rows, and what becomes of them: the state that each starts from.
+class Carries {
+ public:
+  explicit Carries(const Problem& problem)
+      : problem_(problem),
+        memory_(allocate(problem.rows * (problem.most_segments + 2) * problem.state_bytes)) {}
+
+  char* at(int64_t row, int64_t segment) const {
+    return memory_.get() + (row * (problem_.most_segments + 2) + segment) * problem_.state_bytes;
+  }
+  // What each segment of a row starts from, in the place of its sum; returns the last state.
+  State scan(int64_t row, const void* initial, bool reverse) {
+    const LinearItem item = problem_.row(row);
+    State carry = problem_.load(item, initial, row, at(row, problem_.most_segments));
+    char* const next = at(row, problem_.most_segments + 1);
+    const int64_t count = problem_.segments(item.sequence);
+    for (int64_t n = 0; n < count; ++n) {
+      char* const sum = at(row, reverse ? count - 1 - n : n);
+      if (carry.empty) {
+        std::memcpy(carry.data, sum, problem_.state_bytes);
+        carry.empty = false;
+        continue;
+      }
+      std::memcpy(next, carry.data, problem_.state_bytes);
+      problem_.advance(&carry, sum);
+      std::memcpy(sum, next, problem_.state_bytes);
+    }
+    return carry;
+  }
+
+ private:
+  const Problem& problem_;
+  Memory memory_;
+};
+
+struct Work {
+  int64_t row, segment;
+};
+std::vector<Work> all_segments(const Problem& problem) {
+  std::vector<Work> work;
+  for (int64_t r = 0; r < problem.rows; ++r) {
+    for (int64_t s = 0; s < problem.segments(r / problem.p.heads); ++s) work.push_back({r, s});
+  }
+  return work;
+}
+
+template <class F>
+void for_each(int64_t n, bool serial, F f) {
+  parallel_for(n, 1, serial, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i);
+  });
+}
+
+// ---- forward -----------------------------------------------------------------------------------
+
+class Forward : public Problem {
+ public:
+  explicit Forward(const LinearParams& params)
+      : Problem(params), scratch_bytes_(kernels.forward_scratch(p, p.head_dim_v)) {}
+
+  void run() {
+    if (p.delta()) {
+      run_delta();
+    } else if (split) {
+      run_split();
+    } else {
+      for_each(rows, serial, [&](int64_t r) { p.causal ? walk(r) : sum_and_read(r); });
+    }
+  }
+
+ private:
+  void* scratch() const { return thread_buffer(0, scratch_bytes_); }
+  char* room(int count) const { return static_cast<char*>(thread_buffer(1, count * state_bytes)); }
+
+  void walk(int64_t r) {
+    char* const memory = room(2);
+    void* const local = memory + state_bytes;
+    const LinearItem item = row(r);
+    State carry = load(item, p.initial_state, r, memory);
+    const int64_t count = segments(item.sequence);
+    for (int64_t s = 0; s < count; ++s) {
+      const bool keep = s + 1 < count || p.final_state;
+      kernels.forward(p, segment(r, s), carry.get(), local, true, keep, scratch());
+      if (keep) advance(&carry, local);
+    }
+    store(item, carry, p.final_state, r);
+  }
+
+  void sum_and_read(int64_t r) {
+    char* const memory = room(2);
+    void* const local = memory + state_bytes;
+    const LinearItem item = row(r);
+    State total = load(item, p.initial_state, r, memory);
+    const int64_t count = segments(item.sequence);
+    for (int64_t s = 0; s < count; ++s) {
+      kernels.sum_keys(p, segment(r, s), local, true, scratch());
+      advance(&total, local);
+    }
+    for (int64_t s = 0; s < count; ++s) {
+      kernels.forward(p, segment(r, s), total.get(), local, true, false, scratch());
+    }
+    store(item, total, p.final_state, r);
+  }
+
+  void run_split() {
+    Carries carries(*this);
+    const std::vector<Work> work = all_segments(*this);
+    const int64_t items = static_cast<int64_t>(work.size());
+    for_each(items, serial, [&](int64_t i) {
+      const auto [r, s] = work[i];
+      kernels.sum_keys(p, segment(r, s), carries.at(r, s), true, scratch());
+    });
+    std::vector<State> last(rows);
+    for_each(rows, serial, [&](int64_t r) {
+      last[r] = carries.scan(r, p.initial_state, false);
+      store(row(r), last[r], p.final_state, r);
+    });
+    for_each(items, serial, [&](int64_t i) {
+      const auto [r, s] = work[i];
+      const void* carry = !p.causal                  ? last[r].get()
+                          : s > 0 || p.initial_state ? carries.at(r, s)
+                                                     : nullptr;
+      kernels.forward(p, segment(r, s), carry, room(1), true, false, scratch());
+    });
+  }
+
+  // Chunks do not add up under the delta rule, but columns of the values know nothing of each
+  // other: they are what is split.
+  void run_delta() {
+    int64_t columns = p.head_dim_v;
+    if (!serial && rows < max_threads()) {
+      const int64_t parts = (max_threads() + rows - 1) / std::max<int64_t>(rows, 1);
+      columns = ((columns + parts - 1) / parts + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
+    }
+    const int64_t parts = (p.head_dim_v + columns - 1) / columns;
+    for_each(rows * parts, serial, [&](int64_t i) {
+      LinearItem item = row(i / parts);
+      item.column = i % parts * columns;
+      item.columns = std::min(columns, p.head_dim_v - item.column);
+      State state = load(item, p.initial_state, i / parts, room(1));
+      if (item.end > 0) {
+        kernels.forward(p, item, nullptr, state.data, state.empty, p.final_state != nullptr,
+                        scratch());
+        state.empty = false;
+      }
+      store(item, state, p.final_state, i / parts);
+    });
+  }
+
+  const int64_t scratch_bytes_;
+};
+
+// ---- backward ----------------------------------------------------------------------------------
+
+class Backward : public Problem {
+ public:
+  explicit Backward(const LinearParams& params)
+      : Problem(params), scratch_bytes_(kernels.backward_scratch(p, p.head_dim_v)) {}
+
+  void run() {
+    if (split) {
+      run_split();
+    } else {
+      for_each(rows, serial, [&](int64_t r) { p.causal ? walk(r) : sum_and_read(r); });
+    }
+  }
+
+ private:
+  void* scratch() const { return thread_buffer(0, scratch_bytes_); }
+  char* room(int64_t count) const {
+    return static_cast<char*>(thread_buffer(1, count * state_bytes));
+  }
+
+  // States at the start of every segment, then the segments from the last to the first.
+  void walk(int64_t r) {
+    const LinearItem item = row(r);
+    const int64_t count = segments(item.sequence);
+    char* const memory = room(count + 2);
+    void* const local = memory + count * state_bytes;
+    std::vector<State> carries(std::max<int64_t>(count, 1));
+    if (count > 0) carries[0] = load(item, p.initial_state, r, memory);
+    if (p.delta() && !carries[0].empty) std::memcpy(local, carries[0].data, state_bytes);
+    for (int64_t s = 0; s + 1 < count; ++s) {
+      State& next = carries[s + 1];
+      next.data = memory + (s + 1) * state_bytes;
+      next.empty = carries[s].empty;
+      if (p.delta()) {
+        kernels.sum_keys(p, segment(r, s), local, carries[s].empty, scratch());
+        next.empty = true;
+      } else {
+        if (!next.empty) std::memcpy(next.data, carries[s].data, state_bytes);
+        kernels.sum_keys(p, segment(r, s), local, true, scratch());
+      }
+      advance(&next, local);
+    }
+    State dcarry = load(item, p.dfinal_state, r, memory + (count + 1) * state_bytes);
+    for (int64_t s = count - 1; s >= 0; --s) {
+      if (p.delta()) {
+        kernels.backward(p, segment(r, s), carries[s].get(), nullptr, dcarry.data, dcarry.empty,
+                         scratch());
+        dcarry.empty = false;
+      } else {
+        kernels.backward(p, segment(r, s), carries[s].get(), dcarry.get(), local, true, scratch());
+        advance(&dcarry, local);
+      }
+    }
+    store(item, dcarry, p.dinitial_state, r);
+  }
+
+  void sum_and_read(int64_t r) {
+    const LinearItem item = row(r);
+    const int64_t count = segments(item.sequence);
+    char* const memory = room(3);
+    void* const local = memory + 2 * state_bytes;
+    State total = load(item, p.initial_state, r, memory);
+    State dtotal = load(item, p.dfinal_state, r, memory + state_bytes);
+    for (int64_t s = 0; s < count; ++s) {
+      kernels.sum_keys(p, segment(r, s), local, true, scratch());
+      advance(&total, local);
+    }
+    for (int64_t s = count - 1; s >= 0; --s) {
+      kernels.sum_queries(p, segment(r, s), local, true, scratch());
+      advance(&dtotal, local);
+    }
+    for (int64_t s = 0; s < count; ++s) {
+      kernels.backward(p, segment(r, s), total.get(), dtotal.get(), local, true, scratch());
+    }
+    store(item, dtotal, p.dinitial_state, r);
+  }
+
+  void run_split() {
+    Carries carries(*this), dcarries(*this);
+    const std::vector<Work> work = all_segments(*this);
+    const int64_t items = static_cast<int64_t>(work.size());
+    for_each(2 * items, serial, [&](int64_t i) {
+      const auto [r, s] = work[i / 2];
+      if (i % 2 == 0) {
+        kernels.sum_keys(p, segment(r, s), carries.at(r, s), true, scratch());
+      } else {
+        kernels.sum_queries(p, segment(r, s), dcarries.at(r, s), true, scratch());
+      }
+    });
+    std::vector<State> last(rows), first(rows);
+    for_each(rows, serial, [&](int64_t r) {
+      last[r] = carries.scan(r, p.initial_state, false);
+      first[r] = dcarries.scan(r, p.dfinal_state, true);
+      store(row(r), first[r], p.dinitial_state, r);
+    });
+    for_each(items, serial, [&](int64_t i) {
+      const auto [r, s] = work[i];
+      const void *carry = last[r].get(), *dcarry = first[r].get();
+      if (p.causal) {
+        carry = s > 0 || p.initial_state ? carries.at(r, s) : nullptr;
+        const bool is_last = s + 1 == segments(r / p.heads);
+        dcarry = !is_last || p.dfinal_state ? dcarries.at(r, s) : nullptr;
+      }
+      kernels.backward(p, segment(r, s), carry, dcarry, room(1), true, scratch());
+    });
+  }
+
+  const int64_t scratch_bytes_;
+};
+
+}  // namespace
+
+void linear_forward(const LinearParams& p) { Forward(p).run(); }
+
+void linear_backward(const LinearParams& p) { Backward(p).run(); }
+
+void linear_step(const LinearStepParams& params) {
+  const LinearParams& p = params.problem;
+  const LinearKernels& kernels = linear_kernels(p.dtype);
+  const int64_t scratch = kernels.step_scratch(params);
+  const double work = double(p.batch) * p.heads * p.tokens * p.features() * p.head_dim_v;
+  for_each(p.batch * p.heads, work < kSerialWork, [&](int64_t i) {
+    kernels.step(params, i / p.heads, i % p.heads, thread_buffer(0, scratch));
+  });
+}
+
+}  // namespace cpu
+}  // namespace attnext

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+// What an ISA unit offers for linear attention: plain function pointers, chosen once per call.
+//
+// A sequence is cut into chunks, and these are gathered into segments, by the problem alone. The
+// state before a chunk is always `factor * carry + local`: `carry` is the state at the start of the
+// segment, `local` the sum of the segment's own chunks. Segments can therefore be walked one after
+// the other, or their sums made first and all walked at once: the bits are the same. Under the
+// delta rule chunks do not add up; `local` is then the state itself, and there is no carry.
+#pragma once
+
+#include <cstdint>
+
+#include "../params.h"
+
+namespace attnext {
+namespace cpu {
+
+// A stretch of one sequence for one head, as tokens counted in the order of processing, and the
+// columns of the values in question.
+struct LinearItem {
+  int64_t sequence, head;
+  int64_t begin, end;
+  int64_t column, columns;
+};
+
+// A state as kernels hold it: [features][columns padded to vectors], the normaliser's sums, and in
+// the last place the factor by which it lets an earlier state through.
+struct LinearKernels {
+  int64_t (*chunk)(const LinearParams&);                        // tokens
+  int64_t (*segment)(const LinearParams&);                      // tokens, a multiple of the chunk
+  int64_t (*state_size)(const LinearParams&, int64_t columns);  // numbers
+  int64_t (*forward_scratch)(const LinearParams&, int64_t columns);  // bytes
+  int64_t (*backward_scratch)(const LinearParams&, int64_t columns);
+  int lanes;
+
+  // Between a state and its place in a tensor; without a source it becomes zero.
+  void (*load_state)(const LinearParams&, const LinearItem&, const void* source, void* state);
+  void (*store_state)(const LinearParams&, const LinearItem&, const void* state, void* target);
+  // carry = factor of local * carry + local.
+  void (*advance)(const LinearParams&, int64_t columns, void* carry, const void* local);
+
+  // local += the chunks of an item: keys and values, or queries and gradients of outputs from the
+  // last to the first. A `fresh` local is zero and is not read.
+  void (*sum_keys)(const LinearParams&, const LinearItem&, void* local, bool fresh, void* scratch);
+  void (*sum_queries)(const LinearParams&, const LinearItem&, void* local, bool fresh,
+                      void* scratch);
+  // Outputs of an item. `carry` may be null; `local` as above, and it is updated where `keep`.
+  void (*forward)(const LinearParams&, const LinearItem&, const void* carry, void* local,
+                  bool fresh, bool keep, void* scratch);
+  // Gradients of an item: `carry` is the state before it, dcarry the gradient of the state after
+  // it, dlocal as `local`, from the last chunk to the first. Null: zero.
+  void (*backward)(const LinearParams&, const LinearItem&, const void* carry, const void* dcarry,
+                   void* dlocal, bool fresh, void* scratch);
+
+  int64_t (*step_scratch)(const LinearStepParams&);
+  void (*step)(const LinearStepParams&, int64_t batch, int64_t head, void* scratch);
+};
+
+void linear_forward(const LinearParams& params);
+void linear_backward(const LinearParams& params);
+void linear_step(const LinearStepParams& params);
+
+}  // namespace cpu
+}  // namespace attnext

@@ -1,0 +1,433 @@
+// SPDX-License-Identifier: Apache-2.0
+// What forward and backward share: a chunk in packed form. Queries and keys are packed with tokens
+// in the lanes, [head_dim][tokens], so that feature maps, decays and the polynomial's features are
+// products of vectors; values as rows, [tokens][columns].
+#pragma once
+
+#include "linear.h"
+#include "linear_product.inl"
+
+namespace attnext {
+namespace cpu {
+namespace ATTNEXT_ISA {
+
+template <class T>
+struct LinearAcc {
+  using type = float;
+};
+template <>
+struct LinearAcc<double> {
+  using type = double;
+};
+
+// Numbers one after the other in a thread's scratch; without memory it only counts.
+template <class Acc>
+class Scratch {
+ public:
+  explicit Scratch(void* memory) : memory_(static_cast<Acc*>(memory)) {}
+  Acc* take(int64_t count) {
+    Acc* at = memory_ ? memory_ + used_ : nullptr;
+    used_ += (count + 63) / 64 * 64 + 16;  // rows of 2^k bytes would share cache sets
+    return at;
+  }
+  int64_t bytes() const { return used_ * static_cast<int64_t>(sizeof(Acc)); }
+
+ private:
+  Acc* memory_;
+  int64_t used_ = 0;
+};
+
+// n <= kLanes entries, the rest 0.
+template <class T, class Acc>
+ATTNEXT_INLINE VecOf<Acc> widen_part(const T* p, int64_t n) {
+  if (n >= Simd<Acc>::kLanes) return widen(p);
+  T part[Simd<Acc>::kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) part[i] = p[i];
+  return widen(part);
+}
+template <class T, class V>
+ATTNEXT_INLINE void narrow_part(T* p, V v, int64_t n) {
+  constexpr int64_t kLanes = sizeof(V) / sizeof(V{}[0]);
+  if (n >= kLanes) return narrow(p, v);
+  T part[kLanes];
+  narrow(part, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = part[i];
+}
+
+// 2^x with nothing beyond the largest power; NaN stays.
+template <class Acc>
+ATTNEXT_INLINE VecOf<Acc> power(VecOf<Acc> x) {
+  constexpr Acc kMost = sizeof(Acc) == 4 ? 127 : 1023;
+  return exp2(x > kMost ? broadcast(kMost) : x);
+}
+
+template <FeatureMap kMap, class Acc>
+ATTNEXT_INLINE VecOf<Acc> feature(VecOf<Acc> x) {
+  if constexpr (kMap == FeatureMap::kElu) {
+    const VecOf<Acc> below = power<Acc>((x > 0 ? VecOf<Acc>{} : x) * Acc(kLog2E));
+    return x > 0 ? x + Acc(1) : below;
+  } else if constexpr (kMap == FeatureMap::kRelu) {
+    return x < 0 ? VecOf<Acc>{} : x;
+  } else {
+    return x;
+  }
+}
+
+// d feature / dx, from the feature.
+template <class Acc>
+ATTNEXT_INLINE VecOf<Acc> feature_slope(FeatureMap map, VecOf<Acc> f) {
+  const VecOf<Acc> one = broadcast(Acc(1));
+  if (map == FeatureMap::kElu) return f > 1 ? one : f;
+  if (map == FeatureMap::kRelu) return f > 0 ? one : VecOf<Acc>{};
+  return one;
+}
+
+// At most kLanes x kLanes entries as a whole block, the rest 0.
+template <class T, class Acc>
+__attribute__((noinline)) void load_part(const T* rows, int64_t step, int64_t count, int64_t dim,
+                                         VecOf<Acc>* block) {
+  for (int64_t i = 0; i < Simd<Acc>::kLanes; ++i) {
+    block[i] = i < count ? widen_part<T, Acc>(rows + i * step, dim) : VecOf<Acc>{};
+  }
+}
+template <class T, class Acc>
+__attribute__((noinline)) void store_part(T* rows, int64_t step, int64_t count, int64_t dim,
+                                          const VecOf<Acc>* block) {
+  for (int64_t i = 0; i < min64(count, Simd<Acc>::kLanes); ++i) {
+    narrow_part(rows + i * step, block[i], dim);
+  }
+}
+
+// Token rows `step` apart, `count` of them, as [dim][ld]; lanes beyond them are 0.
+template <FeatureMap kMap, class T, class Acc>
+void pack_lanes(const T* rows, int64_t step, int64_t count, int64_t dim, Acc* out, int64_t ld) {
+  constexpr int kLanes = Simd<Acc>::kLanes;
+  for (int64_t t = 0; t < count; t += kLanes) {
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      const T* from = rows + t * step + d;
+      Acc* to = out + d * ld + t;
+      VecOf<Acc> block[kLanes];
+      if (t + kLanes <= count && d + kLanes <= dim) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) block[i] = widen(from + i * step);
+        transpose_step<Acc, 1>(block);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) store(to + i * ld, feature<kMap, Acc>(block[i]));
+        continue;
+      }
+      load_part<T, Acc>(from, step, count - t, dim - d, block);
+      transpose_step<Acc, 1>(block);
+      const int64_t tokens = min64(kLanes, count - t);
+      const uint64_t valid = (uint64_t(2) << (tokens - 1)) - 1;
+      for (int64_t i = 0; i < min64(kLanes, dim - d); ++i) {
+        store(to + i * ld, select_bits<Acc>(valid, feature<kMap, Acc>(block[i]), VecOf<Acc>{}));
+      }
+    }
+  }
+}
+template <class T, class Acc>
+void pack_lanes(FeatureMap map, const T* rows, int64_t step, int64_t count, int64_t dim, Acc* out,
+                int64_t ld) {
+  if (map == FeatureMap::kElu) {
+    pack_lanes<FeatureMap::kElu>(rows, step, count, dim, out, ld);
+  } else if (map == FeatureMap::kRelu) {
+    pack_lanes<FeatureMap::kRelu>(rows, step, count, dim, out, ld);
+  } else {
+    pack_lanes<FeatureMap::kIdentity>(rows, step, count, dim, out, ld);
+  }
+}
+
+// The way back: [dim][ld] to token rows.
+template <class T, class Acc>
+void unpack_lanes(const Acc* in, int64_t ld, int64_t count, int64_t dim, T* rows, int64_t step) {
+  constexpr int kLanes = Simd<Acc>::kLanes;
+  for (int64_t t = 0; t < count; t += kLanes) {
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      T* to = rows + t * step + d;
+      VecOf<Acc> block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) block[i] = load(in + min64(d + i, dim - 1) * ld + t);
+      transpose_step<Acc, 1>(block);
+      if (t + kLanes <= count && d + kLanes <= dim) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) narrow(to + i * step, block[i]);
+      } else {
+        store_part<T, Acc>(to, step, count - t, dim - d, block);
+      }
+    }
+  }
+}
+
+// A token row as whole vectors, columns beyond `dim` 0; and back.
+template <class T, class Acc>
+ATTNEXT_INLINE void widen_row(const T* row, int64_t dim, Acc* out) {
+  constexpr int64_t kLanes = Simd<Acc>::kLanes;
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) store(out + d, widen(row + d));
+  if (d < dim) store(out + d, widen_part<T, Acc>(row + d, dim - d));
+}
+template <class T, class Acc>
+ATTNEXT_INLINE void narrow_row(const Acc* in, int64_t dim, T* row) {
+  constexpr int64_t kLanes = Simd<Acc>::kLanes;
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) narrow(row + d, load(in + d));
+  if (d < dim) narrow_part(row + d, load(in + d), dim - d);
+}
+template <class T, class Acc>
+void pack_rows(const T* rows, int64_t step, int64_t count, int64_t dim, Acc* out, int64_t ld) {
+  for (int64_t t = 0; t < count; ++t) widen_row(rows + t * step, dim, out + t * ld);
+}
+
+// [rows][ld] times a factor per lane.
+template <class Acc>
+void scale_lanes(Acc* x, int64_t rows, int64_t ld, int64_t width, const Acc* factor) {
+  constexpr int64_t kLanes = Simd<Acc>::kLanes;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t t = 0; t < width; t += kLanes) {
+      store(x + r * ld + t, load(x + r * ld + t) * load(factor + t));
+    }
+  }
+}
+template <class Acc>
+void scale_all(Acc* x, int64_t rows, int64_t ld, int64_t width, Acc factor) {
+  constexpr int64_t kLanes = Simd<Acc>::kLanes;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t t = 0; t < width; t += kLanes) {
+      store(x + r * ld + t, load(x + r * ld + t) * factor);
+    }
+  }
+}
+
+template <class Acc>
+ATTNEXT_INLINE Acc add_lanes(VecOf<Acc> v) {
+  constexpr int kLanes = Simd<Acc>::kLanes;
+  Acc sum = 0;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) sum += v[i];
+  return sum;
+}
+
+// out[lanes] (+)= sum_r x[r][lanes] * weight[r].
+template <class Acc>
+void weigh_rows(const Acc* x, int64_t rows, int64_t ld, int64_t width, const Acc* weight, Acc* out,
+                bool add) {
+  constexpr int64_t kLanes = Simd<Acc>::kLanes;
+  for (int64_t t = 0; t < width; t += kLanes) {
+    VecOf<Acc> sum[4] = {};
+    for (int64_t r = 0; r < rows; ++r) sum[r % 4] += load(x + r * ld + t) * weight[r];
+    const VecOf<Acc> all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    store(out + t, add ? load(out + t) + all : all);
+  }
+}
+// out[r] (+)= sum over lanes of x[r][lanes] * weight[lanes]; no weight: 1.
+template <class Acc>
+void weigh_lanes(const Acc* x, int64_t rows, int64_t ld, int64_t width, const Acc* weight, Acc* out,
+                 bool add) {
+  constexpr int64_t kLanes = Simd<Acc>::kLanes;
+  for (int64_t r = 0; r < rows; ++r) {
+    VecOf<Acc> sum{};
+    for (int64_t t = 0; t < width; t += kLanes) {
+      const VecOf<Acc> v = load(x + r * ld + t);
+      sum += weight ? v * load(weight + t) : v;
+    }
+    const Acc all = add_lanes<Acc>(sum);
+    out[r] = add ? out[r] + all : all;
+  }
+}
+
+// phi of Taylor2 from its packed entries, [features][ld]: 1, x_a, x_a x_b for a <= b. `weighted`:
+// the squares times 1/2.
+template <class Acc>
+void taylor_features(const Acc* x, int64_t dim, int64_t ld, int64_t count, bool weighted,
+                     Acc* out) {
+  constexpr int64_t kLanes = Simd<Acc>::kLanes;
+  const Acc square = weighted ? Acc(0.5) : Acc(1);
+  for (int64_t t = 0; t < count; t += kLanes) {
+    Acc* to = out + t;
+    for (int64_t i = 0; i < kLanes; ++i) to[i] = t + i < count ? Acc(1) : Acc(0);
+    for (int64_t a = 0; a < dim; ++a) store(to += ld, load(x + a * ld + t));
+    for (int64_t a = 0; a < dim; ++a) {
+      const VecOf<Acc> xa = load(x + a * ld + t);
+      store(to += ld, xa * xa * square);
+      for (int64_t b = a + 1; b < dim; ++b) store(to += ld, xa * load(x + b * ld + t));
+    }
+  }
+}
+// dx += what the gradient of the features means for the entries.
+template <class Acc>
+void taylor_chain(const Acc* x, const Acc* dfeatures, int64_t dim, int64_t ld, int64_t width,
+                  bool weighted, Acc* dx) {
+  constexpr int64_t kLanes = Simd<Acc>::kLanes;
+  const Acc square = weighted ? Acc(1) : Acc(2);
+  for (int64_t t = 0; t < width; t += kLanes) {
+    const Acc* from = dfeatures + ld + t;  // the constant has no slope
+    const Acc* pair = from + dim * ld;
+    for (int64_t a = 0; a < dim; ++a, from += ld) {
+      const VecOf<Acc> xa = load(x + a * ld + t);
+      VecOf<Acc> sum = load(dx + a * ld + t) + load(from);
+      sum += xa * load(pair) * square;
+      pair += ld;
+      for (int64_t b = a + 1; b < dim; ++b, pair += ld) {
+        const VecOf<Acc> d = load(pair);
+        sum += load(x + b * ld + t) * d;
+        store(dx + b * ld + t, load(dx + b * ld + t) + xa * d);
+      }
+      store(dx + a * ld + t, sum);
+    }
+  }
+}
+
+// Cumulative decays of a chunk, in powers of two and in double: a difference of two is exact
+// beside a number of the accumulator's precision, whatever has gone by before.
+template <class Acc>
+struct ChunkDecay {
+  double* until;    // [tokens], its own included
+  Acc* from_start;  // [tokens] 2^until
+  Acc* to_end;      // [tokens] 2^(total - until)
+  double total = 0;
+
+  ChunkDecay(Scratch<Acc>& arena, int64_t chunk)
+      : until(reinterpret_cast<double*>(arena.take(2 * chunk))),
+        from_start(arena.take(chunk)),
+        to_end(arena.take(chunk)) {}
+
+  void read(const Acc* log, int64_t step, int64_t count, int64_t width) {
+    constexpr int64_t kLanes = Simd<Acc>::kLanes;
+    constexpr double kLeast = -1000;  // its exponential is 0 in double; -inf would leave NaN
+    total = 0;
+    for (int64_t t = 0; t < count; ++t) {
+      const double g = log[t * step];
+      total += (g < kLeast ? kLeast : g) * kLog2E;
+      until[t] = total;
+    }
+    for (int64_t t = 0; t < width; ++t) {
+      from_start[t] = Acc(until[min64(t, count - 1)]);
+      to_end[t] = Acc(total - until[min64(t, count - 1)]);
+    }
+    for (int64_t t = 0; t < width; t += kLanes) {
+      store(from_start + t, power<Acc>(load(from_start + t)));
+      store(to_end + t, power<Acc>(load(to_end + t)));
+    }
+  }
+  // How much of token j is left at token i, for a row of lanes j; nothing where j > i.
+  void weights(int64_t i, int64_t width, Acc* out) const {
+    constexpr int64_t kLanes = Simd<Acc>::kLanes;
+    for (int64_t j = 0; j <= i; ++j) out[j] = Acc(until[i] - until[j]);
+    for (int64_t j = i + 1; j < width; ++j) out[j] = 0;
+    for (int64_t j = 0; j < width; j += kLanes) store(out + j, power<Acc>(load(out + j)));
+  }
+};
+
+template <class Acc>
+ATTNEXT_INLINE Acc power_of(double x) {
+  return power<Acc>(broadcast(Acc(x)))[0];
+}
+
+// A head's share of a problem: where its rows are, and its sizes.
+template <class T>
+struct LinearHead {
+  using Acc = typename LinearAcc<T>::type;
+  static constexpr int64_t kLanes = Simd<Acc>::kLanes;
+
+  const LinearParams& p;
+  const LinearItem& item;
+  const int64_t chunk, ld, features, columns, width;  // width: columns in whole vectors
+
+  LinearHead(const LinearParams& params, const LinearItem& work)
+      : p(params),
+        item(work),
+        chunk(chunk_of(params)),
+        ld(whole_vectors<Acc>(chunk)),
+        features(params.features()),
+        columns(work.columns),
+        width(whole_vectors<Acc>(work.columns)) {}
+
+  bool taylor() const { return p.feature_map == FeatureMap::kTaylor2; }
+  bool decays() const { return p.decay.data != nullptr; }
+  Acc score(Acc s) const { return taylor() ? 1 + s + s * s / 2 : s; }
+
+  // Row of token t, counted in the order of processing; the next one is step(ref) further.
+  template <class U>
+  U* row(const TensorRef& ref, int64_t t, int64_t heads) const {
+    const LinearSequence& s = p.sequences[item.sequence];
+    const int64_t token = p.reverse ? s.end - 1 - t : s.begin + t;
+    const int64_t head = item.head / (p.heads / heads);
+    return static_cast<U*>(ref.data) + s.batch * ref.batch + token * ref.token[2] + head * ref.head;
+  }
+  int64_t step(const TensorRef& ref) const { return p.reverse ? -ref.token[2] : ref.token[2]; }
+
+  // ---- states: [features][width], sums of features, factor
+
+  static int64_t size_of_state(const LinearParams& params, int64_t columns) {
+    const int64_t features = params.features();
+    return features * whole_vectors<Acc>(columns) + whole_vectors<Acc>(features) + 16;
+  }
+  int64_t state_size() const { return size_of_state(p, columns); }
+  Acc* sums(Acc* state) const { return state + features * width; }
+  const Acc* sums(const Acc* state) const { return state + features * width; }
+  Acc& factor(Acc* state) const { return state[state_size() - 1]; }
+  Acc factor(const Acc* state) const { return state[state_size() - 1]; }
+
+  static int64_t chunk_of(const LinearParams& params) {
+    if (params.chunk > 0) return params.chunk;
+    // Work inside chunks grows with them, traffic of states shrinks.
+    return params.features() * params.head_dim_v <= 64 * 64 ? 32 : 64;
+  }
+  static int64_t segment_of(const LinearParams& params) {
+    // The backward pass holds a segment's states, which should stay in a second-level cache.
+    constexpr int64_t kHeldBytes = 512 << 10;
+    const int64_t bytes =
+        size_of_state(params, params.head_dim_v) * static_cast<int64_t>(sizeof(Acc));
+    return chunk_of(params) * max64(4, min64(16, kHeldBytes / bytes));
+  }
+
+  void load_state(const Acc* source, Acc* state) const {
+    for (int64_t i = 0; i < state_size(); ++i) state[i] = 0;
+    factor(state) = 1;
+    if (!source) return;
+    const int64_t given = p.state_columns();
+    for (int64_t f = 0; f < features; ++f) {
+      for (int64_t c = 0; c < columns; ++c) {
+        state[f * width + c] = source[f * given + item.column + c];
+      }
+      if (p.normalize) sums(state)[f] = source[f * given + p.head_dim_v];
+    }
+  }
+  void store_state(const Acc* state, Acc* target) const {
+    const int64_t given = p.state_columns();
+    for (int64_t f = 0; f < features; ++f) {
+      for (int64_t c = 0; c < columns; ++c) {
+        target[f * given + item.column + c] = state[f * width + c];
+      }
+      if (p.normalize) target[f * given + p.head_dim_v] = sums(state)[f];
+    }
+  }
+  // out = factor * carry + local. A fresh local counts as zero.
+  void combine(Acc by, const Acc* carry, const Acc* local, bool fresh, Acc* out) const {
+    const int64_t n = state_size() - 16;
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const VecOf<Acc> kept = load(carry + i) * by;
+      store(out + i, fresh ? kept : kept + load(local + i));
+    }
+  }
+  void advance(Acc* carry, const Acc* local) const {
+    combine(factor(local), carry, local, false, carry);
+  }
+
+  // local = e^total * local + features of the chunk times its rows; by lanes, already weighted.
+  void add_outer(const Acc* lanes, const Acc* rows, int64_t count, Acc kept, Acc* local, bool fresh,
+                 const Acc* row_weight) const {
+    if (!fresh && kept != 1) scale_all(local, 1, 0, state_size() - 16, kept);
+    product<By::kRows>(features, width, count, lanes, ld, rows, width, local, width, !fresh);
+    if (p.normalize) {
+      const int64_t lanes_used = whole_vectors<Acc>(count);
+      weigh_lanes(lanes, features, ld, lanes_used, row_weight, sums(local), !fresh);
+    } else if (fresh) {
+      for (int64_t f = 0; f < whole_vectors<Acc>(features); ++f) sums(local)[f] = 0;
+    }
+  }
+};
+
+}  // namespace ATTNEXT_ISA
+}  // namespace cpu
+}  // namespace attnext

@@ -1,0 +1,447 @@
+// SPDX-License-Identifier: Apache-2.0
+// Gradients of linear attention over one item. First its chunks' states are made again, from the
+// state before it; then it is walked from the last chunk to the first with the gradient of the
+// state, G. With P = dO V^T and S the scores, all masked and decayed, in a chunk:
+//   dV = S^T dO + phi(K) G,  dQ = P K + R dO,  dK = P^T Q + G V,  G += phi(Q)^T dO.
+// Gradients of queries and keys have tokens in the lanes like what they belong to.
+#pragma once
+
+#include "linear_forward.inl"
+
+namespace attnext {
+namespace cpu {
+namespace ATTNEXT_ISA {
+
+template <class T>
+class LinearBackward : public LinearHead<T> {
+ public:
+  using Head = LinearHead<T>;
+  using Acc = typename Head::Acc;
+  using Head::chunk, Head::columns, Head::decays, Head::features, Head::item, Head::kLanes,
+      Head::ld, Head::p, Head::taylor, Head::width;
+
+  // Without memory it only counts; `item` then need not be a real one.
+  LinearBackward(const LinearParams& params, const LinearItem& work, void* scratch)
+      : Head(params, work),
+        again_(params, work, scratch),
+        arena_(past(scratch)),
+        decay_(arena_, ld) {
+    const int64_t dim = p.head_dim;
+    q_ = arena_.take(dim * ld);
+    k_ = arena_.take(dim * ld);
+    const bool apart = taylor() || decays();  // decays scale the features in place
+    qf_ = apart ? arena_.take(features * ld) : q_;
+    kf_ = apart ? arena_.take(features * ld) : k_;
+    dq_ = arena_.take(dim * ld);
+    dk_ = arena_.take(dim * ld);
+    df_ = arena_.take(features * ld);
+    v_ = arena_.take(chunk * width);
+    dout_ = arena_.take(chunk * width);
+    dv_ = arena_.take(chunk * width);
+    v_lanes_ = arena_.take(columns * ld);
+    dout_lanes_ = arena_.take(columns * ld);
+    s_ = arena_.take(chunk * ld);
+    dp_ = arena_.take(chunk * ld);
+    dp_lanes_ = arena_.take(chunk * ld);
+    dsum_ = arena_.take(ld);
+    weights_ = arena_.take(ld);
+    after_ = arena_.take(this->state_size());
+    local_ = arena_.take(this->state_size());
+    if (decays()) {
+      slope_ = arena_.take(2 * ld);
+      slope_k_ = slope_ + ld;
+      pairs_ = reinterpret_cast<double*>(arena_.take(4 * ld));
+    }
+    if (p.delta()) {
+      keys_ = arena_.take(chunk * ld);
+      beta_ = arena_.take(ld);
+      dbeta_ = arena_.take(ld);
+      e_ = arena_.take(chunk * width);
+      y_ = arena_.take(chunk * width);
+      h_ = arena_.take(chunk * width);
+      h_lanes_ = arena_.take(columns * ld);
+      later_ = arena_.take(kRows * width);
+    }
+    states_ = arena_.take(this->state_size() * (segment() / chunk));
+  }
+  int64_t scratch_bytes() const { return again_.scratch_bytes() + arena_.bytes(); }
+
+  void backward(const Acc* carry, const Acc* dcarry, Acc* dlocal, bool fresh) {
+    const int64_t chunks = (item.end - item.begin + chunk - 1) / chunk;
+    if (p.causal) make_states(chunks, carry);
+    double gone = 0;
+    for (int64_t n = chunks - 1; n >= 0; --n) {
+      const int64_t t = item.begin + n * chunk;
+      const int64_t count = min64(chunk, item.end - t);
+      const Acc* before = p.causal ? before_[n] : carry;
+      const Acc* after =
+          p.causal ? again_.state_before(dcarry, dlocal, fresh, gone, after_) : dcarry;
+      pack(t, count, before);
+      within(count);
+      across(t, count, before, after);
+      if (p.causal) add_chunk(count, dlocal, fresh);
+      fresh = fresh && !p.causal;
+      gone += decays() ? decay_.total : 0;
+    }
+    this->factor(dlocal) = power_of<Acc>(gone);
+  }
+
+  void sum_queries(Acc* dlocal, bool fresh) {
+    const int64_t chunks = (item.end - item.begin + chunk - 1) / chunk;
+    double gone = 0;
+    for (int64_t n = chunks - 1; n >= 0; --n) {
+      const int64_t t = item.begin + n * chunk;
+      const int64_t count = min64(chunk, item.end - t);
+      pack_queries(t, count);
+      pack_gradients(t, count);
+      read_decay(t, count);
+      make_features(q_, qf_, count, true);
+      if (decays()) {
+        scale_lanes(qf_, features, ld, whole_vectors<Acc>(count), decay_.from_start);
+      }
+      add_chunk(count, dlocal, fresh);
+      fresh = false;
+      gone += decays() ? decay_.total : 0;
+    }
+    this->factor(dlocal) = power_of<Acc>(gone);
+  }
+
+ private:
+  static constexpr int64_t kMostChunks = 16;
+
+  void* past(void* scratch) const {
+    return scratch ? static_cast<char*>(scratch) + again_.scratch_bytes() : nullptr;
+  }
+  int64_t segment() const { return Head::segment_of(p); }
+
+  void make_states(int64_t chunks, const Acc* carry) {
+    bool fresh = true;
+    if (p.delta()) {  // the local state is the whole one
+      for (int64_t i = 0; carry && i < this->state_size(); ++i) local_[i] = carry[i];
+      fresh = !carry;
+      carry = nullptr;
+    }
+    double gone = 0;
+    for (int64_t n = 0; n < chunks; ++n) {
+      const int64_t t = item.begin + n * chunk;
+      Acc* const room = states_ + n * this->state_size();
+      before_[n] = again_.state_before(carry, local_, fresh, gone, room);
+      if (before_[n] == local_) {  // which goes on
+        for (int64_t i = 0; i < this->state_size(); ++i) room[i] = local_[i];
+        before_[n] = room;
+      }
+      if (n + 1 == chunks) break;
+      again_.sum_chunk(t, min64(chunk, item.end - t), local_, fresh);
+      fresh = false;
+      gone += again_.chunk_decay();
+    }
+  }
+
+  void pack_queries(int64_t t, int64_t count) {
+    pack_lanes<T, Acc>(p.feature_map, this->template row<const T>(p.query, t, p.query_heads),
+                       this->step(p.query), count, p.head_dim, q_, ld);
+    if (p.scale != 1) scale_all(q_, p.head_dim, ld, whole_vectors<Acc>(count), Acc(p.scale));
+  }
+
+  // dO as rows and lanes, divided like the outputs, and the gradient of the sums they were divided
+  // by.
+  void pack_gradients(int64_t t, int64_t count) {
+    const T* dout = this->template row<const T>(p.dout, t, p.heads) + item.column;
+    pack_rows<T, Acc>(dout, this->step(p.dout), count, columns, dout_, width);
+    if (p.normalize) {
+      const T* out = this->template row<const T>(p.out, t, p.heads) + item.column;
+      const Acc* denominator = this->template row<const Acc>(p.denominator, t, p.heads);
+      for (int64_t i = 0; i < ld; ++i) dsum_[i] = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        const Acc inverse = 1 / denominator[i * this->step(p.denominator)];
+        VecOf<Acc> sum{};
+        for (int64_t c = 0; c < columns; c += kLanes) {
+          const VecOf<Acc> d = load(dout_ + i * width + c);
+          sum += d * widen_part<T, Acc>(out + i * this->step(p.out) + c, columns - c);
+          store(dout_ + i * width + c, d * inverse);
+        }
+        dsum_[i] = -add_lanes<Acc>(sum) * inverse;
+      }
+    }
+    pack_lanes<FeatureMap::kIdentity, Acc, Acc>(dout_, width, count, columns, dout_lanes_, ld);
+  }
+
+  void read_decay(int64_t t, int64_t count) {
+    if (!decays()) return;
+    decay_.read(this->template row<const Acc>(p.decay, t, p.heads), this->step(p.decay), count,
+                whole_vectors<Acc>(count));
+  }
+
+  void make_features(const Acc* x, Acc* f, int64_t count, bool weighted) {
+    if (taylor()) return taylor_features(x, p.head_dim, ld, count, weighted, f);
+    if (f == x) return;
+    for (int64_t i = 0; i < features * ld; i += kLanes) store(f + i, load(x + i));
+  }
+
+  void pack(int64_t t, int64_t count, const Acc* before) {
+    pack_queries(t, count);
+    pack_lanes<T, Acc>(p.feature_map, this->template row<const T>(p.key, t, p.key_heads),
+                       this->step(p.key), count, p.head_dim, k_, ld);
+    pack_rows<T, Acc>(this->template row<const T>(p.value, t, p.value_heads) + item.column,
+                      this->step(p.value), count, columns, v_, width);
+    pack_gradients(t, count);
+    read_decay(t, count);
+    if (p.delta()) solve(t, count, before);
+    pack_lanes<FeatureMap::kIdentity, Acc, Acc>(v_, width, count, columns, v_lanes_, ld);
+  }
+
+  // The delta rule: v_ becomes what is written, e_ what it was before beta.
+  void solve(int64_t t, int64_t count, const Acc* before) {
+    const Acc* beta = this->template row<const Acc>(p.beta, t, p.heads);
+    for (int64_t i = 0; i < count; ++i) beta_[i] = beta[i * this->step(p.beta)];
+    const Acc* decay = decays() ? decay_.from_start : nullptr;
+    if (before) subtract_read(k_, ld, features, count, decay, before, width, y_, v_);
+    key_products(k_, ld, features, count, decays() ? &decay_ : nullptr, weights_, keys_);
+    solve_lower(keys_, ld, count, beta_, v_, e_, later_, width);
+    Acc* const lacking = v_;
+    v_ = e_;
+    e_ = lacking;
+  }
+
+  // Products within the chunk: dq_, dk_, dv_, and what each pair says of the decays between.
+  void within(int64_t count) {
+    const int64_t lanes = whole_vectors<Acc>(count), dim = p.head_dim;
+    if (!p.causal) {
+      for (int64_t i = 0; i < dim * ld; ++i) dq_[i] = dk_[i] = 0;
+      return;
+    }
+    product<By::kColumns>(count, lanes, dim, q_, ld, k_, ld, s_, ld, false);
+    product<By::kColumns>(count, lanes, columns, dout_lanes_, ld, v_lanes_, ld, dp_, ld, false);
+    if (decays()) {
+      for (int64_t i = 0; i < 2 * ld; ++i) pairs_[i] = 0;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      Acc *s_row = s_ + i * ld, *p_row = dp_ + i * ld;
+      const int64_t seen = whole_vectors<Acc>(i + 1);
+      if (decays()) decay_.weights(i, seen, weights_);
+      for (int64_t j = 0; j < seen; j += kLanes) {
+        const uint64_t bits = j + kLanes > i + 1 ? (uint64_t(2) << (i - j)) - 1 : ~uint64_t(0);
+        VecOf<Acc> s = load(s_row + j), dp = load(p_row + j);
+        if (p.normalize) dp += dsum_[i];
+        if (decays()) dp *= load(weights_ + j);
+        VecOf<Acc> ds = dp;
+        if (taylor()) {
+          ds *= s + Acc(1);
+          s = (s * Acc(0.5) + Acc(1)) * s + Acc(1);
+        }
+        if (decays()) {
+          store(p_row + j, s * dp);
+          count_pairs(i, j, min64(kLanes, i - j), p_row);
+          s *= load(weights_ + j);
+        }
+        store(s_row + j, select_bits<Acc>(bits, s, VecOf<Acc>{}));
+        store(p_row + j, select_bits<Acc>(bits, ds, VecOf<Acc>{}));
+      }
+      for (int64_t j = seen; j < lanes; ++j) s_row[j] = p_row[j] = 0;
+    }
+    unpack_lanes<Acc, Acc>(dp_, ld, count, count, dp_lanes_, ld);
+    clear_lanes(dp_lanes_, count, count, lanes);
+    product<By::kRows>(dim, lanes, count, k_, ld, dp_lanes_, ld, dq_, ld, false);
+    product<By::kRows>(dim, lanes, count, q_, ld, dp_, ld, dk_, ld, false);
+    product<By::kColumns>(count, width, count, s_, ld, dout_, width, dv_, width, false);
+  }
+  void clear_lanes(Acc* x, int64_t rows, int64_t from, int64_t to) {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t t = from; t < to; ++t) x[r * ld + t] = 0;
+    }
+  }
+
+  // Pairs of query i with keys [j, j + n): all decays after the key, up to the query, scale them.
+  void count_pairs(int64_t i, int64_t j, int64_t n, const Acc* row) {
+    for (int64_t l = j; l < j + n; ++l) {
+      pairs_[i] += row[l];
+      pairs_[ld + l] += row[l];
+    }
+  }
+
+  // Products with the states, and what is left to store.
+  void across(int64_t t, int64_t count, const Acc* before, const Acc* after) {
+    const int64_t lanes = whole_vectors<Acc>(count);
+    make_features(q_, qf_, count, true);
+    make_features(k_, kf_, count, false);
+    if (decays()) {
+      scale_lanes(qf_, features, ld, lanes, decay_.from_start);
+      scale_lanes(kf_, features, ld, lanes, decay_.to_end);
+      for (int64_t i = 0; i < 2 * ld; ++i) slope_[i] = 0;
+    }
+    if (after) {
+      product<By::kRows>(features, lanes, columns, after, width, v_lanes_, ld, df_, ld, false);
+      if (p.normalize) add_sums(this->sums(after), nullptr, lanes);
+      if (decays()) dot_lanes(kf_, df_, features, lanes, slope_k_, false);
+      if (decays()) scale_lanes(df_, features, ld, lanes, decay_.to_end);
+      chain(k_, false, lanes, dk_);
+    }
+    product_or_zero(after, count);
+    if (before) {
+      product<By::kRows>(features, lanes, columns, before, width, dout_lanes_, ld, df_, ld, false);
+      if (p.normalize) add_sums(this->sums(before), dsum_, lanes);
+      if (decays()) dot_lanes(qf_, df_, features, lanes, slope_, false);
+      if (decays()) scale_lanes(df_, features, ld, lanes, decay_.from_start);
+      chain(q_, true, lanes, dq_);
+    }
+    if (p.delta()) unsolve(t, count, before);
+    if (p.ddecay.data) store_decay(t, count, before, after);
+    store_lanes(p.dquery, p.query_heads, t, count, q_, dq_, Acc(p.scale));
+    store_lanes(p.dkey, p.key_heads, t, count, k_, dk_, Acc(1));
+    if (p.value_heads == p.heads) {
+      store_rows(this->template row<T>(p.dvalue, t, p.heads), this->step(p.dvalue), count);
+    } else {
+      store_rows(this->template row<Acc>(p.dvalue, t, p.heads), this->step(p.dvalue), count);
+    }
+  }
+
+  // dv_ += decayed features of keys times the gradient of the state.
+  void product_or_zero(const Acc* after, int64_t count) {
+    if (after) {
+      product<By::kColumns>(count, width, features, kf_, ld, after, width, dv_, width, p.causal);
+    } else if (!p.causal) {
+      for (int64_t i = 0; i < count * width; ++i) dv_[i] = 0;
+    }
+  }
+
+  void add_sums(const Acc* sums, const Acc* per_lane, int64_t lanes) {
+    for (int64_t f = 0; f < features; ++f) {
+      for (int64_t i = 0; i < lanes; i += kLanes) {
+        const VecOf<Acc> more = per_lane ? load(per_lane + i) * sums[f] : broadcast(sums[f]);
+        store(df_ + f * ld + i, load(df_ + f * ld + i) + more);
+      }
+    }
+  }
+  // out[lanes] = sum over features of a * b.
+  void dot_lanes(const Acc* a, const Acc* b, int64_t rows, int64_t lanes, Acc* out, bool add) {
+    for (int64_t i = 0; i < lanes; i += kLanes) {
+      VecOf<Acc> sum{};
+      if (add) sum = load(out + i);
+      for (int64_t f = 0; f < rows; ++f) sum += load(a + f * ld + i) * load(b + f * ld + i);
+      store(out + i, sum);
+    }
+  }
+  void chain(const Acc* x, bool weighted, int64_t lanes, Acc* dx) {
+    if (taylor()) return taylor_chain(x, df_, p.head_dim, ld, lanes, weighted, dx);
+    for (int64_t f = 0; f < features; ++f) {
+      for (int64_t i = 0; i < lanes; i += kLanes) {
+        store(dx + f * ld + i, load(dx + f * ld + i) + load(df_ + f * ld + i));
+      }
+    }
+  }
+
+  // Through the triangular system of the delta rule: dv_ holds the gradient of what was written,
+  // and becomes that of the values. h_ = -beta y is the gradient of what keys read of the state.
+  void unsolve(int64_t t, int64_t count, const Acc* before) {
+    const int64_t lanes = whole_vectors<Acc>(count);
+    solve_upper(keys_, ld, count, beta_, dv_, y_, h_, later_, width);
+    for (int64_t i = 0; i < count; ++i) {
+      VecOf<Acc> sum{};
+      for (int64_t c = i * width; c < (i + 1) * width; c += kLanes) {
+        sum += load(y_ + c) * load(e_ + c);
+        store(dv_ + c, -load(h_ + c));
+      }
+      dbeta_[i] = add_lanes<Acc>(sum);
+    }
+    if (p.dbeta.data) {
+      Acc* dbeta = this->template row<Acc>(p.dbeta, t, p.heads);
+      for (int64_t i = 0; i < count; ++i) dbeta[i * this->step(p.dbeta)] = dbeta_[i];
+    }
+    pack_lanes<FeatureMap::kIdentity, Acc, Acc>(h_, width, count, columns, h_lanes_, ld);
+    product<By::kColumns>(count, lanes, columns, h_lanes_, ld, v_lanes_, ld, dp_, ld, false);
+    for (int64_t i = 0; i < count; ++i) {
+      Acc* row = dp_ + i * ld;
+      if (decays()) {
+        decay_.weights(i, lanes, weights_);
+        for (int64_t j = 0; j < i; ++j) s_[j] = row[j] * keys_[i * ld + j];
+        count_pairs(i, 0, i, s_);
+        for (int64_t j = 0; j < i; ++j) row[j] *= weights_[j];
+      }
+      for (int64_t j = i; j < lanes; ++j) row[j] = 0;
+    }
+    unpack_lanes<Acc, Acc>(dp_, ld, count, count, dp_lanes_, ld);
+    clear_lanes(dp_lanes_, count, count, lanes);
+    product<By::kRows>(features, lanes, count, k_, ld, dp_lanes_, ld, dk_, ld, true);
+    product<By::kRows>(features, lanes, count, k_, ld, dp_, ld, dk_, ld, true);
+    // kf_ becomes the keys that read, each as decayed as the state it saw.
+    make_features(k_, kf_, count, false);
+    if (decays()) scale_lanes(kf_, features, ld, lanes, decay_.from_start);
+    if (!before) return;
+    product<By::kRows>(features, lanes, columns, before, width, h_lanes_, ld, df_, ld, false);
+    if (decays()) dot_lanes(kf_, df_, features, lanes, slope_, true);
+    if (decays()) scale_lanes(df_, features, ld, lanes, decay_.from_start);
+    chain(k_, false, lanes, dk_);
+  }
+
+  // The decay of token t scales every pair around it: keys before it (in the chunk or in the state)
+  // with queries from it on (in the chunk or behind it). Sums in double, since pairs come and go.
+  void store_decay(int64_t t, int64_t count, const Acc* before, const Acc* after) {
+    double through = 0;
+    if (before && after) {
+      for (int64_t f = 0; f < features; ++f) {
+        VecOf<Acc> sum{};
+        for (int64_t c = 0; c < width; c += kLanes) {
+          sum += load(before + f * width + c) * load(after + f * width + c);
+        }
+        through += add_lanes<Acc>(sum);
+        if (p.normalize) through += double(this->sums(before)[f]) * this->sums(after)[f];
+      }
+      through *= power_of<Acc>(decay_.total);
+    }
+    double within = 0, queries = 0, keys = 0;
+    for (int64_t i = 0; i < count; ++i) queries += slope_[i];
+    Acc* ddecay = this->template row<Acc>(p.ddecay, t, p.heads);
+    for (int64_t i = 0; i < count; ++i) {
+      ddecay[i * this->step(p.ddecay)] = Acc(through + within + queries + keys);
+      within += pairs_[ld + i] - pairs_[i];
+      queries -= slope_[i];
+      keys += slope_k_[i];
+    }
+  }
+
+  void store_lanes(const TensorRef& ref, int64_t heads, int64_t t, int64_t count, const Acc* f,
+                   Acc* dx, Acc scale) {
+    const int64_t lanes = whole_vectors<Acc>(count), dim = p.head_dim;
+    const bool curved = p.feature_map == FeatureMap::kElu || p.feature_map == FeatureMap::kRelu;
+    if (curved || scale != 1) {
+      const Acc inverse = scale != 0 ? 1 / scale : 0;
+      for (int64_t d = 0; d < dim; ++d) {
+        for (int64_t i = d * ld; i < d * ld + lanes; i += kLanes) {
+          VecOf<Acc> slope = broadcast(scale);
+          if (curved) slope *= feature_slope<Acc>(p.feature_map, load(f + i) * inverse);
+          store(dx + i, load(dx + i) * slope);
+        }
+      }
+    }
+    if (heads == p.heads) {
+      unpack_lanes(dx, ld, count, dim, this->template row<T>(ref, t, p.heads), this->step(ref));
+    } else {
+      unpack_lanes(dx, ld, count, dim, this->template row<Acc>(ref, t, p.heads), this->step(ref));
+    }
+  }
+  template <class U>
+  void store_rows(U* rows, int64_t step, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) narrow_row(dv_ + i * width, columns, rows + i * step);
+  }
+
+  void add_chunk(int64_t count, Acc* dlocal, bool fresh) {
+    const Acc kept = decays() ? power_of<Acc>(decay_.total) : Acc(1);
+    this->add_outer(qf_, dout_, count, kept, dlocal, fresh, dsum_);
+    if (p.delta()) this->add_outer(kf_, h_, count, 1, dlocal, false, nullptr);
+  }
+
+  LinearForward<T> again_;  // makes states once more
+  Scratch<Acc> arena_;
+  ChunkDecay<Acc> decay_;
+  Acc *q_, *k_, *qf_, *kf_, *dq_, *dk_, *df_, *v_, *dout_, *dv_, *v_lanes_, *dout_lanes_, *s_, *dp_,
+      *dp_lanes_, *dsum_, *weights_, *after_, *local_, *states_;
+  Acc *slope_ = nullptr, *slope_k_ = nullptr;
+  double* pairs_ = nullptr;  // [2][tokens]: sums over the pairs of a query, of a key
+  Acc *keys_ = nullptr, *beta_ = nullptr, *dbeta_ = nullptr, *e_ = nullptr, *y_ = nullptr,
+      *h_ = nullptr, *h_lanes_ = nullptr, *later_ = nullptr;
+  const Acc* before_[kMostChunks];
+};
+
+}  // namespace ATTNEXT_ISA
+}  // namespace cpu
+}  // namespace attnext

@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the kernels of linear attention share: fragments seen as numbers, feature maps, and where a
+// block stands.
+#pragma once
+
+#include "linear_kernels.h"
+#include "linear_plan.h"
+#include "rows.cuh"
+
+namespace attnext {
+namespace cuda {
+
+// ---- fragments ---------------------------------------------------------------------------------
+
+// The transpose of rows row0 to row0 + kDepth and of 16 columns from `chunk` on, as a left operand:
+// contracted in the order of Products::load_right_transposed.
+template <class T, int kDim>
+struct TransposedLeft {  // bf16 and fp16
+  static ATTNEXT_DEVICE typename Products<T>::Left load(uint32_t tile, int row0, int chunk) {
+    typename Products<T>::Left a;
+    const uint32_t at = tile + (right_lane<T, kDim>() ^ static_cast<uint32_t>(chunk * 16));
+    load_matrices_transposed(a.x, at + row0 * Layout<T, kDim>::kRowBytes);
+    return a;
+  }
+};
+template <int kDim>
+struct TransposedLeft<float, kDim> {
+  static ATTNEXT_DEVICE Products<float>::Left load(uint32_t tile, int row0, int chunk) {
+    using L = Layout<float, kDim>;
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    Products<float>::Left a;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {  // columns g and g + 8 of row 2t, then of row 2t + 1
+      const uint32_t at = tile + L::at(row0 + 2 * t + i / 2, chunk + i % 2 * 2 + g / 4);
+      Products<float>::split(load_shared_float(at + g % 4 * 4), a.high[i], a.low[i]);
+    }
+    return a;
+  }
+};
+
+template <class T>
+ATTNEXT_DEVICE void unpack(uint32_t x, float& low, float& high) {
+  low = Number<T>::widen(T{static_cast<uint16_t>(x)});
+  high = Number<T>::widen(T{static_cast<uint16_t>(x >> 16)});
+}
+
+// visit(half, k, x) for the numbers of a left operand: row g + 8 half, contraction index k. As
+// load_left gives them, or `transposed` ones in fp32.
+template <bool kTransposed, class T, class Left, class Visit>
+ATTNEXT_DEVICE void visit_left(const Left& a, Visit visit) {
+  const int t = threadIdx.x % 4;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      const int k = kTransposed ? 2 * t + i / 2 : t + i / 2 * 4;
+      visit(i % 2, k, __uint_as_float(a.high[i]) + __uint_as_float(a.low[i]));
+    } else {
+      float low, high;
+      unpack<T>(a.x[i], low, high);
+      visit(i % 2, i / 2 * 8 + 2 * t, low);
+      visit(i % 2, i / 2 * 8 + 2 * t + 1, high);
+    }
+  }
+}
+// visit(half, i, x) of a transposed right operand: column g + 8 half, and of the lane's rows the
+// i-th: see contraction_row.
+template <class T, class Right, class Visit>
+ATTNEXT_DEVICE void visit_right(const Right& b, Visit visit) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      visit(i / 2, i % 2, __uint_as_float(b.high[i]) + __uint_as_float(b.low[i]));
+    } else {
+      float low, high;
+      unpack<T>(b.x[i], low, high);
+      visit(i / 2, i % 2 * 2, low);
+      visit(i / 2, i % 2 * 2 + 1, high);
+    }
+  }
+}
+// A transposed left operand with its contraction index weighted: w of the lane's rows.
+template <class T, class Left>
+ATTNEXT_DEVICE void weigh(Left& a, const float* w) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      const float x = __uint_as_float(a.high[i]) + __uint_as_float(a.low[i]);
+      Products<float>::split(x * w[i / 2], a.high[i], a.low[i]);
+    } else {
+      float low, high;
+      unpack<T>(a.x[i], low, high);
+      a.x[i] = Number<T>::pack(low * w[i / 2 * 2], high * w[i / 2 * 2 + 1]);
+    }
+  }
+}
+// The lane's rows of a step of the contraction: kDepth / 4 of them.
+template <class T>
+ATTNEXT_DEVICE int contraction_row(int i) {
+  const int t = threadIdx.x % 4;
+  return sizeof(T) == 4 ? 2 * t + i : i / 2 * 8 + 2 * t + i % 2;
+}
+
+// ---- numbers -----------------------------------------------------------------------------------
+
+// 2^x with nothing beyond the largest power; NaN stays.
+ATTNEXT_DEVICE float power(float x) { return exp2_approx(x > 127.f ? 127.f : x); }
+
+ATTNEXT_DEVICE float feature(FeatureMap map, float x) {
+  if (map == FeatureMap::kElu) {
+    const float above = x > 0.f ? x : 0.f, below = x > 0.f ? 0.f : x;
+    return above + exp2_approx(below * static_cast<float>(kLog2E));
+  }
+  if (map == FeatureMap::kRelu) return x < 0.f ? 0.f : x;
+  return x;
+}
+// d feature / dx, from the feature.
+ATTNEXT_DEVICE float feature_slope(FeatureMap map, float f) {
+  if (map == FeatureMap::kElu) return f > 1.f ? 1.f : f;
+  if (map == FeatureMap::kRelu) return f > 0.f ? 1.f : 0.f;
+  return 1.f;
+}
+
+// The power of two by which |x| <= top becomes at most 2^most, and its inverse.
+ATTNEXT_DEVICE void unit_of(float top, int most, float& unit, float& inverse) {
+  const int exponent = static_cast<int>(__float_as_uint(top) >> 23 & 255) - 126 - most;
+  const int e = top > 0.f ? min(max(exponent, -100), 100) : 0;
+  unit = __uint_as_float(static_cast<uint32_t>(127 + e) << 23);
+  inverse = __uint_as_float(static_cast<uint32_t>(127 - e) << 23);
+}
+
+// ---- tokens ------------------------------------------------------------------------------------
+
+// The tokens of one sequence in the order in which they are walked.
+struct Tokens {
+  int64_t batch, head, begin, end;
+  bool backwards;
+
+  ATTNEXT_DEVICE void start(const LinearLaunch& p, int64_t sequence, int64_t of_head) {
+    head = of_head;
+    backwards = p.backwards;
+    if (p.sequences) {
+      const LinearSequence s = p.sequences[sequence];
+      batch = s.batch, begin = s.begin, end = s.end;
+    } else {
+      batch = sequence / p.per_item;
+      begin = sequence % p.per_item * p.length;
+      end = min(begin + p.length, p.tokens);
+    }
+  }
+  ATTNEXT_DEVICE int64_t count() const { return end - begin; }
+  ATTNEXT_DEVICE int64_t token(int64_t position) const {
+    return backwards ? end - 1 - position : begin + position;
+  }
+  // Elements from the start of a tensor to the row of a position.
+  ATTNEXT_DEVICE int64_t offset(const TensorRef& t, int64_t group, int64_t position) const {
+    return batch * t.batch + token(position) * t.token[2] + head / group * t.head;
+  }
+  ATTNEXT_DEVICE int64_t step(const TensorRef& t) const {
+    return backwards ? -t.token[2] : t.token[2];
+  }
+  // In what has one number for each [batch, tokens, heads].
+  ATTNEXT_DEVICE int64_t index(const LinearLaunch& p, int64_t position) const {
+    return (batch * p.tokens + token(position)) * p.heads + head;
+  }
+};
+
+}  // namespace cuda
+}  // namespace attnext

@@ -1,0 +1,351 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "linear_plan.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "linear_kernels.h"
+
+namespace attnext {
+namespace cuda {
+namespace {
+
+template <class T>
+constexpr DType dtype_of() {
+  return sizeof(T) == 4                 ? DType::kFloat32
+         : std::is_same<T, bf16>::value ? DType::kBFloat16
+                                        : DType::kFloat16;
+}
+
+#define ATTNEXT_DESCRIBE(name, T, dim, warps, gated, entries)                                  \
+  ScanFacts{#name,                                                                             \
+            "ATTNEXT_SCAN(" #name ", " #T ", " #dim ", " #warps ", " #gated ", " #entries ")", \
+            dtype_of<T>(),                                                                     \
+            dim,                                                                               \
+            warps,                                                                             \
+            gated,                                                                             \
+            entries,                                                                           \
+            ScanShared<sizeof(T), dim, warps, entries>::kBytes},
+const ScanFacts kScans[] = {ATTNEXT_SCAN_KERNELS_16(ATTNEXT_DESCRIBE, bf16, bf16)
+                                ATTNEXT_SCAN_KERNELS_16(ATTNEXT_DESCRIBE, fp16, fp16)
+                                    ATTNEXT_SCAN_KERNELS_32(ATTNEXT_DESCRIBE, float, fp32)};
+
+constexpr int64_t kEnoughBlocks = 2 * 132;  // of the largest GPU, twice over
+constexpr int64_t kLeastChunks = 4;         // of a segment
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+const ScanFacts& scan_of(DType dtype, int64_t dim, bool gated) {
+  for (const ScanFacts& k : kScans) {
+    if (k.dtype == dtype && k.dim >= dim && k.gated == gated && k.entries == 0) return k;
+  }
+  throw std::invalid_argument("attnext: linear attention on CUDA has head_dim up to 128, and "
+                              "float32, bfloat16 or float16");
+}
+const ScanFacts& taylor_scan_of(DType dtype, int64_t dim) {
+  for (const ScanFacts& k : kScans) {
+    if (k.dtype == dtype && k.entries >= dim) return k;
+  }
+  throw std::invalid_argument("attnext: Taylor features on CUDA are of a head_dim up to 16");
+}
+
+// A problem with its states and its scratch, which is counted as it is taken.
+class Plan {
+ public:
+  Plan(const LinearParams& params, int64_t length, void* workspace)
+      : p(params), length_(length), workspace_(static_cast<char*>(workspace)) {
+    if (p.tokens >= INT32_MAX / 2) throw std::invalid_argument("attnext: more than 2^30 tokens");
+    if (p.delta()) throw std::invalid_argument("attnext: no delta rule on CUDA");
+    const ScanFacts& scan = scan_of(p.dtype, std::max(p.head_dim, p.head_dim_v), true);
+    chunk_ = 16 * scan.warps;
+    const int64_t longest = std::max<int64_t>(1, length_), chunks = ceil_div(longest, chunk_);
+    const int64_t blocks = std::max<int64_t>(1, p.num_sequences * p.heads);
+    segments_ = std::max<int64_t>(1, std::min(kEnoughBlocks / blocks, chunks / kLeastChunks));
+    segment_ = ceil_div(chunks, segments_) * chunk_;
+    segments_ = ceil_div(longest, segment_);
+    state_size_ = p.features() * p.state_columns();
+  }
+
+  int64_t bytes() const { return used_; }
+  std::vector<Launch> launches;
+
+  float* take(int64_t numbers) {
+    char* at = workspace_ ? workspace_ + used_ : nullptr;
+    used_ += ceil_div(numbers * int64_t(sizeof(float)), 256) * 256;
+    return reinterpret_cast<float*>(at);
+  }
+  float* take_states() { return take(p.num_sequences * p.heads * state_size_); }
+  int64_t chunks() const { return segments_ * segment_ / chunk_; }  // of a sequence, at most
+  bool taylor() const { return p.feature_map == FeatureMap::kTaylor2; }
+  int64_t rows() const { return p.batch * p.tokens * p.heads; }
+
+  ScanRows rows_of(const TensorRef& t, int64_t heads, int64_t dim,
+                   FeatureMap map = FeatureMap::kIdentity) const {
+    return {t, static_cast<int32_t>(p.heads / heads), static_cast<int32_t>(dim), map, aligned(t)};
+  }
+  ScanRows query() const { return rows_of(p.query, p.query_heads, p.head_dim, p.feature_map); }
+  ScanRows key() const { return rows_of(p.key, p.key_heads, p.head_dim, p.feature_map); }
+  ScanRows value() const { return rows_of(p.value, p.value_heads, p.head_dim_v); }
+  ScanRows dout() const { return rows_of(p.dout, p.heads, p.head_dim_v); }
+
+  // What all launches share; `order`: that of processing, or its reverse.
+  LinearLaunch start(bool against) const {
+    LinearLaunch l{};
+    l.sequences = p.sequences;
+    l.tokens = p.tokens;
+    l.length = length_;
+    l.batch = p.batch;
+    l.num_sequences = p.num_sequences;
+    l.per_item = p.batch > 0 ? p.num_sequences / p.batch : 1;
+    l.heads = static_cast<int32_t>(p.heads);
+    l.segments = static_cast<int32_t>(segments_);
+    l.segment = segment_;
+    l.slices = 1;
+    l.chunks = chunks();
+    l.backwards = p.reverse != against;
+    l.exclusive = against;
+    l.scale = against ? 1.f : static_cast<float>(p.scale);
+    l.inner_scale = against ? static_cast<float>(p.scale) : 1.f;
+    if (taylor()) {
+      l.polynomial_scale = l.scale;
+      l.scale = 1;
+    }
+    l.eps = static_cast<float>(p.eps);
+    l.decay = p.decay;
+    l.denominator = p.denominator;
+    l.before_segments = l.after_segments = 1;
+    l.state_size = state_size_;
+    set_layout(&l, false);
+    return l;
+  }
+  // S as it is, [features][columns], or transposed.
+  void set_layout(LinearLaunch* l, bool transposed) const {
+    l->row_stride = transposed ? 1 : p.state_columns();
+    l->column_stride = transposed ? p.state_columns() : 1;
+    l->z_offset = p.head_dim_v;
+    l->z_stride = p.state_columns();
+  }
+
+  void add_scan(LinearLaunch l) {
+    const bool gated = l.decay.data || l.side != Side::kNone || l.raw.rows.data ||
+                       l.extension == Extension::kFeature || l.out_fp32 || l.inner_scale == 0;
+    const ScanFacts& scan =
+        taylor() ? taylor_scan_of(p.dtype, l.b.dim) : scan_of(p.dtype, l.b.dim, gated);
+    l.slices = static_cast<int32_t>(slices(l.c.dim));
+    const int64_t blocks = p.num_sequences * p.heads * segments_ * l.slices;
+    add(scan.name, blocks, 32 * scan.warps, scan.shared_bytes, l);
+  }
+  int64_t slices(int64_t dim) const { return ceil_div(dim, p.dtype == DType::kFloat32 ? 32 : 64); }
+  void add(const std::string& name, int64_t blocks, int32_t threads, int32_t shared,
+           const LinearLaunch& l) {
+    if (blocks > INT32_MAX) throw std::invalid_argument("attnext: grid: more than 2^31 blocks");
+    if (blocks > 0) launches.emplace_back(name, blocks, threads, shared, l);
+  }
+
+  // Whether a scan can start at once: otherwise states are made first.
+  bool at_once() const { return p.causal && segments_ == 1; }
+  // States for a scan that reads them: `l` says of what b and c. They start from `before`, and end
+  // in `after`, if not null.
+  struct States {
+    const float* before;
+    int32_t segments;
+    bool ends;  // after is written
+  };
+  States add_states(LinearLaunch l, const float* before, float* after) {
+    if (at_once()) return {before, 1, false};
+    float* const states = segments_ > 1 ? take(segments_ * p.num_sequences * p.heads * state_size_)
+                                        : nullptr;
+    float* const factors = segments_ > 1 ? take(segments_ * p.num_sequences * p.heads) : nullptr;
+    if (!p.causal && !after) after = take_states();
+    l.outputs = 0;
+    l.sums = 1;
+    if (segments_ == 1) {
+      l.before = before;
+      l.after = after;
+      add_scan(l);
+      return {after, 1, true};
+    }
+    l.after = states;
+    l.factors = factors;
+    l.after_segments = static_cast<int32_t>(segments_);
+    add_scan(l);
+    LinearLaunch combine = l;
+    combine.before = before;
+    combine.after = after;
+    combine.states = states;
+    constexpr int kThreads = 256;
+    add("linear_combine", p.num_sequences * p.heads * ceil_div(state_size_, kThreads), kThreads, 0,
+        combine);
+    return {p.causal ? states : after, p.causal ? static_cast<int32_t>(segments_) : 1, true};
+  }
+  // Outputs from such states; where nothing was made, the scan also writes the last one.
+  void add_outputs(LinearLaunch l, const States& from, float* after) {
+    l.outputs = 1;
+    l.sums = p.causal;
+    l.before = from.before;
+    l.before_segments = from.segments;
+    if (!from.ends) l.after = after;
+    add_scan(l);
+  }
+
+  const LinearParams& p;
+
+ private:
+  int32_t aligned(const TensorRef& t) const {
+    const int64_t elem = p.dtype == DType::kFloat32 ? 4 : 2;
+    const auto whole = [&](int64_t n) { return n * elem % 16 == 0; };
+    return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && whole(t.batch) && whole(t.token[2]) &&
+           whole(t.head);
+  }
+
+  int64_t length_, chunk_, segments_, segment_, state_size_;
+  char* workspace_;
+  int64_t used_ = 0;
+};
+
+// With the normaliser's ones behind values: b and c as in the forward pass.
+LinearLaunch keys_and_values(const Plan& plan) {
+  LinearLaunch l = plan.start(false);
+  l.b = plan.key();
+  l.c = plan.value();
+  l.extension = plan.p.normalize ? Extension::kColumn : Extension::kNone;
+  return l;
+}
+
+void plan_forward(Plan* plan) {
+  const LinearParams& p = plan->p;
+  LinearLaunch l = keys_and_values(*plan);
+  auto* const last = static_cast<float*>(p.final_state);
+  const auto states = plan->add_states(l, static_cast<const float*>(p.initial_state), last);
+  l.a = plan->query();
+  l.out = plan->rows_of(p.out, p.heads, p.head_dim_v);
+  plan->add_outputs(l, states, last);
+}
+
+void plan_backward(Plan* plan) {
+  const LinearParams& p = plan->p;
+  if (plan->taylor()) throw std::invalid_argument("attnext: no gradients of Taylor features");
+  float* numbers = nullptr;
+  if (p.normalize) {
+    numbers = plan->take(2 * plan->rows());
+    LinearLaunch l = plan->start(false);
+    l.numbers = numbers;
+    l.dout = plan->dout();
+    l.result = plan->rows_of(p.out, p.heads, p.head_dim_v);
+    constexpr int kThreads = 128, kRows = kThreads / 8;
+    const char* const suffix = p.dtype == DType::kFloat32    ? "fp32"
+                               : p.dtype == DType::kBFloat16 ? "bf16"
+                                                             : "fp16";
+    plan->add(std::string("linear_numbers_") + suffix, ceil_div(plan->rows(), kRows), kThreads, 0,
+              l);
+  }
+  const auto use_numbers = [&](LinearLaunch* l, Side side, Extension extension) {
+    l->extension = p.normalize ? extension : Extension::kNone;
+    if (!p.normalize) return;
+    l->side = side;
+    l->numbers = numbers;
+    l->scale = l->inner_scale = 1;  // in the factors
+  };
+  const auto result = [&](LinearLaunch* l, const TensorRef& t, int64_t heads, int64_t dim) {
+    l->out = plan->rows_of(t, p.heads, dim);
+    l->out_fp32 = heads != p.heads && p.dtype != DType::kFloat32;
+  };
+  const bool of_decay = p.ddecay.data;
+  const bool curved = p.feature_map != FeatureMap::kIdentity;
+  const int64_t key_slices = plan->slices(p.head_dim);
+  float *dots = nullptr, *dots_key = nullptr, *boundaries = nullptr, *meetings = nullptr;
+  const ScanFacts& scan = scan_of(p.dtype, p.head_dim_v, true);  // of dq and dk
+  if (of_decay) {
+    const int64_t states = p.num_sequences * p.heads * key_slices * plan->chunks();
+    dots = plan->take(key_slices * plan->rows());
+    dots_key = plan->take(key_slices * plan->rows());
+    boundaries = plan->take(states * (scan.dim / 8 + 1) * 4 * 32 * scan.warps);
+    meetings = plan->take(states * scan.warps);
+  }
+
+  const auto* const initial = static_cast<const float*>(p.initial_state);
+  const auto* const dfinal = static_cast<const float*>(p.dfinal_state);
+  {
+    const auto states = plan->add_states(keys_and_values(*plan), initial, nullptr);
+    LinearLaunch l = plan->start(false);
+    l.a = plan->dout();
+    l.b = plan->value();
+    l.c = plan->key();
+    use_numbers(&l, Side::kA, Extension::kFeature);
+    plan->set_layout(&l, true);
+    result(&l, p.dquery, p.query_heads, p.head_dim);
+    if (curved || of_decay) l.raw = plan->query();
+    l.dots = dots;
+    l.boundaries = boundaries;
+    plan->add_outputs(l, states, nullptr);
+  }
+  auto* const dinitial = static_cast<float*>(p.dinitial_state);
+  LinearLaunch l = plan->start(true);
+  l.b = plan->query();
+  l.c = plan->dout();
+  use_numbers(&l, Side::kB, Extension::kColumn);
+  const auto states = plan->add_states(l, dfinal, dinitial);
+  use_numbers(&l, Side::kB, Extension::kNone);
+  l.a = plan->key();
+  result(&l, p.dvalue, p.value_heads, p.head_dim_v);
+  plan->add_outputs(l, states, nullptr);
+
+  l.a = plan->value();
+  l.b = plan->dout();
+  l.c = plan->query();
+  use_numbers(&l, Side::kB, Extension::kFeature);
+  plan->set_layout(&l, true);
+  result(&l, p.dkey, p.key_heads, p.head_dim);
+  if (curved || of_decay) l.raw = plan->key();
+  l.dots = dots_key;
+  l.boundaries = boundaries;
+  l.meetings = meetings;
+  plan->add_outputs(l, states, dinitial);
+
+  if (of_decay) {
+    LinearLaunch d = plan->start(false);
+    d.dots = dots;
+    d.dots_key = dots_key;
+    d.slices = static_cast<int32_t>(key_slices);
+    d.meetings = meetings;
+    d.num_meetings = scan.warps;
+    d.chunk = 16 * scan.warps;
+    d.ddecay = p.ddecay;
+    constexpr int kThreads = 128;
+    plan->add("linear_decay_gradient",
+              ceil_div(p.num_sequences * p.heads * plan->chunks(), kThreads / 32), kThreads, 0, d);
+  }
+}
+
+}  // namespace
+
+std::vector<ScanFacts> scan_kernels() { return {std::begin(kScans), std::end(kScans)}; }
+
+int64_t linear_forward_workspace(const LinearParams& params, int64_t length) {
+  Plan plan(params, length, nullptr);
+  plan_forward(&plan);
+  return plan.bytes();
+}
+int64_t linear_backward_workspace(const LinearParams& params, int64_t length) {
+  Plan plan(params, length, nullptr);
+  plan_backward(&plan);
+  return plan.bytes();
+}
+
+std::vector<Launch> linear_forward_launches(const LinearParams& params, int64_t length,
+                                            void* workspace) {
+  Plan plan(params, length, workspace);
+  plan_forward(&plan);
+  return plan.launches;
+}
+std::vector<Launch> linear_backward_launches(const LinearParams& params, int64_t length,
+                                             void* workspace) {
+  Plan plan(params, length, workspace);
+  plan_backward(&plan);
+  return plan.launches;
+}
+
+}  // namespace cuda
+}  // namespace attnext

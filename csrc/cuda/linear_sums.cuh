@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0
+// Around the scans of linear attention: states of segments, and what gradients need of each token.
+#pragma once
+
+#include "linear.cuh"
+
+namespace attnext {
+namespace cuda {
+
+// States of segments alone become those before them; the last one goes to `after`. One thread for
+// a number of a sequence's and head's state.
+ATTNEXT_DEVICE void combine_segments(const LinearLaunch& p) {
+  const uint32_t parts = static_cast<uint32_t>((p.state_size + blockDim.x - 1) / blockDim.x);
+  const int64_t number = int64_t(blockIdx.x % parts) * blockDim.x + threadIdx.x;
+  const int64_t which = blockIdx.x / parts;  // sequence and head
+  if (number >= p.state_size) return;
+  const int64_t sequence = which / p.heads, head = which % p.heads;
+  float carry = p.before ? p.before[which * p.state_size + number] : 0.f;
+  for (int32_t s = 0; s < p.segments; ++s) {
+    const int64_t at = (sequence * p.segments + s) * p.heads + head;
+    float& here = p.states[at * p.state_size + number];
+    const float alone = here;
+    here = carry;
+    carry = fmaf(carry, p.factors[at], alone);
+  }
+  if (p.after) p.after[which * p.state_size + number] = carry;
+}
+
+// {scale / denominator, -dO.o} of each token and head: kLanes threads a row.
+template <class T>
+ATTNEXT_DEVICE void find_numbers(const LinearLaunch& p) {
+  constexpr int kLanes = 8;
+  const int64_t index = int64_t(blockIdx.x) * (blockDim.x / kLanes) + threadIdx.x / kLanes;
+  const int lane = threadIdx.x % kLanes;
+  const bool live = index < p.batch * p.tokens * p.heads;
+  const int64_t head = index % p.heads, token = index / p.heads % p.tokens;
+  const int64_t batch = index / p.heads / p.tokens;
+  const auto offset = [&](const TensorRef& t) {
+    return batch * t.batch + token * t.token[2] + head * t.head;
+  };
+  float dot = 0.f;
+  if (live) {
+    const T* o = static_cast<const T*>(p.result.rows.data) + offset(p.result.rows);
+    const T* dout = static_cast<const T*>(p.dout.rows.data) + offset(p.dout.rows);
+    for (int d = lane; d < p.dout.dim; d += kLanes) {
+      dot = fmaf(Number<T>::widen(o[d]), Number<T>::widen(dout[d]), dot);
+    }
+  }
+#pragma unroll
+  for (int step = kLanes / 2; step > 0; step /= 2) dot += __shfl_xor_sync(~0u, dot, step);
+  if (!live || lane > 0) return;
+  const float by = static_cast<const float*>(p.denominator.data)[offset(p.denominator)];
+  reinterpret_cast<float2*>(p.numbers)[index] = make_float2(p.scale / by, -dot);
+}
+
+// A warp for each chunk. A decay scales all that goes from the tokens before it to its own and
+// those after: the sum of q.dq less that of k.dk, features and their gradients, over these tokens.
+// Within the chunk it is taken so; beyond, it is the state after the chunk times its gradient.
+constexpr int kDecayThreads = 128;
+
+ATTNEXT_DEVICE void find_decay_gradient(const LinearLaunch& p) {
+  const int64_t which = int64_t(blockIdx.x) * (kDecayThreads / 32) + threadIdx.x / 32;
+  const int64_t chunk = which % p.chunks, head = which / p.chunks % p.heads;
+  const int64_t sequence = which / p.chunks / p.heads;
+  if (sequence >= p.num_sequences) return;
+  Tokens tokens;
+  tokens.start(p, sequence, head);
+  if (chunk * p.chunk >= tokens.count()) return;
+  const int lane = threadIdx.x % 32, per = p.chunk / 32;
+  double sum = 0.;
+  for (int64_t s = 0; s < p.slices; ++s) {
+    const int64_t at = ((sequence * p.heads + head) * p.slices + s) * p.chunks + chunk;
+    const float* meetings = p.meetings + at * p.num_meetings;
+    for (int i = 0; i < p.num_meetings; ++i) sum += meetings[i];
+  }
+  for (int i = per - 1; i >= 0; --i) {  // lanes have neighbouring tokens
+    const int64_t position = chunk * p.chunk + i * 32 + lane;
+    const bool live = position < tokens.count();
+    double mine = 0.;
+    if (live) {
+      const int64_t index = tokens.index(p, position);
+      const int64_t rows = p.batch * p.tokens * p.heads;
+      for (int64_t s = 0; s < p.slices; ++s) {
+        mine += double(p.dots[s * rows + index]) - p.dots_key[s * rows + index];
+      }
+    }
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const double other = __shfl_down_sync(~0u, mine, step);
+      if (lane + step < 32) mine += other;
+    }
+    if (live) {
+      static_cast<float*>(p.ddecay.data)[tokens.offset(p.ddecay, 1, position)] =
+          static_cast<float>(sum + mine);
+    }
+    sum += __shfl_sync(~0u, mine, 0);
+  }
+}
+
+#define ATTNEXT_NUMBERS(name, T)                                                                   \
+  extern "C" __global__ void __launch_bounds__(128) name(const __grid_constant__ LinearLaunch p) { \
+    find_numbers<T>(p);                                                                            \
+  }
+#define ATTNEXT_AROUND(name, threads, body)                              \
+  extern "C" __global__ void __launch_bounds__(threads)                  \
+      name(const __grid_constant__ LinearLaunch p) {                     \
+    body(p);                                                             \
+  }
+
+}  // namespace cuda
+}  // namespace attnext

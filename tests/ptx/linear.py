@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""attnext's CUDA kernels of linear attention under the executor: as window.py does for windows."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from attnext import _C, linear_ops
+
+from .memory import Memory
+from .window import Output, Recorder, put
+
+_NAMES = ("query", "key", "value", "decay", "beta", "initial_state")
+_RESULTS = ("out", "denominator", "final_state")
+
+
+def _native(memory: Memory, problem: tuple[Any, ...]) -> tuple[Any, ...]:
+    native = linear_ops._native(problem)
+    tensors = [put(memory, n, t) for n, t in zip(_NAMES, native, strict=False)]
+    return (*tensors, *native[len(_NAMES) :])
+
+
+def _room(memory: Memory, call: Any) -> tuple[int, int]:
+    """Addresses of the list of sequences, and of scratch."""
+    workspace = memory.allocate("workspace", max(1, call.workspace_bytes)).address
+    if not call.sequences:
+        return 0, workspace
+    sequences = np.frombuffer(call.sequences, np.uint8)
+    return memory.buffer("sequences", sequences, writable=False).address, workspace
+
+
+def forward(recorder: Recorder, *problem: Any) -> tuple[Tensor, ...]:
+    linear_ops.check_cuda(problem, grads=False)
+    memory = Memory()
+    fakes = linear_ops._forward_fake(*problem)
+    results = [
+        None if fake is None else Output.like(memory, name, fake)
+        for name, fake in zip(_RESULTS, linear_ops._wanted_results(problem, fakes), strict=True)
+    ]
+    call = _C.CudaLinearForward(_native(memory, problem))
+    recorder.carry_out(
+        memory, call.launches(*_room(memory, call), *(r and r.tensor for r in results))
+    )
+    return tuple(r.get() if r else fake for r, fake in zip(results, fakes, strict=True))
+
+
+def backward(recorder: Recorder, *args: Any) -> tuple[Tensor, ...]:
+    problem = args[:-5]
+    linear_ops.check_cuda(problem, grads=True)
+    memory = Memory()
+    fakes, tensors = linear_ops._backward_tensors(*args)
+    *given, wanted = tensors
+    grads = [
+        None if w is None else Output.like(memory, f"d{name}", w)
+        for name, w in zip(_NAMES, wanted, strict=True)
+    ]
+    names = ("out", "denominator", "dout", "dfinal_state")
+    call = _C.CudaLinearBackward(_native(memory, problem), wanted[linear_ops._DECAY] is not None)
+    recorder.carry_out(
+        memory,
+        call.launches(
+            *_room(memory, call),
+            *(put(memory, name, x) for name, x in zip(names, given, strict=True)),
+            tuple(g and g.tensor for g in grads),
+        ),
+    )
+    results = tuple(g.get() if g else fake for g, fake in zip(grads, fakes, strict=True))
+    return linear_ops._shared(results, problem)
+
+
+@contextlib.contextmanager
+def on_executor(**options: Any) -> Iterator[Recorder]:
+    """Runs linear attention on the executor; the recorder has the reports."""
+    recorder = Recorder(**options)
+    kept = linear_ops._forward, linear_ops._backward
+    linear_ops._forward = functools.partial(forward, recorder)  # type: ignore[assignment]
+    linear_ops._backward = functools.partial(backward, recorder)
+    try:
+        yield recorder
+    finally:
+        linear_ops._forward, linear_ops._backward = kept

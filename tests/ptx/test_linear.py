@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels of linear attention under the executor, through attnext's public function.
+
+Every launch is checked for accesses out of bounds, reads of what was not written and races; outputs
+start as NaN and must be written whole; results are held to the float64 recurrence.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import lay_out
+from test_linear import assert_close, evaluate, expect, problem
+from torch import Tensor
+
+import attnext
+from attnext import _C, linear_attention
+from attnext.gpu_check.linear import BUDGET, PROBLEMS, compare, slack
+
+from .linear import on_executor
+from .window import DeviceTensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BF16 = torch.bfloat16
+
+
+def check(tensors: dict[str, Tensor], options: dict[str, Any], grads: bool = True) -> Any:
+    """Results and gradients within the budget; gives the reports."""
+    dtype = tensors["query"].dtype
+    with on_executor(metrics=False) as recorder:
+        got = evaluate(linear_attention, tensors, options, grads)
+    assert got["out"].dtype == dtype
+    assert_close(got, expect(tensors, options, grads), BUDGET[dtype],
+                 slack(dtype, bool(options.get("normalize"))))
+    return recorder.reports
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "identity": {},
+    "elu, normalized, decayed": {"feature_map": "elu", "normalize": True, "decay": "token"},
+    "relu, decayed": {"feature_map": "relu", "decay": "head"},
+    "not causal": {"feature_map": "elu", "normalize": True, "is_causal": False},
+    "reverse": {"reverse": True, "decay": "token"},
+}
+
+
+def form(name: str, **more: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    defaults = {"tokens": 70, "heads": (1, 1, 1), "dim": 32, "dim_v": 24, "state": True}
+    return problem(**{**defaults, "dtype": BF16, **FORMS[name], **more})
+
+
+# ---- whatever may come ---------------------------------------------------------------------------
+
+
+@st.composite
+def problems(draw: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    options: dict[str, Any] = {
+        "feature_map": draw(st.sampled_from(["identity", "elu", "relu"])),
+        "is_causal": draw(st.sampled_from([True, True, False])),
+        "reverse": draw(st.booleans()),
+        "normalize": draw(st.booleans()),
+    }
+    if options["normalize"]:
+        options["eps"] = 1.0  # sums near 0 would be a matter of luck
+    elif draw(st.booleans()):
+        options["scale"] = draw(st.sampled_from([0.25, -0.5]))
+    tokens, batch, states = draw(st.integers(1, 140)), draw(st.integers(1, 2)), None
+    division = draw(st.sampled_from(["whole", "packed", "blocks"]))
+    if division == "packed":
+        batch = 1
+        inner = draw(st.lists(st.integers(0, tokens), max_size=3))
+        bounds = [0, *sorted(inner), tokens]
+        options["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32)
+        states = len(bounds) - 1
+    elif division == "blocks":
+        options["window_size"] = draw(st.integers(10, 90))
+    decay = draw(st.sampled_from([None, "head", "token"])) if options["is_causal"] else None
+    return problem(
+        tokens, batch, draw(st.sampled_from([(1, 1, 1), (1, 1, 2), (2, 1, 1)])),
+        draw(st.integers(1, 32)), draw(st.integers(1, 32)), dtype=draw(st.sampled_from(DTYPES)),
+        state=division != "blocks" and draw(st.booleans()), states=states, decay=decay, **options,
+    )  # fmt: skip
+
+
+@settings(max_examples=8)
+@given(problems())
+def test_random_problems(given_problem: tuple[dict[str, Tensor], dict[str, Any]]) -> None:
+    tensors, options = given_problem
+    half = tensors["query"].dtype.itemsize == 2
+    if half and options["normalize"] and options["feature_map"] == "identity":
+        options["feature_map"] = "elu"  # of signed features the sums may be near -1 too
+    check(tensors, options)
+
+
+# ---- sizes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 129])
+def test_lengths(tokens: int) -> None:
+    check(*form("elu, normalized, decayed", tokens=tokens))
+
+
+def test_no_tokens() -> None:
+    tensors, options = form("identity", tokens=0)
+    with on_executor():
+        got = evaluate(linear_attention, tensors, options)
+    assert torch.equal(got["final_state"], tensors["initial_state"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dim", "dim_v"), [(16, 64), (53, 30), (128, 100)])
+def test_every_bucket(dim: int, dim_v: int, dtype: torch.dtype) -> None:
+    check(*form("elu, normalized, decayed", tokens=67, dim=dim, dim_v=dim_v, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [n for n in FORMS if n != "elu, normalized, decayed"])
+def test_forms(name: str, dtype: torch.dtype) -> None:
+    check(*form(name, dtype=dtype))
+
+
+@pytest.mark.parametrize("heads", [(1, 1, 3), (4, 2, 1)])
+def test_heads_that_share_tensors(heads: tuple[int, int, int]) -> None:
+    check(*form("elu, normalized, decayed", tokens=20, heads=heads, batch=2, dim=8, dim_v=8))
+
+
+# ---- segments ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+@pytest.mark.parametrize("name", ["elu, normalized, decayed", "not causal", "reverse"])
+def test_segments(name: str, dtype: torch.dtype) -> None:
+    tokens = 300 if dtype == torch.float32 else 570
+    reports = check(*form(name, tokens=tokens, dim=20, dim_v=12, dtype=dtype))
+    assert any(r.kernel == "linear_combine" for r in reports)
+
+
+def test_segments_of_packed_sequences() -> None:
+    ends = torch.tensor([0, 0, 290, 291, 291, 420], dtype=torch.int32)
+    for name in ("elu, normalized, decayed", "not causal"):
+        tensors, options = form(
+            name, tokens=420, dim=8, dim_v=8, dtype=torch.float32, states=5, cu_seqlens=ends
+        )
+        reports = check(tensors, options)
+        assert any(r.kernel == "linear_combine" for r in reports)
+
+
+def test_many_heads_are_not_cut_into_segments() -> None:
+    def tensor(*shape: int) -> DeviceTensor:
+        strides = torch.empty(shape, device="meta").stride()
+        return DeviceTensor(2**20, BF16, shape, strides)
+
+    def launches(batch: int, heads: int) -> list[dict[str, Any]]:
+        x = tensor(batch, 4096, heads, 64)
+        rest = (None, None, None, None, 0, True, False, False, False, 0.125, 1e-6, 0, 0)
+        call = _C.CudaLinearForward((x, x, x, *rest))
+        return call.launches(0, 2**20, x, None, None)
+
+    assert [launch["grid"] for launch in launches(1000, 70)] == [70_000]
+    few = launches(1, 4)
+    assert [launch["kernel"] for launch in few] == [
+        "linear_scan_bf16_64", "linear_combine", "linear_scan_bf16_64",
+    ]  # fmt: skip
+    assert few[0]["grid"] == 64  # 16 segments of 4 chunks
+
+
+# ---- what inputs may be --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["heads first", "cut out"])
+def test_strided_inputs(layout: str) -> None:
+    """Also rows that do not start at multiples of 16 bytes, and what lies around is not read."""
+    tensors, options = form("elu, normalized, decayed", heads=(2, 2, 2), tokens=40, dim=24)
+    for name in ("query", "key", "value", "decay"):
+        tensors[name] = lay_out(tensors[name].unsqueeze(-1), layout).squeeze(-1) if (
+            name == "decay"
+        ) else lay_out(tensors[name], layout)  # fmt: skip
+    check(tensors, options)
+
+
+@pytest.mark.parametrize("decay", [0.0, -50.0, -torch.inf])
+def test_extreme_decays(decay: float) -> None:
+    for dtype in (torch.float32, BF16):
+        tensors, options = form("identity", tokens=80, decay="token", dtype=dtype)
+        tensors["decay"][:, ::7] = decay
+        check(tensors, options, grads=decay != -torch.inf)
+
+
+def test_a_large_decay_does_not_blur_the_small_ones_after_it() -> None:
+    tensors, options = form("identity", tokens=64, decay="token", dtype=torch.float32)
+    tensors["decay"][:, 3] = -900.0
+    check(tensors, options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_states(dtype: torch.dtype) -> None:
+    """Beyond what fp16 can hold."""
+    tensors, options = form("identity", tokens=70, dtype=dtype)
+    tensors["initial_state"] *= 1e6
+    tensors["query"] /= 64
+    got = check(tensors, options, grads=False)
+    assert got
+
+
+def test_nothing_but_outputs() -> None:
+    """No states, no gradient that is not asked for."""
+    tensors, options = form("identity", state=False)
+    with on_executor() as recorder:
+        out = linear_attention(**tensors, **options)
+    expected = attnext.reference.linear_attention(**tensors, **options)
+    assert_close({"out": out}, {"out": expected}, BUDGET[BF16])
+    assert [r.kernel for r in recorder.reports] == ["linear_scan_bf16_32"]
+
+
+def test_what_is_missing_is_said() -> None:
+    for more, what in (
+        ({"beta": True}, "delta rule"),
+        ({"feature_map": "taylor2", "dim": 4}, "taylor2"),
+        ({"dtype": torch.float64}, "float64"),
+        ({"dim": 129}, "head_dim above 128"),
+    ):
+        tensors, options = form("identity", **{"tokens": 3, "state": False, **more})
+        with on_executor(), pytest.raises(NotImplementedError, match=what):
+            linear_attention(**tensors, **options)
+
+
+def test_a_check_for_gpus() -> None:
+    with on_executor():
+        results = PROBLEMS["length-65"].results(BF16, "cpu")
+    compare(PROBLEMS["length-65"], BF16, results)

@@ -1,0 +1,876 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear attention: against the recurrence in float64, and against itself in every other form."""
+
+import concurrent.futures
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import attnext
+from attnext import linear_attention, linear_attention_step, reference
+from attnext.testing import available_isas, isa, threads
+
+F64 = torch.float64
+BUDGET = {F64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2.5e-3, torch.float16: 4e-4}
+MAPS = ("identity", "elu", "relu", "taylor2")
+
+
+def normal(*shape, dtype=F64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=F64).to(dtype)
+
+
+def uniform(*shape, dtype=F64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(shape, generator=generator, dtype=F64).to(dtype)
+
+
+def accumulator(dtype):
+    return F64 if dtype == F64 else torch.float32
+
+
+def features(feature_map, dim):
+    return 1 + dim + dim * (dim + 1) // 2 if feature_map == "taylor2" else dim
+
+
+def problem(
+    tokens=9, batch=1, heads=(2, 2, 2), dim=4, dim_v=3, dtype=F64, decay=None, beta=False,
+    state=False, states=None, **options,
+):  # fmt: skip
+    """Tensors and options of a call. ``decay``: None, "head" or "token"."""
+    most, acc = max(heads), accumulator(dtype)
+    tensors = {
+        "query": normal(batch, tokens, heads[0], dim, dtype=dtype, seed=1),
+        "key": normal(batch, tokens, heads[1], dim, dtype=dtype, seed=2),
+        "value": normal(batch, tokens, heads[2], dim_v, dtype=dtype, seed=3),
+    }
+    if decay is not None:
+        shape = (most,) if decay == "head" else (batch, tokens, most)
+        tensors["decay"] = -uniform(*shape, dtype=acc, seed=4) / 2
+    if beta:
+        tensors["key"] = torch.nn.functional.normalize(tensors["key"].double(), dim=-1).to(dtype)
+        tensors["beta"] = uniform(batch, tokens, most, dtype=acc, seed=5)
+    if state:
+        rows = features(options.get("feature_map", "identity"), dim)
+        columns = dim_v + options.get("normalize", False)
+        shape = (states or batch, most, rows, columns)
+        tensors["initial_state"] = uniform(*shape, dtype=acc, seed=6)
+    return tensors, options
+
+
+def evaluate(function, tensors, options, gradients=True, seed=11):
+    """Outputs, final state unless there is none, and gradients of everything."""
+    leaves = {n: x.detach().requires_grad_(gradients) for n, x in tensors.items()}
+    with_state = options.get("window_size") is None
+    results = function(**leaves, **options, **({"output_final_state": True} if with_state else {}))
+    names = ("out", "final_state") if with_state else ("out",)
+    named = dict(zip(names, results if with_state else (results,), strict=True))
+    if gradients:
+        cotangents = [
+            normal(*x.shape, seed=seed + i).to(x.dtype) for i, x in enumerate(named.values())
+        ]
+        grads = torch.autograd.grad(list(named.values()), list(leaves.values()), cotangents)
+        named |= {f"grad_{n}": g for n, g in zip(leaves, grads, strict=True)}
+    return {n: x.detach() for n, x in named.items()}
+
+
+def error(got, expected):
+    """Relative, root mean square."""
+    if not expected.numel():
+        return 0.0
+    size = expected.double().square().mean().sqrt().item()
+    return (got.double() - expected.double()).square().mean().sqrt().item() / (size or 1.0)
+
+
+def assert_close(got, expected, budget, slack=None):
+    assert got.keys() == expected.keys()
+    for name in expected:
+        assert got[name].shape == expected[name].shape, name
+        assert torch.isfinite(got[name]).all() or not torch.isfinite(expected[name]).all(), name
+        off = error(got[name], expected[name])
+        allowed = budget * (slack or {}).get(name, 1)
+        assert off <= allowed, f"{name}: error {off:.2e} exceeds {allowed:.2e}"
+
+
+def slack(options, dtype):
+    """Where a gradient is a difference of larger numbers. That of a decay is one number out of all
+    that crosses it; and a normalised query's is that of a mean, ``dO . (v - o)``, with ``o`` read
+    off the stored output, as every such backward pass does."""
+    half = dtype.itemsize == 2 and options.get("normalize")
+    return {"grad_decay": 3, **({"grad_query": 2, "grad_key": 2} if half else {})}
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], atol=0, rtol=0)
+
+
+class Cotangent(torch.autograd.Function):
+    """x, for which the cotangent is rounded as it is for the kernels."""
+
+    @staticmethod
+    def forward(ctx, x, dtype):
+        ctx.dtype = dtype
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.to(ctx.dtype).to(grad.dtype), None
+
+
+def expect(tensors, options, gradients=True):
+    """What the recurrence gives in double, from the same cotangents."""
+    dtype = tensors["query"].dtype
+
+    def exact(**inputs):
+        result = reference.linear_attention(**inputs)
+        if torch.is_tensor(result):
+            return Cotangent.apply(result, dtype)
+        return tuple(
+            Cotangent.apply(x, kind)
+            for x, kind in zip(result, (dtype, accumulator(dtype)), strict=True)
+        )
+
+    wide = {n: x.double() for n, x in tensors.items()}
+    with threads(1):  # a loop over tiny operators
+        return evaluate(exact, wide, options, gradients)
+
+
+def check(tensors, options, budget=None, gradients=True):
+    """The kernels against the recurrence."""
+    dtype = tensors["query"].dtype
+    got = evaluate(linear_attention, tensors, options, gradients)
+    assert got["out"].dtype == dtype
+    expected = expect(tensors, options, gradients)
+    assert_close(got, expected, budget or BUDGET[dtype], slack(options, dtype))
+    return got
+
+
+# ---- against the recurrence ----------------------------------------------------------------------
+
+
+@st.composite
+def problems(draw):
+    """Anything: small chunks make many of them, and several segments."""
+    heads = draw(st.sampled_from([(1, 1, 1), (2, 2, 2), (1, 1, 3), (4, 2, 1), (2, 1, 4)]))
+    feature_map = draw(st.sampled_from(MAPS))
+    dim = draw(st.integers(1, 6 if feature_map == "taylor2" else 20))
+    options = {
+        "feature_map": feature_map,
+        "is_causal": draw(st.sampled_from([True, True, True, False])),
+        "reverse": draw(st.booleans()),
+        "normalize": draw(st.booleans()),
+        "chunk_size": draw(st.sampled_from([None, 1, 2, 5, 16, 17])),
+    }
+    if options["normalize"]:
+        options["eps"] = 1.0  # sums near 0 would be a matter of luck, and so would be a mean of one
+    if draw(st.booleans()):
+        options["scale"] = draw(st.sampled_from([0.25, 1.0, -0.5]))
+    if options["normalize"] and options.get("scale", 1) < 0:
+        options["scale"] = 0.5
+    tokens, batch, states = draw(st.integers(1, 80)), draw(st.integers(1, 2)), None
+    division = draw(st.sampled_from(["whole", "whole", "packed", "blocks"]))
+    if division == "packed":
+        batch = 1
+        inner = draw(st.lists(st.integers(0, tokens), max_size=3))
+        bounds = [0, *sorted(inner), tokens]
+        options["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32)
+        states = len(bounds) - 1
+    elif division == "blocks":
+        options["window_size"] = draw(st.integers(1, 40))
+    gates = {}
+    if options["is_causal"]:
+        gates["decay"] = draw(st.sampled_from([None, "head", "token"]))
+        if feature_map != "taylor2" and draw(st.booleans()):
+            options["normalize"] = False
+            gates["beta"] = True
+    if gates.get("beta") and feature_map == "elu":
+        feature_map = options["feature_map"] = "identity"  # keys of no unit length would grow
+    return problem(
+        tokens, batch, heads, dim, draw(st.integers(1, 20)),
+        state=division != "blocks" and draw(st.booleans()), states=states, **gates, **options,
+    )  # fmt: skip
+
+
+@settings(max_examples=60)
+@given(problems())
+def test_anything_in_double(given_problem):
+    check(*given_problem, budget=1e-11)
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FORMS = {
+    "identity": {},
+    "elu, normalized": {"feature_map": "elu", "normalize": True},
+    "relu, decayed": {"feature_map": "relu", "decay": "token"},
+    "taylor2, normalized": {"feature_map": "taylor2", "normalize": True, "dim": 16},
+    "taylor2, decayed, normalized": {
+        "feature_map": "taylor2", "normalize": True, "dim": 16, "decay": "head",
+    },
+    "delta": {"beta": True},
+    "delta, decayed": {"beta": True, "decay": "token"},
+    "not causal": {"feature_map": "elu", "normalize": True, "is_causal": False},
+    "reverse": {"reverse": True, "decay": "head"},
+}  # fmt: skip
+
+
+def form(name, **more):
+    return problem(**{"tokens": 100, "dim": 32, "dim_v": 24, "state": True, **FORMS[name], **more})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", FORMS)
+def test_budget(name, dtype):
+    check(*form(name, dtype=dtype, chunk_size=8))  # several segments
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_instruction_set(name):
+    for dtype in (torch.float32, torch.float16):
+        tensors, options = form(name, dtype=dtype, tokens=70)
+        expected = expect(tensors, options)
+        for level in available_isas():
+            with isa(level):
+                got = evaluate(linear_attention, tensors, options)
+            assert_close(got, expected, BUDGET[dtype], slack(options, dtype))
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_error_does_not_grow_with_length(name, dtype):
+    tensors, options = form(
+        name, tokens=16384, heads=(1, 1, 1), dim=16, dim_v=16, dtype=dtype, state=False
+    )
+    got = linear_attention(**tensors, **options)
+    expected = reference.linear_attention(**tensors, **options)
+    first, last = (error(got[:, s], expected[:, s]) for s in (slice(0, 512), slice(-512, None)))
+    assert max(first, last) <= BUDGET[dtype]
+    assert last <= 2 * first
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 15, 16, 31, 32, 33, 63, 64, 65, 129])
+@pytest.mark.parametrize("name", ["elu, normalized", "taylor2, decayed, normalized", "delta"])
+def test_lengths(name, tokens):
+    got = check(*form(name, tokens=tokens, dim=5, dim_v=4), budget=1e-11) if tokens else None
+    tensors, options = form(name, tokens=tokens, dim=5, dim_v=4)
+    if got is None:
+        got = evaluate(linear_attention, tensors, options)
+        assert_same(
+            {n: got[n] for n in ("final_state", "grad_initial_state")},
+            {
+                "final_state": tensors["initial_state"],
+                "grad_initial_state": normal(*tensors["initial_state"].shape, seed=12),
+            },
+        )
+        assert got["out"].shape == (1, 0, 2, 4)
+
+
+@pytest.mark.parametrize(
+    "dim, dim_v", [(1, 1), (8, 8), (16, 64), (17, 33), (64, 64), (100, 40), (40, 100), (256, 256)]
+)
+@pytest.mark.parametrize("gate", ["none", "decay", "delta"])
+def test_head_dims(dim, dim_v, gate):
+    gates = {"none": {}, "decay": {"decay": "token"}, "delta": {"beta": True, "decay": "head"}}
+    tokens = 70 if dim * dim_v < 2**14 else 34
+    shape = {"tokens": tokens, "heads": (1, 1, 1), "dim": dim, "dim_v": dim_v}
+    check(*problem(**shape, state=True, dtype=torch.float32, **gates[gate]))
+
+
+def test_taylor_of_an_odd_and_a_large_head_dim():
+    for dim in (15, 33):
+        check(
+            *problem(70, heads=(1, 1, 1), dim=dim, dim_v=20, dtype=torch.float32, state=True,
+                     feature_map="taylor2", normalize=True)
+        )  # fmt: skip
+
+
+# ---- against itself ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [n for n in FORMS if n not in ("not causal", "reverse")])
+def test_decoding_equals_prefill(name):
+    """A token at a time, several at a time, and all at once: the same outputs and state."""
+    tensors, options = form(name, tokens=40, batch=2)
+    state = tensors.pop("initial_state")
+    whole, last = linear_attention(
+        **tensors, **options, initial_state=state, output_final_state=True
+    )
+    for size in (1, 3):
+        kept, outs = state.clone(), []
+        for t in range(0, 40, size):
+            now = {n: x if x.dim() == 1 else x[:, t : t + size] for n, x in tensors.items()}
+            before = kept.clone()
+            fresh = linear_attention_step(**now, state=kept, **options, in_place=False)
+            assert torch.equal(kept, before)
+            outs.append(linear_attention_step(**now, state=kept, **options))
+            assert torch.equal(outs[-1], fresh[0]) and torch.equal(kept, fresh[1])
+        assert error(torch.cat(outs, dim=1), whole) < 1e-13
+        assert error(kept, last) < 1e-13
+
+
+@pytest.mark.parametrize("level", available_isas())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_steps_within_budget(dtype, level):
+    for name in ("elu, normalized", "taylor2, decayed, normalized", "delta, decayed"):
+        tensors, options = form(name, tokens=5, dtype=dtype, dim_v=37)
+        expected, last = reference.linear_attention(**tensors, **options, output_final_state=True)
+        state = tensors.pop("initial_state").clone()
+        with isa(level):
+            out = linear_attention_step(**tensors, state=state, **options)
+        assert out.dtype == dtype and error(out, expected) <= BUDGET[dtype]
+        assert error(state, last) <= BUDGET[torch.float32]
+
+
+def test_step_with_slots():
+    """Batch items have their states anywhere, strided; -1 has none; nothing else is touched."""
+    tensors, options = form("elu, normalized", tokens=2, batch=3, state=False)
+    pool = normal(7, 32, 2, 25).transpose(1, 2)  # heads inside features
+    before = pool.clone()
+    slots = torch.tensor([5, -1, 2], dtype=torch.int32)
+    out = linear_attention_step(**tensors, state=pool, slots=slots, **options)
+    for item, slot in ((0, 5), (2, 2)):
+        one = {n: x[item : item + 1] for n, x in tensors.items()}
+        state = before[slot : slot + 1].contiguous()
+        assert torch.equal(linear_attention_step(**one, state=state, **options)[0], out[item])
+        assert torch.equal(pool[slot], state[0])
+    assert not out[1].any()
+    untouched = [0, 1, 3, 4, 6]
+    assert torch.equal(pool[untouched], before[untouched])
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 60), st.sampled_from([n for n in FORMS if n != "not causal"]))
+def test_a_sequence_cut_in_two(cut, name):
+    """The state carried over, the whole is the same, gradients included."""
+    tensors, options = form(name, tokens=60, dim=5, dim_v=4, chunk_size=3)
+
+    def in_two(query, key, value, initial_state, decay=None, beta=None, **rest):
+        state, outs, reverse = initial_state, {}, rest["reverse"]
+        parts = (slice(0, cut), slice(cut, None))
+        for part in reversed(parts) if reverse else parts:
+            outs[part.start], state = linear_attention(
+                query[:, part], key[:, part], value[:, part],
+                decay=decay if decay is None or decay.dim() == 1 else decay[:, part],
+                beta=None if beta is None else beta[:, part], initial_state=state, **rest,
+            )  # fmt: skip
+        return torch.cat([outs[0], outs[cut]], dim=1) if cut else outs[0], state
+
+    options.setdefault("reverse", False)
+    if cut == 0:
+        return
+    assert_close(
+        evaluate(in_two, tensors, options), evaluate(linear_attention, tensors, options), 1e-12
+    )
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_packed_equals_separate(name):
+    bounds = [0, 0, 37, 38, 38, 100, 100]
+    ends = torch.tensor(bounds, dtype=torch.int32)
+    tensors, options = form(name, tokens=100, states=len(bounds) - 1, chunk_size=4)
+    got = linear_attention(**tensors, **options, cu_seqlens=ends, output_final_state=True)
+    for n, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        one = {
+            m: x[n : n + 1] if m == "initial_state" else x if x.dim() == 1 else x[:, begin:end]
+            for m, x in tensors.items()
+        }
+        out, state = linear_attention(**one, **options, output_final_state=True)
+        assert torch.equal(got[0][:, begin:end], out)
+        assert torch.equal(got[1][n : n + 1], state)
+
+
+def test_blocks_equal_sequences():
+    tensors, options = form("elu, normalized", tokens=50, state=False)
+    ends = torch.tensor([0, 16, 32, 48, 50], dtype=torch.int32)
+    for causal in (True, False):
+        blocks = linear_attention(**tensors, **options, is_causal=causal, window_size=16)
+        packed = linear_attention(**tensors, **options, is_causal=causal, cu_seqlens=ends)
+        assert torch.equal(blocks, packed)
+
+
+def test_reverse_is_a_flip():
+    tensors, options = form("delta, decayed", tokens=45, decay="token")
+    flipped = {n: x if n == "initial_state" else x.flip(1) for n, x in tensors.items()}
+    out, state = linear_attention(**tensors, **options, reverse=True, output_final_state=True)
+    other = linear_attention(**flipped, **options, output_final_state=True)
+    assert torch.equal(out.flip(1), other[0]) and torch.equal(state, other[1])
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 16, 64, 200, 1024])
+@pytest.mark.parametrize("name", ["taylor2, decayed, normalized", "delta, decayed"])
+def test_chunk_size_is_a_matter_of_speed(name, chunk_size):
+    tensors, options = form(name, tokens=150, dim=6)
+    got = evaluate(linear_attention, tensors, {**options, "chunk_size": chunk_size})
+    assert_close(got, evaluate(linear_attention, tensors, options), 1e-12)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_threads_and_neighbours_do_not_change_a_bit(name):
+    """Rows few and many, so that segments are walked in turn and at once."""
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors, options = form(name, tokens=300, batch=5, heads=(1, 1, 1), dtype=dtype, dim_v=40)
+        options["chunk_size"] = 4
+        if tensors.get("decay") is not None and tensors["decay"].dim() == 1:
+            tensors["decay"] = tensors["decay"].expand(5, 300, 1)
+        results = []
+        for count in (1, 2, 3):
+            with threads(count):
+                results.append(evaluate(linear_attention, tensors, options))
+                one = {n: x[:1] for n, x in tensors.items()}
+                out, state = linear_attention(**one, **options, output_final_state=True)
+                assert torch.equal(out, results[0]["out"][:1])
+                assert torch.equal(state, results[0]["final_state"][:1])
+                with_gradients = evaluate(linear_attention, one, options)
+                assert torch.equal(with_gradients["out"], out)
+        for other in results[1:]:
+            assert_same(results[0], other)
+        singles = []
+        for count in (1, 2):
+            with threads(count):
+                singles.append(evaluate(linear_attention, one, options))
+        assert_same(*singles)
+
+
+def test_more_rows_than_a_grid_has():
+    tensors, options = problem(3, batch=66000, heads=(1, 1, 1), dim=2, dim_v=1, dtype=torch.float32)
+    out = linear_attention(**tensors, **options)
+    for item in (0, 65535, 65536, 65999):
+        one = {n: x[item : item + 1] for n, x in tensors.items()}
+        assert torch.equal(out[item], linear_attention(**one, **options)[0])
+
+
+# ---- traps ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["zero", "steep", "mixed", "never", "slow"])
+@pytest.mark.parametrize("name", ["identity", "taylor2, decayed, normalized", "delta"])
+@pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
+def test_extreme_decays(name, kind, dtype):
+    """No NaN, and gradients as exact as any: also beside decays that forget everything."""
+    tensors, options = form(name, tokens=90, dim=6, dtype=dtype, chunk_size=32)
+    decay = torch.zeros(1, 90, 2)
+    if kind == "steep":
+        decay -= 50
+    elif kind == "mixed":
+        decay -= uniform(1, 90, 2, dtype=torch.float32, seed=8) / 10
+        decay[:, ::9] = -50
+    elif kind == "never":
+        decay -= uniform(1, 90, 2, dtype=torch.float32, seed=8) / 10
+        decay[:, ::11] = -torch.inf
+    elif kind == "slow":  # underflows over a chunk
+        decay -= 8
+    tensors["decay"] = decay.to(accumulator(dtype))
+    budget = 1e-11 if dtype == F64 else 4e-6
+    if "normalize" in options:  # what sees itself alone has a gradient of nothing but rounding
+        results = evaluate(linear_attention, tensors, options)
+        assert all(torch.isfinite(x).all() for x in results.values())
+        check(tensors, options, budget, gradients=False)
+        options["normalize"] = False
+        tensors["initial_state"] = tensors["initial_state"][..., :-1]
+    got = check(tensors, options, budget)
+    if kind == "zero":
+        plain = {n: x for n, x in tensors.items() if n != "decay"}
+        expected = evaluate(linear_attention, plain, options)
+        assert error(got["out"], expected["out"]) <= budget
+
+
+def test_normaliser_with_signs():
+    """Sums that cancel, exactly and nearly, and that are negative: never a division by 0."""
+    query, value = torch.ones(1, 4, 1, 2), normal(1, 4, 1, 3, dtype=torch.float32)
+    key = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [-2.0, 0.0], [1e-7, 0.0]])[None, :, None]
+    options = {"normalize": True, "eps": 1e-3, "scale": 1.0}
+    out = linear_attention(query, key, value, **options)
+    assert torch.isfinite(out).all()
+    sums = key.sum(-1).cumsum(1).double()
+    moved = sums + torch.where(sums < 0, -1e-3, 1e-3)
+    plain = linear_attention(query.double(), key.double(), value.double(), scale=1.0)
+    assert error(out, plain / moved[..., None]) < 1e-6
+    assert sums[0, 1] == 0 and sums[0, 2] < 0
+
+
+def test_sums_that_a_half_cannot_hold():
+    """The normaliser of 4096 tokens at scale 1 is beyond the largest float16."""
+    tensors, _ = problem(4096, heads=(1, 1, 1), dim=16, dim_v=16, dtype=torch.float16)
+    options = {"feature_map": "taylor2", "normalize": True, "scale": 1.0}
+    out, state = linear_attention(**tensors, **options, output_final_state=True)
+    expected, exact = reference.linear_attention(**tensors, **options, output_final_state=True)
+    assert error(out, expected) <= BUDGET[torch.float16]
+    wide = tensors["query"].double(), tensors["key"].double()
+    sums = 1 + torch.einsum("bnhd,bmhd->bnm", *wide)
+    assert ((sums.square() + 1) / 2).sum(-1).max() > 65504
+    assert error(state, exact) <= BUDGET[torch.float32]
+    assert state[..., 0, -1].item() == 4096  # a stored half would have stalled at 2048
+
+
+def test_nan_reaches_only_what_attends_it():
+    for name in ("identity", "taylor2, normalized", "relu, decayed", "delta"):
+        tensors, options = form(name, tokens=50)
+        clean = linear_attention(**tensors, **options)
+        for which in ("key", "value"):
+            spoilt = {**tensors, which: tensors[which].clone()}
+            spoilt[which][:, 21, 1] = torch.nan
+            out = linear_attention(**spoilt, **options)
+            assert torch.equal(out[:, :21], clean[:, :21])
+            assert torch.equal(out[:, :, 0], clean[:, :, 0])
+            assert out[:, 21:, 1].isnan().all(dim=-1).all()
+
+
+def test_strides():
+    """Heads first, padded by NaN, reversed heads: no copy, no other entry read."""
+    tensors, options = form("taylor2, normalized", tokens=40, heads=(4, 4, 4), batch=2)
+    expected = evaluate(linear_attention, tensors, options)
+    views = dict(tensors)
+    for name in ("query", "key", "value"):
+        x = tensors[name]
+        room = torch.full((2, 4, 43, x.shape[-1] + 7), torch.nan, dtype=x.dtype)
+        room[:, :, 2:42, 3:-4] = x.transpose(1, 2)
+        views[name] = room[:, :, 2:42, 3:-4].transpose(1, 2)
+    assert_same(evaluate(linear_attention, views, options), expected)
+    views["query"] = tensors["query"].repeat_interleave(2, dim=-1)[..., ::2]  # copied
+    assert_same(evaluate(linear_attention, views, options), expected)
+
+
+def test_gradient_without_an_output_or_without_the_state():
+    tensors, options = form("elu, normalized", tokens=40, dim=5)
+    for used in (0, 1):
+        leaves = {n: x.clone().requires_grad_() for n, x in tensors.items()}
+        wide = {n: x.clone().requires_grad_() for n, x in tensors.items()}
+        results = linear_attention(**leaves, **options, output_final_state=True)
+        expected = reference.linear_attention(**wide, **options, output_final_state=True)
+        results[used].square().sum().backward()
+        expected[used].square().sum().backward()
+        for name in tensors:
+            want = wide[name].grad
+            want = torch.zeros_like(wide[name]) if want is None else want
+            assert error(leaves[name].grad, want) < 1e-12, name
+
+
+def test_plain_layout_of_the_taylor_state():
+    """The BASED state is what its features give, and the way back is exact."""
+    dim, dim_v, scale = 5, 3, 5**-0.5
+    tensors, _ = problem(30, dim=dim, dim_v=dim_v)
+    options = {"feature_map": "taylor2", "normalize": True}
+    _, state = linear_attention(**tensors, **options, output_final_state=True)
+    x = tensors["key"] * scale**0.5
+    pairs = (x[..., :, None] * x[..., None, :]).flatten(-2) / 2**0.5
+    plain = torch.cat([torch.ones_like(x[..., :1]), x, pairs], dim=-1)
+    values = torch.cat([tensors["value"], torch.ones(1, 30, 2, 1)], dim=-1)
+    expected = torch.einsum("bnhf,bnhv->bhfv", plain, values)
+    assert error(attnext.taylor_state_to_plain(state, dim), expected) < 1e-14
+    assert error(attnext.taylor_state_from_plain(expected, dim), state) < 1e-14
+
+
+# ---- as torch sees it ----------------------------------------------------------------------------
+
+CALLS = {
+    "plain": {},
+    "all": {
+        "decay": "token", "feature_map": "elu", "normalize": True, "state": True,
+        "heads": (1, 2, 4), "batch": 2, "chunk_size": 2,
+    },
+    "taylor": {"feature_map": "taylor2", "normalize": True, "decay": "head", "dim": 3},
+    "delta": {"beta": True, "decay": "token", "state": True, "chunk_size": 4, "reverse": True},
+    "packed": {
+        "cu_seqlens": torch.tensor([0, 4, 4, 9], dtype=torch.int32), "state": True, "states": 3,
+        "decay": "token",
+    },
+    "blocks": {"window_size": 4, "is_causal": False, "feature_map": "relu"},
+}  # fmt: skip
+
+
+def call(name, dtype=F64):
+    return problem(**CALLS[name], dtype=dtype)
+
+
+def step_call():
+    tensors, options = form("delta, decayed", tokens=1, dtype=torch.float32)
+    tensors["state"] = tensors.pop("initial_state")
+    return tensors, options
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "attnext":
+            args = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.detach(), args)
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def record(name):
+    with Recorder() as recorder:
+        if name == "step":
+            tensors, options = step_call()
+            linear_attention_step(**tensors, **options)
+        else:
+            evaluate(linear_attention, *call(name, torch.float32))
+    return recorder.calls
+
+
+def test_every_operator_is_exercised():
+    names = torch._C._dispatch_get_all_op_names()
+    registered = {n.split(".")[0] for n in names if n.startswith("attnext::linear_")}
+    used = {func.name().split(".")[0] for name in (*CALLS, "step") for func, _ in record(name)}
+    assert used == registered and len(used) == 3
+
+
+@pytest.mark.parametrize("name", [*CALLS, "step"])
+def test_opcheck(name):
+    recorded = record(name)
+    assert recorded
+    for func, args in recorded:
+        torch.library.opcheck(func, args)
+
+
+@pytest.mark.parametrize("level", available_isas())
+@pytest.mark.parametrize("name", CALLS)
+def test_gradcheck(name, level):
+    tensors, options = call(name)
+    names = list(tensors)
+    more = {} if "window_size" in options else {"output_final_state": True}
+
+    def flat(*leaves):
+        return linear_attention(**dict(zip(names, leaves, strict=True)), **options, **more)
+
+    with isa(level):
+        leaves = [x.clone().requires_grad_() for x in tensors.values()]
+        assert torch.autograd.gradcheck(flat, leaves, fast_mode=level != available_isas()[-1])
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_compile_whole_graph(name):
+    tensors, options = call(name, torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(linear_attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    assert_same(evaluate(compiled, tensors, options), evaluate(linear_attention, tensors, options))
+
+
+def test_compiled_step():
+    def step(state, **rest):
+        return linear_attention_step(state=state, **rest) * 2
+
+    tensors, options = step_call()
+    expected = step(**{n: x.clone() for n, x in tensors.items()}, **options)
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    given_state = tensors["state"].clone()
+    assert torch.equal(compiled(**{**tensors, "state": given_state}, **options), expected)
+    assert not torch.equal(given_state, tensors["state"])
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_meta_and_fake_tensors(name):
+    tensors, options = call(name, torch.float32)
+    more = {} if "window_size" in options else {"output_final_state": True}
+    real = linear_attention(**tensors, **options, **more)
+    meta = {n: x.to("meta") for n, x in tensors.items()}
+    got = linear_attention(**meta, **options, **more)
+    for a, b in zip(*((x,) if torch.is_tensor(x) else x for x in (got, real)), strict=True):
+        assert a.is_meta and (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+@pytest.mark.parametrize("name", ["plain", "all", "packed"])
+def test_vmap_of_grad(name):
+    tensors, options = call(name)
+
+    def loss(query, key, rest):
+        return linear_attention(query, key, **rest, **options).square().sum()
+
+    rest = {n: x for n, x in tensors.items() if n not in ("query", "key")}
+    samples = [torch.stack([tensors[n], 2 * tensors[n]]) for n in ("query", "key")]
+    got = torch.vmap(torch.func.grad(loss, (0, 1, 2)), (0, 0, None))(*samples, rest)
+    for i in range(2):
+        expected = torch.func.grad(loss, (0, 1, 2))(*(x[i] for x in samples), rest)
+        for a, b in zip(got[:2], expected[:2], strict=True):
+            torch.testing.assert_close(a[i], b)
+        for n in rest:
+            torch.testing.assert_close(got[2][n][i], expected[2][n])
+
+
+def test_autograd_manners():
+    tensors, options = call("all", torch.float32)
+    before = {n: x.clone() for n, x in tensors.items()}
+    evaluate(linear_attention, tensors, options)
+    assert_same(before, tensors)
+    assert not linear_attention(**tensors, **options).requires_grad
+    leaves = {n: x.clone().requires_grad_() for n, x in tensors.items()}
+    with torch.no_grad():
+        assert not linear_attention(**leaves, **options).requires_grad
+    out = linear_attention(**leaves, **options)
+    (grad,) = torch.autograd.grad(out.sum(), leaves["query"], create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()
+
+
+def test_autocast():
+    tensors, options = call("all", torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = linear_attention(**tensors, **options)
+    assert out.dtype == torch.bfloat16
+    halves = {n: x.bfloat16() if n in ("query", "key", "value") else x for n, x in tensors.items()}
+    assert torch.equal(out, linear_attention(**halves, **options))
+
+
+def test_results_are_allocated_poisoned(monkeypatch):
+    allocated = []
+    new_empty = torch.Tensor.new_empty
+
+    def watch(self, *args, **kwargs):
+        result = new_empty(self, *args, **kwargs)
+        assert result.isnan().all()
+        allocated.append(result.data_ptr())
+        return result
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", watch)
+    for name in FORMS:
+        results = evaluate(linear_attention, *form(name, tokens=40, dtype=torch.float32))
+        assert results["out"].data_ptr() in allocated
+        assert not any(x.isnan().any() for x in results.values())
+
+
+def test_calls_from_several_python_threads():
+    work = [call(name, torch.float32) for name in CALLS] * 3
+    expected = [evaluate(linear_attention, *item) for item in work]
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        results = pool.map(lambda item: evaluate(linear_attention, *item), work)
+        for got, want in zip(results, expected, strict=True):
+            assert_same(got, want)
+
+
+# ---- errors --------------------------------------------------------------------------------------
+
+
+def x(*shape, **options):
+    return torch.zeros(shape, **options)
+
+
+def attend(*args, **options):
+    """The function on small tensors, of which q, k, v replace some."""
+    q, k, v = (options.pop(n, None) for n in "qkv")
+    given_tensors = (x(1, 6, 2, 4) if t is None else t for t in (q, k, v))
+    return linear_attention(*given_tensors, *args, **options)
+
+
+def step(state=None, **options):
+    state = x(1, 2, 4, 4) if state is None else state
+    return linear_attention_step(*(x(1, 1, 2, 4) for _ in range(3)), state, **options)
+
+
+WRONG = {
+    "query no tensor": (lambda: attend(q=[1.0]), TypeError, "query must be a tensor, got list"),
+    "integers": (lambda: attend(q=x(1, 6, 2, 4, dtype=torch.int64)), TypeError, "query .*int64"),
+    "rank": (lambda: attend(q=x(6, 2, 4)), ValueError, "query must be .*batch.*6, 2, 4"),
+    "key dtype": (lambda: attend(k=x(1, 6, 2, 4).half()), TypeError, "key must .*float16"),
+    "device": (lambda: attend(v=x(1, 6, 2, 4, device="meta")), ValueError, "value .*meta"),
+    "tokens": (lambda: attend(k=x(1, 5, 2, 4)), ValueError, "key must .*1, 6.*1, 5"),
+    "head_dim": (lambda: attend(k=x(1, 6, 2, 3)), ValueError, "key must have the head_dim .*4.*3"),
+    "no dim": (lambda: attend(v=x(1, 6, 2, 0)), ValueError, "value .*at least 1"),
+    "heads": (lambda: attend(v=x(1, 6, 3, 4)), ValueError, "query must have a divisor of 3 .*2"),
+    "feature map": (lambda: attend(feature_map="exp"), ValueError, "feature_map .*taylor2.*'exp'"),
+    "is_causal": (lambda: attend(is_causal=1), TypeError, "is_causal must be a bool, got 1"),
+    "normalize": (lambda: attend(normalize=None), TypeError, "normalize must be a bool"),
+    "reverse": (lambda: attend(reverse="no"), TypeError, "reverse must be a bool"),
+    "output_final_state": (lambda: attend(output_final_state=2), TypeError, "output_final_state"),
+    "eps": (lambda: attend(eps=-1.0), ValueError, "eps must be finite and not negative, got -1"),
+    "eps type": (lambda: attend(eps="0"), TypeError, "eps must be a number"),
+    "scale": (lambda: attend(scale=float("nan")), ValueError, "scale must be finite, got nan"),
+    "scale type": (lambda: attend(scale=x(2)), TypeError, "scale must be a number"),
+    "decay type": (lambda: attend(decay=0.9), TypeError, "decay must be a floating-point tensor"),
+    "decay shape": (lambda: attend(decay=x(1, 6, 3)), ValueError, r"decay .*\(2,\) or \(1, 6, 2\)"),
+    "decay order": (lambda: attend(decay=x(2), is_causal=False), ValueError, "decay .*is_causal"),
+    "decay device": (lambda: attend(decay=x(2, device="meta")), ValueError, "decay must be on"),
+    "beta shape": (lambda: attend(beta=x(2)), ValueError, r"beta must have shape \(1, 6, 2\)"),
+    "beta order": (lambda: attend(beta=x(1, 6, 2), is_causal=False), ValueError, "beta needs"),
+    "beta sums": (lambda: attend(beta=x(1, 6, 2), normalize=True), ValueError, "beta.*normalize"),
+    "beta taylor": (
+        lambda: attend(beta=x(1, 6, 2), feature_map="taylor2"), ValueError, "beta.*taylor2",
+    ),
+    "state type": (lambda: attend(initial_state=0), TypeError, "initial_state must be a floating"),
+    "state shape": (
+        lambda: attend(initial_state=x(1, 2, 4, 5)), ValueError, r"initial_state .*\(2, 4, 4\)",
+    ),
+    "state of sums": (
+        lambda: attend(initial_state=x(1, 2, 4, 4), normalize=True), ValueError, r"\(2, 4, 5\)",
+    ),
+    "state count": (
+        lambda: attend(initial_state=x(2, 2, 4, 4)), ValueError, "initial_state .*1 sequences.* 2",
+    ),
+    "window": (lambda: attend(window_size=0), ValueError, "window_size must be at least 1, got 0"),
+    "window type": (lambda: attend(window_size=2.0), TypeError, "window_size must be an int"),
+    "window state": (
+        lambda: attend(window_size=2, output_final_state=True), ValueError, "window_size .*states",
+    ),
+    "chunk": (lambda: attend(chunk_size=4096), ValueError, "chunk_size must be at most 1024"),
+    "chunk 0": (lambda: attend(chunk_size=0), ValueError, "chunk_size must be at least 1"),
+    "packing type": (
+        lambda: attend(cu_seqlens=torch.tensor([0, 6])), TypeError, "cu_seqlens must be an int32",
+    ),
+    "packing batch": (
+        lambda: linear_attention(*(x(2, 6, 2, 4),) * 3, cu_seqlens=torch.tensor([0, 6]).int()),
+        ValueError, "batch size 1 with cu_seqlens, got 2",
+    ),
+    "packing end": (
+        lambda: attend(cu_seqlens=torch.tensor([0, 5]).int()), ValueError, "cu_seqlens must rise",
+    ),
+    "step state dtype": (
+        lambda: step(x(1, 2, 4, 4).double()), TypeError, "state must be torch.float32 .*float64",
+    ),
+    "step state shape": (lambda: step(x(1, 2, 5, 4)), ValueError, r"state must .*\(2, 4, 4\)"),
+    "step state stride": (
+        lambda: step(x(1, 2, 4, 8)[..., ::2]), ValueError, "state must have unit stride",
+    ),
+    "step states": (lambda: step(x(3, 2, 4, 4)), ValueError, "state must have .*1 batch items.*3"),
+    "slots type": (lambda: step(slots=[0]), TypeError, "slots must be an int32 or int64 tensor"),
+    "slots shape": (lambda: step(slots=torch.tensor([0, 0])), ValueError, r"slots must be \[B\]"),
+    "slots range": (lambda: step(slots=torch.tensor([1])), ValueError, "slots must be between"),
+    "slots twice": (
+        lambda: linear_attention_step(
+            *(x(2, 1, 2, 4),) * 3, x(3, 2, 4, 4), slots=torch.tensor([1, 1])
+        ),
+        ValueError, "slots must not name a state twice",
+    ),
+    "in_place": (lambda: step(in_place=0), TypeError, "in_place must be a bool"),
+    "step gradient": (
+        lambda: step(x(1, 2, 4, 4).requires_grad_()), NotImplementedError, "no gradient",
+    ),
+    "plain rows": (
+        lambda: attnext.taylor_state_to_plain(x(1, 2, 15, 4), 5), ValueError, "21 rows.*head_dim 5",
+    ),
+    "plain type": (lambda: attnext.taylor_state_from_plain(3, 5), TypeError, "state must be"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_errors(name):
+    function, kind, message = WRONG[name]
+    with pytest.raises(kind, match=message):
+        function()
+
+
+@pytest.mark.parametrize("which", range(8))
+def test_binary_refuses_what_does_not_fit(which):
+    """Nobody but the operators calls it; it must not leave its tensors all the same."""
+    q, k, v = (x(1, 6, 2, 4) for _ in range(3))
+    state, out = x(1, 2, 4, 4), x(1, 6, 2, 4)
+    options = [0, True, False, False, True, 0.5, 0.0, 0, 0]
+    attnext._C.linear_forward((q, k, v, None, None, state, None, *options), out, None, state)
+    wrong = [
+        ((q, k[:, :5], v, None, None, state, None, *options), out, None, state),
+        ((q, k, v, x(1, 6, 3), None, state, None, *options), out, None, state),
+        ((q, k, v, None, None, x(1, 2, 4, 5), None, *options), out, None, state),
+        ((q, k, v, None, None, state, [0, 7], *options), out, None, state),
+        ((q, k, v, None, None, state, None, 9, *options[1:]), out, None, state),
+        ((q, k, v, None, None, state, None, *options), out[..., :3], None, state),
+        ((q, k, v, None, None, state, None, *options), out, x(1, 6, 2), state),
+        ((q, k, v, None, None, state, None, *options), out, None, x(1, 2, 4, 8)[..., ::2]),
+    ]
+    with pytest.raises((ValueError, TypeError)):
+        attnext._C.linear_forward(*wrong[which])
