@@ -375,7 +375,7 @@ def _check_problem(
                 f"{name} must be [batch, tokens, heads, dim] with the batch and tokens of query, "
                 f"{tuple(query.shape[:2])}, got shape {tuple(t.shape)}"
             )
-    if query.device.type not in ("cpu", "meta"):
+    if query.device.type not in ("cpu", "cuda", "meta"):
         raise NotImplementedError(
             f"query is on {query.device}: linear attention runs on CPU tensors (and meta, for "
             "shapes)"
