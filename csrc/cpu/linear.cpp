@@ -34,12 +34,12 @@ class Problem {
       : p(params),
         kernels(linear_kernels(params.dtype)),
         rows(p.num_sequences * p.heads),
-        segment_(kernels.segment(p)),
         state_bytes(kernels.state_size(p, p.head_dim_v) * acc_size(p.dtype)) {
     double tokens = 0;
     for (int64_t n = 0; n < p.num_sequences; ++n) {
       tokens += static_cast<double>(length(n));
       most_segments = std::max(most_segments, segments(n));
+      most_chunk = std::max(most_chunk, kernels.chunk(p, length(n)));
     }
     serial = tokens * p.heads * p.features() * p.head_dim_v < kSerialWork;
     const int64_t threads = serial ? 1 : max_threads();
@@ -47,14 +47,22 @@ class Problem {
   }
 
   int64_t length(int64_t n) const { return p.sequences[n].end - p.sequences[n].begin; }
-  int64_t segments(int64_t n) const { return (length(n) + segment_ - 1) / segment_; }
+  int64_t segment_length(int64_t n) const {
+    return kernels.segment(p, kernels.chunk(p, length(n)));
+  }
+  int64_t segments(int64_t n) const {
+    const int64_t each = segment_length(n);
+    return (length(n) + each - 1) / each;
+  }
   LinearItem row(int64_t r) const {
-    return {r / p.heads, r % p.heads, 0, length(r / p.heads), 0, p.head_dim_v};
+    const int64_t n = r / p.heads;
+    return {n, r % p.heads, 0, length(n), 0, p.head_dim_v, kernels.chunk(p, length(n))};
   }
   LinearItem segment(int64_t r, int64_t s) const {
     LinearItem item = row(r);
-    item.begin = s * segment_;
-    item.end = std::min(item.end, item.begin + segment_);
+    const int64_t each = segment_length(item.sequence);
+    item.begin = s * each;
+    item.end = std::min(item.end, item.begin + each);
     return item;
   }
 
@@ -83,14 +91,8 @@ class Problem {
     }
   }
 
-  const int64_t rows;
-
- private:
-  const int64_t segment_;
-
- public:
-  const int64_t state_bytes;
-  int64_t most_segments = 0;
+  const int64_t rows, state_bytes;
+  int64_t most_segments = 0, most_chunk = 1;
   bool serial, split;
 };
 
@@ -152,7 +154,7 @@ void for_each(int64_t n, bool serial, F f) {
 class Forward : public Problem {
  public:
   explicit Forward(const LinearParams& params)
-      : Problem(params), scratch_bytes_(kernels.forward_scratch(p, p.head_dim_v)) {}
+      : Problem(params), scratch_bytes_(kernels.forward_scratch(p, p.head_dim_v, most_chunk)) {}
 
   void run() {
     if (p.delta()) {
@@ -251,7 +253,7 @@ class Forward : public Problem {
 class Backward : public Problem {
  public:
   explicit Backward(const LinearParams& params)
-      : Problem(params), scratch_bytes_(kernels.backward_scratch(p, p.head_dim_v)) {}
+      : Problem(params), scratch_bytes_(kernels.backward_scratch(p, p.head_dim_v, most_chunk)) {}
 
   void run() {
     if (split) {

@@ -336,7 +336,7 @@ struct LinearHead {
   LinearHead(const LinearParams& params, const LinearItem& work)
       : p(params),
         item(work),
-        chunk(chunk_of(params)),
+        chunk(work.chunk),
         ld(whole_vectors<Acc>(chunk)),
         features(params.features()),
         columns(work.columns),
@@ -368,17 +368,21 @@ struct LinearHead {
   Acc& factor(Acc* state) const { return state[state_size() - 1]; }
   Acc factor(const Acc* state) const { return state[state_size() - 1]; }
 
-  static int64_t chunk_of(const LinearParams& params) {
+  static int64_t chunk_of(const LinearParams& params, int64_t length) {
     if (params.chunk > 0) return params.chunk;
+    // Up to here, as measured, the products of all pairs cost less than features and states.
+    constexpr int64_t kShortTaylor = 256;
+    const bool is_taylor = params.feature_map == FeatureMap::kTaylor2;
+    if (is_taylor && length <= kShortTaylor) return max64(length, 1);
     // Work inside chunks grows with them, traffic of states shrinks.
     return params.features() * params.head_dim_v <= 64 * 64 ? 32 : 64;
   }
-  static int64_t segment_of(const LinearParams& params) {
+  static int64_t segment_of(const LinearParams& params, int64_t chunk) {
     // The backward pass holds a segment's states, which should stay in a second-level cache.
     constexpr int64_t kHeldBytes = 512 << 10;
     const int64_t bytes =
         size_of_state(params, params.head_dim_v) * static_cast<int64_t>(sizeof(Acc));
-    return chunk_of(params) * max64(4, min64(16, kHeldBytes / bytes));
+    return chunk * max64(4, min64(16, kHeldBytes / bytes));
   }
 
   void load_state(const Acc* source, Acc* state) const {

@@ -112,7 +112,7 @@ class LinearBackward : public LinearHead<T> {
   void* past(void* scratch) const {
     return scratch ? static_cast<char*>(scratch) + again_.scratch_bytes() : nullptr;
   }
-  int64_t segment() const { return Head::segment_of(p); }
+  int64_t segment() const { return Head::segment_of(p, chunk); }
 
   void make_states(int64_t chunks, const Acc* carry) {
     bool fresh = true;
@@ -210,8 +210,12 @@ class LinearBackward : public LinearHead<T> {
       for (int64_t i = 0; i < dim * ld; ++i) dq_[i] = dk_[i] = 0;
       return;
     }
-    product<By::kColumns>(count, lanes, dim, q_, ld, k_, ld, s_, ld, false);
-    product<By::kColumns>(count, lanes, columns, dout_lanes_, ld, v_lanes_, ld, dp_, ld, false);
+    for (int64_t i = 0; i < count; i += kRows) {
+      const int64_t rows = min64(kRows, count - i), seen = whole_vectors<Acc>(i + rows);
+      product<By::kColumns>(rows, seen, dim, q_ + i, ld, k_, ld, s_ + i * ld, ld, false);
+      product<By::kColumns>(rows, seen, columns, dout_lanes_ + i, ld, v_lanes_, ld, dp_ + i * ld,
+                            ld, false);
+    }
     if (decays()) {
       for (int64_t i = 0; i < 2 * ld; ++i) pairs_[i] = 0;
     }
@@ -243,7 +247,10 @@ class LinearBackward : public LinearHead<T> {
     clear_lanes(dp_lanes_, count, count, lanes);
     product<By::kRows>(dim, lanes, count, k_, ld, dp_lanes_, ld, dq_, ld, false);
     product<By::kRows>(dim, lanes, count, q_, ld, dp_, ld, dk_, ld, false);
-    product<By::kColumns>(count, width, count, s_, ld, dout_, width, dv_, width, false);
+    for (int64_t j = 0; j < count; j += kRows) {  // queries from the key on
+      product<By::kColumns>(min64(kRows, count - j), width, count - j, s_ + j * ld + j, ld,
+                            dout_ + j * width, width, dv_ + j * width, width, false);
+    }
   }
   void clear_lanes(Acc* x, int64_t rows, int64_t from, int64_t to) {
     for (int64_t r = 0; r < rows; ++r) {

@@ -84,7 +84,7 @@ class LinearForward : public LinearHead<T> {
   double chunk_decay() const { return decays() ? decay_.total : 0; }
 
  private:
-  static constexpr int64_t kBlock = 4 * kRows;  // rows of scores at a time
+  static constexpr int64_t kBlock = kRows;  // rows of scores at a time
 
   void pack_queries(int64_t t, int64_t count) {
     pack_lanes<T, Acc>(p.feature_map, this->template row<const T>(p.query, t, p.query_heads),
