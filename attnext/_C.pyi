@@ -31,6 +31,7 @@ def linear_backward(
     out: Tensor,
     denominator: Tensor | None,
     dout: Tensor,
+    ddenominator: Tensor | None,
     dfinal_state: Tensor | None,
     grads: tuple[Tensor | None, ...],
 ) -> None: ...

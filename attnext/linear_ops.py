@@ -30,7 +30,8 @@ _NORMALIZE, _OUTPUT_STATE = 10, 11
 LIBRARY.define(f"linear_forward({_PROBLEM}) -> (Tensor, Tensor, Tensor)")
 LIBRARY.define(
     f"linear_backward({_PROBLEM}, Tensor out, Tensor denominator, Tensor dout, "
-    "Tensor? dfinal_state, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? ddenominator, Tensor? dfinal_state, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
     "linear_step(Tensor query, Tensor key, Tensor value, Tensor(a!) state, Tensor? slots, "
@@ -106,7 +107,7 @@ def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _backward_cpu(*args: Any) -> tuple[Tensor, ...]:
-    problem, (out, denominator, dout, dstate, needs) = args[:-5], args[-5:]
+    problem, (out, denominator, dout, ddenominator, dstate, needs) = args[:-6], args[-6:]
     query, key, value = problem[:3]
     heads = num_heads(query, key, value)
     grads = [_per_head(t, heads) for t in (query, key, value)]
@@ -124,6 +125,7 @@ def _backward_cpu(*args: Any) -> tuple[Tensor, ...]:
         out,
         denominator if problem[_NORMALIZE] else None,
         dout,
+        ddenominator,
         dstate,
         (*grads, *wanted),
     )
@@ -184,17 +186,20 @@ class _Linear(torch.autograd.Function):
         out, denominator, _ = output
         ctx.save_for_backward(*inputs[:_NUM_TENSORS], out, denominator)
         ctx.plain = inputs[_NUM_TENSORS:]
-        ctx.mark_non_differentiable(denominator)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, _: Any, dstate: Tensor | None) -> Any:
+    def backward(
+        ctx: Any, dout: Tensor | None, ddenominator: Tensor | None, dstate: Tensor | None
+    ) -> Any:
         *tensors, out, denominator = ctx.saved_tensors
         nothing = (None,) * len(ctx.plain)
         if not ctx.plain[_OUTPUT_STATE - _NUM_TENSORS]:
             dstate = None
-        if dout is None and dstate is None:
+        if not ctx.plain[_NORMALIZE - _NUM_TENSORS]:
+            ddenominator = None
+        if dout is None and ddenominator is None and dstate is None:
             return (None,) * _NUM_TENSORS + nothing
         if dout is None:
             dout = torch.zeros_like(out)
@@ -204,7 +209,7 @@ class _Linear(torch.autograd.Function):
             if transforms_are_active()
             else torch.ops.attnext.linear_backward.default
         )
-        grads = backward(*tensors, *ctx.plain, out, denominator, dout, dstate, needs)
+        grads = backward(*tensors, *ctx.plain, out, denominator, dout, ddenominator, dstate, needs)
         wanted = (
             g if t is not None and need else None
             for g, t, need in zip(grads, tensors[:_NUM_GRADS], needs, strict=True)
@@ -233,7 +238,7 @@ class _LinearBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        tail = range(len(args) - 5, len(args) - 1)  # out, denominator, dout, dfinal_state
+        tail = range(len(args) - 6, len(args) - 1)  # out, denominator, gradients
         return _batched(_LinearBackward.apply, info.batch_size, in_dims, args, tuple(tail))
 
 
@@ -270,16 +275,17 @@ def _batched(
     return outputs, (0,) * len(outputs)
 
 
-def linear_op(*problem: Any) -> tuple[Tensor, Tensor]:
-    """Outputs and final state (empty if not wanted), entering autograd only where it is needed."""
+def linear_op(*problem: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs, denominators and final state (empty if not wanted), entering autograd only where it
+    is needed."""
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in problem[:_NUM_GRADS]
     )
     if needs_grad or transforms_are_active():
-        out, _, state = _Linear.apply(*problem)
+        out, denominator, state = _Linear.apply(*problem)
     else:
-        out, _, state = torch.ops.attnext.linear_forward.default(*problem)
-    return out, state
+        out, denominator, state = torch.ops.attnext.linear_forward.default(*problem)
+    return out, denominator, state
 
 
 def step_op(*problem: Any) -> Tensor:

@@ -160,7 +160,8 @@ void linear_forward(const py::tuple& problem, py::handle out, py::handle denomin
 // `grads`: where the gradients of the first six arguments go; decay's, beta's and the state's may
 // be None.
 void linear_backward(const py::tuple& problem, py::handle out, py::handle denominator,
-                     py::handle dout, py::handle dfinal_state, const py::tuple& grads) {
+                     py::handle dout, py::handle ddenominator, py::handle dfinal_state,
+                     const py::tuple& grads) {
   require(grads.size() == kNumGrads, "gradients");
   LinearCall call = make_call(problem, Device::kCpu);
   set_results(&call, out, denominator);
@@ -171,6 +172,7 @@ void linear_backward(const py::tuple& problem, py::handle out, py::handle denomi
     return call.tokens(PyTuple_GET_ITEM(grads.ptr(), of), dtype, p.heads, dim);
   };
   p.dout = call.tokens(dout, p.dtype, p.heads, p.head_dim_v);
+  p.ddenominator = call.per_head(ddenominator);
   p.dfinal_state = call.states(dfinal_state);
   p.dquery = gradient(kQuery, p.query_heads, p.head_dim);
   p.dkey = gradient(kKey, p.key_heads, p.head_dim);

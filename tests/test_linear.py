@@ -63,12 +63,15 @@ def problem(
 
 
 def evaluate(function, tensors, options, gradients=True, seed=11):
-    """Outputs, final state unless there is none, and gradients of everything."""
+    """Every result that these options allow, and gradients of everything."""
     leaves = {n: x.detach().requires_grad_(gradients) for n, x in tensors.items()}
-    with_state = options.get("window_size") is None
-    results = function(**leaves, **options, **({"output_final_state": True} if with_state else {}))
-    names = ("out", "final_state") if with_state else ("out",)
-    named = dict(zip(names, results if with_state else (results,), strict=True))
+    names, more = ["out"], {}
+    if options.get("normalize"):
+        names, more["return_denominator"] = [*names, "denominator"], True
+    if options.get("window_size") is None:
+        names, more["output_final_state"] = [*names, "final_state"], True
+    results = function(**leaves, **options, **more)
+    named = dict(zip(names, [results] if torch.is_tensor(results) else results, strict=True))
     if gradients:
         cotangents = [
             normal(*x.shape, seed=seed + i).to(x.dtype) for i, x in enumerate(named.values())
@@ -131,10 +134,8 @@ def expect(tensors, options, gradients=True):
         result = reference.linear_attention(**inputs)
         if torch.is_tensor(result):
             return Cotangent.apply(result, dtype)
-        return tuple(
-            Cotangent.apply(x, kind)
-            for x, kind in zip(result, (dtype, accumulator(dtype)), strict=True)
-        )
+        others = (Cotangent.apply(x, accumulator(dtype)) for x in result[1:])
+        return (Cotangent.apply(result[0], dtype), *others)
 
     wide = {n: x.double() for n, x in tensors.items()}
     with threads(1):  # a loop over tiny operators
@@ -264,7 +265,9 @@ def test_lengths(name, tokens):
             {n: got[n] for n in ("final_state", "grad_initial_state")},
             {
                 "final_state": tensors["initial_state"],
-                "grad_initial_state": normal(*tensors["initial_state"].shape, seed=12),
+                "grad_initial_state": normal(
+                    *tensors["initial_state"].shape, seed=13 if options.get("normalize") else 12
+                ),
             },
         )
         assert got["out"].shape == (1, 0, 2, 4)
@@ -344,25 +347,28 @@ def test_step_with_slots():
 
 
 @settings(max_examples=20)
-@given(st.integers(0, 60), st.sampled_from([n for n in FORMS if n != "not causal"]))
+@given(st.integers(1, 60), st.sampled_from([n for n in FORMS if n != "not causal"]))
 def test_a_sequence_cut_in_two(cut, name):
     """The state carried over, the whole is the same, gradients included."""
     tensors, options = form(name, tokens=60, dim=5, dim_v=4, chunk_size=3)
 
     def in_two(query, key, value, initial_state, decay=None, beta=None, **rest):
-        state, outs, reverse = initial_state, {}, rest["reverse"]
+        state, results, reverse = initial_state, {}, rest["reverse"]
         parts = (slice(0, cut), slice(cut, None))
         for part in reversed(parts) if reverse else parts:
-            outs[part.start], state = linear_attention(
-                query[:, part], key[:, part], value[:, part],
+            *results[part.start], state = linear_attention(
+                query[:, part],
+                key[:, part],
+                value[:, part],
                 decay=decay if decay is None or decay.dim() == 1 else decay[:, part],
-                beta=None if beta is None else beta[:, part], initial_state=state, **rest,
-            )  # fmt: skip
-        return torch.cat([outs[0], outs[cut]], dim=1) if cut else outs[0], state
+                beta=None if beta is None else beta[:, part],
+                initial_state=state,
+                **rest,
+            )
+        joined = zip(results[0], results[cut], strict=True)
+        return *(torch.cat(pair, dim=1) for pair in joined), state
 
     options.setdefault("reverse", False)
-    if cut == 0:
-        return
     assert_close(
         evaluate(in_two, tensors, options), evaluate(linear_attention, tensors, options), 1e-12
     )
@@ -548,6 +554,31 @@ def test_gradient_without_an_output_or_without_the_state():
             want = wide[name].grad
             want = torch.zeros_like(wide[name]) if want is None else want
             assert error(leaves[name].grad, want) < 1e-12, name
+
+
+def test_denominator_joins_a_window():
+    """BASED with one denominator: the last tokens exact, all older ones by Taylor features."""
+    window, (tensors, _) = 8, problem(50, dim=6)
+    scores = torch.einsum("bihd,bjhd->bhij", tensors["query"], tensors["key"]) * 6**-0.5
+    age = torch.arange(50)[:, None] - torch.arange(50)
+    weights = torch.where(age < window, scores.exp(), 1 + scores + scores.square() / 2)
+    weights = torch.where(age < 0, 0.0, weights)
+    expected = torch.einsum("bhij,bjhd->bihd", weights / weights.sum(-1, keepdim=True),
+                            tensors["value"])  # fmt: skip
+
+    def joined(query, key, value):
+        near = attnext.sliding_window_attention(query, key, value, window, return_lse=True)
+        far, total = linear_attention(
+            query[:, window:], key[:, :-window], value[:, :-window],
+            feature_map="taylor2", normalize=True, eps=0, return_denominator=True,
+        )  # fmt: skip
+        late = [x[:, window:] for x in near]
+        out, _ = attnext.merge_attentions([late[0], far], [late[1], total.log()])
+        return torch.cat([near[0][:, :window], out], dim=1)
+
+    assert error(joined(**tensors), expected) < 1e-13
+    leaves = [x[:, :12].clone().requires_grad_() for x in tensors.values()]
+    assert torch.autograd.gradcheck(joined, leaves)
 
 
 def test_plain_layout_of_the_taylor_state():
@@ -778,6 +809,9 @@ WRONG = {
     "is_causal": (lambda: attend(is_causal=1), TypeError, "is_causal must be a bool, got 1"),
     "normalize": (lambda: attend(normalize=None), TypeError, "normalize must be a bool"),
     "reverse": (lambda: attend(reverse="no"), TypeError, "reverse must be a bool"),
+    "denominator": (
+        lambda: attend(return_denominator=True), ValueError, "return_denominator needs normalize",
+    ),
     "output_final_state": (lambda: attend(output_final_state=2), TypeError, "output_final_state"),
     "eps": (lambda: attend(eps=-1.0), ValueError, "eps must be finite and not negative, got -1"),
     "eps type": (lambda: attend(eps="0"), TypeError, "eps must be a number"),

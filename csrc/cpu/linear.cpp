@@ -70,7 +70,7 @@ class Problem {
   // rows of a token lie side by side, and a page of them comes from memory once.
   template <class F>
   void for_each_turn(F f) const {
-    const int64_t wanted = 2 * max_threads();  // items, for balance
+    const int64_t wanted = max_threads() > 1 ? 2 * max_threads() : 1;  // items, for balance
     const int64_t groups =
         std::min(p.heads, (wanted + p.num_sequences - 1) / std::max<int64_t>(p.num_sequences, 1));
     const int64_t each = (p.heads + groups - 1) / std::max<int64_t>(groups, 1);

@@ -64,7 +64,7 @@ ATTNEXT_INLINE VecOf<Acc> power(VecOf<Acc> x) {
 template <FeatureMap kMap, class Acc>
 ATTNEXT_INLINE VecOf<Acc> feature(VecOf<Acc> x) {
   if constexpr (kMap == FeatureMap::kElu) {
-    const VecOf<Acc> below = power<Acc>((x > 0 ? VecOf<Acc>{} : x) * Acc(kLog2E));
+    const VecOf<Acc> below = exp2((x > 0 ? VecOf<Acc>{} : x) * Acc(kLog2E));
     return x > 0 ? x + Acc(1) : below;
   } else if constexpr (kMap == FeatureMap::kRelu) {
     return x < 0 ? VecOf<Acc>{} : x;
@@ -134,6 +134,19 @@ void pack_lanes(FeatureMap map, const T* rows, int64_t step, int64_t count, int6
     pack_lanes<FeatureMap::kRelu>(rows, step, count, dim, out, ld);
   } else {
     pack_lanes<FeatureMap::kIdentity>(rows, step, count, dim, out, ld);
+  }
+}
+
+// Starts loading token rows whose turn comes soon, into the second-level cache: rows a power of two
+// apart would push each other out of the first.
+template <class T>
+ATTNEXT_INLINE void fetch_rows(const T* rows, int64_t step, int64_t count, int64_t dim) {
+  constexpr int64_t kLine = 64;
+  for (int64_t t = 0; t < count; ++t) {
+    const char* row = reinterpret_cast<const char*>(rows + t * step);
+    for (int64_t at = 0; at < dim * static_cast<int64_t>(sizeof(T)); at += kLine) {
+      __builtin_prefetch(row + at, 0, 2);
+    }
   }
 }
 
@@ -353,6 +366,12 @@ struct LinearHead {
     const int64_t token = p.reverse ? s.end - 1 - t : s.begin + t;
     const int64_t head = item.head / (p.heads / heads);
     return static_cast<U*>(ref.data) + s.batch * ref.batch + token * ref.token[2] + head * ref.head;
+  }
+  // The rows of the chunk after the one at t, if there is one.
+  void fetch_next(const TensorRef& ref, int64_t t, int64_t heads, int64_t dim) const {
+    const int64_t next = t + chunk;
+    if (next >= item.end) return;
+    fetch_rows(row<const T>(ref, next, heads), step(ref), min64(chunk, item.end - next), dim);
   }
   int64_t step(const TensorRef& ref) const { return p.reverse ? -ref.token[2] : ref.token[2]; }
 

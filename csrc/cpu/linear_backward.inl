@@ -151,6 +151,8 @@ class LinearBackward : public LinearHead<T> {
     if (p.normalize) {
       const T* out = this->template row<const T>(p.out, t, p.heads) + item.column;
       const Acc* denominator = this->template row<const Acc>(p.denominator, t, p.heads);
+      const Acc* ddenominator =
+          p.ddenominator.data ? this->template row<const Acc>(p.ddenominator, t, p.heads) : nullptr;
       for (int64_t i = 0; i < ld; ++i) dsum_[i] = 0;
       for (int64_t i = 0; i < count; ++i) {
         const Acc inverse = 1 / denominator[i * this->step(p.denominator)];
@@ -161,6 +163,7 @@ class LinearBackward : public LinearHead<T> {
           store(dout_ + i * width + c, d * inverse);
         }
         dsum_[i] = -add_lanes<Acc>(sum) * inverse;
+        if (p.ddenominator.data) dsum_[i] += ddenominator[i * this->step(p.ddenominator)];
       }
     }
     pack_lanes<FeatureMap::kIdentity, Acc, Acc>(dout_, width, count, columns, dout_lanes_, ld);
