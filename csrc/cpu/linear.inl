@@ -357,7 +357,6 @@ struct LinearHead {
 
   bool taylor() const { return p.feature_map == FeatureMap::kTaylor2; }
   bool decays() const { return p.decay.data != nullptr; }
-  Acc score(Acc s) const { return taylor() ? 1 + s + s * s / 2 : s; }
 
   // Row of token t, counted in the order of processing; the next one is step(ref) further.
   template <class U>

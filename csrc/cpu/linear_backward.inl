@@ -285,8 +285,10 @@ class LinearBackward : public LinearHead<T> {
       if (decays()) dot_lanes(kf_, df_, features, lanes, slope_k_, false);
       if (decays()) scale_lanes(df_, features, ld, lanes, decay_.to_end);
       chain(k_, false, lanes, dk_);
+      product<By::kColumns>(count, width, features, kf_, ld, after, width, dv_, width, p.causal);
+    } else if (!p.causal) {
+      for (int64_t i = 0; i < count * width; ++i) dv_[i] = 0;
     }
-    product_or_zero(after, count);
     if (before) {
       product<By::kRows>(features, lanes, columns, before, width, dout_lanes_, ld, df_, ld, false);
       if (p.normalize) add_sums(this->sums(before), dsum_, lanes);
@@ -302,15 +304,6 @@ class LinearBackward : public LinearHead<T> {
       store_rows(this->template row<T>(p.dvalue, t, p.heads), this->step(p.dvalue), count);
     } else {
       store_rows(this->template row<Acc>(p.dvalue, t, p.heads), this->step(p.dvalue), count);
-    }
-  }
-
-  // dv_ += decayed features of keys times the gradient of the state.
-  void product_or_zero(const Acc* after, int64_t count) {
-    if (after) {
-      product<By::kColumns>(count, width, features, kf_, ld, after, width, dv_, width, p.causal);
-    } else if (!p.causal) {
-      for (int64_t i = 0; i < count * width; ++i) dv_[i] = 0;
     }
   }
 
