@@ -302,7 +302,9 @@ class Backward : public Problem {
   // States at the start of every segment, then the segments from the last to the first.
   void walk(int64_t first, int64_t n) {
     const int64_t count = segments(first / p.heads);
-    char* const memory = room(n * (count + 2));
+    // Grows with the sequence, so it is not kept.
+    const Memory held = allocate(n * (count + 2) * state_bytes);
+    char* const memory = held.get();
     std::vector<State> carries(n * std::max<int64_t>(count, 1)), dcarries;
     for (int64_t i = 0; i < n; ++i) {
       char* const own = memory + i * (count + 2) * state_bytes;
