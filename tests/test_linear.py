@@ -421,8 +421,9 @@ def test_chunk_size_is_a_matter_of_speed(name, chunk_size):
 @pytest.mark.parametrize("name", FORMS)
 def test_threads_and_neighbours_do_not_change_a_bit(name):
     """Rows few and many, so that segments are walked in turn and at once."""
-    for dtype in (torch.float32, torch.bfloat16):
-        tensors, options = form(name, tokens=300, batch=5, heads=(1, 1, 1), dtype=dtype, dim_v=40)
+    for dtype, state in ((torch.float32, True), (torch.float32, False), (torch.bfloat16, True)):
+        shape = {"tokens": 300, "batch": 5, "heads": (1, 1, 1), "dim_v": 40}
+        tensors, options = form(name, dtype=dtype, state=state, **shape)
         options["chunk_size"] = 4
         if tensors.get("decay") is not None and tensors["decay"].dim() == 1:
             tensors["decay"] = tensors["decay"].expand(5, 300, 1)
