@@ -117,24 +117,7 @@ def _problems() -> list[LinearProblem]:
             LinearProblem(name=f"dims-{dim}-{dim_v}-gated", options=elu, decay="token", **more),
         ]
     ends = (0, 0, 290, 291, 291, 1500)
-    return made + [
-        LinearProblem(name="many-blocks", tokens=700, batch=20, heads=(16, 16, 16)),
-        LinearProblem(name="segments", tokens=4096, decay="head"),
-        LinearProblem(name="segments-normalized", tokens=4097, options=elu, decay="token"),
-        LinearProblem(name="not-causal", tokens=900, options={**elu, "is_causal": False}),
-        LinearProblem(name="reverse", tokens=900, options={"reverse": True}, decay="token"),
-        LinearProblem(name="relu", tokens=300, options={"feature_map": "relu"}),
-        LinearProblem(name="blocks", tokens=300, options={"window_size": 90}, state=False),
-        LinearProblem(name="packed", tokens=1500, ends=ends, decay="token", options=elu),
-        LinearProblem(
-            name="packed-not-causal", tokens=1500, ends=ends, options={**elu, "is_causal": False}
-        ),
-        LinearProblem(name="shared-keys", tokens=200, heads=(2, 1, 6), decay="token"),
-        LinearProblem(name="layout-heads-first", tokens=200, batch=2, layout="heads first"),
-        LinearProblem(
-            name="layout-cut-out", tokens=200, batch=2, layout="cut out", decay="token", options=elu
-        ),
-    ]
+    return [*made, LinearProblem(name="many-blocks", tokens=700, batch=20, heads=(16, 16, 16)), LinearProblem(name="segments", tokens=4096, decay="head"), LinearProblem(name="segments-normalized", tokens=4097, options=elu, decay="token"), LinearProblem(name="not-causal", tokens=900, options={**elu, "is_causal": False}), LinearProblem(name="reverse", tokens=900, options={"reverse": True}, decay="token"), LinearProblem(name="relu", tokens=300, options={"feature_map": "relu"}), LinearProblem(name="blocks", tokens=300, options={"window_size": 90}, state=False), LinearProblem(name="packed", tokens=1500, ends=ends, decay="token", options=elu), LinearProblem(name="packed-not-causal", tokens=1500, ends=ends, options={**elu, "is_causal": False}), LinearProblem(name="shared-keys", tokens=200, heads=(2, 1, 6), decay="token"), LinearProblem(name="layout-heads-first", tokens=200, batch=2, layout="heads first"), LinearProblem(name="layout-cut-out", tokens=200, batch=2, layout="cut out", decay="token", options=elu)]
 
 
 PROBLEMS: dict[str, LinearProblem] = {problem.name: problem for problem in _problems()}

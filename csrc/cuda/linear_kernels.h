@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The list of linear attention's kernels: name, element type, bucket of the state's rows, warps, and
-// whether everything is compiled in: decays and other numbers of tokens, further entries of b,
+// The list of linear attention's kernels: name, element type, bucket of the state's rows, warps,
+// and whether everything is compiled in: decays and other numbers of tokens, further entries of b,
 // features' slopes; and the number of entries of which all products of two are features, with them
 // and 1, or 0. A block has 16 tokens of a chunk and 16 columns of the state for each of its warps.
 #pragma once

@@ -41,8 +41,9 @@ const ScanFacts& scan_of(DType dtype, int64_t dim, bool gated) {
   for (const ScanFacts& k : kScans) {
     if (k.dtype == dtype && k.dim >= dim && k.gated == gated && k.entries == 0) return k;
   }
-  throw std::invalid_argument("attnext: linear attention on CUDA has head_dim up to 128, and "
-                              "float32, bfloat16 or float16");
+  throw std::invalid_argument(
+      "attnext: linear attention on CUDA has head_dim up to 128, and "
+      "float32, bfloat16 or float16");
 }
 const ScanFacts& taylor_scan_of(DType dtype, int64_t dim) {
   for (const ScanFacts& k : kScans) {
@@ -115,6 +116,7 @@ class Plan {
     l.eps = static_cast<float>(p.eps);
     l.decay = p.decay;
     l.denominator = p.denominator;
+    l.ddenominator = p.ddenominator;
     l.before_segments = l.after_segments = 1;
     l.state_size = state_size_;
     set_layout(&l, false);
@@ -155,8 +157,8 @@ class Plan {
   };
   States add_states(LinearLaunch l, const float* before, float* after) {
     if (at_once()) return {before, 1, false};
-    float* const states = segments_ > 1 ? take(segments_ * p.num_sequences * p.heads * state_size_)
-                                        : nullptr;
+    float* const states =
+        segments_ > 1 ? take(segments_ * p.num_sequences * p.heads * state_size_) : nullptr;
     float* const factors = segments_ > 1 ? take(segments_ * p.num_sequences * p.heads) : nullptr;
     if (!p.causal && !after) after = take_states();
     l.outputs = 0;

@@ -52,9 +52,10 @@ struct LinearLaunch {
   int32_t out_fp32;
   ScanRows raw;  // `out` is a gradient of features; of what they are features, or no data
   TensorRef decay;
-  TensorRef denominator;  // Extension::kColumn divides by it where there are outputs
-  float scale;        // on outputs
-  float inner_scale;  // on what enters S
+  TensorRef ddenominator;  // its own gradient; may be null
+  TensorRef denominator;   // Extension::kColumn divides by it where there are outputs
+  float scale;             // on outputs
+  float inner_scale;       // on what enters S
   float polynomial_scale;  // of Taylor features: on products of entries
   float eps;
   Extension extension;
@@ -70,16 +71,16 @@ struct LinearLaunch {
   int64_t chunks;  // of a sequence, at most
 
   // S, [columns of its tensor's rows][...] or transposed; z after it.
-  const float* before;     // null: zero
-  float* after;            // may be null
+  const float* before;                      // null: zero
+  float* after;                             // may be null
   int32_t before_segments, after_segments;  // states of a sequence and head: 1, or one a segment
   int64_t state_size, row_stride, column_stride, z_offset, z_stride;
   float* factors;  // of each segment's state, by which it lets an earlier one through; may be null
   float* states;   // linear_combine: of segments alone, which become those before them
 
   // The kernels around the scan.
-  ScanRows dout, result;      // linear_numbers: of -dO.o
-  const float* dots_key;      // linear_decay_gradient: those of queries less those of keys
+  ScanRows dout, result;  // linear_numbers: of -dO.o
+  const float* dots_key;  // linear_decay_gradient: those of queries less those of keys
   TensorRef ddecay;
   int32_t chunk, num_meetings;  // tokens; numbers a chunk
 };

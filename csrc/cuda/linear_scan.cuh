@@ -34,7 +34,7 @@ struct Scan {
   static constexpr int kMine = kDepth / 4;  // rows of a step that a lane has
   static constexpr int kPer = kChunk / 32;  // tokens of a lane when one warp looks at all
   static constexpr int kOwn = (kDim / 16 + kWarps - 1) / kWarps;  // z: fragments of a warp
-  static constexpr bool kKept = sizeof(T) == 2 && kDim <= 64;  // rows of a
+  static constexpr bool kKept = sizeof(T) == 2 && kDim <= 64;     // rows of a
   using Rows = LeftRows<T, kPanel, 1, kKept>;
   // fp16 has too few exponents for a sum over a sequence: its copy is in a unit of each warp's.
   static constexpr bool kUnits = std::is_same<T, fp16>::value;
@@ -58,8 +58,8 @@ struct Scan {
   Tokens tokens;
   int64_t sequence;
   int32_t head, segment, slice;
-  int32_t first, count;     // of the segment's tokens, the first perhaps before the sequence
-  int32_t skipped, chunks;  // chunks without tokens at its start; its chunks, with these
+  int32_t first, count;      // of the segment's tokens, the first perhaps before the sequence
+  int32_t skipped, chunks;   // chunks without tokens at its start; its chunks, with these
   float state[kDim / 8][4];  // transposed: rows are columns of S
   float z[kOwn][2];
   float kept_all = 1.f;
@@ -151,7 +151,8 @@ struct Scan {
   ATTNEXT_DEVICE bool is_further() const { return kGated && p.extension == Extension::kFeature; }
   ATTNEXT_DEVICE bool is_token(int row) const { return row < count && first + row >= 0; }
 
-  // ---- rows --------------------------------------------------------------------------------------
+  // ---- rows
+  // --------------------------------------------------------------------------------------
 
   template <int kD, class Visit>
   ATTNEXT_DEVICE void each_chunk(Visit visit) const {
@@ -164,9 +165,8 @@ struct Scan {
   template <int kD>
   ATTNEXT_DEVICE void copy_rows_of(const ScanRows& x, int at, int column, uint32_t to) const {
     constexpr int kBytes = sizeof(T);
-    const uint64_t start =
-        reinterpret_cast<uint64_t>(static_cast<const T*>(x.rows.data) +
-                                   tokens.offset(x.rows, x.group, first + at) + column);
+    const uint64_t start = reinterpret_cast<uint64_t>(
+        static_cast<const T*>(x.rows.data) + tokens.offset(x.rows, x.group, first + at) + column);
     const int64_t step = tokens.step(x.rows) * kBytes;
     const int row_bytes = (x.dim - column) * kBytes;
     if (x.aligned && row_bytes >= Layout<T, kD>::kRowBytes && is_token(at) &&
@@ -226,8 +226,8 @@ struct Scan {
     }
   }
 
-  // Taylor features: 1, x_a, and x_a x_b for a <= b; those of a carry the polynomial's weights. Half
-  // of the threads have a row of a each, half one of b.
+  // Taylor features: 1, x_a, and x_a x_b for a <= b; those of a carry the polynomial's weights.
+  // Half of the threads have a row of a each, half one of b.
   ATTNEXT_DEVICE void expand(int at, int stage) const {
     using Raw = Layout<T, kRaw>;
     static_assert(kThreads == 2 * kChunk && 1 + kEntries * (kEntries + 3) / 2 <= kDim, "features");
@@ -256,9 +256,9 @@ struct Scan {
                  Number<T>::pack(part[4], part[5]), Number<T>::pack(part[6], part[7])};
       }
       const int chunk = f / kElems - 1;
-      store_shared(features(stage, operand, chunk / Wide::kChunks) +
-                       Wide::at(row, chunk % Wide::kChunks),
-                   whole);
+      store_shared(
+          features(stage, operand, chunk / Wide::kChunks) + Wide::at(row, chunk % Wide::kChunks),
+          whole);
     };
     put(is_token(at + row) ? 1.f : 0.f);
 #pragma unroll
@@ -283,7 +283,8 @@ struct Scan {
     return b < dim ? 1 + dim + a * dim - a * (a - 1) / 2 + b - a : -1;
   }
 
-  // ---- what is known of tokens -------------------------------------------------------------------
+  // ---- what is known of tokens
+  // -------------------------------------------------------------------
 
   struct Next {
     float decay[kPer];
@@ -303,8 +304,7 @@ struct Scan {
             static_cast<const float*>(p.decay.data)[tokens.offset(p.decay, 1, first + row)];
       }
       if (p.side != Side::kNone) {
-        next.number[i] =
-            reinterpret_cast<const float2*>(p.numbers)[tokens.index(p, first + row)];
+        next.number[i] = reinterpret_cast<const float2*>(p.numbers)[tokens.index(p, first + row)];
       }
     }
   }
@@ -344,7 +344,8 @@ struct Scan {
     }
   }
 
-  // ---- outputs -----------------------------------------------------------------------------------
+  // ---- outputs
+  // -----------------------------------------------------------------------------------
 
   ATTNEXT_DEVICE void attend(int at, int stage) {
     const int buffer = stage, walked = warp * 16 + 16;
@@ -457,8 +458,7 @@ struct Scan {
   ATTNEXT_DEVICE float divide_by(float total, int row) const {
     const float moved = total < 0.f ? total - p.eps : total + p.eps;
     if (slice == 0 && t == 0 && is_token(row)) {
-      static_cast<float*>(
-          p.denominator.data)[tokens.offset(p.denominator, 1, first + row)] = moved;
+      static_cast<float*>(p.denominator.data)[tokens.offset(p.denominator, 1, first + row)] = moved;
     }
     return 1.f / moved;
   }
@@ -484,9 +484,9 @@ struct Scan {
     const int row = at + warp * 16 + lane;
     uint64_t address = 0;
     if (lane < 16 && is_token(row)) {
-      address = reinterpret_cast<uint64_t>(static_cast<T*>(p.out.rows.data) +
-                                           tokens.offset(p.out.rows, 1, first + row) +
-                                           slice * kColumns);
+      address =
+          reinterpret_cast<uint64_t>(static_cast<T*>(p.out.rows.data) +
+                                     tokens.offset(p.out.rows, 1, first + row) + slice * kColumns);
     }
     constexpr int kRowBytes = S::kOutApart ? Layout<T, kColumns>::kRowBytes : Wide::kRowBytes;
     const uint32_t room = (S::kOutApart ? shared + S::kOutAt : tile(stage, 0));
@@ -543,7 +543,8 @@ struct Scan {
     }
   }
 
-  // ---- the state ---------------------------------------------------------------------------------
+  // ---- the state
+  // ---------------------------------------------------------------------------------
 
   ATTNEXT_DEVICE void add_chunk(int stage) {
     const int buffer = stage;
@@ -594,9 +595,8 @@ struct Scan {
             n * 16 % kPanel / Wide::kElems);
         P::multiply(part[0], part[1], c[k], b);
         if (mine) {
-          visit_right<T>(b, [&](int half, int i, float x) {
-            sum[half] = fmaf(x, w[k][i], sum[half]);
-          });
+          visit_right<T>(
+              b, [&](int half, int i, float x) { sum[half] = fmaf(x, w[k][i], sum[half]); });
         }
       }
 #pragma unroll
@@ -776,10 +776,10 @@ struct Scan {
 
 extern __shared__ __align__(1024) uint8_t shared_memory[];
 
-#define ATTNEXT_SCAN(name, T, dim, warps, gated, entries)                                    \
+#define ATTNEXT_SCAN(name, T, dim, warps, gated, entries)                                       \
   extern "C" __global__ void __launch_bounds__((warps) * 32, least_scan_blocks(sizeof(T), dim)) \
-      name(const __grid_constant__ LinearLaunch p) {                                         \
-    Scan<T, dim, warps, gated, entries>(p, shared_memory).run();                                      \
+      name(const __grid_constant__ LinearLaunch p) {                                            \
+    Scan<T, dim, warps, gated, entries>(p, shared_memory).run();                                \
   }
 
 }  // namespace cuda

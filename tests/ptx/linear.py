@@ -51,7 +51,7 @@ def forward(recorder: Recorder, *problem: Any) -> tuple[Tensor, ...]:
 
 
 def backward(recorder: Recorder, *args: Any) -> tuple[Tensor, ...]:
-    problem = args[:-5]
+    problem = args[:-6]
     linear_ops.check_cuda(problem, grads=True)
     memory = Memory()
     fakes, tensors = linear_ops._backward_tensors(*args)
@@ -60,7 +60,7 @@ def backward(recorder: Recorder, *args: Any) -> tuple[Tensor, ...]:
         None if w is None else Output.like(memory, f"d{name}", w)
         for name, w in zip(_NAMES, wanted, strict=True)
     ]
-    names = ("out", "denominator", "dout", "dfinal_state")
+    names = ("out", "denominator", "dout", "ddenominator", "dfinal_state")
     call = _C.CudaLinearBackward(_native(memory, problem), wanted[linear_ops._DECAY] is not None)
     recorder.carry_out(
         memory,

@@ -34,8 +34,12 @@ def check(tensors: dict[str, Tensor], options: dict[str, Any], grads: bool = Tru
     with on_executor(metrics=False) as recorder:
         got = evaluate(linear_attention, tensors, options, grads)
     assert got["out"].dtype == dtype
-    assert_close(got, expect(tensors, options, grads), BUDGET[dtype],
-                 slack(dtype, bool(options.get("normalize"))))
+    assert_close(
+        got,
+        expect(tensors, options, grads),
+        BUDGET[dtype],
+        slack(dtype, bool(options.get("normalize"))),
+    )
     return recorder.reports
 
 
