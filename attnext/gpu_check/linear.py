@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..linear import linear_attention
+from .. import linear
 from .problems import DTYPES, lay_out
 
 # Root mean square, relative: twice the rounding of an output and of what is an operand between two
@@ -30,6 +30,9 @@ def slack(dtype: torch.dtype, normalize: bool) -> dict[str, float]:
     half = dtype.itemsize == 2
     mean = 3.0 if normalize and half else 1.0
     return {"grad_decay": 5.0 if half else 3.0, "grad_query": mean, "grad_key": mean}
+
+
+_call: Any = linear.linear_attention  # its options come as a mapping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +92,7 @@ class LinearProblem:
         options = {**self.options, "output_final_state": self.state}
         if self.ends:
             options["cu_seqlens"] = torch.tensor(self.ends, dtype=torch.int32)
-        found = linear_attention(**leaves, **options)
+        found = _call(**leaves, **options)
         named = dict(zip(("out", "final_state"), found if self.state else (found,), strict=False))
         generator = torch.Generator().manual_seed(1)
         cotangents = [
@@ -117,7 +120,25 @@ def _problems() -> list[LinearProblem]:
             LinearProblem(name=f"dims-{dim}-{dim_v}-gated", options=elu, decay="token", **more),
         ]
     ends = (0, 0, 290, 291, 291, 1500)
-    return [*made, LinearProblem(name="many-blocks", tokens=700, batch=20, heads=(16, 16, 16)), LinearProblem(name="segments", tokens=4096, decay="head"), LinearProblem(name="segments-normalized", tokens=4097, options=elu, decay="token"), LinearProblem(name="not-causal", tokens=900, options={**elu, "is_causal": False}), LinearProblem(name="reverse", tokens=900, options={"reverse": True}, decay="token"), LinearProblem(name="relu", tokens=300, options={"feature_map": "relu"}), LinearProblem(name="blocks", tokens=300, options={"window_size": 90}, state=False), LinearProblem(name="packed", tokens=1500, ends=ends, decay="token", options=elu), LinearProblem(name="packed-not-causal", tokens=1500, ends=ends, options={**elu, "is_causal": False}), LinearProblem(name="shared-keys", tokens=200, heads=(2, 1, 6), decay="token"), LinearProblem(name="layout-heads-first", tokens=200, batch=2, layout="heads first"), LinearProblem(name="layout-cut-out", tokens=200, batch=2, layout="cut out", decay="token", options=elu)]
+    return [
+        *made,
+        LinearProblem(name="many-blocks", tokens=700, batch=20, heads=(16, 16, 16)),
+        LinearProblem(name="segments", tokens=4096, decay="head"),
+        LinearProblem(name="segments-normalized", tokens=4097, options=elu, decay="token"),
+        LinearProblem(name="not-causal", tokens=900, options={**elu, "is_causal": False}),
+        LinearProblem(name="reverse", tokens=900, options={"reverse": True}, decay="token"),
+        LinearProblem(name="relu", tokens=300, options={"feature_map": "relu"}),
+        LinearProblem(name="blocks", tokens=300, options={"window_size": 90}, state=False),
+        LinearProblem(name="packed", tokens=1500, ends=ends, decay="token", options=elu),
+        LinearProblem(
+            name="packed-not-causal", tokens=1500, ends=ends, options={**elu, "is_causal": False}
+        ),
+        LinearProblem(name="shared-keys", tokens=200, heads=(2, 1, 6), decay="token"),
+        LinearProblem(name="layout-heads-first", tokens=200, batch=2, layout="heads first"),
+        LinearProblem(
+            name="layout-cut-out", tokens=200, batch=2, layout="cut out", decay="token", options=elu
+        ),
+    ]
 
 
 PROBLEMS: dict[str, LinearProblem] = {problem.name: problem for problem in _problems()}
@@ -152,7 +173,9 @@ def check(problem: LinearProblem, dtype: torch.dtype, device: torch.device | str
 
 # ---- timing --------------------------------------------------------------------------------------
 
-CASES = [  # batch, tokens, heads, head_dim, options
+CASES: list[
+    tuple[int, int, int, int, Mapping[str, Any]]
+] = [  # batch, tokens, heads, head_dim, options
     (8, 4096, 16, 64, {}),
     (8, 4096, 16, 64, {"feature_map": "elu", "normalize": True}),
     (8, 4096, 16, 64, {"decay": "token"}),
@@ -179,10 +202,10 @@ def time_case(
 
     def forward() -> Any:
         with torch.no_grad():
-            return linear_attention(*leaves[:3], **options)
+            return _call(*leaves[:3], **options)
 
     def both() -> Any:
-        return torch.autograd.grad(linear_attention(*leaves[:3], **options), leaves, dout)
+        return torch.autograd.grad(_call(*leaves[:3], **options), leaves, dout)
 
     words = [f"B{batch} N{tokens} H{heads} D{dim} {dict(given)}:"]
     size = batch * tokens * heads * dim * 2

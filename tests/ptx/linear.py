@@ -61,7 +61,9 @@ def backward(recorder: Recorder, *args: Any) -> tuple[Tensor, ...]:
         for name, w in zip(_NAMES, wanted, strict=True)
     ]
     names = ("out", "denominator", "dout", "ddenominator", "dfinal_state")
-    call = _C.CudaLinearBackward(_native(memory, problem), wanted[linear_ops._DECAY] is not None)
+    call: Any = _C.CudaLinearBackward(
+        _native(memory, problem), wanted[linear_ops._DECAY] is not None
+    )
     recorder.carry_out(
         memory,
         call.launches(

@@ -13,17 +13,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from linear_problems import assert_close, evaluate, expect, problem
 from strategies import lay_out
-from test_linear import assert_close, evaluate, expect, problem
 from torch import Tensor
 
 import attnext
-from attnext import _C, linear_attention
+from attnext import _C, reference
 from attnext.gpu_check.linear import BUDGET, PROBLEMS, compare, slack
 
 from .linear import on_executor
 from .window import DeviceTensor
 
+linear_attention: Any = attnext.linear_attention  # its options come as a mapping
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BF16 = torch.bfloat16
 
@@ -215,7 +216,8 @@ def test_nothing_but_outputs() -> None:
     tensors, options = form("identity", state=False)
     with on_executor() as recorder:
         out = linear_attention(**tensors, **options)
-    expected = attnext.reference.linear_attention(**tensors, **options)
+    exact: Any = reference.linear_attention
+    expected = exact(**tensors, **options)
     assert_close({"out": out}, {"out": expected}, BUDGET[BF16])
     assert [r.kernel for r in recorder.reports] == ["linear_scan_bf16_32"]
 
