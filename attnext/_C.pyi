@@ -31,6 +31,7 @@ def linear_backward(
     out: Tensor,
     denominator: Tensor | None,
     dout: Tensor,
+    ddenominator: Tensor | None,
     dfinal_state: Tensor | None,
     grads: tuple[Tensor | None, ...],
 ) -> None: ...
@@ -144,6 +145,7 @@ class CudaLinearBackward:
         out: Any,
         denominator: Any,
         dout: Any,
+        ddenominator: Any,
         dfinal_state: Any,
         grads: tuple[Any, ...],
     ) -> list[dict[str, Any]]: ...
@@ -156,6 +158,7 @@ class CudaLinearBackward:
         out: Tensor,
         denominator: Tensor | None,
         dout: Tensor,
+        ddenominator: Tensor | None,
         dfinal_state: Tensor | None,
         grads: tuple[Tensor | None, ...],
     ) -> None: ...

@@ -23,6 +23,7 @@ except ImportError as error:
         "in a source tree, build it in place with: pip install -e ."
     ) from error
 
+from .based import BasedAttention, based_attention  # noqa: E402
 from .functional import (  # noqa: E402
     merge_attentions,
     na1d,
@@ -42,6 +43,8 @@ from .linear import (  # noqa: E402
 __version__: str = _C.__version__
 
 __all__ = [
+    "BasedAttention",
+    "based_attention",
     "linear_attention",
     "linear_attention_step",
     "merge_attentions",

@@ -42,6 +42,7 @@ def linear_attention(
     window_size: int | None = None,
     cu_seqlens: Tensor | None = None,
     chunk_size: int | None = None,
+    return_denominator: bool = False,
 ) -> Any:
     """Attention without softmax, as a recurrence over a state of fixed size.
 
@@ -80,6 +81,9 @@ def linear_attention(
         cu_seqlens: int32 ``[M + 1]``, where each of M sequences packed along the token axis ends;
             ``B`` must be 1, and states are ``[M, H, F, V]``.
         chunk_size: tokens worked on together. A matter of speed; by default the kernel's choice.
+        return_denominator: with ``normalize``, also returns what was divided by, ``[B, N, H]`` in
+            the dtype of states, before the state. Differentiable: its logarithm is the lse with
+            which :func:`merge_attentions` joins other keys, where features are positive.
 
     Numerics:
         float32, float64, bfloat16, float16 in and out. Products, sums, states and the division in
@@ -111,10 +115,13 @@ def linear_attention(
         ("is_causal", is_causal),
         ("output_final_state", output_final_state),
         ("reverse", reverse),
+        ("return_denominator", return_denominator),
     ):
         _check_flag(name, flag)
     heads, number = _check_problem(query, key, value, feature_map, normalize, eps, scale)
     decay, beta = _check_gates(decay, beta, query, heads, is_causal, normalize, feature_map)
+    if return_denominator and not normalize:
+        raise ValueError("return_denominator needs normalize, without which nothing is divided")
     count = query.shape[0]
     if cu_seqlens is not None:
         check_cu_seqlens("cu_seqlens", cu_seqlens, query)
@@ -138,7 +145,7 @@ def linear_attention(
                 f"{initial_state.shape[0]}"
             )
         initial_state = initial_state.to(accumulator_dtype(query.dtype)).contiguous()
-    out, state = linear_op(
+    out, denominator, state = linear_op(
         unit_stride(query),
         unit_stride(key),
         unit_stride(value),
@@ -156,7 +163,12 @@ def linear_attention(
         0 if window_size is None else window_size,
         0 if chunk_size is None else chunk_size,
     )
-    return (out, state) if output_final_state else out
+    results = [out]
+    if return_denominator:
+        results.append(denominator)
+    if output_final_state:
+        results.append(state)
+    return out if len(results) == 1 else tuple(results)
 
 
 def linear_attention_step(
@@ -375,7 +387,7 @@ def _check_problem(
                 f"{name} must be [batch, tokens, heads, dim] with the batch and tokens of query, "
                 f"{tuple(query.shape[:2])}, got shape {tuple(t.shape)}"
             )
-    if query.device.type not in ("cpu", "meta"):
+    if query.device.type not in ("cpu", "cuda", "meta"):
         raise NotImplementedError(
             f"query is on {query.device}: linear attention runs on CPU tensors (and meta, for "
             "shapes)"

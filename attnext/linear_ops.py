@@ -33,7 +33,8 @@ _DECAY, _BETA, _FEATURE_MAP, _NORMALIZE, _OUTPUT_STATE = 3, 4, 7, 10, 11
 LIBRARY.define(f"linear_forward({_PROBLEM}) -> (Tensor, Tensor, Tensor)")
 LIBRARY.define(
     f"linear_backward({_PROBLEM}, Tensor out, Tensor denominator, Tensor dout, "
-    "Tensor? dfinal_state, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? ddenominator, Tensor? dfinal_state, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
     "linear_step(Tensor query, Tensor key, Tensor value, Tensor(a!) state, Tensor? slots, "
@@ -116,7 +117,7 @@ def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
 def _backward_tensors(*args: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
     """Fresh gradients, those of query, key and value with a row per head, and what the binary takes
     after the problem."""
-    problem, (out, denominator, dout, dstate, needs) = args[:-5], args[-5:]
+    problem, (out, denominator, dout, ddenominator, dstate, needs) = args[:-6], args[-6:]
     heads = num_heads(*problem[:3])
     grads = tuple(_per_head(t, heads) for t in problem[:3])
     more = _backward_fake(*args)[3:]
@@ -129,7 +130,14 @@ def _backward_tensors(*args: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
     if dstate is not None:
         dstate = dstate.contiguous()
     denominator = denominator if problem[_NORMALIZE] else None
-    return (*grads, *more), (out, denominator, dout, dstate, (*grads, *wanted))
+    return (*grads, *more), (
+        out,
+        denominator,
+        dout,
+        ddenominator,
+        dstate,
+        (*grads, *wanted),
+    )
 
 
 def _shared(grads: tuple[Tensor, ...], problem: tuple[Any, ...]) -> tuple[Tensor, ...]:
@@ -144,7 +152,7 @@ def _shared(grads: tuple[Tensor, ...], problem: tuple[Any, ...]) -> tuple[Tensor
 
 
 def _backward_cpu(*args: Any) -> tuple[Tensor, ...]:
-    problem = args[:-5]
+    problem = args[:-6]
     grads, tensors = _backward_tensors(*args)
     _C.linear_backward(_native(problem), *tensors)
     return _shared(grads, problem)
@@ -235,7 +243,7 @@ def _forward_cuda(*problem: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _backward_cuda(*args: Any) -> tuple[Tensor, ...]:
-    problem, query = args[:-5], args[0]
+    problem, query = args[:-6], args[0]
     check_cuda(problem, grads=True, of_decay=problem[_DECAY] is not None and args[-1][_DECAY])
     with torch.cuda.device(query.device):
         grads, tensors = _backward_tensors(*args)
@@ -280,23 +288,26 @@ class _Linear(torch.autograd.Function):
         out, denominator, _ = output
         ctx.save_for_backward(*inputs[:_NUM_TENSORS], out, denominator)
         ctx.plain = inputs[_NUM_TENSORS:]
-        ctx.mark_non_differentiable(denominator)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, _: Any, dstate: Tensor | None) -> Any:
+    def backward(
+        ctx: Any, dout: Tensor | None, ddenominator: Tensor | None, dstate: Tensor | None
+    ) -> Any:
         *tensors, out, denominator = ctx.saved_tensors
         nothing = (None,) * len(ctx.plain)
         if not ctx.plain[_OUTPUT_STATE - _NUM_TENSORS]:
             dstate = None
-        if dout is None and dstate is None:
+        if not ctx.plain[_NORMALIZE - _NUM_TENSORS]:
+            ddenominator = None
+        if dout is None and ddenominator is None and dstate is None:
             return (None,) * _NUM_TENSORS + nothing
         if dout is None:
             dout = torch.zeros_like(out)
         needs = [bool(n) for n in ctx.needs_input_grad[:_NUM_GRADS]]
         backward = _LinearBackward.apply if transforms_are_active() else _backward
-        grads = backward(*tensors, *ctx.plain, out, denominator, dout, dstate, needs)
+        grads = backward(*tensors, *ctx.plain, out, denominator, dout, ddenominator, dstate, needs)
         wanted = (
             g if t is not None and need else None
             for g, t, need in zip(grads, tensors[:_NUM_GRADS], needs, strict=True)
@@ -325,7 +336,7 @@ class _LinearBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        tail = range(len(args) - 5, len(args) - 1)  # out, denominator, dout, dfinal_state
+        tail = range(len(args) - 6, len(args) - 1)  # out, denominator, gradients
         return _batched(_LinearBackward.apply, info.batch_size, in_dims, args, tuple(tail))
 
 
@@ -362,16 +373,17 @@ def _batched(
     return outputs, (0,) * len(outputs)
 
 
-def linear_op(*problem: Any) -> tuple[Tensor, Tensor]:
-    """Outputs and final state (empty if not wanted), entering autograd only where it is needed."""
+def linear_op(*problem: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs, denominators and final state (empty if not wanted), entering autograd only where it
+    is needed."""
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in problem[:_NUM_GRADS]
     )
     if needs_grad or transforms_are_active():
-        out, _, state = _Linear.apply(*problem)
+        out, denominator, state = _Linear.apply(*problem)
     else:
-        out, _, state = _forward(*problem)
-    return out, state
+        out, denominator, state = _forward(*problem)
+    return out, denominator, state
 
 
 def step_op(*problem: Any) -> Tensor:

@@ -165,11 +165,11 @@ torch.library.register_fake("attnext::window_backward", _window_backward_fake, l
 
 
 def _is_plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether nothing would intercept an operator between here and its CPU implementation. The
+    """Whether nothing would intercept an operator between here and its implementation. The
     dispatcher costs more than a small window."""
     return (
         type(query) is type(key) is type(value) is Tensor
-        and query.is_cpu
+        and (query.is_cpu or query.is_cuda)
         and not is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
@@ -179,13 +179,13 @@ def _is_plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 def _forward(*problem: Any) -> tuple[Tensor, Tensor]:
     if _is_plain(*problem[:3]):
-        return _window_forward_cpu(*problem)
+        return (_window_forward_cpu if problem[0].is_cpu else _window_forward_cuda)(*problem)
     return torch.ops.attnext.window_forward.default(*problem)
 
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:
     if _is_plain(*args[:3]) and type(args[-3]) is Tensor:  # dout
-        return _window_backward_cpu(*args)
+        return (_window_backward_cpu if args[0].is_cpu else _window_backward_cuda)(*args)
     return torch.ops.attnext.window_backward.default(*args)
 
 
@@ -291,7 +291,7 @@ def window_op(want_lse: bool, *problem: Any) -> tuple[Tensor, Tensor | None]:
     if transforms_are_active():
         return _Window.apply(*problem)
     query, key, value = problem[:3]
-    if want_lse or not _is_plain(query, key, value):
+    if want_lse or not query.is_cpu or not _is_plain(query, key, value):
         return _forward(*problem)
     out = _empty_output(query, value)
     _C.window_forward(_native(problem), out, None)

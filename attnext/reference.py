@@ -436,6 +436,7 @@ def linear_attention(
     window_size: int | None = None,
     cu_seqlens: Tensor | None = None,
     chunk_size: int | None = None,
+    return_denominator: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> Any:
     """``attnext.linear_attention`` as its recurrence, a token at a time.
@@ -501,7 +502,13 @@ def linear_attention(
         outs.append(torch.stack(rows, dim=1) if rows else v[items, :0])
         states.append(state)
     out = torch.cat(outs, dim=1)
+    denominator = torch.ones_like(out[..., :1])
     if normalize:
-        total = out[..., -1:]
-        out = out[..., :-1] / (total + torch.where(total < 0, -eps, eps))
-    return (out, torch.cat(states)) if output_final_state else out
+        denominator = out[..., -1:] + torch.where(out[..., -1:] < 0, -eps, eps)
+        out = out[..., :-1] / denominator
+    results = [out]
+    if return_denominator:
+        results.append(denominator.squeeze(-1))
+    if output_final_state:
+        results.append(torch.cat(states))
+    return out if len(results) == 1 else tuple(results)

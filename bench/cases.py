@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from attnext.geometry import AxisRule, axis_intervals
+from attnext.linear_ops import num_features
 
 FORWARD = "fwd"
 TRAINING = "fwd+bwd"
@@ -57,6 +58,10 @@ class Case:
     @property
     def key_heads(self) -> int:
         return self.kv_heads or self.heads
+
+    @property
+    def value_dim(self) -> int:
+        return self.head_dim
 
     @property
     def rank(self) -> int:
@@ -168,6 +173,64 @@ class Case:
         return ", ".join(words)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LinearCase(Case):
+    """Causal linear attention: ``window`` is None, and a pair is a token and a head."""
+
+    op: str = "linear"
+    window: tuple[int, ...] | None = None
+    feature_map: str = "identity"
+    normalize: bool = False
+    head_dim_v: int = 64
+
+    @property
+    def value_dim(self) -> int:
+        return self.head_dim_v
+
+    @cached_property
+    def pairs(self) -> int:
+        return self.tokens * self.heads
+
+    def flops(self, mode: str) -> float:
+        """Useful operations: a feature and a value meet in the state's update and in its reading.
+        Taylor features are counted once for each product of two entries."""
+        features = num_features(self.feature_map, self.head_dim)
+        forward = 4.0 * features * self.head_dim_v * self.pairs
+        # Backward: the state again, its gradient, and the gradients of query, key and value.
+        return forward if mode == FORWARD else forward * (1 + BACKWARD_TO_FORWARD)
+
+    def traffic(self, mode: str, dtype: str) -> int:
+        forward = 2 * (self.head_dim + self.head_dim_v) * self.pairs * BYTES_PER_ELEMENT[dtype]
+        # The backward pass reads q, k, v and the gradient of out, and writes dq, dk, dv.
+        extra = (4 * self.head_dim + 3 * self.head_dim_v) * self.pairs * BYTES_PER_ELEMENT[dtype]
+        return forward if mode == FORWARD else forward + extra
+
+    def describe(self) -> str:
+        words = ["linear", "×".join(map(str, self.queries)), self.feature_map]
+        words += ["normalized"] if self.normalize else []
+        return ", ".join(
+            [*words, f"B{self.batch} H{self.heads} D{self.head_dim}/{self.head_dim_v}"]
+        )
+
+
+def _linear_cases() -> list[Case]:
+    both = ("float32", "bfloat16")
+    based = {"feature_map": "taylor2", "head_dim": 16}
+    cases: list[Case] = []
+
+    def linear(name: str, group: str, length: int, **more: Any) -> None:
+        cases.append(LinearCase(name=name, group=group, queries=(length,), **more))
+
+    linear("linear-8192", "linear", 8192, feature_map="elu", dtypes=both)
+    linear("linear-8192-normalized", "linear", 8192, feature_map="elu", normalize=True)
+    linear("based-8192", "linear", 8192, dtypes=both, **based)
+    linear("based-8192-normalized", "linear", 8192, normalize=True, **based)
+    for power in range(12, 19, 2):
+        linear(f"linear-length-{2**power}", "linear-length", 2**power, heads=1, feature_map="elu")
+    linear("smoke-linear", "smoke", 128, heads=2, normalize=True, **based)
+    return cases
+
+
 def _cases() -> list[Case]:
     both = ("float32", "bfloat16")
     cases = []
@@ -217,7 +280,7 @@ def _cases() -> list[Case]:
     return cases
 
 
-CASES: dict[str, Case] = {case.name: case for case in _cases()}
+CASES: dict[str, Case] = {case.name: case for case in (*_cases(), *_linear_cases())}
 GROUPS: dict[str, str] = {
     "swa": "causal sliding windows of language models",
     "na": "neighborhood attention on images and video",
@@ -226,6 +289,8 @@ GROUPS: dict[str, str] = {
     "options": "position bias, soft cap, sinks",
     "length": "time and memory against length, at a window of 256",
     "window": "time and memory against the window, at length 8192",
+    "linear": "causal linear attention, and BASED's Taylor map",
+    "linear-length": "time and memory of linear attention against length, one head",
     "call": "what a call costs when there is nothing to compute",
     "smoke": "tiny cases for the test suite",
 }

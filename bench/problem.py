@@ -56,11 +56,11 @@ class Problem:
     @cached_property
     def value(self) -> Tensor:
         c = self.case
-        return self._random(3, c.batch, *c.key_extents, c.key_heads, c.head_dim)
+        return self._random(3, c.batch, *c.key_extents, c.key_heads, c.value_dim)
 
     @cached_property
     def output_grad(self) -> Tensor:
-        return self._random(4, *self.query.shape)
+        return self._random(4, *self.query.shape[:-1], self.case.value_dim)
 
     @cached_property
     def bias(self) -> Tensor | None:

@@ -17,6 +17,7 @@ from attnext import _C
 from . import environment, memory, timing
 from .cases import TRAINING, Case
 from .gate import Reference
+from .linear_gate import LinearReference
 from .peers import contenders_for
 from .peers.contender import Contender
 from .problem import Prepared, Problem, Unavailable
@@ -79,7 +80,7 @@ def run_case(
     problem = Problem(case, getattr(torch, dtype))
     training = mode == TRAINING
     title = f"{case.name} {dtype} {mode}"
-    references: dict[bool, Reference] = {}
+    references: dict[bool, Reference | LinearReference] = {}
     ready: dict[str, Prepared] = {}
     entries: list[dict[str, Any]] = []
     for contender in contenders_for(case, settings.contenders):
@@ -153,7 +154,7 @@ def _admit(
     contender: Contender,
     problem: Problem,
     training: bool,
-    references: dict[bool, Reference],
+    references: dict[bool, Reference | LinearReference],
     settings: Settings,
     entry: dict[str, Any],
 ) -> Prepared | None:
@@ -169,7 +170,11 @@ def _admit(
         if prepared.detail:
             entry["detail"] = prepared.detail
         if windowed not in references:
-            references[windowed] = Reference(problem, training, windowed)
+            references[windowed] = (
+                LinearReference(problem, training)
+                if problem.case.op == "linear"
+                else Reference(problem, training, windowed)
+            )
         verdict = references[windowed].check(prepared)
     entry["gate"] = {"rows": verdict.rows, "errors": verdict.errors}
     if not verdict.passed:

@@ -165,8 +165,8 @@ void linear_forward(const py::tuple& problem, py::handle out, py::handle denomin
 
 // `grads`: where the gradients of the first six arguments go; decay's, beta's and the state's may
 // be None.
-void set_gradients(LinearCall* given, py::handle dout, py::handle dfinal_state,
-                   const py::tuple& grads) {
+void set_gradients(LinearCall* given, py::handle dout, py::handle ddenominator,
+                   py::handle dfinal_state, const py::tuple& grads) {
   require(grads.size() == kNumGrads, "gradients");
   LinearCall& call = *given;
   LinearParams& p = call.params;
@@ -176,6 +176,7 @@ void set_gradients(LinearCall* given, py::handle dout, py::handle dfinal_state,
     return call.tokens(PyTuple_GET_ITEM(grads.ptr(), of), dtype, p.heads, dim);
   };
   p.dout = call.tokens(dout, p.dtype, p.heads, p.head_dim_v);
+  p.ddenominator = call.per_head(ddenominator);
   p.dfinal_state = call.states(dfinal_state);
   p.dquery = gradient(kQuery, p.query_heads, p.head_dim);
   p.dkey = gradient(kKey, p.key_heads, p.head_dim);
@@ -187,10 +188,11 @@ void set_gradients(LinearCall* given, py::handle dout, py::handle dfinal_state,
 }
 
 void linear_backward(const py::tuple& problem, py::handle out, py::handle denominator,
-                     py::handle dout, py::handle dfinal_state, const py::tuple& grads) {
+                     py::handle dout, py::handle ddenominator, py::handle dfinal_state,
+                     const py::tuple& grads) {
   LinearCall call = make_call(problem, Device::kCpu);
   set_results(&call, out, denominator);
-  set_gradients(&call, dout, dfinal_state, grads);
+  set_gradients(&call, dout, ddenominator, dfinal_state, grads);
   const py::gil_scoped_release release;
   cpu::linear_backward(call.params);
 }
@@ -286,10 +288,11 @@ struct CudaLinearBackward : CudaLinear {
   }
   std::vector<cuda::Launch> prepare(uintptr_t sequences, uintptr_t workspace, py::handle out,
                                     py::handle denominator, py::handle dout,
-                                    py::handle dfinal_state, const py::tuple& grads) {
+                                    py::handle ddenominator, py::handle dfinal_state,
+                                    const py::tuple& grads) {
     set_sequences(sequences);
     set_results(&call, out, denominator);
-    set_gradients(&call, dout, dfinal_state, grads);
+    set_gradients(&call, dout, ddenominator, dfinal_state, grads);
     require(of_decay == (call.params.ddecay.data != nullptr), "gradients");
     return cuda::linear_backward_launches(call.params, call.length,
                                           reinterpret_cast<void*>(workspace));
@@ -324,16 +327,16 @@ void bind_linear(py::module_& m) {
       .def_property_readonly("workspace_bytes", &CudaLinearBackward::workspace_bytes)
       .def("launches",
            [](CudaLinearBackward& b, uintptr_t sequences, uintptr_t workspace, py::handle out,
-              py::handle denominator, py::handle dout, py::handle dfinal_state,
-              const py::tuple& grads) {
-             return describe(
-                 b.prepare(sequences, workspace, out, denominator, dout, dfinal_state, grads));
+              py::handle denominator, py::handle dout, py::handle ddenominator,
+              py::handle dfinal_state, const py::tuple& grads) {
+             return describe(b.prepare(sequences, workspace, out, denominator, dout, ddenominator,
+                                       dfinal_state, grads));
            })
       .def("run", [](CudaLinearBackward& b, uintptr_t sequences, uintptr_t workspace, int device,
                      uintptr_t stream, py::handle out, py::handle denominator, py::handle dout,
-                     py::handle dfinal_state, const py::tuple& grads) {
-        const auto launches =
-            b.prepare(sequences, workspace, out, denominator, dout, dfinal_state, grads);
+                     py::handle ddenominator, py::handle dfinal_state, const py::tuple& grads) {
+        const auto launches = b.prepare(sequences, workspace, out, denominator, dout, ddenominator,
+                                        dfinal_state, grads);
         const py::gil_scoped_release release;
         cuda::launch(launches, device, stream, "linear_backward");
       });

@@ -89,8 +89,8 @@ struct LinearParams {
   void* final_state;
 
   // Backward only.
-  TensorRef dout;            // data may be null
-  const void* dfinal_state;  // may be null
+  TensorRef dout, ddenominator;  // data of the second may be null
+  const void* dfinal_state;      // may be null
   // Gradients have a row per head; where heads share a tensor its gradient is in the accumulator
   // type, for the caller to sum.
   TensorRef dquery, dkey, dvalue;

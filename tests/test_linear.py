@@ -1,155 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear attention: against the recurrence in float64, and against itself in every other form."""
 
-import concurrent.futures
 import itertools
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
+from linear_problems import (
+    BUDGET,
+    DTYPES,
+    F64,
+    FORMS,
+    MAPS,
+    accumulator,
+    assert_close,
+    assert_same,
+    check,
+    error,
+    evaluate,
+    expect,
+    form,
+    normal,
+    problem,
+    slack,
+    uniform,
+)
 
 import attnext
 from attnext import linear_attention, linear_attention_step, reference
 from attnext.testing import available_isas, isa, threads
-
-F64 = torch.float64
-BUDGET = {F64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2.5e-3, torch.float16: 4e-4}
-MAPS = ("identity", "elu", "relu", "taylor2")
-
-
-def normal(*shape, dtype=F64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=F64).to(dtype)
-
-
-def uniform(*shape, dtype=F64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(shape, generator=generator, dtype=F64).to(dtype)
-
-
-def accumulator(dtype):
-    return F64 if dtype == F64 else torch.float32
-
-
-def features(feature_map, dim):
-    return 1 + dim + dim * (dim + 1) // 2 if feature_map == "taylor2" else dim
-
-
-def problem(
-    tokens=9, batch=1, heads=(2, 2, 2), dim=4, dim_v=3, dtype=F64, decay=None, beta=False,
-    state=False, states=None, **options,
-):  # fmt: skip
-    """Tensors and options of a call. ``decay``: None, "head" or "token"."""
-    most, acc = max(heads), accumulator(dtype)
-    tensors = {
-        "query": normal(batch, tokens, heads[0], dim, dtype=dtype, seed=1),
-        "key": normal(batch, tokens, heads[1], dim, dtype=dtype, seed=2),
-        "value": normal(batch, tokens, heads[2], dim_v, dtype=dtype, seed=3),
-    }
-    if decay is not None:
-        shape = (most,) if decay == "head" else (batch, tokens, most)
-        tensors["decay"] = -uniform(*shape, dtype=acc, seed=4) / 2
-    if beta:
-        tensors["key"] = torch.nn.functional.normalize(tensors["key"].double(), dim=-1).to(dtype)
-        tensors["beta"] = uniform(batch, tokens, most, dtype=acc, seed=5)
-    if state:
-        rows = features(options.get("feature_map", "identity"), dim)
-        columns = dim_v + options.get("normalize", False)
-        shape = (states or batch, most, rows, columns)
-        tensors["initial_state"] = uniform(*shape, dtype=acc, seed=6)
-    return tensors, options
-
-
-def evaluate(function, tensors, options, gradients=True, seed=11):
-    """Outputs, final state unless there is none, and gradients of everything."""
-    leaves = {n: x.detach().requires_grad_(gradients) for n, x in tensors.items()}
-    with_state = options.get("window_size") is None
-    results = function(**leaves, **options, **({"output_final_state": True} if with_state else {}))
-    names = ("out", "final_state") if with_state else ("out",)
-    named = dict(zip(names, results if with_state else (results,), strict=True))
-    if gradients:
-        cotangents = [
-            normal(*x.shape, seed=seed + i).to(x.dtype) for i, x in enumerate(named.values())
-        ]
-        grads = torch.autograd.grad(list(named.values()), list(leaves.values()), cotangents)
-        named |= {f"grad_{n}": g for n, g in zip(leaves, grads, strict=True)}
-    return {n: x.detach() for n, x in named.items()}
-
-
-def error(got, expected):
-    """Relative, root mean square."""
-    if not expected.numel():
-        return 0.0
-    size = expected.double().square().mean().sqrt().item()
-    return (got.double() - expected.double()).square().mean().sqrt().item() / (size or 1.0)
-
-
-def assert_close(got, expected, budget, slack=None):
-    assert got.keys() == expected.keys()
-    for name in expected:
-        assert got[name].shape == expected[name].shape, name
-        assert torch.isfinite(got[name]).all() or not torch.isfinite(expected[name]).all(), name
-        off = error(got[name], expected[name])
-        allowed = budget * (slack or {}).get(name, 1)
-        assert off <= allowed, f"{name}: error {off:.2e} exceeds {allowed:.2e}"
-
-
-def slack(options, dtype):
-    """Where a gradient is a difference of larger numbers. That of a decay is one number out of all
-    that crosses it; and a normalised query's is that of a mean, ``dO . (v - o)``, with ``o`` read
-    off the stored output, as every such backward pass does."""
-    half = dtype.itemsize == 2 and options.get("normalize")
-    return {"grad_decay": 3, **({"grad_query": 2, "grad_key": 2} if half else {})}
-
-
-def assert_same(one, other):
-    assert one.keys() == other.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], other[name], atol=0, rtol=0)
-
-
-class Cotangent(torch.autograd.Function):
-    """x, for which the cotangent is rounded as it is for the kernels."""
-
-    @staticmethod
-    def forward(ctx, x, dtype):
-        ctx.dtype = dtype
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.to(ctx.dtype).to(grad.dtype), None
-
-
-def expect(tensors, options, gradients=True):
-    """What the recurrence gives in double, from the same cotangents."""
-    dtype = tensors["query"].dtype
-
-    def exact(**inputs):
-        result = reference.linear_attention(**inputs)
-        if torch.is_tensor(result):
-            return Cotangent.apply(result, dtype)
-        return tuple(
-            Cotangent.apply(x, kind)
-            for x, kind in zip(result, (dtype, accumulator(dtype)), strict=True)
-        )
-
-    wide = {n: x.double() for n, x in tensors.items()}
-    with threads(1):  # a loop over tiny operators
-        return evaluate(exact, wide, options, gradients)
-
-
-def check(tensors, options, budget=None, gradients=True):
-    """The kernels against the recurrence."""
-    dtype = tensors["query"].dtype
-    got = evaluate(linear_attention, tensors, options, gradients)
-    assert got["out"].dtype == dtype
-    expected = expect(tensors, options, gradients)
-    assert_close(got, expected, budget or BUDGET[dtype], slack(options, dtype))
-    return got
-
 
 # ---- against the recurrence ----------------------------------------------------------------------
 
@@ -203,26 +83,6 @@ def test_anything_in_double(given_problem):
     check(*given_problem, budget=1e-11)
 
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FORMS = {
-    "identity": {},
-    "elu, normalized": {"feature_map": "elu", "normalize": True},
-    "relu, decayed": {"feature_map": "relu", "decay": "token"},
-    "taylor2, normalized": {"feature_map": "taylor2", "normalize": True, "dim": 16},
-    "taylor2, decayed, normalized": {
-        "feature_map": "taylor2", "normalize": True, "dim": 16, "decay": "head",
-    },
-    "delta": {"beta": True},
-    "delta, decayed": {"beta": True, "decay": "token"},
-    "not causal": {"feature_map": "elu", "normalize": True, "is_causal": False},
-    "reverse": {"reverse": True, "decay": "head"},
-}  # fmt: skip
-
-
-def form(name, **more):
-    return problem(**{"tokens": 100, "dim": 32, "dim_v": 24, "state": True, **FORMS[name], **more})
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", FORMS)
 def test_budget(name, dtype):
@@ -237,7 +97,7 @@ def test_every_instruction_set(name):
         for level in available_isas():
             with isa(level):
                 got = evaluate(linear_attention, tensors, options)
-            assert_close(got, expected, BUDGET[dtype], slack(options, dtype))
+            assert_close(got, expected, BUDGET[dtype], slack(tensors, options))
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -264,7 +124,9 @@ def test_lengths(name, tokens):
             {n: got[n] for n in ("final_state", "grad_initial_state")},
             {
                 "final_state": tensors["initial_state"],
-                "grad_initial_state": normal(*tensors["initial_state"].shape, seed=12),
+                "grad_initial_state": normal(
+                    *tensors["initial_state"].shape, seed=13 if options.get("normalize") else 12
+                ),
             },
         )
         assert got["out"].shape == (1, 0, 2, 4)
@@ -344,25 +206,28 @@ def test_step_with_slots():
 
 
 @settings(max_examples=20)
-@given(st.integers(0, 60), st.sampled_from([n for n in FORMS if n != "not causal"]))
+@given(st.integers(1, 60), st.sampled_from([n for n in FORMS if n != "not causal"]))
 def test_a_sequence_cut_in_two(cut, name):
     """The state carried over, the whole is the same, gradients included."""
     tensors, options = form(name, tokens=60, dim=5, dim_v=4, chunk_size=3)
 
     def in_two(query, key, value, initial_state, decay=None, beta=None, **rest):
-        state, outs, reverse = initial_state, {}, rest["reverse"]
+        state, results, reverse = initial_state, {}, rest["reverse"]
         parts = (slice(0, cut), slice(cut, None))
         for part in reversed(parts) if reverse else parts:
-            outs[part.start], state = linear_attention(
-                query[:, part], key[:, part], value[:, part],
+            *results[part.start], state = linear_attention(
+                query[:, part],
+                key[:, part],
+                value[:, part],
                 decay=decay if decay is None or decay.dim() == 1 else decay[:, part],
-                beta=None if beta is None else beta[:, part], initial_state=state, **rest,
-            )  # fmt: skip
-        return torch.cat([outs[0], outs[cut]], dim=1) if cut else outs[0], state
+                beta=None if beta is None else beta[:, part],
+                initial_state=state,
+                **rest,
+            )
+        joined = zip(results[0], results[cut], strict=True)
+        return *(torch.cat(pair, dim=1) for pair in joined), state
 
     options.setdefault("reverse", False)
-    if cut == 0:
-        return
     assert_close(
         evaluate(in_two, tensors, options), evaluate(linear_attention, tensors, options), 1e-12
     )
@@ -412,8 +277,9 @@ def test_chunk_size_is_a_matter_of_speed(name, chunk_size):
 @pytest.mark.parametrize("name", FORMS)
 def test_threads_and_neighbours_do_not_change_a_bit(name):
     """Rows few and many, so that segments are walked in turn and at once."""
-    for dtype in (torch.float32, torch.bfloat16):
-        tensors, options = form(name, tokens=300, batch=5, heads=(1, 1, 1), dtype=dtype, dim_v=40)
+    for dtype, state in ((torch.float32, True), (torch.float32, False), (torch.bfloat16, True)):
+        shape = {"tokens": 300, "batch": 5, "heads": (1, 1, 1), "dim_v": 40}
+        tensors, options = form(name, dtype=dtype, state=state, **shape)
         options["chunk_size"] = 4
         if tensors.get("decay") is not None and tensors["decay"].dim() == 1:
             tensors["decay"] = tensors["decay"].expand(5, 300, 1)
@@ -489,7 +355,7 @@ def test_normaliser_with_signs():
     sums = key.sum(-1).cumsum(1).double()
     moved = sums + torch.where(sums < 0, -1e-3, 1e-3)
     plain = linear_attention(query.double(), key.double(), value.double(), scale=1.0)
-    assert error(out, plain / moved[..., None]) < 1e-6
+    torch.testing.assert_close(out.double(), plain / moved[..., None], rtol=1e-5, atol=0)
     assert sums[0, 1] == 0 and sums[0, 2] < 0
 
 
@@ -550,6 +416,55 @@ def test_gradient_without_an_output_or_without_the_state():
             assert error(leaves[name].grad, want) < 1e-12, name
 
 
+def test_denominator_joins_a_window():
+    """BASED with one denominator: the last tokens exact, all older ones by Taylor features."""
+    window, (tensors, _) = 8, problem(50, dim=6)
+    scores = torch.einsum("bihd,bjhd->bhij", tensors["query"], tensors["key"]) * 6**-0.5
+    age = torch.arange(50)[:, None] - torch.arange(50)
+    weights = torch.where(age < window, scores.exp(), 1 + scores + scores.square() / 2)
+    weights = torch.where(age < 0, 0.0, weights)
+    expected = torch.einsum("bhij,bjhd->bihd", weights / weights.sum(-1, keepdim=True),
+                            tensors["value"])  # fmt: skip
+
+    def joined(query, key, value):
+        return attnext.based_attention(query, key, value, window)
+
+    assert error(joined(**tensors), expected) < 1e-13
+    leaves = [x[:, :12].clone().requires_grad_() for x in tensors.values()]
+    assert torch.autograd.gradcheck(joined, leaves)
+    for dtype in DTYPES:
+        rounded = {n: x.to(dtype) for n, x in tensors.items()}
+        exact = joined(**{n: x.double() for n, x in rounded.items()})
+        assert error(joined(**rounded), exact) <= BUDGET[dtype]
+
+
+def test_based_layer():
+    """The layer is its parts, decodes what it prefills, and takes gradients."""
+    layer = attnext.BasedAttention(24, num_heads=3, feature_dim=5).double()
+    x = normal(2, 30, 24)
+    whole, last = layer.prefill(x)
+    assert torch.equal(layer(x), whole)
+    q, k, v = (f(x).unflatten(-1, (3, -1)) for f in (layer.query, layer.key, layer.value))
+    mixed = reference.linear_attention(q, k, v, feature_map="taylor2", normalize=True)
+    assert error(whole, layer.out(mixed.flatten(-2))) < 1e-13
+    _, state = layer.prefill(x[:, :20])
+    tokens = [layer.step(x[:, t : t + 1], state) for t in range(20, 30)]
+    assert error(torch.cat(tokens, dim=1), whole[:, 20:]) < 1e-13 and error(state, last) < 1e-13
+    hybrid = attnext.BasedAttention(24, num_heads=3, feature_dim=5, window_size=4).double()
+    hybrid.load_state_dict(layer.state_dict())
+    mixed = attnext.based_attention(q, k, v, 4)
+    assert torch.equal(hybrid(x), layer.out(mixed.flatten(-2)))
+    hybrid(x).square().sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in hybrid.parameters())
+    for wrong in (lambda: hybrid.prefill(x), lambda: hybrid.step(x, state)):
+        with pytest.raises(NotImplementedError, match="window_size is 4"):
+            wrong()
+    with pytest.raises(ValueError, match="dim must be a multiple of num_heads, 5, got 24"):
+        attnext.BasedAttention(24, num_heads=5)
+    with pytest.raises(ValueError, match="window_size must be at least 1"):
+        attnext.based_attention(q, k, v, 0)
+
+
 def test_plain_layout_of_the_taylor_state():
     """The BASED state is what its features give, and the way back is exact."""
     dim, dim_v, scale = 5, 3, 5**-0.5
@@ -563,314 +478,3 @@ def test_plain_layout_of_the_taylor_state():
     expected = torch.einsum("bnhf,bnhv->bhfv", plain, values)
     assert error(attnext.taylor_state_to_plain(state, dim), expected) < 1e-14
     assert error(attnext.taylor_state_from_plain(expected, dim), state) < 1e-14
-
-
-# ---- as torch sees it ----------------------------------------------------------------------------
-
-CALLS = {
-    "plain": {},
-    "all": {
-        "decay": "token", "feature_map": "elu", "normalize": True, "state": True,
-        "heads": (1, 2, 4), "batch": 2, "chunk_size": 2,
-    },
-    "taylor": {"feature_map": "taylor2", "normalize": True, "decay": "head", "dim": 3},
-    "delta": {"beta": True, "decay": "token", "state": True, "chunk_size": 4, "reverse": True},
-    "packed": {
-        "cu_seqlens": torch.tensor([0, 4, 4, 9], dtype=torch.int32), "state": True, "states": 3,
-        "decay": "token",
-    },
-    "blocks": {"window_size": 4, "is_causal": False, "feature_map": "relu"},
-}  # fmt: skip
-
-
-def call(name, dtype=F64):
-    return problem(**CALLS[name], dtype=dtype)
-
-
-def step_call():
-    tensors, options = form("delta, decayed", tokens=1, dtype=torch.float32)
-    tensors["state"] = tensors.pop("initial_state")
-    return tensors, options
-
-
-class Recorder(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "attnext":
-            args = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.detach(), args)
-            self.calls.append((func, args))
-        return func(*args, **(kwargs or {}))
-
-
-def record(name):
-    with Recorder() as recorder:
-        if name == "step":
-            tensors, options = step_call()
-            linear_attention_step(**tensors, **options)
-        else:
-            evaluate(linear_attention, *call(name, torch.float32))
-    return recorder.calls
-
-
-def test_every_operator_is_exercised():
-    names = torch._C._dispatch_get_all_op_names()
-    registered = {n.split(".")[0] for n in names if n.startswith("attnext::linear_")}
-    used = {func.name().split(".")[0] for name in (*CALLS, "step") for func, _ in record(name)}
-    assert used == registered and len(used) == 3
-
-
-@pytest.mark.parametrize("name", [*CALLS, "step"])
-def test_opcheck(name):
-    recorded = record(name)
-    assert recorded
-    for func, args in recorded:
-        torch.library.opcheck(func, args)
-
-
-@pytest.mark.parametrize("level", available_isas())
-@pytest.mark.parametrize("name", CALLS)
-def test_gradcheck(name, level):
-    tensors, options = call(name)
-    names = list(tensors)
-    more = {} if "window_size" in options else {"output_final_state": True}
-
-    def flat(*leaves):
-        return linear_attention(**dict(zip(names, leaves, strict=True)), **options, **more)
-
-    with isa(level):
-        leaves = [x.clone().requires_grad_() for x in tensors.values()]
-        assert torch.autograd.gradcheck(flat, leaves, fast_mode=level != available_isas()[-1])
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_compile_whole_graph(name):
-    tensors, options = call(name, torch.float32)
-    torch._dynamo.reset()
-    compiled = torch.compile(linear_attention, fullgraph=True, dynamic=True, backend="aot_eager")
-    assert_same(evaluate(compiled, tensors, options), evaluate(linear_attention, tensors, options))
-
-
-def test_compiled_step():
-    def step(state, **rest):
-        return linear_attention_step(state=state, **rest) * 2
-
-    tensors, options = step_call()
-    expected = step(**{n: x.clone() for n, x in tensors.items()}, **options)
-    torch._dynamo.reset()
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    given_state = tensors["state"].clone()
-    assert torch.equal(compiled(**{**tensors, "state": given_state}, **options), expected)
-    assert not torch.equal(given_state, tensors["state"])
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_meta_and_fake_tensors(name):
-    tensors, options = call(name, torch.float32)
-    more = {} if "window_size" in options else {"output_final_state": True}
-    real = linear_attention(**tensors, **options, **more)
-    meta = {n: x.to("meta") for n, x in tensors.items()}
-    got = linear_attention(**meta, **options, **more)
-    for a, b in zip(*((x,) if torch.is_tensor(x) else x for x in (got, real)), strict=True):
-        assert a.is_meta and (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
-
-
-@pytest.mark.parametrize("name", ["plain", "all", "packed"])
-def test_vmap_of_grad(name):
-    tensors, options = call(name)
-
-    def loss(query, key, rest):
-        return linear_attention(query, key, **rest, **options).square().sum()
-
-    rest = {n: x for n, x in tensors.items() if n not in ("query", "key")}
-    samples = [torch.stack([tensors[n], 2 * tensors[n]]) for n in ("query", "key")]
-    got = torch.vmap(torch.func.grad(loss, (0, 1, 2)), (0, 0, None))(*samples, rest)
-    for i in range(2):
-        expected = torch.func.grad(loss, (0, 1, 2))(*(x[i] for x in samples), rest)
-        for a, b in zip(got[:2], expected[:2], strict=True):
-            torch.testing.assert_close(a[i], b)
-        for n in rest:
-            torch.testing.assert_close(got[2][n][i], expected[2][n])
-
-
-def test_autograd_manners():
-    tensors, options = call("all", torch.float32)
-    before = {n: x.clone() for n, x in tensors.items()}
-    evaluate(linear_attention, tensors, options)
-    assert_same(before, tensors)
-    assert not linear_attention(**tensors, **options).requires_grad
-    leaves = {n: x.clone().requires_grad_() for n, x in tensors.items()}
-    with torch.no_grad():
-        assert not linear_attention(**leaves, **options).requires_grad
-    out = linear_attention(**leaves, **options)
-    (grad,) = torch.autograd.grad(out.sum(), leaves["query"], create_graph=True)
-    with pytest.raises(RuntimeError):
-        grad.sum().backward()
-
-
-def test_autocast():
-    tensors, options = call("all", torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = linear_attention(**tensors, **options)
-    assert out.dtype == torch.bfloat16
-    halves = {n: x.bfloat16() if n in ("query", "key", "value") else x for n, x in tensors.items()}
-    assert torch.equal(out, linear_attention(**halves, **options))
-
-
-def test_results_are_allocated_poisoned(monkeypatch):
-    allocated = []
-    new_empty = torch.Tensor.new_empty
-
-    def watch(self, *args, **kwargs):
-        result = new_empty(self, *args, **kwargs)
-        assert result.isnan().all()
-        allocated.append(result.data_ptr())
-        return result
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", watch)
-    for name in FORMS:
-        results = evaluate(linear_attention, *form(name, tokens=40, dtype=torch.float32))
-        assert results["out"].data_ptr() in allocated
-        assert not any(x.isnan().any() for x in results.values())
-
-
-def test_calls_from_several_python_threads():
-    work = [call(name, torch.float32) for name in CALLS] * 3
-    expected = [evaluate(linear_attention, *item) for item in work]
-    with concurrent.futures.ThreadPoolExecutor(6) as pool:
-        results = pool.map(lambda item: evaluate(linear_attention, *item), work)
-        for got, want in zip(results, expected, strict=True):
-            assert_same(got, want)
-
-
-# ---- errors --------------------------------------------------------------------------------------
-
-
-def x(*shape, **options):
-    return torch.zeros(shape, **options)
-
-
-def attend(*args, **options):
-    """The function on small tensors, of which q, k, v replace some."""
-    q, k, v = (options.pop(n, None) for n in "qkv")
-    given_tensors = (x(1, 6, 2, 4) if t is None else t for t in (q, k, v))
-    return linear_attention(*given_tensors, *args, **options)
-
-
-def step(state=None, **options):
-    state = x(1, 2, 4, 4) if state is None else state
-    return linear_attention_step(*(x(1, 1, 2, 4) for _ in range(3)), state, **options)
-
-
-WRONG = {
-    "query no tensor": (lambda: attend(q=[1.0]), TypeError, "query must be a tensor, got list"),
-    "integers": (lambda: attend(q=x(1, 6, 2, 4, dtype=torch.int64)), TypeError, "query .*int64"),
-    "rank": (lambda: attend(q=x(6, 2, 4)), ValueError, "query must be .*batch.*6, 2, 4"),
-    "key dtype": (lambda: attend(k=x(1, 6, 2, 4).half()), TypeError, "key must .*float16"),
-    "device": (lambda: attend(v=x(1, 6, 2, 4, device="meta")), ValueError, "value .*meta"),
-    "tokens": (lambda: attend(k=x(1, 5, 2, 4)), ValueError, "key must .*1, 6.*1, 5"),
-    "head_dim": (lambda: attend(k=x(1, 6, 2, 3)), ValueError, "key must have the head_dim .*4.*3"),
-    "no dim": (lambda: attend(v=x(1, 6, 2, 0)), ValueError, "value .*at least 1"),
-    "heads": (lambda: attend(v=x(1, 6, 3, 4)), ValueError, "query must have a divisor of 3 .*2"),
-    "feature map": (lambda: attend(feature_map="exp"), ValueError, "feature_map .*taylor2.*'exp'"),
-    "is_causal": (lambda: attend(is_causal=1), TypeError, "is_causal must be a bool, got 1"),
-    "normalize": (lambda: attend(normalize=None), TypeError, "normalize must be a bool"),
-    "reverse": (lambda: attend(reverse="no"), TypeError, "reverse must be a bool"),
-    "output_final_state": (lambda: attend(output_final_state=2), TypeError, "output_final_state"),
-    "eps": (lambda: attend(eps=-1.0), ValueError, "eps must be finite and not negative, got -1"),
-    "eps type": (lambda: attend(eps="0"), TypeError, "eps must be a number"),
-    "scale": (lambda: attend(scale=float("nan")), ValueError, "scale must be finite, got nan"),
-    "scale type": (lambda: attend(scale=x(2)), TypeError, "scale must be a number"),
-    "decay type": (lambda: attend(decay=0.9), TypeError, "decay must be a floating-point tensor"),
-    "decay shape": (lambda: attend(decay=x(1, 6, 3)), ValueError, r"decay .*\(2,\) or \(1, 6, 2\)"),
-    "decay order": (lambda: attend(decay=x(2), is_causal=False), ValueError, "decay .*is_causal"),
-    "decay device": (lambda: attend(decay=x(2, device="meta")), ValueError, "decay must be on"),
-    "beta shape": (lambda: attend(beta=x(2)), ValueError, r"beta must have shape \(1, 6, 2\)"),
-    "beta order": (lambda: attend(beta=x(1, 6, 2), is_causal=False), ValueError, "beta needs"),
-    "beta sums": (lambda: attend(beta=x(1, 6, 2), normalize=True), ValueError, "beta.*normalize"),
-    "beta taylor": (
-        lambda: attend(beta=x(1, 6, 2), feature_map="taylor2"), ValueError, "beta.*taylor2",
-    ),
-    "state type": (lambda: attend(initial_state=0), TypeError, "initial_state must be a floating"),
-    "state shape": (
-        lambda: attend(initial_state=x(1, 2, 4, 5)), ValueError, r"initial_state .*\(2, 4, 4\)",
-    ),
-    "state of sums": (
-        lambda: attend(initial_state=x(1, 2, 4, 4), normalize=True), ValueError, r"\(2, 4, 5\)",
-    ),
-    "state count": (
-        lambda: attend(initial_state=x(2, 2, 4, 4)), ValueError, "initial_state .*1 sequences.* 2",
-    ),
-    "window": (lambda: attend(window_size=0), ValueError, "window_size must be at least 1, got 0"),
-    "window type": (lambda: attend(window_size=2.0), TypeError, "window_size must be an int"),
-    "window state": (
-        lambda: attend(window_size=2, output_final_state=True), ValueError, "window_size .*states",
-    ),
-    "chunk": (lambda: attend(chunk_size=4096), ValueError, "chunk_size must be at most 1024"),
-    "chunk 0": (lambda: attend(chunk_size=0), ValueError, "chunk_size must be at least 1"),
-    "packing type": (
-        lambda: attend(cu_seqlens=torch.tensor([0, 6])), TypeError, "cu_seqlens must be an int32",
-    ),
-    "packing batch": (
-        lambda: linear_attention(*(x(2, 6, 2, 4),) * 3, cu_seqlens=torch.tensor([0, 6]).int()),
-        ValueError, "batch size 1 with cu_seqlens, got 2",
-    ),
-    "packing end": (
-        lambda: attend(cu_seqlens=torch.tensor([0, 5]).int()), ValueError, "cu_seqlens must rise",
-    ),
-    "step state dtype": (
-        lambda: step(x(1, 2, 4, 4).double()), TypeError, "state must be torch.float32 .*float64",
-    ),
-    "step state shape": (lambda: step(x(1, 2, 5, 4)), ValueError, r"state must .*\(2, 4, 4\)"),
-    "step state stride": (
-        lambda: step(x(1, 2, 4, 8)[..., ::2]), ValueError, "state must have unit stride",
-    ),
-    "step states": (lambda: step(x(3, 2, 4, 4)), ValueError, "state must have .*1 batch items.*3"),
-    "slots type": (lambda: step(slots=[0]), TypeError, "slots must be an int32 or int64 tensor"),
-    "slots shape": (lambda: step(slots=torch.tensor([0, 0])), ValueError, r"slots must be \[B\]"),
-    "slots range": (lambda: step(slots=torch.tensor([1])), ValueError, "slots must be between"),
-    "slots twice": (
-        lambda: linear_attention_step(
-            *(x(2, 1, 2, 4),) * 3, x(3, 2, 4, 4), slots=torch.tensor([1, 1])
-        ),
-        ValueError, "slots must not name a state twice",
-    ),
-    "in_place": (lambda: step(in_place=0), TypeError, "in_place must be a bool"),
-    "step gradient": (
-        lambda: step(x(1, 2, 4, 4).requires_grad_()), NotImplementedError, "no gradient",
-    ),
-    "plain rows": (
-        lambda: attnext.taylor_state_to_plain(x(1, 2, 15, 4), 5), ValueError, "21 rows.*head_dim 5",
-    ),
-    "plain type": (lambda: attnext.taylor_state_from_plain(3, 5), TypeError, "state must be"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_errors(name):
-    function, kind, message = WRONG[name]
-    with pytest.raises(kind, match=message):
-        function()
-
-
-@pytest.mark.parametrize("which", range(8))
-def test_binary_refuses_what_does_not_fit(which):
-    """Nobody but the operators calls it; it must not leave its tensors all the same."""
-    q, k, v = (x(1, 6, 2, 4) for _ in range(3))
-    state, out = x(1, 2, 4, 4), x(1, 6, 2, 4)
-    options = [0, True, False, False, True, 0.5, 0.0, 0, 0]
-    attnext._C.linear_forward((q, k, v, None, None, state, None, *options), out, None, state)
-    wrong = [
-        ((q, k[:, :5], v, None, None, state, None, *options), out, None, state),
-        ((q, k, v, x(1, 6, 3), None, state, None, *options), out, None, state),
-        ((q, k, v, None, None, x(1, 2, 4, 5), None, *options), out, None, state),
-        ((q, k, v, None, None, state, [0, 7], *options), out, None, state),
-        ((q, k, v, None, None, state, None, 9, *options[1:]), out, None, state),
-        ((q, k, v, None, None, state, None, *options), out[..., :3], None, state),
-        ((q, k, v, None, None, state, None, *options), out, x(1, 6, 2), state),
-        ((q, k, v, None, None, state, None, *options), out, None, x(1, 2, 4, 8)[..., ::2]),
-    ]
-    with pytest.raises((ValueError, TypeError)):
-        attnext._C.linear_forward(*wrong[which])

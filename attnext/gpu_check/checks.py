@@ -162,7 +162,7 @@ def other_device(device: torch.device) -> None:
 
 def packed_on_either_side(device: torch.device) -> None:
     """``cu_seqlens`` on the CPU and on the GPU."""
-    tensors = _sample(device)
+    tensors = [x[:1] for x in _sample(device)]
     ends = torch.tensor([0, 50, 200], dtype=torch.int32)
     one, other = (_call(*tensors, cu_seqlens_q=x) for x in (ends, ends.to(device)))
     assert torch.equal(one, other), "they give different results"
@@ -195,6 +195,35 @@ def vmapped(device: torch.device) -> None:
     assert torch.equal(out[1], _call(*(x.flip(1) for x in (q, k, v))))
 
 
+def offsets_beyond_32_bits(device: torch.device) -> None:
+    """Rows so far apart that elements are numbered beyond 2^31 (takes 4.3 GB of the GPU)."""
+    tensors = [x[:1] for x in _sample(device)]
+    _, tokens, heads, dim = tensors[0].shape
+    row = heads * dim
+    gap = -(-(2**31) // ((tokens - 1) * row)) * row
+    whole = torch.empty((tokens - 1) * gap + 3 * row, dtype=torch.bfloat16, device=device)
+    results = []
+    for far in (True, False):
+        leaves = tensors
+        if far:
+            leaves = [
+                whole.as_strided(x.shape, (gap, gap, dim, 1), i * row).copy_(x)
+                for i, x in enumerate(tensors)
+            ]
+        leaves = [x.detach().requires_grad_() for x in leaves]
+        out = _call(*leaves)
+        results.append((out, *torch.autograd.grad(out.sum(), leaves)))
+    for got, expected in zip(*results, strict=True):
+        assert torch.equal(got, expected), "rows far apart give another result"
+
+
+def many_heads(device: torch.device) -> None:
+    """More heads than a grid's second axis may have blocks: 70,000."""
+    q, k, v = (x[:1, :33, :1].expand(70_000, -1, -1, -1) for x in _sample(device))
+    out = _call(q, k, v)
+    assert torch.equal(out[-1:], _call(q[:1], k[:1], v[:1])), "the last head differs"
+
+
 LAUNCHES: dict[str, Callable[[torch.device], None]] = {
     function.__name__.replace("_", "-"): function
     for function in (
@@ -204,6 +233,8 @@ LAUNCHES: dict[str, Callable[[torch.device], None]] = {
         side_stream,
         other_device,
         packed_on_either_side,
+        offsets_beyond_32_bits,
+        many_heads,
         autocast,
         compiled,
         vmapped,

@@ -162,6 +162,7 @@ def _problems() -> list[Problem]:
     near("na3d-4x6x7-causal", (4, 6, 7), (2, 3, 3), is_causal=(True, False, False))
     tile("window-15x9", (15, 9), 7, {"bias": (7, 7)}, shift=3)
     tile("window-3d", (4, 6, 5), (2, 3, 4), shift=(1, 0, 2))
+    tile("window-spare-rows", (10, 19), (12, 10), {"bias": (5, 10)}, shift=(17, 0))
     tile("window-overlap", (12, 12), 4, {"bias": (7, 7)}, key_window_size=6)
 
     # Head dimensions: each bucket, what does not fill one, values with a dimension of their own.

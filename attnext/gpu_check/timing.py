@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A few cases timed beside their peers: torch's SDPA with a mask, FlexAttention, NATTEN.
+"""A few cases timed beside their peers: torch's SDPA with a mask, FlashAttention-2 as torch has it
+(its local windows), FlexAttention, NATTEN.
 
 Calls are interleaved, each between two CUDA events, the L2 cache overwritten before each. A figure
 is given only where the result is right: attnext's beside a few rows of float64, a peer's beside
@@ -140,6 +141,22 @@ def _sdpa(case: Case, device: torch.device) -> Call:
     return call
 
 
+def _flash(case: Case, device: torch.device) -> Call:
+    """FlashAttention-2 with its own local window, by the operator under torch's SDPA."""
+    if case.op != "sliding":
+        raise Unavailable("has windows on one axis only")
+    n, window = case.tokens[0], case.window[0]
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = torch.ops.aten._flash_attention_forward(
+            q, k, v, None, None, n, n, 0.0, True, False, scale=case.head_dim**-0.5,
+            window_size_left=window - 1, window_size_right=0,
+        )[0]  # fmt: skip
+        return out
+
+    return call
+
+
 def mask_of(case: Case, device: torch.device) -> Callable[..., Tensor]:
     """The mask as FlexAttention asks for it, from the indices of a query and a key."""
     axes = []
@@ -191,8 +208,8 @@ def _natten(case: Case, device: torch.device) -> Call:
     return lambda q, k, v: function(q, k, v, **options)
 
 
-CONTENDERS = {"attnext": _attnext, "SDPA, dense mask": _sdpa, "FlexAttention": _flex,
-              "NATTEN": _natten}  # fmt: skip
+CONTENDERS = {"attnext": _attnext, "SDPA, dense mask": _sdpa, "FlashAttention-2": _flash,
+              "FlexAttention": _flex, "NATTEN": _natten}  # fmt: skip
 
 
 # ---- time ----------------------------------------------------------------------------------------

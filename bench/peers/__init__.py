@@ -6,6 +6,7 @@ from __future__ import annotations
 from ..cases import Case
 from .contender import Contender
 from .flex import Flex, FlexTiles
+from .linear import TorchChunked
 from .naive import Gather
 from .own import Attnext
 from .packages import LocalAttention, Natten
@@ -27,6 +28,7 @@ CONTENDERS: dict[str, Contender] = {
         Natten(),
         LocalAttention(),
         Gather(),
+        TorchChunked(),
     )
 }
 
@@ -44,5 +46,7 @@ def contenders_for(case: Case, names: tuple[str, ...] = ()) -> list[Contender]:
     return [
         contender
         for name, contender in CONTENDERS.items()
-        if (not names or name in names) and contender.is_meant_for(case)
+        if (not names or name in names)
+        and case.op in contender.ops
+        and contender.is_meant_for(case)
     ]

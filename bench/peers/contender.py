@@ -21,6 +21,8 @@ class Contender(ABC):
     #: False: solves the case without its window, to show what the window saves. It is then held
     #: against that other problem, and its figures are marked.
     windowed: bool = True
+    #: What it has a form for.
+    ops: tuple[str, ...] = ("sliding", "neighborhood", "window")
 
     def is_meant_for(self, case: Case) -> bool:
         """Whether to be listed at all; what fails later is listed with the reason."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import attnext
 
+from ..cases import LinearCase
 from ..problem import AS_IS, Prepared, Problem, leaves_of
 from .contender import Contender
 
@@ -16,6 +17,7 @@ from .contender import Contender
 class Attnext(Contender):
     name = "attnext"
     about = "this library, heads last, no preparation"
+    ops = (*Contender.ops, "linear")
 
     def prepare(self, problem: Problem, training: bool) -> Prepared:
         case = problem.case
@@ -40,5 +42,18 @@ class Attnext(Contender):
         def window() -> Tensor:
             return attnext.window_attention(q, k, v, case.window, case.shift, **options)
 
-        calls = {"sliding": sliding, "neighborhood": neighborhood, "window": window}
+        def linear() -> Tensor:
+            assert isinstance(case, LinearCase)
+            feature_map, normalize = case.feature_map, case.normalize
+            out: Tensor = attnext.linear_attention(
+                q, k, v, feature_map=feature_map, normalize=normalize
+            )
+            return out
+
+        calls = {
+            "sliding": sliding,
+            "neighborhood": neighborhood,
+            "window": window,
+            "linear": linear,
+        }
         return Prepared(calls[case.op], leaves, layouts)

@@ -34,12 +34,12 @@ class Problem {
       : p(params),
         kernels(linear_kernels(params.dtype)),
         rows(p.num_sequences * p.heads),
-        segment_(kernels.segment(p)),
         state_bytes(kernels.state_size(p, p.head_dim_v) * acc_size(p.dtype)) {
     double tokens = 0;
     for (int64_t n = 0; n < p.num_sequences; ++n) {
       tokens += static_cast<double>(length(n));
       most_segments = std::max(most_segments, segments(n));
+      most_chunk = std::max(most_chunk, kernels.chunk(p, length(n)));
     }
     serial = tokens * p.heads * p.features() * p.head_dim_v < kSerialWork;
     const int64_t threads = serial ? 1 : max_threads();
@@ -47,15 +47,40 @@ class Problem {
   }
 
   int64_t length(int64_t n) const { return p.sequences[n].end - p.sequences[n].begin; }
-  int64_t segments(int64_t n) const { return (length(n) + segment_ - 1) / segment_; }
+  int64_t segment_length(int64_t n) const {
+    return kernels.segment(p, kernels.chunk(p, length(n)));
+  }
+  int64_t segments(int64_t n) const {
+    const int64_t each = segment_length(n);
+    return (length(n) + each - 1) / each;
+  }
   LinearItem row(int64_t r) const {
-    return {r / p.heads, r % p.heads, 0, length(r / p.heads), 0, p.head_dim_v};
+    const int64_t n = r / p.heads;
+    return {n, r % p.heads, 0, length(n), 0, p.head_dim_v, kernels.chunk(p, length(n))};
   }
   LinearItem segment(int64_t r, int64_t s) const {
     LinearItem item = row(r);
-    item.begin = s * segment_;
-    item.end = std::min(item.end, item.begin + segment_);
+    const int64_t each = segment_length(item.sequence);
+    item.begin = s * each;
+    item.end = std::min(item.end, item.begin + each);
     return item;
+  }
+
+  // f(first row, count) for groups of heads of one sequence, which take turns segment by segment:
+  // rows of a token lie side by side, and a page of them comes from memory once.
+  template <class F>
+  void for_each_turn(F f) const {
+    const int64_t wanted = max_threads() > 1 ? 2 * max_threads() : 1;  // items, for balance
+    const int64_t groups =
+        std::min(p.heads, (wanted + p.num_sequences - 1) / std::max<int64_t>(p.num_sequences, 1));
+    const int64_t each = (p.heads + groups - 1) / std::max<int64_t>(groups, 1);
+    const int64_t of_sequence = (p.heads + each - 1) / std::max<int64_t>(each, 1);
+    parallel_for(p.num_sequences * of_sequence, 1, serial, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t head = i % of_sequence * each;
+        f(i / of_sequence * p.heads + head, std::min(each, p.heads - head));
+      }
+    });
   }
 
   // A row's place in a tensor of states.
@@ -83,14 +108,8 @@ class Problem {
     }
   }
 
-  const int64_t rows;
-
- private:
-  const int64_t segment_;
-
- public:
-  const int64_t state_bytes;
-  int64_t most_segments = 0;
+  const int64_t rows, state_bytes;
+  int64_t most_segments = 0, most_chunk = 1;
   bool serial, split;
 };
 
@@ -152,34 +171,45 @@ void for_each(int64_t n, bool serial, F f) {
 class Forward : public Problem {
  public:
   explicit Forward(const LinearParams& params)
-      : Problem(params), scratch_bytes_(kernels.forward_scratch(p, p.head_dim_v)) {}
+      : Problem(params), scratch_bytes_(kernels.forward_scratch(p, p.head_dim_v, most_chunk)) {}
 
   void run() {
     if (p.delta()) {
       run_delta();
     } else if (split) {
       run_split();
+    } else if (!p.causal) {
+      for_each(rows, serial, [&](int64_t r) { sum_and_read(r); });
     } else {
-      for_each(rows, serial, [&](int64_t r) { p.causal ? walk(r) : sum_and_read(r); });
+      for_each_turn([&](int64_t r, int64_t n) { walk(r, n); });
     }
   }
 
  private:
   void* scratch() const { return thread_buffer(0, scratch_bytes_); }
-  char* room(int count) const { return static_cast<char*>(thread_buffer(1, count * state_bytes)); }
+  char* room(int64_t count) const {
+    return static_cast<char*>(thread_buffer(1, count * state_bytes));
+  }
 
-  void walk(int64_t r) {
-    char* const memory = room(2);
-    void* const local = memory + state_bytes;
-    const LinearItem item = row(r);
-    State carry = load(item, p.initial_state, r, memory);
-    const int64_t count = segments(item.sequence);
+  void walk(int64_t first, int64_t n) {
+    char* const memory = room(n + 1);
+    void* const local = memory + n * state_bytes;
+    std::vector<State> carries;
+    for (int64_t r = first; r < first + n; ++r) {
+      carries.push_back(load(row(r), p.initial_state, r, memory + (r - first) * state_bytes));
+    }
+    const int64_t count = segments(first / p.heads);
     for (int64_t s = 0; s < count; ++s) {
       const bool keep = s + 1 < count || p.final_state;
-      kernels.forward(p, segment(r, s), carry.get(), local, true, keep, scratch());
-      if (keep) advance(&carry, local);
+      for (int64_t r = first; r < first + n; ++r) {
+        State& carry = carries[r - first];
+        kernels.forward(p, segment(r, s), carry.get(), local, true, keep, scratch());
+        if (keep) advance(&carry, local);
+      }
     }
-    store(item, carry, p.final_state, r);
+    for (int64_t r = first; r < first + n; ++r) {
+      store(row(r), carries[r - first], p.final_state, r);
+    }
   }
 
   void sum_and_read(int64_t r) {
@@ -251,13 +281,15 @@ class Forward : public Problem {
 class Backward : public Problem {
  public:
   explicit Backward(const LinearParams& params)
-      : Problem(params), scratch_bytes_(kernels.backward_scratch(p, p.head_dim_v)) {}
+      : Problem(params), scratch_bytes_(kernels.backward_scratch(p, p.head_dim_v, most_chunk)) {}
 
   void run() {
     if (split) {
       run_split();
+    } else if (!p.causal) {
+      for_each(rows, serial, [&](int64_t r) { sum_and_read(r); });
     } else {
-      for_each(rows, serial, [&](int64_t r) { p.causal ? walk(r) : sum_and_read(r); });
+      for_each_turn([&](int64_t r, int64_t n) { walk(r, n); });
     }
   }
 
@@ -268,39 +300,50 @@ class Backward : public Problem {
   }
 
   // States at the start of every segment, then the segments from the last to the first.
-  void walk(int64_t r) {
-    const LinearItem item = row(r);
-    const int64_t count = segments(item.sequence);
-    char* const memory = room(count + 2);
-    void* const local = memory + count * state_bytes;
-    std::vector<State> carries(std::max<int64_t>(count, 1));
-    if (count > 0) carries[0] = load(item, p.initial_state, r, memory);
-    if (p.delta() && !carries[0].empty) std::memcpy(local, carries[0].data, state_bytes);
+  void walk(int64_t first, int64_t n) {
+    const int64_t count = segments(first / p.heads);
+    // Grows with the sequence, so it is not kept.
+    const Memory held = allocate(n * (count + 2) * state_bytes);
+    char* const memory = held.get();
+    std::vector<State> carries(n * std::max<int64_t>(count, 1)), dcarries;
+    for (int64_t i = 0; i < n; ++i) {
+      char* const own = memory + i * (count + 2) * state_bytes;
+      if (count > 0) carries[i * count] = load(row(first + i), p.initial_state, first + i, own);
+      for (int64_t s = 1; s < count; ++s) carries[i * count + s].data = own + s * state_bytes;
+      void* const last = own + (count + 1) * state_bytes;
+      dcarries.push_back(load(row(first + i), p.dfinal_state, first + i, last));
+    }
+    const auto local = [&](int64_t i) { return memory + (i * (count + 2) + count) * state_bytes; };
     for (int64_t s = 0; s + 1 < count; ++s) {
-      State& next = carries[s + 1];
-      next.data = memory + (s + 1) * state_bytes;
-      next.empty = carries[s].empty;
-      if (p.delta()) {
-        kernels.sum_keys(p, segment(r, s), local, carries[s].empty, scratch());
-        next.empty = true;
-      } else {
-        if (!next.empty) std::memcpy(next.data, carries[s].data, state_bytes);
-        kernels.sum_keys(p, segment(r, s), local, true, scratch());
+      for (int64_t i = 0; i < n; ++i) {
+        State *carry = &carries[i * count + s], *next = carry + 1;
+        if (!carry->empty) std::memcpy(next->data, carry->data, state_bytes);
+        if (p.delta()) {  // the next one is this one, further on
+          kernels.sum_keys(p, segment(first + i, s), next->data, carry->empty, scratch());
+          next->empty = false;
+        } else {
+          next->empty = carry->empty;
+          kernels.sum_keys(p, segment(first + i, s), local(i), true, scratch());
+          advance(next, local(i));
+        }
       }
-      advance(&next, local);
     }
-    State dcarry = load(item, p.dfinal_state, r, memory + (count + 1) * state_bytes);
     for (int64_t s = count - 1; s >= 0; --s) {
-      if (p.delta()) {
-        kernels.backward(p, segment(r, s), carries[s].get(), nullptr, dcarry.data, dcarry.empty,
-                         scratch());
-        dcarry.empty = false;
-      } else {
-        kernels.backward(p, segment(r, s), carries[s].get(), dcarry.get(), local, true, scratch());
-        advance(&dcarry, local);
+      for (int64_t i = 0; i < n; ++i) {
+        const void* carry = carries[i * count + s].get();
+        State& dcarry = dcarries[i];
+        if (p.delta()) {
+          kernels.backward(p, segment(first + i, s), carry, nullptr, dcarry.data, dcarry.empty,
+                           scratch());
+          dcarry.empty = false;
+        } else {
+          kernels.backward(p, segment(first + i, s), carry, dcarry.get(), local(i), true,
+                           scratch());
+          advance(&dcarry, local(i));
+        }
       }
     }
-    store(item, dcarry, p.dinitial_state, r);
+    for (int64_t i = 0; i < n; ++i) store(row(first + i), dcarries[i], p.dinitial_state, first + i);
   }
 
   void sum_and_read(int64_t r) {

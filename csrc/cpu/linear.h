@@ -21,16 +21,17 @@ struct LinearItem {
   int64_t sequence, head;
   int64_t begin, end;
   int64_t column, columns;
+  int64_t chunk;  // tokens worked on together
 };
 
 // A state as kernels hold it: [features][columns padded to vectors], the normaliser's sums, and in
 // the last place the factor by which it lets an earlier state through.
 struct LinearKernels {
-  int64_t (*chunk)(const LinearParams&);                        // tokens
-  int64_t (*segment)(const LinearParams&);                      // tokens, a multiple of the chunk
+  int64_t (*chunk)(const LinearParams&, int64_t length);        // tokens, for a sequence
+  int64_t (*segment)(const LinearParams&, int64_t chunk);       // tokens, a multiple of the chunk
   int64_t (*state_size)(const LinearParams&, int64_t columns);  // numbers
-  int64_t (*forward_scratch)(const LinearParams&, int64_t columns);  // bytes
-  int64_t (*backward_scratch)(const LinearParams&, int64_t columns);
+  int64_t (*forward_scratch)(const LinearParams&, int64_t columns, int64_t chunk);  // bytes
+  int64_t (*backward_scratch)(const LinearParams&, int64_t columns, int64_t chunk);
   int lanes;
 
   // Between a state and its place in a tensor; without a source it becomes zero.

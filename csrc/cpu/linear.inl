@@ -64,7 +64,7 @@ ATTNEXT_INLINE VecOf<Acc> power(VecOf<Acc> x) {
 template <FeatureMap kMap, class Acc>
 ATTNEXT_INLINE VecOf<Acc> feature(VecOf<Acc> x) {
   if constexpr (kMap == FeatureMap::kElu) {
-    const VecOf<Acc> below = power<Acc>((x > 0 ? VecOf<Acc>{} : x) * Acc(kLog2E));
+    const VecOf<Acc> below = exp2((x > 0 ? VecOf<Acc>{} : x) * Acc(kLog2E));
     return x > 0 ? x + Acc(1) : below;
   } else if constexpr (kMap == FeatureMap::kRelu) {
     return x < 0 ? VecOf<Acc>{} : x;
@@ -134,6 +134,19 @@ void pack_lanes(FeatureMap map, const T* rows, int64_t step, int64_t count, int6
     pack_lanes<FeatureMap::kRelu>(rows, step, count, dim, out, ld);
   } else {
     pack_lanes<FeatureMap::kIdentity>(rows, step, count, dim, out, ld);
+  }
+}
+
+// Starts loading token rows whose turn comes soon, into the second-level cache: rows a power of two
+// apart would push each other out of the first.
+template <class T>
+ATTNEXT_INLINE void fetch_rows(const T* rows, int64_t step, int64_t count, int64_t dim) {
+  constexpr int64_t kLine = 64;
+  for (int64_t t = 0; t < count; ++t) {
+    const char* row = reinterpret_cast<const char*>(rows + t * step);
+    for (int64_t at = 0; at < dim * static_cast<int64_t>(sizeof(T)); at += kLine) {
+      __builtin_prefetch(row + at, 0, 2);
+    }
   }
 }
 
@@ -336,7 +349,7 @@ struct LinearHead {
   LinearHead(const LinearParams& params, const LinearItem& work)
       : p(params),
         item(work),
-        chunk(chunk_of(params)),
+        chunk(work.chunk),
         ld(whole_vectors<Acc>(chunk)),
         features(params.features()),
         columns(work.columns),
@@ -344,7 +357,6 @@ struct LinearHead {
 
   bool taylor() const { return p.feature_map == FeatureMap::kTaylor2; }
   bool decays() const { return p.decay.data != nullptr; }
-  Acc score(Acc s) const { return taylor() ? 1 + s + s * s / 2 : s; }
 
   // Row of token t, counted in the order of processing; the next one is step(ref) further.
   template <class U>
@@ -353,6 +365,12 @@ struct LinearHead {
     const int64_t token = p.reverse ? s.end - 1 - t : s.begin + t;
     const int64_t head = item.head / (p.heads / heads);
     return static_cast<U*>(ref.data) + s.batch * ref.batch + token * ref.token[2] + head * ref.head;
+  }
+  // The rows of the chunk after the one at t, if there is one.
+  void fetch_next(const TensorRef& ref, int64_t t, int64_t heads, int64_t dim) const {
+    const int64_t next = t + chunk;
+    if (next >= item.end) return;
+    fetch_rows(row<const T>(ref, next, heads), step(ref), min64(chunk, item.end - next), dim);
   }
   int64_t step(const TensorRef& ref) const { return p.reverse ? -ref.token[2] : ref.token[2]; }
 
@@ -368,17 +386,21 @@ struct LinearHead {
   Acc& factor(Acc* state) const { return state[state_size() - 1]; }
   Acc factor(const Acc* state) const { return state[state_size() - 1]; }
 
-  static int64_t chunk_of(const LinearParams& params) {
+  static int64_t chunk_of(const LinearParams& params, int64_t length) {
     if (params.chunk > 0) return params.chunk;
+    // Up to here, as measured, the products of all pairs cost less than features and states.
+    constexpr int64_t kShortTaylor = 256;
+    const bool is_taylor = params.feature_map == FeatureMap::kTaylor2;
+    if (is_taylor && length <= kShortTaylor) return max64(length, 1);
     // Work inside chunks grows with them, traffic of states shrinks.
     return params.features() * params.head_dim_v <= 64 * 64 ? 32 : 64;
   }
-  static int64_t segment_of(const LinearParams& params) {
+  static int64_t segment_of(const LinearParams& params, int64_t chunk) {
     // The backward pass holds a segment's states, which should stay in a second-level cache.
     constexpr int64_t kHeldBytes = 512 << 10;
     const int64_t bytes =
         size_of_state(params, params.head_dim_v) * static_cast<int64_t>(sizeof(Acc));
-    return chunk_of(params) * max64(4, min64(16, kHeldBytes / bytes));
+    return chunk * max64(4, min64(16, kHeldBytes / bytes));
   }
 
   void load_state(const Acc* source, Acc* state) const {

@@ -112,7 +112,7 @@ class LinearBackward : public LinearHead<T> {
   void* past(void* scratch) const {
     return scratch ? static_cast<char*>(scratch) + again_.scratch_bytes() : nullptr;
   }
-  int64_t segment() const { return Head::segment_of(p); }
+  int64_t segment() const { return Head::segment_of(p, chunk); }
 
   void make_states(int64_t chunks, const Acc* carry) {
     bool fresh = true;
@@ -151,6 +151,8 @@ class LinearBackward : public LinearHead<T> {
     if (p.normalize) {
       const T* out = this->template row<const T>(p.out, t, p.heads) + item.column;
       const Acc* denominator = this->template row<const Acc>(p.denominator, t, p.heads);
+      const Acc* ddenominator =
+          p.ddenominator.data ? this->template row<const Acc>(p.ddenominator, t, p.heads) : nullptr;
       for (int64_t i = 0; i < ld; ++i) dsum_[i] = 0;
       for (int64_t i = 0; i < count; ++i) {
         const Acc inverse = 1 / denominator[i * this->step(p.denominator)];
@@ -161,6 +163,7 @@ class LinearBackward : public LinearHead<T> {
           store(dout_ + i * width + c, d * inverse);
         }
         dsum_[i] = -add_lanes<Acc>(sum) * inverse;
+        if (p.ddenominator.data) dsum_[i] += ddenominator[i * this->step(p.ddenominator)];
       }
     }
     pack_lanes<FeatureMap::kIdentity, Acc, Acc>(dout_, width, count, columns, dout_lanes_, ld);
@@ -210,8 +213,12 @@ class LinearBackward : public LinearHead<T> {
       for (int64_t i = 0; i < dim * ld; ++i) dq_[i] = dk_[i] = 0;
       return;
     }
-    product<By::kColumns>(count, lanes, dim, q_, ld, k_, ld, s_, ld, false);
-    product<By::kColumns>(count, lanes, columns, dout_lanes_, ld, v_lanes_, ld, dp_, ld, false);
+    for (int64_t i = 0; i < count; i += kRows) {
+      const int64_t rows = min64(kRows, count - i), seen = whole_vectors<Acc>(i + rows);
+      product<By::kColumns>(rows, seen, dim, q_ + i, ld, k_, ld, s_ + i * ld, ld, false);
+      product<By::kColumns>(rows, seen, columns, dout_lanes_ + i, ld, v_lanes_, ld, dp_ + i * ld,
+                            ld, false);
+    }
     if (decays()) {
       for (int64_t i = 0; i < 2 * ld; ++i) pairs_[i] = 0;
     }
@@ -243,7 +250,10 @@ class LinearBackward : public LinearHead<T> {
     clear_lanes(dp_lanes_, count, count, lanes);
     product<By::kRows>(dim, lanes, count, k_, ld, dp_lanes_, ld, dq_, ld, false);
     product<By::kRows>(dim, lanes, count, q_, ld, dp_, ld, dk_, ld, false);
-    product<By::kColumns>(count, width, count, s_, ld, dout_, width, dv_, width, false);
+    for (int64_t j = 0; j < count; j += kRows) {  // queries from the key on
+      product<By::kColumns>(min64(kRows, count - j), width, count - j, s_ + j * ld + j, ld,
+                            dout_ + j * width, width, dv_ + j * width, width, false);
+    }
   }
   void clear_lanes(Acc* x, int64_t rows, int64_t from, int64_t to) {
     for (int64_t r = 0; r < rows; ++r) {
@@ -275,8 +285,10 @@ class LinearBackward : public LinearHead<T> {
       if (decays()) dot_lanes(kf_, df_, features, lanes, slope_k_, false);
       if (decays()) scale_lanes(df_, features, ld, lanes, decay_.to_end);
       chain(k_, false, lanes, dk_);
+      product<By::kColumns>(count, width, features, kf_, ld, after, width, dv_, width, p.causal);
+    } else if (!p.causal) {
+      for (int64_t i = 0; i < count * width; ++i) dv_[i] = 0;
     }
-    product_or_zero(after, count);
     if (before) {
       product<By::kRows>(features, lanes, columns, before, width, dout_lanes_, ld, df_, ld, false);
       if (p.normalize) add_sums(this->sums(before), dsum_, lanes);
@@ -292,15 +304,6 @@ class LinearBackward : public LinearHead<T> {
       store_rows(this->template row<T>(p.dvalue, t, p.heads), this->step(p.dvalue), count);
     } else {
       store_rows(this->template row<Acc>(p.dvalue, t, p.heads), this->step(p.dvalue), count);
-    }
-  }
-
-  // dv_ += decayed features of keys times the gradient of the state.
-  void product_or_zero(const Acc* after, int64_t count) {
-    if (after) {
-      product<By::kColumns>(count, width, features, kf_, ld, after, width, dv_, width, p.causal);
-    } else if (!p.causal) {
-      for (int64_t i = 0; i < count * width; ++i) dv_[i] = 0;
     }
   }
 

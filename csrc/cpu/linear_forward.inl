@@ -84,7 +84,7 @@ class LinearForward : public LinearHead<T> {
   double chunk_decay() const { return decays() ? decay_.total : 0; }
 
  private:
-  static constexpr int64_t kBlock = 4 * kRows;  // rows of scores at a time
+  static constexpr int64_t kBlock = kRows;  // rows of scores at a time
 
   void pack_queries(int64_t t, int64_t count) {
     pack_lanes<T, Acc>(p.feature_map, this->template row<const T>(p.query, t, p.query_heads),
@@ -117,6 +117,7 @@ class LinearForward : public LinearHead<T> {
 
   void attend(int64_t t, int64_t count, const Acc* state) {
     const int64_t lanes = whole_vectors<Acc>(count);
+    this->fetch_next(p.query, t, p.query_heads, p.head_dim);
     for (int64_t i = 0; i < count && p.causal; i += kBlock) {
       const int64_t rows = min64(kBlock, count - i);
       const int64_t seen = whole_vectors<Acc>(i + rows);
@@ -124,11 +125,13 @@ class LinearForward : public LinearHead<T> {
       finish_scores(i, rows);
       product_lower(i, rows, width, scores_, ld, v_, width, out_ + i * width, width, false);
     }
+    if (p.causal) this->fetch_next(p.key, t, p.key_heads, p.head_dim);
     if (decays() && state) scale_lanes(qf_, features, ld, lanes, decay_.from_start);
     if (state) {
       product<By::kColumns>(count, width, features, qf_, ld, state, width, out_, width, p.causal);
       if (p.normalize) weigh_rows(qf_, features, ld, lanes, this->sums(state), sum_, p.causal);
     }
+    if (p.causal) this->fetch_next(p.value, t, p.value_heads, p.head_dim_v);
     store_out(t, count, state || p.causal);
   }
 

@@ -16,13 +16,15 @@ struct LinearEntry {
   using Backward = LinearBackward<T>;
   using Acc = typename Head::Acc;
 
-  static LinearItem of_columns(int64_t columns) { return {0, 0, 0, 0, 0, columns}; }
-
-  static int64_t forward_scratch(const LinearParams& p, int64_t columns) {
-    return Forward(p, of_columns(columns), nullptr).scratch_bytes();
+  static LinearItem of_size(int64_t columns, int64_t chunk) {
+    return {0, 0, 0, 0, 0, columns, chunk};
   }
-  static int64_t backward_scratch(const LinearParams& p, int64_t columns) {
-    return Backward(p, of_columns(columns), nullptr).scratch_bytes();
+
+  static int64_t forward_scratch(const LinearParams& p, int64_t columns, int64_t chunk) {
+    return Forward(p, of_size(columns, chunk), nullptr).scratch_bytes();
+  }
+  static int64_t backward_scratch(const LinearParams& p, int64_t columns, int64_t chunk) {
+    return Backward(p, of_size(columns, chunk), nullptr).scratch_bytes();
   }
   static void load_state(const LinearParams& p, const LinearItem& item, const void* source,
                          void* state) {
@@ -33,7 +35,7 @@ struct LinearEntry {
     Head(p, item).store_state(static_cast<const Acc*>(state), static_cast<Acc*>(target));
   }
   static void advance(const LinearParams& p, int64_t columns, void* carry, const void* local) {
-    const LinearItem item = of_columns(columns);
+    const LinearItem item = of_size(columns, 1);
     Head(p, item).advance(static_cast<Acc*>(carry), static_cast<const Acc*>(local));
   }
   static void sum_keys(const LinearParams& p, const LinearItem& item, void* local, bool fresh,

@@ -226,6 +226,10 @@ struct Block {
   ATTNEXT_DEVICE Finder& finder(int which) const {
     return reinterpret_cast<Finder*>(memory + S::kFindersAt)[which];
   }
+  // For the kernel: where it has what it knows of the first walked token of the map.
+  ATTNEXT_DEVICE uint64_t& origin() const {
+    return *reinterpret_cast<uint64_t*>(memory + S::kFindersAt + 3 * sizeof(Finder));
+  }
   ATTNEXT_DEVICE void set_finders() const {
     const int which = threadIdx.x;
     if (which > 2) return;

@@ -89,10 +89,20 @@ namespace cuda {
   X(window_merge_bias, float)
 // clang-format on
 
-// Blocks that an SM must have room for: the compiler then keeps to as many registers.
+// Blocks that an SM must have room for: the compiler then keeps to as many registers. Where shared
+// memory has room for no more than 12 warps, there are registers for 12.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
+constexpr int kWideWarps = 12;
+#else
+constexpr int kWideWarps = 16;
+#endif
 constexpr int least_blocks(int dim, int warps, int frags, bool modified) {
-  return dim <= 64 && frags == 1 && !modified ? 16 / warps : 1;
+  return frags > 1 || dim > 64 || modified ? 1 : (dim == 64 ? kWideWarps : 16) / warps;
 }
+
+// Numbers that a kernel keeps of each walked key, and of each walked query.
+constexpr int key_numbers(bool modified) { return modified ? 1 : 0; }
+constexpr int query_numbers(bool modified) { return modified ? 7 : 4; }
 
 // Shared memory of a block: tiles of rows that stay, two stages of two operands of the walk, where
 // the rows of the walk are, and numbers of walked tokens. Shared memory of every kernel fits in the
@@ -105,7 +115,7 @@ struct SharedPlan {
   static constexpr int kPlacesAt = kWalkAt + 2 * 2 * kWalkTile;
   static constexpr int kNumbersAt = kPlacesAt + 2 * 2 * kStep * 4;  // buffers, operands
   static constexpr int kFindersAt = kNumbersAt + 3 * kNumbers * kStep * 4;
-  static constexpr int kOuterAt = kFindersAt + 3 * 16;
+  static constexpr int kOuterAt = kFindersAt + 3 * 16 + 16;
   static constexpr int kOuter = 8;                                   // ints of a warp: see Steps
   static constexpr int kBytes = kOuterAt + kRows / 16 * kOuter * 4;  // a warp has 16 rows at least
   static_assert(kRows * 8 <= 4 * kWalkTile, "addresses of rows lie where the walk will be");

@@ -116,6 +116,7 @@ class Plan {
     l.decay = p.decay;
     l.beta = p.beta;
     l.denominator = p.denominator;
+    l.ddenominator = p.ddenominator;
     l.before_segments = l.after_segments = 1;
     l.state_size = state_size_;
     set_layout(&l, false);

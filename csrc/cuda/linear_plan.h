@@ -53,6 +53,7 @@ struct LinearLaunch {
   int32_t out_fp32;
   ScanRows raw;  // `out` is a gradient of features; of what they are features, or no data
   TensorRef decay, beta;
+  TensorRef ddenominator;  // its own gradient; may be null
   TensorRef denominator;   // Extension::kColumn divides by it where there are outputs
   float scale;             // on outputs
   float inner_scale;       // on what enters S

@@ -26,7 +26,8 @@ ATTNEXT_DEVICE void combine_segments(const LinearLaunch& p) {
   if (p.after) p.after[which * p.state_size + number] = carry;
 }
 
-// {scale / denominator, -dO.o} of each token and head: kLanes threads a row.
+// {scale / denominator, -dO.o} of each token and head: kLanes threads a row. The second over the
+// denominator is the denominator's gradient: one that it has of its own joins.
 template <class T>
 ATTNEXT_DEVICE void find_numbers(const LinearLaunch& p) {
   constexpr int kLanes = 8;
@@ -50,6 +51,9 @@ ATTNEXT_DEVICE void find_numbers(const LinearLaunch& p) {
   for (int step = kLanes / 2; step > 0; step /= 2) dot += __shfl_xor_sync(~0u, dot, step);
   if (!live || lane > 0) return;
   const float by = static_cast<const float*>(p.denominator.data)[offset(p.denominator)];
+  if (p.ddenominator.data) {
+    dot -= static_cast<const float*>(p.ddenominator.data)[offset(p.ddenominator)] * by;
+  }
   reinterpret_cast<float2*>(p.numbers)[index] = make_float2(p.scale / by, -dot);
 }
 

@@ -33,18 +33,18 @@ constexpr DType dtype_of() {
          {dim, warps, frags, step, slices},                                                       \
          modified,                                                                                \
          SharedPlan<sizeof(T), dim, (warps) * (frags) * 16, step, held, numbers>::kBytes},
-#define ATTNEXT_DESCRIBE_FORWARD(name, T, dim, warps, frags, step, modified, slices)        \
-  ATTNEXT_DESCRIBE(Pass::kForward, 1, (modified) ? 1 : 0, name, T, dim, warps, frags, step, \
+#define ATTNEXT_DESCRIBE_FORWARD(name, T, dim, warps, frags, step, modified, slices)           \
+  ATTNEXT_DESCRIBE(Pass::kForward, 1, key_numbers(modified), name, T, dim, warps, frags, step, \
                    modified, slices)
-#define ATTNEXT_DESCRIBE_QUERY(name, T, dim, warps, frags, step, modified, slices)                \
-  ATTNEXT_DESCRIBE(Pass::kQueryGradient, 2, (modified) ? 1 : 0, name, T, dim, warps, frags, step, \
-                   modified, slices)
-#define ATTNEXT_DESCRIBE_KEY(name, T, dim, warps, frags, step, modified, slices)                \
-  ATTNEXT_DESCRIBE(Pass::kKeyGradient, 2, (modified) ? 6 : 3, name, T, dim, warps, frags, step, \
-                   modified, slices)
-#define ATTNEXT_DESCRIBE_BIAS(name, T, dim, warps, frags, step, modified, slices)                \
-  ATTNEXT_DESCRIBE(Pass::kBiasGradient, 2, (modified) ? 1 : 0, name, T, dim, warps, frags, step, \
-                   modified, slices)
+#define ATTNEXT_DESCRIBE_QUERY(name, T, dim, warps, frags, step, modified, slices)             \
+  ATTNEXT_DESCRIBE(Pass::kQueryGradient, 2, key_numbers(modified), name, T, dim, warps, frags, \
+                   step, modified, slices)
+#define ATTNEXT_DESCRIBE_KEY(name, T, dim, warps, frags, step, modified, slices)               \
+  ATTNEXT_DESCRIBE(Pass::kKeyGradient, 2, query_numbers(modified), name, T, dim, warps, frags, \
+                   step, modified, slices)
+#define ATTNEXT_DESCRIBE_BIAS(name, T, dim, warps, frags, step, modified, slices)             \
+  ATTNEXT_DESCRIBE(Pass::kBiasGradient, 2, key_numbers(modified), name, T, dim, warps, frags, \
+                   step, modified, slices)
 #define ATTNEXT_DESCRIBE_ALL(bits, T, type)                                  \
   ATTNEXT_FORWARD_KERNELS_##bits(ATTNEXT_DESCRIBE_FORWARD, T, type)          \
       ATTNEXT_QUERY_GRADIENT_KERNELS_##bits(ATTNEXT_DESCRIBE_QUERY, T, type) \
@@ -380,8 +380,7 @@ void split(const WindowParams& p, const Tables& tables, const KernelShape& shape
   launch->split_step = narrow(share * shape.step, "walk of a tile");
 }
 
-// Floats of the statistics, rounded up so that what follows is aligned.
-int64_t statistics_size(const WindowParams& p) { return ceil_div(3 * rows_of(p), 4) * 4; }
+int64_t statistics_size(const WindowParams& p) { return 4 * rows_of(p); }
 
 // As many threads a row as it has 16 bytes, up to a warp.
 Launch statistics_launch(const WindowParams& p, WindowLaunch params) {

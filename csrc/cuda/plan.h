@@ -109,7 +109,7 @@ struct WindowLaunch {
   int32_t aligned_out;
   int32_t rows;       // of a tile, for kernels that have no tiles of their own
   float* partial;     // [tile block][split][rows][dim + 2]: unnormalised output, maximum, sum
-  float* statistics;  // backward: lse in base 2, its rest, delta; [batch, heads, tokens] each
+  float* statistics;  // backward: four numbers of each [batch, heads, tokens], see Statistics
 };
 
 // Bytes of scratch in global memory.

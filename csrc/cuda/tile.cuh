@@ -47,12 +47,6 @@ ATTNEXT_DEVICE void copy_chunk_async(uint32_t to, const void* from, int bytes) {
 ATTNEXT_DEVICE void copy_chunk_async(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
-// A number, or zero.
-ATTNEXT_DEVICE void copy_number_async(float* to, const float* from, bool real) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),
-               "r"(real ? 4 : 0)
-               : "memory");
-}
 // address + bytes * units: one instruction, but only if `bytes` is not a literal, for which a shift
 // and two additions are made.
 ATTNEXT_DEVICE const void* chunks_from(uint64_t address, uint32_t units, uint32_t bytes) {

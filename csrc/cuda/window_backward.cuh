@@ -12,28 +12,25 @@
 namespace attnext {
 namespace cuda {
 
-// What the backward pass knows of a query row: one number for each, rows in the order
-// [batch, heads, tokens].
-struct Statistics {
-  float lse, rest;  // log-sum-exp in base 2, in two parts
+// What the backward pass knows of a query row; rows in the order [batch, heads, tokens].
+struct alignas(16) Statistics {
+  float lse;  // log-sum-exp in base 2
   float delta;
+  float rest;  // of lse
+  float spare;
 
   ATTNEXT_DEVICE static int64_t rows(const WindowParams& w) {
     return w.batch * w.query_extent[0] * w.query_extent[1] * w.query_extent[2] * w.heads;
   }
+  ATTNEXT_DEVICE static Statistics* of(const WindowLaunch& p) {
+    return reinterpret_cast<Statistics*>(p.statistics);
+  }
   ATTNEXT_DEVICE static int64_t index(const WindowParams& w, int32_t batch, const int32_t (&x)[3],
                                       int32_t head) {
-    return ((of_head(w, batch, head) + x[0]) * w.query_extent[1] + x[1]) * w.query_extent[2] + x[2];
+    const int64_t line = (batch * w.heads + head) * w.query_extent[0] + x[0];
+    return (line * w.query_extent[1] + x[1]) * w.query_extent[2] + x[2];
   }
-  // Of a head's first token, if there were no axes but the first.
-  ATTNEXT_DEVICE static int64_t of_head(const WindowParams& w, int32_t batch, int32_t head) {
-    return (batch * w.heads + head) * w.query_extent[0];
-  }
-  ATTNEXT_DEVICE static Statistics load(const WindowLaunch& p, int64_t index) {
-    const int64_t n = rows(p.window);
-    return {p.statistics[index], p.statistics[n + index], p.statistics[2 * n + index]};
-  }
-  ATTNEXT_DEVICE static Statistics none() { return {INFINITY, 0.f, 0.f}; }  // weights of 0
+  ATTNEXT_DEVICE static Statistics none() { return {INFINITY, 0.f, 0.f, 0.f}; }  // weights of 0
 };
 
 // As many lanes a row as it has chunks of 16 bytes, up to a warp: a block has p.rows rows.
@@ -96,9 +93,8 @@ ATTNEXT_DEVICE void find_statistics(const WindowLaunch& p) {
     s.lse = lse * kHigh;
     s.rest = isfinite(lse) ? fmaf(lse, kLow, fmaf(lse, kHigh, -s.lse)) : 0.f;
   }
-  p.statistics[index] = s.lse;
-  p.statistics[n + index] = s.rest;
-  p.statistics[2 * n + index] = delta;
+  s.delta = delta;
+  Statistics::of(p)[index] = s;
 }
 
 // The gradient of a head's sink: one block a head, sums in one order.
@@ -111,7 +107,7 @@ ATTNEXT_DEVICE void sink_gradient(const WindowLaunch& p) {
   for (int64_t batch = 0; batch < w.batch; ++batch) {
     const int64_t first = (batch * w.heads + head) * tokens;
     for (int64_t token = threadIdx.x; token < tokens; token += blockDim.x) {
-      const Statistics s = Statistics::load(p, first + token);
+      const Statistics s = Statistics::of(p)[first + token];
       if (s.lse != INFINITY) sum -= exp2_approx(sink - s.lse - s.rest) * s.delta;
     }
   }
@@ -146,8 +142,8 @@ enum class Wanted { kQuery, kBias };
 // dQ and the gradient of the row scale; or, walking over many tiles, the gradient of the bias.
 template <class T, int kDim, int kWarps, int kFrags, int kStep, bool kModified, Wanted kWanted>
 struct QueryGradient : Block<QueryGradient<T, kDim, kWarps, kFrags, kStep, kModified, kWanted>, T,
-                             kDim, kWarps, kFrags, kStep, 2, kModified ? 1 : 0> {
-  using Base = Block<QueryGradient, T, kDim, kWarps, kFrags, kStep, 2, kModified ? 1 : 0>;
+                             kDim, kWarps, kFrags, kStep, 2, key_numbers(kModified)> {
+  using Base = Block<QueryGradient, T, kDim, kWarps, kFrags, kStep, 2, key_numbers(kModified)>;
   using Base::Base;
   using Base::batch, Base::head, Base::kv_head, Base::lane, Base::p, Base::w, Base::walk,
       Base::warp;
@@ -245,7 +241,7 @@ struct QueryGradient : Block<QueryGradient<T, kDim, kWarps, kFrags, kStep, kModi
     this->hold(0, at(w.query), w.head_dim);
     this->hold(1, at(w.dout), w.head_dim_v);
     Statistics mine = Statistics::none();
-    if (row.live) mine = Statistics::load(p, Statistics::index(w, batch, row.token, head));
+    if (row.live) mine = Statistics::of(p)[Statistics::index(w, batch, row.token, head)];
     spread<kFrags>(mine.lse, lse);
     spread<kFrags>(mine.rest, rest);
     spread<kFrags>(mine.delta, delta);
@@ -317,7 +313,7 @@ struct QueryGradient : Block<QueryGradient<T, kDim, kWarps, kFrags, kStep, kModi
     load(w.dout, w.head_dim_v, dout);
 #pragma unroll
     for (int i = 0; i < kMine; ++i) sum[i] = 0.f;
-    const Statistics mine = Statistics::load(p, Statistics::index(w, batch, row.token, head));
+    const Statistics mine = Statistics::of(p)[Statistics::index(w, batch, row.token, head)];
     const float scale = scale_of(w, batch, row.token, head);
     float total = 0.f;
     Chain alone;
@@ -414,8 +410,8 @@ ATTNEXT_DEVICE void merge_bias(const WindowLaunch& p) {
 // dK and dV of a tile of keys, of kDim / kSlices columns: those that fit in registers.
 template <class T, int kDim, int kWarps, int kFrags, int kStep, bool kModified, int kSlices>
 struct KeyGradient : Block<KeyGradient<T, kDim, kWarps, kFrags, kStep, kModified, kSlices>, T, kDim,
-                           kWarps, kFrags, kStep, 2, kModified ? 6 : 3> {
-  using Base = Block<KeyGradient, T, kDim, kWarps, kFrags, kStep, 2, kModified ? 6 : 3>;
+                           kWarps, kFrags, kStep, 2, query_numbers(kModified)> {
+  using Base = Block<KeyGradient, T, kDim, kWarps, kFrags, kStep, 2, query_numbers(kModified)>;
   using Base::Base;
   using Base::batch, Base::head, Base::kv_head, Base::lane, Base::p, Base::w, Base::walk,
       Base::warp;
@@ -425,23 +421,23 @@ struct KeyGradient : Block<KeyGradient<T, kDim, kWarps, kFrags, kStep, kModified
   static constexpr bool kReadsBias = kModified;
   static constexpr bool kExact = sizeof(T) == 4;
   using Rows = LeftRows<T, kDim, kFrags, false>;
-  enum { kLse, kRest, kDelta, kUnit, kScale, kBias };  // numbers of a walked query
+  // Numbers of a walked query: its statistics, and what modifiers ask for.
+  enum { kStatistics = 0, kUnit = 4, kScale, kBias };
 
   float dkey[kFrags][kOut / 8][4], dvalue[kFrags][kOut / 8][4];
   int32_t row_bias[kFrags][2];
   int32_t slice;
   Chain chain;
 
-  // Numbers that are only read arrive with the rows, those that are made are stored.
+  ATTNEXT_DEVICE Statistics* statistics(int numbers) const {
+    return reinterpret_cast<Statistics*>(this->number(numbers, kStatistics));
+  }
+  // Statistics arrive with the rows, what modifiers ask for is made.
   ATTNEXT_DEVICE void note(int j, int32_t slot, int32_t token, int numbers) {
-    const int64_t n = Statistics::rows(w);
-    const float* const from = p.statistics + Statistics::index(w, batch, {0, 0, 0}, head);
     const bool real = token >= 0;
-    copy_number_async(&this->number(numbers, kLse)[j], from + (real ? token : 0), real);
-    copy_number_async(&this->number(numbers, kDelta)[j], from + 2 * n + (real ? token : 0), real);
-    if constexpr (kExact || kModified) {
-      copy_number_async(&this->number(numbers, kRest)[j], from + n + (real ? token : 0), real);
-    }
+    copy_chunk_async(shared_address(&statistics(numbers)[j]),
+                     reinterpret_cast<const Statistics*>(this->origin()) + (real ? token : 0),
+                     real ? 16 : 0);
     if constexpr (kModified) {
       const Walk::Slot at = walk.slot(slot);
       const float scale = real ? scale_of(w, batch, at.token, head) : 0.f;
@@ -463,9 +459,10 @@ struct KeyGradient : Block<KeyGradient<T, kDim, kWarps, kFrags, kStep, kModified
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int slot = n * 8 + 2 * t + e;
-        const float lse = this->number(numbers, kLse)[slot];
-        const float delta = this->number(numbers, kDelta)[slot];
-        const float rest = kExact || kModified ? this->number(numbers, kRest)[slot] : 0.f;
+        const Statistics& query = statistics(numbers)[slot];
+        const float2 both = *reinterpret_cast<const float2*>(&query);
+        const float lse = both.x, delta = both.y;
+        const float rest = kExact || kModified ? query.rest : 0.f;
 #pragma unroll
         for (int f = 0; f < kFrags; ++f) {
 #pragma unroll
@@ -475,10 +472,10 @@ struct KeyGradient : Block<KeyGradient<T, kDim, kWarps, kFrags, kStep, kModified
             const bool attended = !(kMasked || kModified) || mask(f, half, n, e);
             float weight;
             if constexpr (kModified) {
-              const int32_t query = this->integer(numbers, kBias)[slot];
+              const int32_t entry = this->integer(numbers, kBias)[slot];
               float of_logit, of_product;
               chain(x, this->number(numbers, kUnit)[slot], g, lse, rest, delta,
-                    row_bias[f][half] - query, has_bias && query != kNoBias && attended, &weight,
+                    row_bias[f][half] - entry, has_bias && entry != kNoBias && attended, &weight,
                     &of_logit, &of_product);
               g = attended ? of_product * this->number(numbers, kScale)[slot] : 0.f;
               weight = attended ? weight : 0.f;
@@ -510,6 +507,10 @@ struct KeyGradient : Block<KeyGradient<T, kDim, kWarps, kFrags, kStep, kModified
   ATTNEXT_DEVICE bool start_head(int32_t query_head) {
     head = query_head;
     this->set_walk(true, head);
+    if (threadIdx.x == 0) {
+      const Statistics* first = Statistics::of(p) + Statistics::index(w, batch, {0, 0, 0}, head);
+      this->origin() = reinterpret_cast<uint64_t>(first);
+    }
     return walk.start(p, is_extra ? p.num_rules : walk.rule_of(p, head), index, 0);
   }
   ATTNEXT_DEVICE uint64_t row_of(const TensorRef& t, const TensorRef& extra, const Row& row) const {
@@ -601,7 +602,7 @@ struct KeyGradient : Block<KeyGradient<T, kDim, kWarps, kFrags, kStep, kModified
         if (!Walk::attends(row, at)) continue;
         this->load_row(this->slot_address(&w.query, nullptr, at), w.head_dim, query);
         this->load_row(this->slot_address(&w.dout, nullptr, at), w.head_dim_v, dout);
-        const Statistics of = Statistics::load(p, Statistics::index(w, batch, at.token, head));
+        const Statistics of = Statistics::of(p)[Statistics::index(w, batch, at.token, head)];
         const float scale = scale_of(w, batch, at.token, head);
         const int32_t entry =
             has_bias ? Walk::bias_position(w, row) + Walk::bias_center(w) - walk.bias_entry(w, at)

@@ -16,8 +16,8 @@ ATTNEXT_DEVICE float natural_lse(float top, float sum) {
 
 template <class T, int kDim, int kWarps, int kFrags, int kStep, bool kModified>
 struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kDim, kWarps, kFrags,
-                       kStep, 1, kModified ? 1 : 0> {
-  using Base = Block<Forward, T, kDim, kWarps, kFrags, kStep, 1, kModified ? 1 : 0>;
+                       kStep, 1, key_numbers(kModified)> {
+  using Base = Block<Forward, T, kDim, kWarps, kFrags, kStep, 1, key_numbers(kModified)>;
   using Base::Base;
   using Base::batch, Base::head, Base::kv_head, Base::lane, Base::p, Base::w, Base::walk,
       Base::warp;

@@ -51,7 +51,7 @@ def forward(recorder: Recorder, *problem: Any) -> tuple[Tensor, ...]:
 
 
 def backward(recorder: Recorder, *args: Any) -> tuple[Tensor, ...]:
-    problem = args[:-5]
+    problem = args[:-6]
     of_decay = problem[linear_ops._DECAY] is not None and args[-1][linear_ops._DECAY]
     linear_ops.check_cuda(problem, grads=True, of_decay=of_decay)
     memory = Memory()
@@ -61,7 +61,7 @@ def backward(recorder: Recorder, *args: Any) -> tuple[Tensor, ...]:
         None if w is None else Output.like(memory, f"d{name}", w)
         for name, w in zip(_NAMES, wanted, strict=True)
     ]
-    names = ("out", "denominator", "dout", "dfinal_state")
+    names = ("out", "denominator", "dout", "ddenominator", "dfinal_state")
     on_device: Any = [put(memory, name, x) for name, x in zip(names, given, strict=True)]
     call: Any = _C.CudaLinearBackward(
         _native(memory, problem), wanted[linear_ops._DECAY] is not None

@@ -7,13 +7,13 @@ start as NaN and must be written whole; results are held to the float64 recurren
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from linear_problems import assert_close, evaluate, expect, problem
 from strategies import lay_out
 from torch import Tensor
 
@@ -24,11 +24,7 @@ from attnext.gpu_check.linear import BUDGET, PROBLEMS, compare, slack
 from .linear import on_executor
 from .window import DeviceTensor
 
-linear_attention: Any = attnext.linear_attention
-on_cpu: Any = importlib.import_module("test_linear")  # its neighbour above, which has no types
-assert_close, evaluate, expect, problem = (
-    on_cpu.assert_close, on_cpu.evaluate, on_cpu.expect, on_cpu.problem,
-)  # fmt: skip
+linear_attention: Any = attnext.linear_attention  # its options come as a mapping
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BF16 = torch.bfloat16
 
@@ -255,7 +251,8 @@ def test_nothing_but_outputs() -> None:
     with on_executor() as recorder:
         out = linear_attention(**tensors, **options)
     exact: Any = reference.linear_attention
-    assert_close({"out": out}, {"out": exact(**tensors, **options)}, BUDGET[BF16])
+    expected = exact(**tensors, **options)
+    assert_close({"out": out}, {"out": expected}, BUDGET[BF16])
     assert [r.kernel for r in recorder.reports] == ["linear_scan_bf16_32"]
 
 

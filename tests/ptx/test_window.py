@@ -103,7 +103,7 @@ def test_sequences_around_a_tile(tokens: int) -> None:
 
 
 def test_bias_of_a_tile_with_rows_to_spare() -> None:
-    """Rows that a tile lacks have no place in the bias table, in steps that all others attend too."""
+    """Rows that a tile lacks have no place in the table, in steps that all others attend too."""
     for dtype in (torch.float32, torch.bfloat16):
         tensors = qkv((10, 19), 8, dtype)
         tensors["bias"] = normal(1, 9, 19)
