@@ -95,7 +95,7 @@ def problems(draw: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return made
 
 
-@settings(max_examples=6)
+@settings(max_examples=5)
 @given(problems())
 def test_random_problems(given_problem: tuple[dict[str, Tensor], dict[str, Any]]) -> None:
     tensors, options = given_problem
@@ -127,16 +127,14 @@ def test_every_bucket(dim: int, dim_v: int, dtype: torch.dtype) -> None:
     check(*form("elu, normalized, decayed", tokens=tokens, dim=dim, dim_v=dim_v, dtype=dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dim", [16, 7])
+@pytest.mark.parametrize(("dim", "dtype"), [(7, torch.float32), (16, BF16), (16, torch.float16)])
 def test_taylor_features(dim: int, dtype: torch.dtype) -> None:
     more = {"feature_map": "taylor2", "normalize": True, "dim": dim, "dim_v": 40, "dtype": dtype}
     check(*form("identity", tokens=65, **more, decay="token"), grads=False)
     check(*form("identity", tokens=65, **more))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dim", [64, 20])
+@pytest.mark.parametrize(("dim", "dtype"), [(20, torch.float32), (64, BF16), (20, torch.float16)])
 def test_delta_rule(dim: int, dtype: torch.dtype) -> None:
     more = {"beta": True, "dim": dim, "dim_v": 40, "dtype": dtype}
     check(*form("identity", tokens=97, **more), grads=False)
@@ -150,10 +148,10 @@ def test_delta_rule_of_packed_sequences() -> None:
 
 
 def test_taylor_features_in_segments() -> None:
-    more = {"feature_map": "taylor2", "normalize": True, "dim": 5, "dtype": torch.float32}
-    check(*form("identity", tokens=260, **more))
+    more = {"feature_map": "taylor2", "normalize": True, "dim": 5, "dim_v": 8}
+    check(*form("identity", tokens=260, dtype=torch.float32, **more))
     check(*form("reverse", tokens=40, **more, decay=None))
-    check(*form("identity", tokens=260, **more, is_causal=False))
+    check(*form("identity", tokens=70, **more, is_causal=False))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -267,7 +265,7 @@ def test_what_is_missing_is_said() -> None:
         with on_executor(), pytest.raises(NotImplementedError, match=what):
             linear_attention(**tensors, **options)
     for more, what in (
-        ({"feature_map": "taylor2", "dim": 4}, "taylor2"),
+        ({"feature_map": "taylor2", "dim": 4, "dim_v": 65}, "taylor2"),
         ({"beta": True}, "delta"),
     ):
         tensors, options = form("identity", tokens=3, state=False, **more)

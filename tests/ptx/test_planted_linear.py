@@ -46,6 +46,7 @@ PROBLEMS: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "wide": ("elu, normalized, decayed", False, {"tokens": 20, "dim_v": 70, "decay": None}),
     "gated": ("elu, normalized, decayed", False, {"tokens": 150}),
     "gradients": ("elu, normalized, decayed", True, {"tokens": 80}),
+    "exact": ("elu, normalized, decayed", True, {"tokens": 50, "dtype": torch.float32}),
     "large": ("identity", False, {"tokens": 70, "dtype": torch.float16}),
     "segments": ("reverse", False, {"tokens": 260, "dtype": torch.float32}),
     "delta": ("reverse", False, {"tokens": 100, "beta": True}),
@@ -89,7 +90,7 @@ BUGS = [
          (SCAN, "      if (!is_token(at + row)) return;  // rows of zeros stay\n", "")),
     _bug("entries that are not there have features", "scan_bf16_32", "narrow", WRONG,
          (SCAN, "Number<T>::narrow(e < real ? f : 0.f);", "Number<T>::narrow(f);")),
-    _bug("short chunk at the other end", "scan_bf16_32_gated", "gradients", WRONG,
+    _bug("short chunk at the other end", "scan_fp32_32_gated", "exact", WRONG,
          (SCAN, "(p.exclusive ? whole - tokens.count() : 0)", "0")),
     # ---- decays ----
     _bug("decay of the token before", "scan_bf16_32_gated", "gated", WRONG,
