@@ -77,9 +77,14 @@ class Bug(NamedTuple):
     edits: tuple[Edit, ...]
 
 
-def _bug(name: str, kernel: str, shown_by: str, symptom: str, *edits: tuple[str, str, str]) -> Bug:
-    return Bug(name, f"window_{kernel}", shown_by, symptom, tuple(Edit(*e) for e in edits))
+def planted_bug(
+    family: str, name: str, kernel: str, shown_by: str, symptom: str, *edits: tuple[str, str, str]
+) -> Bug:
+    """Of the kernel of a family ("window", "linear"): edits are (file, old, new)."""
+    return Bug(name, f"{family}_{kernel}", shown_by, symptom, tuple(Edit(*e) for e in edits))
 
+
+_bug = functools.partial(planted_bug, "window")
 
 _STEP = """      if (slot != from) {
         wait_copies<0>();
@@ -90,7 +95,7 @@ _HELD = """    wait_copies<0>();
     __syncthreads();
     ready();
 """
-_EARLY = "cp.async read before its wait"
+EARLY = "cp.async read before its wait"
 _UNWRITTEN = "read of unwritten shared memory"
 
 BUGS = [
@@ -99,21 +104,21 @@ BUGS = [
          (BLOCK, _STEP, _STEP.replace("        __syncthreads();\n", ""))),
     _bug("no barrier before a step, dK", "key_gradient_bf16_32", "sliding", "write-read race",
          (BLOCK, _STEP, _STEP.replace("        __syncthreads();\n", ""))),
-    _bug("no wait before a step", "forward_bf16_32", "sliding forward", _EARLY,
+    _bug("no wait before a step", "forward_bf16_32", "sliding forward", EARLY,
          (BLOCK, _STEP, _STEP.replace("        wait_copies<0>();\n", ""))),
-    _bug("waits for one group too few", "query_gradient_bf16_32", "sliding", _EARLY,
+    _bug("waits for one group too few", "query_gradient_bf16_32", "sliding", EARLY,
          (BLOCK, _STEP, _STEP.replace("<0>", "<1>"))),
     _bug("waits after the barrier", "forward_bf16_32", "sliding forward", "read-write race",
          (BLOCK, _STEP, _STEP.replace("        wait_copies<0>();\n        __syncthreads();\n",
                                       "        __syncthreads();\n        wait_copies<0>();\n"))),
-    _bug("no wait for the held rows", "forward_bf16_32", "sliding forward", _EARLY,
+    _bug("no wait for the held rows", "forward_bf16_32", "sliding forward", EARLY,
          (BLOCK, _HELD, _HELD.replace("    wait_copies<0>();\n", ""))),
     _bug("no barrier after the first copies", "query_gradient_bf16_32", "sliding",
          "read-write race", (BLOCK, _HELD, _HELD.replace("    __syncthreads();\n", ""))),
     _bug("copies into the stage that is read", "forward_bf16_32", "sliding forward",
          "write-read race",
          (BLOCK, "copy_step(slot + kStep, stage ^ 1)", "copy_step(slot + kStep, stage)")),
-    _bug("reads the other stage", "forward_bf16_32", "short", _EARLY,
+    _bug("reads the other stage", "forward_bf16_32", "short", EARLY,
          (FORWARD, "this->lanes, this->walk_tile(stage, 0));",
           "this->lanes, this->walk_tile(stage ^ 1, 0));")),
     _bug("places in the wrong buffer", "forward_bf16_32", "sliding forward", "write-read race",
@@ -121,7 +126,7 @@ BUGS = [
     _bug("no barrier after the first places", "forward_bf16_32", "sliding forward",
          "read-write race",
          (BLOCK, "find_step(from, 0, 0);\n      __syncthreads();\n", "find_step(from, 0, 0);\n")),
-    _bug("two buffers of numbers", "key_gradient_bf16_32", "sliding", _EARLY,
+    _bug("two buffers of numbers", "key_gradient_bf16_32", "sliding", EARLY,
          (BLOCK, "numbers == 0 ? 2 : numbers - 1)", "numbers)"),
          (BLOCK, "numbers = numbers == 2 ? 0 : numbers + 1", "numbers ^= 1")),
     _bug("no barrier between held tiles", "query_gradient_bf16_32", "sliding", "write-read race",

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -14,30 +14,16 @@ from attnext.gpu_check.linear import BUDGET, slack
 
 from .executor import Program, WrongRun
 from .linear import on_executor
-from .source import Edit, header_with, lone
+from .planted import EARLY, WRONG, Bug, planted_bug
+from .source import header_with, lone
 from .test_linear import assert_close, evaluate, expect, form
 
 linear_attention: Any = attnext.linear_attention
-WRONG = "wrong result"
 SCAN, STATE, SUMS = "linear_scan.cuh", "linear_state.cuh", "linear_sums.cuh"
 DELTA, TAYLOR = "linear_delta.cuh", "linear_taylor.cuh"
-_EARLY = "cp.async read before its wait"
 
 
-class Bug(NamedTuple):
-    """Edits of one kernel, the problem that shows them, and what is said then."""
-
-    name: str
-    kernel: str
-    problem: str
-    symptom: str
-    edits: tuple[Edit, ...]
-
-
-def _bug(name: str, kernel: str, problem: str, symptom: str, *edits: tuple[str, str, str]) -> Bug:
-    made = tuple(Edit(*edit) for edit in edits)
-    return Bug(name, f"linear_{kernel}", problem, symptom, made)
-
+_bug = functools.partial(planted_bug, "linear")
 
 # Of one head with 32 entries; forward only where no gradients are asked for.
 PROBLEMS: dict[str, tuple[str, bool, dict[str, Any]]] = {
@@ -60,13 +46,13 @@ PROBLEMS: dict[str, tuple[str, bool, dict[str, Any]]] = {
 
 BUGS = [
     # ---- the pipeline ----
-    _bug("no wait for a chunk", "scan_bf16_32", "plain", _EARLY,
+    _bug("no wait for a chunk", "scan_bf16_32", "plain", EARLY,
          (SCAN, "      wait_copies<0>();\n", "")),
     _bug("no barrier before a chunk", "scan_bf16_32", "plain", "read-write race",
          (SCAN, "__syncthreads();  // rows, numbers and the copy of the state are there\n", "")),
     _bug("state copied while it is read", "scan_bf16_32", "plain", "write-read race",
          (SCAN, "        __syncthreads();  // the copy of the state has been read\n", "")),
-    _bug("copies into the stage that is read", "scan_bf16_32", "plain", _EARLY,
+    _bug("copies into the stage that is read", "scan_bf16_32", "plain", EARLY,
          (SCAN, "copy_chunk_rows((c + 1) * kChunk, stage ^ 1);",
           "copy_chunk_rows((c + 1) * kChunk, stage);")),
     _bug("numbers of the next chunk too early", "scan_bf16_32_gated", "gated",
