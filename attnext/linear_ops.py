@@ -379,11 +379,9 @@ def linear_op(*problem: Any) -> tuple[Tensor, Tensor, Tensor]:
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in problem[:_NUM_GRADS]
     )
-    if needs_grad or transforms_are_active():
-        out, denominator, state = _Linear.apply(*problem)
-    else:
-        out, denominator, state = _forward(*problem)
-    return out, denominator, state
+    function: Any = _Linear.apply if needs_grad or transforms_are_active() else _forward
+    results: tuple[Tensor, Tensor, Tensor] = function(*problem)
+    return results
 
 
 def step_op(*problem: Any) -> Tensor:
