@@ -215,7 +215,7 @@ RoutedCall make_call(const py::tuple& problem, Device device) {
     const Shape s = read_tensor(bias, acc, device);
     int64_t n = 1;
     for (int a = 0; a < s.rank; ++a) n *= s.size[a];
-    require(s.contiguous() && n == r.entries, "bias");
+    require((s.contiguous() || n == 0) && n == r.entries, "bias");
     r.entry_bias = s.data;
   }
 
@@ -293,7 +293,8 @@ void routed_backward(const py::tuple& problem, py::handle out, py::handle lse, p
     const Shape s = read_tensor(gradient(kEntryBias), acc, call.device);
     int64_t n = 1;
     for (int a = 0; a < s.rank; ++a) n *= s.size[a];
-    require(r.entry_bias && s.contiguous() && n == r.batch_copies() * r.head_copies() * r.entries,
+    require((n == 0 || (r.entry_bias && s.contiguous())) &&
+                n == r.batch_copies() * r.head_copies() * r.entries,
             "bias gradient");
     r.dentry_bias = s.data;
   }
