@@ -175,9 +175,11 @@ RoutedCall make_call(const py::tuple& problem, Device device) {
   }
 
   const auto query_offsets = read_integers<int32_t>(argument(kQueryOffsets), device);
-  const auto key_offsets = read_integers<int32_t>(argument(kKeyOffsets), device);
   const auto query_order = read_integers<int32_t>(argument(kQueryOrder), device);
-  const auto key_order = read_integers<int32_t>(argument(kKeyOrder), device);
+  const bool same = argument(kKeyOffsets).is_none();
+  const auto key_offsets =
+      same ? query_offsets : read_integers<int32_t>(argument(kKeyOffsets), device);
+  const auto key_order = same ? query_order : read_integers<int32_t>(argument(kKeyOrder), device);
   require(query_offsets.count > 0 && key_offsets.count > 0 &&
               (!query_order.data || query_order.count == num_queries) &&
               (!key_order.data || key_order.count == num_keys),
@@ -231,7 +233,9 @@ RoutedCall make_call(const py::tuple& problem, Device device) {
   r.around[0] = rules[kBefore], r.around[1] = rules[kAfter];
   r.sinks = rules[kSinks];
   const auto query_documents = read_integers<int32_t>(argument(kQueryDocuments), device);
-  const auto key_documents = read_integers<int32_t>(argument(kKeyDocuments), device);
+  const auto key_documents = argument(kKeyDocuments).is_none()
+                                 ? query_documents
+                                 : read_integers<int32_t>(argument(kKeyDocuments), device);
   const auto key_lengths = read_integers<int32_t>(argument(kKeyLengths), device);
   require(
       argument(kQueryDocuments).is_none() == argument(kKeyDocuments).is_none() &&
