@@ -189,7 +189,8 @@ def _admit(
     return prepared
 
 
-def _reference(problem: Problem, training: bool, windowed: bool) -> AnyReference:
+def reference_for(problem: Problem, training: bool, windowed: bool = True) -> AnyReference:
+    """What results of a problem are held against."""
     case = problem.case
     if case.op == "linear":
         return LinearReference(problem, training)
