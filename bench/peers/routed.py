@@ -115,6 +115,8 @@ class SdpaAllBlocks(Contender):
 
     def prepare(self, problem: Problem, training: bool) -> Prepared:
         case = _case(problem)
+        if training:
+            raise Unavailable("what the lists save is told by the forward pass")
         layout = heads_first(case.queries)
         leaves, layouts = leaves_of(problem, training, layout, layout)
         call = partial(
