@@ -25,7 +25,6 @@ except ImportError as error:
 
 from .based import BasedAttention, based_attention  # noqa: E402
 from .functional import (  # noqa: E402
-    merge_attentions,
     na1d,
     na2d,
     na3d,
@@ -39,6 +38,7 @@ from .linear import (  # noqa: E402
     taylor_state_from_plain,
     taylor_state_to_plain,
 )
+from .merging import merge, merge_attentions  # noqa: E402
 
 __version__: str = _C.__version__
 
@@ -47,6 +47,7 @@ __all__ = [
     "based_attention",
     "linear_attention",
     "linear_attention_step",
+    "merge",
     "merge_attentions",
     "na1d",
     "na2d",
