@@ -42,16 +42,22 @@ from .merging import merge, merge_attentions  # noqa: E402
 from .plans import BlockPlan, Blocks  # noqa: E402
 from .pooling import Windows, block_pool, packed_blocks  # noqa: E402
 from .routed import routed_attention  # noqa: E402
+from .routers.biformer import (  # noqa: E402
+    BiLevelRoutingAttention,
+    bilevel_routing_attention,
+)
 from .selection import select_topk  # noqa: E402
 
 __version__: str = _C.__version__
 
 __all__ = [
     "BasedAttention",
+    "BiLevelRoutingAttention",
     "BlockPlan",
     "Blocks",
     "Windows",
     "based_attention",
+    "bilevel_routing_attention",
     "block_pool",
     "linear_attention",
     "linear_attention_step",
