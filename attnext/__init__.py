@@ -46,6 +46,9 @@ from .routers.biformer import (  # noqa: E402
     BiLevelRoutingAttention,
     bilevel_routing_attention,
 )
+from .routers.block_sparse import pooled_topk_plan  # noqa: E402
+from .routers.moba import moba_attention, moba_plan  # noqa: E402
+from .routers.nsa import NativeSparseAttention, native_sparse_attention  # noqa: E402
 from .selection import select_topk  # noqa: E402
 
 __version__: str = _C.__version__
@@ -55,6 +58,7 @@ __all__ = [
     "BiLevelRoutingAttention",
     "BlockPlan",
     "Blocks",
+    "NativeSparseAttention",
     "Windows",
     "based_attention",
     "bilevel_routing_attention",
@@ -63,11 +67,15 @@ __all__ = [
     "linear_attention_step",
     "merge",
     "merge_attentions",
+    "moba_attention",
+    "moba_plan",
     "na1d",
     "na2d",
     "na3d",
+    "native_sparse_attention",
     "neighborhood_attention",
     "packed_blocks",
+    "pooled_topk_plan",
     "routed_attention",
     "select_topk",
     "sliding_window_attention",

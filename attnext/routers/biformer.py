@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_integer
+from ..arguments import check_integer, check_qkv
 from ..merging import merge, merge_attentions
 from ..plans import BlockPlan, Blocks, per_axis
 from ..pooling import block_pool
@@ -85,7 +85,7 @@ def bilevel_routing_attention(
     if padding == "zero" and soft in ("bias", "mix"):
         raise ValueError(f"padding must be 'mask' with soft={soft!r}, got 'zero'")
     check_integer("topk", topk, 1)
-    rank = query.dim() - 3
+    rank = check_qkv(query, key, value)
     sizes = per_axis("region_size", region_size, rank, 1)
     key_sizes = sizes
     if key_region_size is not None:
@@ -213,7 +213,7 @@ class BiLevelRoutingAttention(nn.Module):
         self.n_win = n_win
         self.topk = topk
         self.region_size = region_size
-        self.options = {
+        self.options: dict[str, Any] = {
             "scale": scale, "padding": padding, "soft": soft,
             "differentiable_routing": differentiable_routing,
         }  # fmt: skip
