@@ -32,6 +32,7 @@ from .functional import (  # noqa: E402
     sliding_window_attention,
     window_attention,
 )
+from .landmark import landmark_attention  # noqa: E402
 from .linear import (  # noqa: E402
     linear_attention,
     linear_attention_step,
@@ -63,6 +64,7 @@ __all__ = [
     "based_attention",
     "bilevel_routing_attention",
     "block_pool",
+    "landmark_attention",
     "linear_attention",
     "linear_attention_step",
     "merge",

@@ -194,3 +194,54 @@ def native_sparse_attention(
                 gate = torch.sigmoid(g[b, i, h])
                 rows.append(sum(gate[n] * parts[n] for n in range(3)))
     return torch.stack(rows).reshape(*q.shape[:-1], v.shape[-1])  # type: ignore[arg-type]
+
+
+def landmark_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_landmark: Tensor,
+    *,
+    topk: int | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Any:
+    q, k, v = (t.double() for t in (query, key, value))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    batch, num_queries, heads, _ = q.shape
+    group, num_keys = heads // k.shape[2], k.shape[1]
+    rows, lses = [], []
+    for b in range(batch):
+        marks = is_landmark.expand(batch, num_keys)[b].tolist()
+        blocks: list[list[int]] = [[]]  # tokens; a closed block is followed by another
+        landmarks = []
+        for j, mark in enumerate(marks):
+            if mark:
+                landmarks.append(j)
+                blocks.append([])
+            else:
+                blocks[-1].append(j)
+        for i in range(num_queries):
+            t = i + num_keys - num_queries
+            current = sum(marks[: max(t, 0)])
+            for h in range(heads):
+                s = k[b, :, h // group] @ q[b, i, h] * scale
+                values = v[b, :, h // group]
+                near = [j for j in blocks[current] if j <= t]
+                earlier = [c for c in range(current) if blocks[c]] if t >= 0 else []
+                if topk is not None:
+                    order = _best([float(s[landmarks[c]].detach()) for c in earlier], topk)
+                    earlier = [earlier[n] for n in order]
+                final = near + [landmarks[c] for c in earlier]
+                if not final:
+                    rows.append(values.new_zeros(values.shape[-1]))
+                    lses.append(values.new_tensor(-math.inf))
+                    continue
+                shares = torch.softmax(s[final], 0)
+                lses.append(torch.logsumexp(s[final], 0))
+                row: Any = shares[: len(near)] @ values[near]
+                for c, share in zip(earlier, shares[len(near) :], strict=True):
+                    row = row + share * _softmax_average(s[blocks[c]], values[blocks[c]])
+                rows.append(row)
+    out = torch.stack(rows).reshape(*q.shape[:-1], v.shape[-1])
+    return (out, torch.stack(lses).reshape(q.shape[:-1])) if return_lse else out

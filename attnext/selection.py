@@ -169,7 +169,7 @@ class _Problem:
     def _ranges(self, device: Any) -> tuple[Any, Any]:
         """First candidate of each row and one past its last, ``[B or 1, rows]``; None: all."""
         if self.ranges is not None:
-            return tuple(t.to(device).long().reshape(-1, self.rows) for t in self.ranges)
+            return tuple((t if t.dim() == 2 else t[None]).to(device).long() for t in self.ranges)
         if self.causal == "none":
             return None, None
         seen = self._seen(self.query_blocks, self.candidate_blocks, self.causal, device)
