@@ -297,6 +297,32 @@ def test_pooled_blocks(queries, more, query_block, key_block, topk, is_causal, s
     )
 
 
+# ---- as torch sees it ----------------------------------------------------------------------------
+
+COMPILED = {
+    "bilevel": lambda q, k, v: bilevel_routing_attention(
+        *(x.unflatten(1, (6, 7)) for x in (q, k, v)), (4, 3), 2, padding="zero"
+    ),
+    "moba": lambda q, k, v: moba_attention(q, k, v, 8, 3),
+    "nsa": lambda q, k, v: native_sparse_attention(q, k, v, q[..., :3], **SMALL),
+    "pooled": lambda q, k, v: routed_attention(
+        q, k, v, pooled_topk_plan(q, k, 8, 5, 2, is_causal=True), is_causal=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compile_whole_graph(name):
+    function = COMPILED[name]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    leaves = inputs((42,))
+    for a, b in zip(
+        *((out, *torch.autograd.grad(out.square().sum(), leaves))
+          for out in (compiled(*leaves), function(*leaves))), strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(a, b, atol=0.0, rtol=0.0)
+
+
 # ---- half precision, wrong calls -----------------------------------------------------------------
 
 
