@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .arguments import check_integer, check_sequences, kind_of, under_autocast
+from .arguments import check_integer, check_scale, check_sequences, kind_of, under_autocast
 from .functional import sliding_window_attention
 from .merging import merge_attentions
 from .ops import accumulator_dtype
@@ -82,7 +82,7 @@ def landmark_attention(
     _check(is_landmark, query, key)
     if topk is not None:
         check_integer("topk", topk, 1)
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = check_scale(scale, query.shape[-1] ** -0.5)
     if not key.shape[1] or not query.numel():
         return sliding_window_attention(query, key, value, None, return_lse=return_lse)
     sections = _Sections.of(is_landmark, query.shape[1])

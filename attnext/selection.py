@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
-from .arguments import check_integer, kind_of
+from .arguments import check_integer, check_scale, kind_of
 from .ops import accumulator_dtype
 from .plans import Blocks
 from .pooling import Windows, bounds_of
@@ -415,8 +415,7 @@ def _checked(
         raise ValueError(
             f"force_first and force_last must fit into k, {k}, got {force_first} and {force_last}"
         )
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float)):
-        raise TypeError(f"scale must be a number, got {scale!r}")
+    scale = check_scale(scale, query.shape[-1] ** -0.5 if score == "group_prob" else 1.0)
     for name, t, of in (
         ("weights", weights, "relu_wsum"), ("lse", lse, "group_prob"),
         ("windows", windows, "group_prob"),
@@ -449,8 +448,6 @@ def _checked(
                 f"exclude must broadcast to {want}, whole on the last axis, got "
                 f"{tuple(exclude.shape)}"
             )
-    if scale is None:
-        scale = query.shape[-1] ** -0.5 if score == "group_prob" else 1
     return _Problem(
         k, score, causal, query_blocks, candidate_blocks, ranges, force_first, force_last, exclude,
         windows, scale, tie, order, rows, count, list_heads, offset,

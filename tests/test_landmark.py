@@ -183,6 +183,9 @@ WRONG = {
               r"is_landmark must be \[6\] or \[2, 6\], got \(5,\)"),
     "topk": (lambda: landmark_attention(X, X, X, torch.zeros(6, dtype=torch.bool), topk=0),
              ValueError, "topk must be at least 1"),
+    "scale": (
+        lambda: landmark_attention(X, X, X, torch.zeros(6, dtype=torch.bool), scale=math.nan),
+        ValueError, "scale must be finite"),
     "a map": (lambda: landmark_attention(*[torch.zeros(1, 2, 3, 2, 4)] * 3, torch.zeros(6) > 0),
               ValueError, r"query must be \[B, N, H, D\]"),
 }  # fmt: skip

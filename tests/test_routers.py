@@ -303,11 +303,7 @@ COMPILED = {
     "bilevel": lambda q, k, v: bilevel_routing_attention(
         *(x.unflatten(1, (6, 7)) for x in (q, k, v)), (4, 3), 2, padding="zero"
     ),
-    "moba": lambda q, k, v: moba_attention(q, k, v, 8, 3),
     "nsa": lambda q, k, v: native_sparse_attention(q, k, v, q[..., :3], **SMALL),
-    "pooled": lambda q, k, v: routed_attention(
-        q, k, v, pooled_topk_plan(q, k, 8, 5, 2, is_causal=True), is_causal=True
-    ),
 }
 
 

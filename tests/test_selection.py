@@ -450,6 +450,7 @@ WRONG = {
         lambda: select_topk(Q4, C3, 1, causal="end", query_blocks=W4, candidate_blocks=W3,
                             ranges=(torch.zeros(4).int(),) * 2),
         ValueError, "ranges take the place of causal"),
+    "scale": (lambda: select_topk(Q4, C3, 1, scale="1"), TypeError, "scale must be a number"),
     "ranges": (
         lambda: select_topk(Q4, C3, 1, ranges=(torch.zeros(3).int(),) * 2), ValueError,
         r"ranges must be \[4\]"),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_integer, check_qkv
+from ..arguments import check_integer, check_qkv, check_scale
 from ..merging import merge, merge_attentions
 from ..plans import BlockPlan, Blocks, per_axis
 from ..pooling import block_pool
@@ -90,7 +90,7 @@ def bilevel_routing_attention(
     key_sizes = sizes
     if key_region_size is not None:
         key_sizes = per_axis("key_region_size", key_region_size, rank, 1)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = check_scale(scale, query.shape[-1] ** -0.5)
 
     learned = soft is not None and differentiable_routing
     means_q = _means(query if learned else query.detach(), sizes, key.shape[-2])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_integer, check_sequences, kind_of
+from ..arguments import check_integer, check_scale, check_sequences, kind_of
 from ..functional import sliding_window_attention
 from ..merging import merge
 from ..plans import BlockPlan, Blocks
@@ -95,7 +95,7 @@ def native_sparse_attention(
     else:
         short_key, short_value = compressed
         _check_compressed(compressed, windows, key, value)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = check_scale(scale, query.shape[-1] ** -0.5)
 
     coarse, lse = _compressed_branch(query, short_key, short_value, windows, scale)
     blocks = Windows(num_keys, block_size)
