@@ -21,6 +21,7 @@ from attnext import (
     routed_attention,
     sliding_window_attention,
 )
+from attnext.routers import moba
 
 F64 = torch.float64
 
@@ -131,16 +132,25 @@ def test_the_layer_is_projections_attention_and_a_convolution():
 
 @given(
     queries=st.integers(1, 14), more=st.integers(0, 12), block_size=st.integers(1, 6),
-    topk=st.integers(1, 4), group=st.integers(1, 2), seed=st.integers(0, 99),
+    topk=st.integers(1, 4), group=st.integers(1, 2), tile=st.sampled_from((1, 3, 64)),
+    seed=st.integers(0, 99),
 )  # fmt: skip
-@settings(max_examples=40)
-def test_moba_is_its_definition(queries, more, block_size, topk, group, seed):
+@settings(max_examples=60)
+def test_moba_is_its_definition(queries, more, block_size, topk, group, tile, seed):
+    """By lists (fewer queries than a tile) and by sorting."""
     leaves = inputs((queries,), (queries + more,), batch=1, heads=2 * group, kv_heads=2, seed=seed)
     options = {"block_size": block_size, "topk": topk}
-    assert_agree(moba_attention, reference_methods.moba_attention, leaves, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moba, "_TILE", tile)
+        assert_agree(moba_attention, reference_methods.moba_attention, leaves, **options)
 
 
-def test_moba_of_all_blocks_is_dense_attention():
+@pytest.fixture(params=[4, 64], ids=["by sorting", "by lists"])
+def tile(request, monkeypatch):
+    monkeypatch.setattr(moba, "_TILE", request.param)
+
+
+def test_moba_of_all_blocks_is_dense_attention(tile):
     q, k, v = inputs((23,))
     for block_size in (1, 4, 23, 40):
         torch.testing.assert_close(moba_attention(q, k, v, block_size, 23), causal(q, k, v))
@@ -152,7 +162,7 @@ def test_moba_of_all_blocks_is_dense_attention():
         torch.testing.assert_close(own[b : b + 1], packed)
 
 
-def test_moba_of_packed_sequences_is_moba_of_each():
+def test_moba_of_packed_sequences_is_moba_of_each(tile):
     q, k, v = inputs((25,), batch=1)
     cu = torch.tensor([0, 9, 9, 10, 25], dtype=torch.int32)
     pieces = [
@@ -164,7 +174,7 @@ def test_moba_of_packed_sequences_is_moba_of_each():
 
 
 @pytest.mark.parametrize("method", ["moba", "nsa"])
-def test_no_query_knows_later_tokens(method):
+def test_no_query_knows_later_tokens(method, tile):
     q, k, v = (x.detach() for x in inputs((40,)))
     gates = normal(2, 40, 4, 3)
 
