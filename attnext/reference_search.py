@@ -133,3 +133,158 @@ def superlinear_attention(
     if not rows:
         return v.new_zeros(batch, num_queries, heads, v.shape[-1])
     return torch.stack(rows).reshape(batch, num_queries, heads, -1)
+
+
+# ---- halving and pruning -------------------------------------------------------------------------
+
+
+def _lowest(x: float) -> float:
+    return -3e38 if math.isnan(x) else x
+
+
+def _best(scored: list[tuple[float, Any]], count: int) -> list[Any]:
+    """The ``count`` of largest score in rising order, of equals the first."""
+    ranked = sorted(enumerate(scored), key=lambda entry: (-entry[1][0], entry[0]))
+    return sorted(item for _, (_, item) in ranked[:count])
+
+
+def _block_samples(
+    q: Tensor, first: int, size: int, stride: int, reduce: str, offset: int
+) -> list[tuple[Tensor, int]]:
+    """Sampled queries ``[H, D]`` of a block, and the positions they stand at."""
+    end, stride = min(first + size, q.shape[0]), min(stride, size)
+    if reduce == "mean":
+        groups = [range(g, min(g + stride, end)) for g in range(first, end, stride)]
+        groups = [g for g in groups if g[0] - first + stride <= size]
+        return [(q[g.start : g.stop].mean(0), g[-1] + offset) for g in groups]
+    places = range(first + stride - 1, first + size, stride)
+    return [(q[min(p, end - 1)], min(p, end - 1) + offset) for p in places]
+
+
+def hip_blocks(
+    query: Tensor,
+    key: Tensor,
+    *,
+    mask_k: int,
+    query_block: int,
+    key_block: int,
+    query_stride: int,
+    representative: str,
+    is_causal: bool,
+    share_heads: bool,
+) -> list[list[list[list[int]]]]:
+    """``[b][list][block]``: the key blocks of HiP, in rising order."""
+    q, k = query.double(), key.double()
+    batch, num_queries, heads, _ = q.shape
+    num_keys, kv_heads = k.shape[1], k.shape[2]
+    lists = kv_heads if share_heads else heads
+    offset = num_keys - num_queries
+    result = []
+    for b in range(batch):
+        per_list = []
+        for n in range(lists):
+            mine = range(n * heads // lists, (n + 1) * heads // lists)
+            head = n * kv_heads // lists
+            per_block = []
+            for first in range(0, num_queries, query_block):
+                samples = _block_samples(q[b], first, query_block, query_stride, "stride", offset)
+                last = min(first + query_block, num_queries) - 1 + offset
+                seen = min(max(last + 1, 0), num_keys) if is_causal else num_keys
+                total = -(-seen // key_block)
+                count = min(mask_k // key_block, -(-num_keys // key_block))
+                spans = [(c * total // count, (c + 1) * total // count) for c in range(count)]
+                spans = [s for s in spans if s[0] < s[1]]
+                while any(hi - lo > 1 for lo, hi in spans):
+                    halves = []
+                    for lo, hi in spans:
+                        middle = (lo + hi) // 2
+                        halves += [(lo, middle), (middle, hi)]
+                    scored = []
+                    for lo, hi in halves:
+                        if lo == hi:
+                            continue
+                        at = lo * key_block
+                        if representative == "centre":
+                            at = (at + min(hi * key_block, seen)) // 2
+                        score = max(
+                            _lowest(float(s[h] @ k[b, at, head]))
+                            if at <= p or not is_causal
+                            else -3e38
+                            for s, p in samples
+                            for h in mine
+                        )
+                        scored.append((score, (lo, hi)))
+                    spans = _best(scored, count)
+                per_block.append([lo for lo, _ in spans])
+            per_list.append(per_block)
+        result.append(per_list)
+    return result
+
+
+def infinite_hip_blocks(
+    query: Tensor,
+    key: Tensor,
+    *,
+    stages: Any,
+    block_size: int,
+    sinks: int,
+    window_size: int,
+    query_reduce: str,
+    share_heads: bool,
+) -> list[list[list[list[int]]]]:
+    """``[b][list][block of the last stage]``: the key blocks of InfiniteHiP, in rising order."""
+    q, k = query.double(), key.double()
+    batch, num_queries, heads, _ = q.shape
+    num_keys, kv_heads = k.shape[1], k.shape[2]
+    lists = kv_heads if share_heads else heads
+    offset = num_keys - num_queries
+    result: list[list[list[list[int]]]] = []
+    for b in range(batch):
+        result.append([])
+        for n in range(lists):
+            mine = range(n * heads // lists, (n + 1) * heads // lists)
+            head = n * kv_heads // lists
+            result[b].append([])
+            for small in range(0, num_queries, stages[-1][0]):
+                size = stages[0][0]
+                last = min((small // size + 1) * size, num_queries) - 1 + offset
+                end = min(max(last + 1, 0), last - window_size + 1)
+                ranges = [
+                    (lo, min(lo + stages[0][2], end)) for lo in range(sinks, end, stages[0][2])
+                ]
+                for size, stride, chunk, keep in stages:
+                    ranges = [
+                        (lo, min(lo + chunk, hi))
+                        for begin, hi in ranges
+                        for lo in range(begin, hi, chunk)
+                    ]
+                    first = small // size * size
+                    samples = _block_samples(q[b], first, size, stride, query_reduce, offset)
+
+                    def score(
+                        at: int,
+                        samples: Any = samples,
+                        b: int = b,
+                        head: int = head,
+                        mine: Any = mine,
+                    ) -> float:
+                        return max(
+                            _lowest(float(s[h] @ k[b, at, head])) if at <= p else -3e38
+                            for s, p in samples
+                            for h in mine
+                        )
+
+                    scored = []
+                    for lo, hi in ranges:
+                        met = score(lo) if hi - lo == 1 else -3e38
+                        a, z = lo, hi
+                        while z - a > 1:
+                            middle = (a + z) // 2
+                            left, right = score((a + middle) // 2), score((middle + z) // 2)
+                            met = max(met, left, right)
+                            a, z = (a, middle) if left >= right else (middle, z)
+                        scored.append((met, (lo, hi)))
+                    ranges = _best(scored, keep // chunk)
+                tokens = {j for lo, hi in ranges for j in range(lo, hi)}
+                result[b][n].append(sorted({j // block_size for j in tokens}))
+    return result

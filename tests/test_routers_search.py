@@ -11,6 +11,12 @@ from hypothesis import strategies as st
 
 import attnext
 from attnext import reference_search as reference
+from attnext.routers.hip import (
+    InfiniteHipDecoder,
+    hip_attention,
+    hip_plan,
+    infinite_hip_plan,
+)
 from attnext.routers.superlinear import (
     span_length,
     stripe_table,
@@ -201,3 +207,182 @@ def test_superlinear_errors(change, error, match):
     tensors = {n: torch.zeros(1, 9, 2, 4) for n in ("search_query", "query", "key", "value")}
     with pytest.raises(error, match=match):
         superlinear_attention(**{**tensors, **change})
+
+
+# ---- HiP -----------------------------------------------------------------------------------------
+
+
+def heads(draw):
+    kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    return kv_heads, kv_heads * group
+
+
+def lists_of(plan):
+    return [
+        [[[x for x in row if x >= 0] for row in head] for head in item]
+        for item in plan.lists.tolist()
+    ]
+
+
+@st.composite
+def halvings(draw):
+    kv_heads, all_heads = heads(draw)
+    batch, queries, keys = (
+        draw(st.integers(1, 2)),
+        draw(st.integers(0, 60)),
+        draw(st.integers(0, 60)),
+    )
+    key_block = draw(st.integers(1, 3))
+    options = {
+        "mask_k": key_block * draw(st.integers(1, 5)),
+        "key_block": key_block,
+        "query_block": draw(st.integers(1, 9)),
+        "query_stride": draw(st.integers(1, 4)),
+        "representative": draw(st.sampled_from(["centre", "first"])),
+        "is_causal": draw(st.booleans()),
+        "share_heads": draw(st.booleans()),
+    }
+    seed = draw(st.integers(0, 2**31))
+    query = whole(batch, queries, all_heads, 2, seed=seed)
+    return query, whole(batch, keys, kv_heads, 2, seed=seed + 1), options
+
+
+@settings(max_examples=60)
+@given(halvings())
+def test_hip(problem):
+    query, key, options = problem
+    plan = hip_plan(query, key, **options)
+    assert lists_of(plan) == reference.hip_blocks(query, key, **options)
+    for row in plan.lists.flatten(0, 2).tolist():
+        blocks = [x for x in row if x >= 0]
+        assert len(set(blocks)) == len(blocks)
+
+
+def test_hip_finds_what_stands_out_and_short_ones_are_dense():
+    """A rise towards one key is climbed from any distance; few keys are all attended."""
+    place = 777
+    key = -(torch.arange(1000, dtype=F64) - place).abs().view(1, -1, 1, 1) / 100
+    query = torch.ones(1, 1000, 1, 1, dtype=F64)
+    plan = hip_plan(query, key, mask_k=16, query_block=32)
+    for i, row in enumerate(lists_of(plan)[0][0]):
+        seen = min((i + 1) * 32, 1000)
+        assert min(place, seen - 1) // 2 in row or seen - 1 - 32 < place < seen
+    q, k, v = (normal(2, 50, 2, 4, seed=n) for n in range(3))
+    dense = attnext.sliding_window_attention(q, k, v, None)
+    out = hip_attention(q, k, v, mask_k=64, window_size=None, sinks=0)
+    torch.testing.assert_close(out, dense)
+    # Queries of any length against a cache.
+    out = hip_attention(q[:, -3:], k, v, mask_k=50, window_size=None, sinks=0)
+    torch.testing.assert_close(out, dense[:, -3:])
+
+
+def test_hip_never_writes_scores_of_all_pairs():
+    """Scores grow as N log N: counted in the products that the search asks for."""
+    counts = {}
+
+    class Counter(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.bmm.default:
+                counts[tokens] += out.numel()
+            return out
+
+    for tokens in (1024, 2048, 4096):
+        counts[tokens] = 0
+        x = normal(1, tokens, 1, 4, dtype=torch.float32)
+        with Counter():
+            hip_plan(x, x, mask_k=32)
+        rounds = math.log2(tokens / 32)
+        assert counts[tokens] == tokens / 2 * 2 * 16 * rounds
+
+
+@st.composite
+def prunings(draw):
+    kv_heads, all_heads = heads(draw)
+    batch, queries, keys = (
+        draw(st.integers(1, 2)),
+        draw(st.integers(0, 40)),
+        draw(st.integers(0, 90)),
+    )
+    size, chunk, stages = draw(st.sampled_from([1, 4, 8])), draw(st.sampled_from([6, 8, 16])), []
+    for n in range(draw(st.integers(1, 3))):
+        keep = chunk * draw(st.integers(1, 4))
+        stages.append((size, draw(st.integers(1, 4)), chunk, keep))
+        size = size if n else max(size // 2, 1)
+        chunk = chunk // 2 if chunk % 2 == 0 else chunk
+    options = {
+        "stages": tuple(stages),
+        "block_size": draw(st.sampled_from([1, 3, 8, 16])),
+        "sinks": draw(st.integers(0, 9)),
+        "window_size": draw(st.integers(1, 12)),
+        "query_reduce": draw(st.sampled_from(["stride", "mean"])),
+        "share_heads": draw(st.booleans()),
+    }
+    seed = draw(st.integers(0, 2**31))
+    # Multiples of 12: the mean of up to four is exact.
+    query = 12 * whole(batch, queries, all_heads, 2, seed=seed)
+    return query, whole(batch, keys, kv_heads, 2, seed=seed + 1), options
+
+
+@settings(max_examples=60)
+@given(prunings())
+def test_infinite_hip(problem):
+    query, key, options = problem
+    plan = infinite_hip_plan(query, key, **options)
+    assert lists_of(plan) == reference.infinite_hip_blocks(query, key, **options)
+    for row in plan.lists.flatten(0, 2).tolist():
+        blocks = [x for x in row if x >= 0]
+        assert blocks == sorted(set(blocks)) == row[: len(blocks)]
+
+
+def test_infinite_hip_keeps_all_of_few():
+    q, k, v = (normal(1, 70, 2, 4, seed=n) for n in range(3))
+    options = {"sinks": 4, "window_size": 8}
+    plan = infinite_hip_plan(q, k, stages=((16, 4, 16, 64), (16, 2, 4, 64)), **options)
+    out = attnext.routed.routed_attention(q, k, v, plan, is_causal=True, **options)
+    torch.testing.assert_close(out, attnext.sliding_window_attention(q, k, v, None))
+
+
+def test_infinite_hip_decoder():
+    """A step on which every stage is due gives a fresh plan; between, stages stay as they were."""
+    stages, intervals = ((1, 1, 16, 32), (1, 1, 4, 8)), (4, 2)
+    options = {"stages": stages, "block_size": 4, "sinks": 2, "window_size": 6}
+    keys, queries = normal(1, 140, 2, 3, seed=1), normal(1, 40, 2, 3, seed=2)
+    decoder = InfiniteHipDecoder(intervals=intervals, **options)
+    plans, fresh = [], []
+    for t in range(12):
+        seen, query = keys[:, : 100 + t], queries[:, t : t + 1]
+        plans.append(lists_of(decoder.plan(query, seen)))
+        fresh.append(lists_of(infinite_hip_plan(query, seen, **options)))
+    for t in range(12):
+        assert plans[t] == (fresh[t] if t % 4 == 0 else plans[t] if t % 2 == 0 else plans[t - 1])
+    assert plans != fresh and plans[2] != plans[1]
+
+
+@pytest.mark.parametrize(
+    "call, change, match",
+    [
+        ("hip", {"mask_k": 5}, "mask_k"),
+        ("hip", {"mask_k": 0}, "mask_k"),
+        ("hip", {"representative": "last"}, "representative"),
+        ("hip", {"query_stride": 0}, "query_stride"),
+        ("hip", {"is_causal": 1}, "is_causal"),
+        ("infinite", {"stages": ()}, "stages"),
+        ("infinite", {"stages": ((4, 1, 8),)}, "stages"),
+        ("infinite", {"stages": ((4, 1, 8, 12),)}, "stages.*keep"),
+        ("infinite", {"stages": ((4, 1, 8, 16), (8, 1, 4, 8))}, "stages.*multiples"),
+        ("infinite", {"is_causal": False}, "is_causal"),
+        ("infinite", {"query_reduce": "max"}, "query_reduce"),
+        ("decoder", {"intervals": (4,)}, "intervals"),
+        ("decoder", {"intervals": (4, 3, 2)}, "intervals"),
+    ],
+)
+def test_hip_errors(call, change, match):
+    x = torch.zeros(1, 9, 2, 4)
+    calls = {
+        "hip": lambda: hip_plan(x, x, **change),
+        "infinite": lambda: infinite_hip_plan(x, x, **change),
+        "decoder": lambda: InfiniteHipDecoder(**change),
+    }
+    with pytest.raises((ValueError, TypeError, NotImplementedError), match=match):
+        calls[call]()
