@@ -288,3 +288,76 @@ def infinite_hip_blocks(
                 tokens = {j for lo, hi in ranges for j in range(lo, hi)}
                 result[b][n].append(sorted({j // block_size for j in tokens}))
     return result
+
+
+# ---- LongHeads -----------------------------------------------------------------------------------
+
+
+def longheads_chunk_keys(
+    query: Tensor, key: Tensor, value: Tensor, chunk_size: int, rotary: Any
+) -> Tensor:
+    q, k, v = query.double(), key.double(), value.double()
+    batch, tokens, heads, dim = q.shape
+    group = heads // k.shape[2]
+    chunks = -(-tokens // chunk_size)
+    pooled = q.new_zeros(batch, chunks, heads, dim)
+    for c in range(chunks):
+        own = slice(c * chunk_size, min((c + 1) * chunk_size, tokens))
+        places = torch.arange(own.stop - own.start)
+        for h in range(heads):
+            one = slice(h // group, h // group + 1)
+            qc, kc = rotary(q[:, own, h : h + 1], places), rotary(k[:, own, one], places)
+            for b in range(batch):
+                x, y = qc[b, :, 0], kc[b, :, 0]
+                seen = torch.softmax(x @ y.T * dim**-0.5, -1) @ v[b, own, h // group]
+                pooled[b, c, h] = torch.softmax(seen.mean(0) @ y.T * dim**-0.5, -1) @ y
+    return pooled
+
+
+def longheads_chunks(scores: Tensor, own: int, num_chunks: int) -> list[int]:
+    """The chunks a token in chunk ``own`` keeps, given the score of each."""
+    forced = sorted({0, max(own - 1, 0), own})
+    others = [c for c in range(own) if c not in forced]
+    others.sort(key=lambda c: (-float(scores[c]), c))
+    return sorted(forced + others[: num_chunks - len(forced)])
+
+
+def longheads_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    chunk_size: int,
+    num_chunks: int,
+    rotary: Any,
+    chunk_keys: Tensor,
+    exclude_self: bool = False,
+) -> Tensor:
+    """Keys are gathered chunk by chunk and rotated to their places in that row of chunks."""
+    q, k, v = query.double(), key.double(), value.double()
+    batch, num_queries, heads, dim = q.shape
+    num_keys, group = k.shape[1], heads // k.shape[2]
+    out = v.new_zeros(batch, num_queries, heads, v.shape[-1])
+    for b in range(batch):
+        for i in range(num_queries):
+            at = i + num_keys - num_queries
+            if at < 0:
+                continue
+            for h in range(heads):
+                scores = chunk_keys[b, :, h].double() @ q[b, i, h]
+                kept = longheads_chunks(scores, at // chunk_size, num_chunks)
+                tokens, places = [], []
+                for slot, c in enumerate(kept):
+                    for r in range(chunk_size):
+                        j = c * chunk_size + r
+                        if j <= at - exclude_self:
+                            tokens.append(j)
+                            places.append(slot * chunk_size + r)
+                if not tokens:
+                    continue
+                mine = (len(kept) - 1) * chunk_size + at % chunk_size
+                x = rotary(q[b : b + 1, i : i + 1, h : h + 1], torch.tensor([mine]))[0, 0, 0]
+                y = rotary(k[b : b + 1, tokens, h // group, None], torch.tensor(places))[0, :, 0]
+                weights = torch.softmax(y @ x * dim**-0.5, 0)
+                out[b, i, h] = weights @ v[b, tokens, h // group]
+    return out

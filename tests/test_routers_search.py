@@ -17,6 +17,11 @@ from attnext.routers.hip import (
     hip_plan,
     infinite_hip_plan,
 )
+from attnext.routers.longheads import (
+    longheads_attention,
+    longheads_chunk_keys,
+    longheads_plan,
+)
 from attnext.routers.superlinear import (
     span_length,
     stripe_table,
@@ -386,3 +391,101 @@ def test_hip_errors(call, change, match):
     }
     with pytest.raises((ValueError, TypeError, NotImplementedError), match=match):
         calls[call]()
+
+
+# ---- LongHeads -----------------------------------------------------------------------------------
+
+
+def rope(x, positions):
+    """Rotary positions of two frequencies, on four dimensions."""
+    angle = positions.to(x.dtype)[:, None, None] * torch.tensor([0.9, 0.13], dtype=x.dtype)
+    a, b = x[..., 0::2], x[..., 1::2]
+    sin, cos = angle.sin(), angle.cos()
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+
+
+def unrotated(x, positions):
+    return x
+
+
+@settings(max_examples=15)
+@given(
+    tokens=st.integers(0, 40),
+    queries=st.integers(0, 40),
+    chunk_size=st.integers(1, 7),
+    num_chunks=st.integers(3, 6),
+    shape=st.sampled_from([(1, 1, 1), (2, 2, 1), (1, 4, 2)]),
+    turn=st.booleans(),
+    exclude_self=st.booleans(),
+    complete=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_longheads(
+    tokens, queries, chunk_size, num_chunks, shape, turn, exclude_self, complete, seed
+):
+    batch, all_heads, kv_heads = shape
+    q = normal(batch, tokens, all_heads, 4, seed=seed)
+    k, v = (normal(batch, tokens, kv_heads, 4, seed=seed + n) for n in (1, 2))
+    rotary = rope if turn else None
+    chunk_keys = longheads_chunk_keys(q, k, v, chunk_size, rotary=rotary)
+    want = reference.longheads_chunk_keys(q, k, v, chunk_size, rotary or unrotated)
+    torch.testing.assert_close(chunk_keys, want, rtol=1e-9, atol=1e-9)
+    options = {"chunk_size": chunk_size, "num_chunks": num_chunks, "exclude_self": exclude_self}
+    given_keys = chunk_keys[:, : tokens // chunk_size] if complete else chunk_keys
+    late = q[:, max(tokens - queries, 0) :]
+    got = longheads_attention(late, k, v, rotary=rotary, chunk_keys=given_keys, **options)
+    want = reference.longheads_attention(
+        late, k, v, rotary=rotary or unrotated, chunk_keys=want, **options
+    )
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+def test_longheads_of_short_contexts_is_causal_attention():
+    q, k, v = (normal(1, 47, 2, 4, seed=n) for n in range(3))
+    at = torch.arange(47)
+    dense = attnext.sliding_window_attention(rope(q, at), rope(k, at), v, None, return_lse=True)
+    got = longheads_attention(q, k, v, chunk_size=8, num_chunks=6, rotary=rope, return_lse=True)
+    for x, y in zip(got, dense, strict=True):
+        torch.testing.assert_close(x, y)
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    out = longheads_attention(*leaves, chunk_size=8, num_chunks=6, rotary=rope)
+    want = attnext.sliding_window_attention(
+        rope(leaves[0], at), rope(leaves[1], at), leaves[2], None
+    )
+    for x, y in zip(
+        torch.autograd.grad(out.square().sum(), leaves),
+        torch.autograd.grad(want.square().sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(x, y)
+
+
+def test_longheads_forces_the_ends_against_any_score():
+    """Chunk keys of 1e30, infinity and NaN displace neither the first chunk nor the last two."""
+    query = torch.ones(1, 64, 1, 1)
+    keys = torch.tensor([0, 1, 1e30, math.inf, math.nan, -math.inf, 2, 0]).view(1, 8, 1, 1)
+    plan = longheads_plan(query, keys, 64, chunk_size=8, num_chunks=5)
+    lists = plan.lists[0, 0].tolist()
+    assert lists[63] == [0, 2, 3, 6, 7] and lists[40] == [0, 2, 3, 4, 5]
+    assert lists[0] == [0, -1, -1, -1, -1] and lists[15] == [0, 1, -1, -1, -1]
+    equal = longheads_plan(query, torch.ones(1, 8, 1, 1), 64, chunk_size=8, num_chunks=4)
+    assert equal.lists[0, 0, 63].tolist() == [0, 1, 6, 7]
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        ({"num_chunks": 2}, "num_chunks"),
+        ({"chunk_size": 0}, "chunk_size"),
+        ({"chunk_keys": torch.zeros(1, 5, 2, 4)}, "chunk_keys"),
+        ({"chunk_keys": torch.zeros(1, 2, 1, 4)}, "chunk_keys"),
+        ({"query": torch.zeros(1, 3, 2, 4)}, "chunk_keys"),
+        ({"value": torch.zeros(1, 9, 2, 5)}, "value"),
+        ({"rotary": lambda x, positions: x[..., :1]}, "rotary"),
+        ({"exclude_self": None}, "exclude_self"),
+    ],
+)
+def test_longheads_errors(change, match):
+    tensors = {n: torch.zeros(1, 9, 2, 4) for n in ("query", "key", "value")}
+    with pytest.raises((ValueError, TypeError), match=match):
+        longheads_attention(**{**tensors, "chunk_size": 4, "num_chunks": 3, **change})
