@@ -21,6 +21,18 @@ def window_backward(
     grads: tuple[Tensor | None, ...],
 ) -> None: ...
 
+# ---- Routed attention: `problem` in the order of its schema; `grads` of its first five tensors
+
+def routed_forward(problem: tuple[Any, ...], out: Tensor, lse: Tensor) -> None: ...
+def routed_backward(
+    problem: tuple[Any, ...],
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    grads: tuple[Tensor | None, ...],
+) -> None: ...
+
 # ---- Linear attention: `problem` as above; `grads` of its first six tensors
 
 def linear_forward(

@@ -39,11 +39,15 @@ from .linear import (  # noqa: E402
     taylor_state_from_plain,
     taylor_state_to_plain,
 )
+from .plans import BlockPlan, Blocks  # noqa: E402
+from .routed import routed_attention  # noqa: E402
 
 __version__: str = _C.__version__
 
 __all__ = [
     "BasedAttention",
+    "BlockPlan",
+    "Blocks",
     "based_attention",
     "linear_attention",
     "linear_attention_step",
@@ -52,6 +56,7 @@ __all__ = [
     "na2d",
     "na3d",
     "neighborhood_attention",
+    "routed_attention",
     "sliding_window_attention",
     "taylor_state_from_plain",
     "taylor_state_to_plain",

@@ -96,7 +96,7 @@ def neighborhood_rules(
     phase: PerAxis,
     offset: PerAxis,
 ) -> Rules:
-    rank = _check_qkv(query, key, value)
+    rank = check_qkv(query, key, value)
     if boundary not in BOUNDARIES:
         raise ValueError(f"boundary must be one of {BOUNDARIES}, got {boundary!r}")
     strides = _per_axis("stride", stride, rank, minimum=1)
@@ -138,7 +138,7 @@ def sliding_rules(
     sinks: int,
     packed: bool,
 ) -> Rules:
-    rank = _check_qkv(query, key, value)
+    rank = check_qkv(query, key, value)
     if rank != 1:
         raise ValueError(f"query must be [B, N, H, D], got shape {tuple(query.shape)}")
     if not isinstance(is_causal, bool):
@@ -162,7 +162,7 @@ def partition_rules(
     key_window_size: PerAxis,
     boundary: str | None,
 ) -> Rules:
-    rank = _check_qkv(query, key, value)
+    rank = check_qkv(query, key, value)
     sizes = _per_axis("window_size", window_size, rank, minimum=1)
     shifts = _per_axis("shift", shift, rank)
     key_sizes: Sequence[int] = sizes
@@ -214,7 +214,7 @@ def _check_cuda(query: Tensor, value: Tensor) -> None:
             )
 
 
-def _check_qkv(query: Tensor, key: Tensor, value: Tensor) -> int:
+def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> int:
     """Checks the three inputs against each other; returns the number of token axes."""
     for name, t in (("query", query), ("key", key), ("value", value)):
         if not isinstance(t, Tensor):
@@ -385,7 +385,7 @@ def _on_host(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> tuple[Tensor, Tensor
     return ends_q, cu_seqlens_k.cpu() if cu_seqlens_k.is_cuda else cu_seqlens_k
 
 
-def _check_modifier(name: str, t: Any, shape: tuple[Any, ...], query: Tensor) -> None:
+def check_modifier(name: str, t: Any, shape: tuple[Any, ...], query: Tensor) -> None:
     if not isinstance(t, Tensor) or not t.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {kind_of(t)}")
     if t.device != query.device:
@@ -433,11 +433,29 @@ def _row_scale(scale: Any, query: Tensor) -> tuple[float, Tensor | None]:
                 f"{tuple(scale.shape)}"
             )
         return 1.0, scale.to(accumulator_dtype(query.dtype)).expand(rows)
+    return check_scale(scale, 1.0, "a number or a tensor"), None
+
+
+def check_scale(scale: Any, default: float, allowed: str = "a number") -> float:
+    """``scale`` as a float; ``default`` if it is None."""
+    if scale is None:
+        return default
     if isinstance(scale, bool) or not isinstance(scale, int | float):
-        raise TypeError(f"scale must be a number or a tensor, got {scale!r}")
+        raise TypeError(f"scale must be {allowed}, got {scale!r}")
     if not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be finite, got {scale}")
-    return float(scale), None
+    return float(scale)
+
+
+def check_softcap(softcap: Any) -> float:
+    """``softcap`` as a float; 0 for None."""
+    if softcap is None:
+        return 0.0
+    if isinstance(softcap, bool) or not isinstance(softcap, int | float):
+        raise TypeError(f"softcap must be a number, got {softcap!r}")
+    if not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, got {softcap}")
+    return float(softcap)
 
 
 def _reach(rules: Sequence[Any], axis: int, rank: int, query: Tensor, key: Tensor) -> int:
@@ -515,7 +533,7 @@ def _check_additional(keys: Any, values: Any, query: Tensor, key: Tensor, value:
         if t.dim() != 4:
             raise ValueError(f"{name} must be [B, E, heads, dim], got {tuple(t.shape)}")
         want = (query.shape[0], keys.shape[1], key.shape[-2], dim)
-        _check_modifier(name, t, want, query)
+        check_modifier(name, t, want, query)
 
 
 def attend(
@@ -551,20 +569,15 @@ def attend(
         additional_keys = unit_stride(additional_keys)
         additional_values = unit_stride(additional_values)
     number, row_scale = _row_scale(scale, query)
-    if softcap is not None:
-        if isinstance(softcap, bool) or not isinstance(softcap, int | float):
-            raise TypeError(f"softcap must be a number, got {softcap!r}")
-        if not 0 < softcap < math.inf:
-            raise ValueError(f"softcap must be positive and finite, got {softcap}")
     if bias is not None:
         _check_bias(bias, query)
     if alibi_slopes is not None:
-        _check_modifier("alibi_slopes", alibi_slopes, (query.shape[-2],), query)
+        check_modifier("alibi_slopes", alibi_slopes, (query.shape[-2],), query)
         bias = _alibi_table(alibi_slopes, bias, rules, sinks, cu_seqlens_q is not None, query, key)
     if bias is not None:
         bias = bias.to(accumulator_dtype(query.dtype)).contiguous()
     if sink_logits is not None:
-        _check_modifier("sink_logits", sink_logits, (query.shape[-2],), query)
+        check_modifier("sink_logits", sink_logits, (query.shape[-2],), query)
         sink_logits = sink_logits.to(accumulator_dtype(query.dtype)).contiguous()
     out, lse = window_op(
         return_lse,
@@ -581,7 +594,7 @@ def attend(
         fields,
         head_rule,
         number,
-        0.0 if softcap is None else float(softcap),
+        check_softcap(softcap),
         sinks,
     )
     return (out, lse) if return_lse else out

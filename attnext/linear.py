@@ -14,6 +14,7 @@ from .arguments import (
     DTYPE_NAMES,
     check_cu_seqlens,
     check_integer,
+    check_scale,
     kind_of,
     under_autocast,
     unit_stride,
@@ -325,7 +326,7 @@ def _plain_layout(
         raise ValueError(
             f"state must have {rows} rows for head_dim {head_dim}, got {tuple(state.shape)}"
         )
-    number = _scale(scale, head_dim**-0.5)
+    number = check_scale(scale, head_dim**-0.5)
     if number <= 0:
         raise ValueError(f"scale must be positive, got {scale}")
     packed = torch.zeros(head_dim, head_dim, dtype=torch.int64)
@@ -344,16 +345,6 @@ def _plain_layout(
 def _check_flag(name: str, x: Any) -> None:
     if not isinstance(x, bool):
         raise TypeError(f"{name} must be a bool, got {x!r}")
-
-
-def _scale(scale: Any, default: float) -> float:
-    if scale is None:
-        return default
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
-        raise TypeError(f"scale must be a number, got {scale!r}")
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"scale must be finite, got {scale}")
-    return float(scale)
 
 
 def _check_problem(
@@ -416,7 +407,7 @@ def _check_problem(
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps must be finite and not negative, got {eps}")
     scaled = feature_map in ("identity", "taylor2")
-    return heads, _scale(scale, query.shape[-1] ** -0.5 if scaled else 1.0)
+    return heads, check_scale(scale, query.shape[-1] ** -0.5 if scaled else 1.0)
 
 
 def _check_gates(

@@ -231,20 +231,13 @@ class BlockPlan:
             raise ValueError(
                 f"mask must have {want} query and key blocks, got {tuple(mask.shape[2:])}"
             )
-        counts = mask.sum(-1).flatten(2)
-        ends = counts.flatten().cumsum(0)
-        indptr = (
-            torch.cat(
-                [
-                    (ends - counts.flatten()).reshape(counts.shape),
-                    ends.reshape(counts.shape)[..., -1:],
-                ],
-                -1,
-            )
-            if ends.numel()
-            else counts.new_zeros((*mask.shape[:2], queries.num_blocks + 1))
-        )
-        return BlockPlan(queries, keys, mask.nonzero()[:, -1].int(), indptr=indptr.long())
+        counts = mask.sum(-1)
+        ends = counts.flatten().cumsum(0).reshape(counts.shape)
+        begins = ends - counts
+        # One more entry in each row: where its last list ends, or 0 if there are no blocks at all.
+        last = ends[..., -1:] if queries.num_blocks else ends.new_zeros((*ends.shape[:2], 1))
+        indptr = torch.cat([begins, last], -1)
+        return BlockPlan(queries, keys, mask.nonzero()[:, -1].int(), indptr=indptr)
 
 
 def _both(

@@ -516,6 +516,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("tile_plan", &tile_plan, py::arg("rules"), py::arg("query_extent"), py::arg("key_extent"),
         py::arg("lanes"), py::arg("vectors"));
   bind_linear(m);
+  bind_routed(m);
   m.def("isa", &cpu::active_isa);
   m.def("set_isa", &cpu::set_isa, py::arg("name"));
   m.def("available_isas", &cpu::available_isas);

@@ -180,5 +180,6 @@ inline py::list describe(const std::vector<cuda::Launch>& launches) {
 }
 
 void bind_linear(py::module_& m);
+void bind_routed(py::module_& m);
 
 }  // namespace attnext

@@ -42,6 +42,41 @@ struct WindowParams {
 };
 static_assert(std::is_trivially_copyable<WindowParams>::value, "crosses to kernels by memcpy");
 
+enum class HeadPolicy : int8_t { kList = 0, kDense = 1, kStreaming = 2, kOff = 3 };
+
+// Attention over lists of key blocks. The tokens of block b lie at places [offsets[b],
+// offsets[b + 1]) of an order, that of the tokens themselves where it is null. A list holds blocks
+// (-1: none) or, with `ends`, spans of places.
+//
+// A query attends a key if it is listed, or in the window around the query, or one of the sinks,
+// and all rules allow it. Query i stands at key i + (keys - queries).
+struct RoutedParams {
+  WindowParams window;  // tensors, scale, softcap and sinks' logits
+  int64_t query_blocks, key_blocks;
+  const int32_t *query_offsets, *query_order, *key_offsets, *key_order;
+  const int32_t *lists, *ends;
+  const int64_t* indptr;  // [list_batch, list_heads, query_blocks + 1]; null: `slots` of each
+  int64_t list_batch, list_heads, slots, entries;
+  const void* entry_bias;     // like `lists`, accumulator type, natural units; may be null
+  const int8_t* head_policy;  // HeadPolicy of each head; null: lists
+  bool has_window;
+  int64_t around[2];  // keys before and after the query's own that its window holds
+  int64_t sinks;
+  // Rules.
+  bool causal, exclude_self;
+  int64_t within[2];                               // at most so many keys before and after
+  const int32_t *query_documents, *key_documents;  // [batch, tokens], null: all are one
+  const int32_t* key_lengths;                      // [batch], null: all keys
+
+  // Backward only. [copies of batch][copies of heads][entries], a copy for each that shares
+  // a list; may be null.
+  void* dentry_bias;
+
+  int64_t batch_copies() const { return list_batch == 1 ? window.batch : 1; }
+  int64_t head_copies() const { return list_heads == 1 ? window.kv_heads : 1; }
+};
+static_assert(std::is_trivially_copyable<RoutedParams>::value, "crosses to kernels by memcpy");
+
 // phi: what linear attention makes of the entries of queries and keys. Taylor2 is exp to second
 // order, 1 + s + s^2/2; its features are 1, k_a, and k_a k_b for a <= b (order of a, then b), the
 // weights 1/2 of the squares on the query's side.

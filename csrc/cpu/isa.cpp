@@ -80,6 +80,10 @@ const LinearKernels& linear_kernels(DType dtype) {
   return current().load()->unit->linear[static_cast<int>(dtype)];
 }
 
+const RoutedKernels& routed_kernels(DType dtype) {
+  return current().load()->unit->routed[static_cast<int>(dtype)];
+}
+
 double fma_peak(const std::string& isa, DType dtype, double seconds) {
   const auto loop = find(isa).unit->peak_loop[static_cast<int>(dtype)];
   const int threads = max_threads();

@@ -12,6 +12,23 @@ namespace attnext {
 namespace cpu {
 namespace ATTNEXT_ISA {
 
+// Hands out pieces of one allocation; with a null base it only adds up their sizes.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <class T>
+  T* take(int64_t count) {
+    char* p = base_ + used_;
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return reinterpret_cast<T*>(base_ ? p : nullptr);
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
 constexpr int kMaxVectors = 4;
 constexpr int kMaxLanes = 64;  // one bit each in a mask
 
@@ -29,48 +46,77 @@ struct LocalRows {
   int64_t sink_row, extra_row, dump_row;
 };
 
-struct Tile {
-  const AxisView* axis;
-  const Group* group[3];
-  int stack;
+// The queries of a tile, a lane each.
+struct Lanes {
   int vectors;     // in use
   int lanes;       // vectors * kLanes
   uint64_t whole;  // lanes that hold a query; no mask needs to clear the others
   uint64_t live;   // those at work
   int32_t query[3][kMaxLanes];
+  int32_t head[kMaxLanes] = {};  // counted from the tile's first
+};
+
+// Of each key in [from, to) the bits of the lanes that attend it: a lane toggles its bit where an
+// interval begins and ends, and a running xor does the rest. A lane's intervals are disjoint.
+struct LaneMasks {
+  uint64_t* out;
+  int64_t from, to;
+  uint64_t state;
+
+  LaneMasks(uint64_t* masks, int64_t begin, int64_t end, uint64_t always)
+      : out(masks), from(begin), to(end), state(always) {
+    for (int64_t u = 0; u < to - from; ++u) out[u] = 0;
+  }
+  void add(int64_t begin, int64_t end, uint64_t bit) {
+    begin = max64(begin, from), end = min64(end, to);
+    if (begin >= end) return;
+    if (begin == from) {
+      state ^= bit;
+    } else {
+      out[begin - from] ^= bit;
+    }
+    if (end < to) out[end - from] ^= bit;
+  }
+  void finish() {
+    for (int64_t u = 0; u < to - from; ++u) out[u] = state ^= out[u];
+  }
+};
+
+struct Tile : Lanes {
+  const AxisView* axis;
+  const Group* group[3];
+  int stack;
   int64_t bias_shift[kMaxVectors];
   int64_t bias_origin[3];
   int64_t bias_stride[3];
   uint64_t* row_mask[3];  // per key index of the union on axes 0 and 1; on axis 2 when rows repeat
   int64_t rows, width, sinks, total;
 
-  // Bits of the lanes whose interval on `a` holds key index u, for u in [from, to): every lane
-  // toggles its bit where its interval begins and ends, and a running xor does the rest.
+  void allocate(Arena& arena, const PlanView& plan, int64_t block) {
+    for (int a = 0; a < 3; ++a) {
+      int64_t most = a == 2 ? block : 1;
+      for (int64_t g = 0; g < plan.axis[a].num_groups; ++g) {
+        most = max64(most, plan.axis[a].groups[g].end - plan.axis[a].groups[g].begin);
+      }
+      row_mask[a] = arena.template take<uint64_t>(most);
+    }
+  }
+
+  // Bits of the lanes whose interval on `a` holds key index u, for u in [from, to).
   void axis_masks(int a, int64_t from, int64_t to, uint64_t* out) const {
     const AxisView& v = axis[a];
-    for (int64_t u = from; u < to; ++u) out[u - from] = 0;
-    uint64_t state = ~whole;
-    const auto toggle = [&](int64_t begin, int64_t end, uint64_t bit) {
-      begin = max64(begin, from), end = min64(end, to);
-      if (begin >= end) return;
-      if (begin == from) {
-        state ^= bit;
-      } else {
-        out[begin - from] ^= bit;
-      }
-      if (end < to) out[end - from] ^= bit;
-    };
+    LaneMasks masks(out, from, to, ~whole);
     for (uint64_t rest = whole; rest; rest &= rest - 1) {
       const int lane = __builtin_ctzll(rest);
       const int32_t i = query[a][lane];
       const uint64_t bit = uint64_t(1) << lane;
-      toggle(v.begin[i], v.end[i], bit);
+      masks.add(v.begin[i], v.end[i], bit);
       if (v.sink_begin) {  // the parts of the sinks that the window does not hold
-        toggle(v.sink_begin[i], min64(v.sink_end[i], v.begin[i]), bit);
-        toggle(max64(v.sink_begin[i], v.end[i]), v.sink_end[i], bit);
+        masks.add(v.sink_begin[i], min64(v.sink_end[i], v.begin[i]), bit);
+        masks.add(max64(v.sink_begin[i], v.end[i]), v.sink_end[i], bit);
       }
     }
-    for (int64_t u = 0; u < to - from; ++u) out[u] = state ^= out[u];
+    masks.finish();
   }
 
   // Which queries the lanes hold.
@@ -129,15 +175,6 @@ struct Tile {
   }
 };
 
-// Room a tile needs for `row_mask`.
-inline int64_t mask_capacity(const PlanView& plan, int a, int64_t block) {
-  int64_t most = block;
-  for (int64_t g = 0; g < plan.axis[a].num_groups; ++g) {
-    most = max64(most, plan.axis[a].groups[g].end - plan.axis[a].groups[g].begin);
-  }
-  return most;
-}
-
 constexpr int64_t kNoBias = -1;
 
 // Up to `capacity` keys that a query of the tile attends. Where only some lanes are live the keys
@@ -156,6 +193,18 @@ struct KeyBlock {
 };
 
 template <class T>
+void active_range(const Lanes& tile, int v, KeyBlock<T>* block) {
+  const int lanes = tile.lanes / tile.vectors;
+  const uint64_t ones = lanes == 64 ? ~uint64_t(0) : (uint64_t(1) << lanes) - 1;
+  const uint64_t bits = (ones << (v * lanes)) & tile.live;
+  int64_t lo = 0, hi = block->count;
+  while (lo < hi && !(block->mask[lo] & bits)) ++lo;
+  while (hi > lo && !(block->mask[hi - 1] & bits)) --hi;
+  block->lo[v] = lo;
+  block->hi[v] = hi;
+}
+
+template <class T>
 struct KeyWalk {
   const WindowParams& p;
   const Tile& tile;
@@ -166,8 +215,8 @@ struct KeyWalk {
   int64_t b, h_kv;
   int64_t key_base, value_base;
 
-  KeyWalk(const WindowParams& params, const Tile& t, const T* zero_row, uint64_t* masks,
-          const LocalRows* rows, int64_t batch, int64_t head_kv)
+  KeyWalk(const WindowParams& params, const PlanView&, const Tile& t, const T* zero_row,
+          uint64_t* masks, const LocalRows* rows, int64_t batch, int64_t head_kv)
       : p(params),
         tile(t),
         zeros(zero_row),
@@ -208,7 +257,7 @@ struct KeyWalk {
       }
     }
     block->masked = all != ~uint64_t(0);
-    for (int v = 0; v < tile.vectors; ++v) active_range(v, block);
+    for (int v = 0; v < tile.vectors; ++v) active_range(tile, v, block);
     return pos;
   }
 
@@ -292,17 +341,14 @@ struct KeyWalk {
     block->count = j;
     return all;
   }
+};
 
-  void active_range(int v, KeyBlock<T>* block) const {
-    const int kLanes = tile.lanes / tile.vectors;
-    const uint64_t ones = kLanes == 64 ? ~uint64_t(0) : (uint64_t(1) << kLanes) - 1;
-    const uint64_t bits = (ones << (v * kLanes)) & tile.live;
-    int64_t lo = 0, hi = block->count;
-    while (lo < hi && !(block->mask[lo] & bits)) ++lo;
-    while (hi > lo && !(block->mask[hi - 1] & bits)) --hi;
-    block->lo[v] = lo;
-    block->hi[v] = hi;
-  }
+// The keys of window attention.
+struct Boxes {
+  using Plan = PlanView;
+  using Tile = ATTNEXT_ISA::Tile;
+  template <class T>
+  using Walk = KeyWalk<T>;
 };
 
 }  // namespace ATTNEXT_ISA

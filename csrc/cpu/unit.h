@@ -3,6 +3,7 @@
 #pragma once
 
 #include "linear.h"
+#include "routed.h"
 #include "window.h"
 
 namespace attnext {
@@ -11,6 +12,7 @@ namespace cpu {
 struct IsaUnit {
   WindowKernels window[kNumDTypes];
   LinearKernels linear[kNumDTypes];
+  RoutedKernels routed[kNumDTypes];
   double (*peak_loop[kNumDTypes])(int64_t iterations, double* sink);
 };
 

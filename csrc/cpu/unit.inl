@@ -4,6 +4,7 @@
 
 #include "linear_unit.inl"
 #include "peak.inl"
+#include "routed.inl"
 #include "unit.h"
 #include "window_unit.inl"
 
@@ -17,6 +18,8 @@ inline const IsaUnit* unit() {
        WindowEntry<fp16>::table()},
       {LinearEntry<float>::table(), LinearEntry<double>::table(), LinearEntry<bf16>::table(),
        LinearEntry<fp16>::table()},
+      {RoutedEntry<float>::table(), RoutedEntry<double>::table(), RoutedEntry<bf16>::table(),
+       RoutedEntry<fp16>::table()},
       {peak_loop<float>, peak_loop<double>, peak_loop<ElemOf<bf16>::type>, peak_loop<float>}};
   return &table;
 }

@@ -45,26 +45,13 @@ struct Same<T, T> {
   static constexpr bool value = true;
 };
 
-// Hands out pieces of one allocation; with a null base it only adds up their sizes.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-  template <class T>
-  T* take(int64_t count) {
-    char* p = base_ + used_;
-    used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-    return reinterpret_cast<T*>(base_ ? p : nullptr);
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
-
-template <class T>
+// `Keys` says which keys a tile walks: Boxes, or Lists.
+template <class T, class Keys>
 class Window {
  public:
+  using Plan = typename Keys::Plan;
+  using Tile = typename Keys::Tile;
+  using Walk = typename Keys::template Walk<T>;
   using Elem = typename ElemOf<T>::type;
   using Acc = typename Contraction<Elem>::Acc;
   using Vec = VecOf<Acc>;
@@ -80,14 +67,12 @@ class Window {
 
   // ---- scratch ---------------------------------------------------------------------------------
 
-  Window(const WindowParams& params, const PlanView& view, void* scratch, bool backward)
+  Window(const WindowParams& params, const Plan& view, void* scratch, bool backward)
       : p(params), plan(view), arena(scratch) {
     max_lanes = plan.vectors * kLanes;
     dp = padded(p.head_dim);
     dvp = padded(p.head_dim_v);
-    for (int a = 0; a < 3; ++a) {
-      tile.row_mask[a] = arena.template take<uint64_t>(mask_capacity(plan, a, a == 2 ? kBlock : 1));
-    }
+    tile.allocate(arena, plan, kBlock);
     walk_mask = arena.template take<uint64_t>(kBlock);
     block.key = arena.template take<const T*>(kBlock);
     block.value = arena.template take<const T*>(kBlock);
@@ -142,7 +127,7 @@ class Window {
   }
 
   // Queries of a tile are far apart in memory: a tile ahead, nobody waits for them.
-  static void fetch_queries(const WindowParams& p, const PlanView& plan, int64_t b, int64_t h,
+  static void fetch_queries(const WindowParams& p, const Plan& plan, int64_t b, int64_t h,
                             const int64_t index[3]) {
     constexpr int64_t kLine = 64 / sizeof(T);
     Tile next;
@@ -150,14 +135,14 @@ class Window {
     for (uint64_t rest = next.whole; rest; rest &= rest - 1) {
       const int lane = __builtin_ctzll(rest);
       const int64_t x[3] = {next.query[0][lane], next.query[1][lane], next.query[2][lane]};
-      const T* row = static_cast<const T*>(p.query.data) + at(p.query, b, x, h);
+      const T* row = static_cast<const T*>(p.query.data) + at(p.query, b, x, h + next.head[lane]);
       for (int64_t d = 0; d < p.head_dim; d += kLine) __builtin_prefetch(row + d);
     }
   }
 
   int64_t offset_of(const TensorRef& t, int lane, int64_t b, int64_t h) const {
     const int64_t x[3] = {tile.query[0][lane], tile.query[1][lane], tile.query[2][lane]};
-    return at(t, b, x, h);
+    return at(t, b, x, h + tile.head[lane]);
   }
 
   // `rows`[lane][ld] = the tile's rows of a tensor, zero in dead lanes and in the padding.
@@ -285,7 +270,7 @@ class Window {
 
   // ---- a block of keys -------------------------------------------------------------------------
 
-  bool next_block(const KeyWalk<T>& walk, int64_t* from, int64_t to, bool backward) {
+  bool next_block(const Walk& walk, int64_t* from, int64_t to, bool backward) {
     do {
       if (*from >= to) return false;
       *from = walk.fill(*from, to, kPairs ? kBlock - 1 : kBlock, &block);
@@ -489,7 +474,7 @@ class Window {
   // ---- state -----------------------------------------------------------------------------------
 
   const WindowParams& p;
-  const PlanView& plan;
+  const Plan& plan;
   Arena arena;
   Tile tile;
   KeyBlock<T> block;

@@ -9,10 +9,10 @@ namespace attnext {
 namespace cpu {
 namespace ATTNEXT_ISA {
 
-template <class T>
-class WindowForward : public Window<T> {
+template <class T, class Keys>
+class WindowForward : public Window<T, Keys> {
  public:
-  using Base = Window<T>;
+  using Base = Window<T, Keys>;
   using Base::block;
   using Base::dvp;
   using Base::kDepth;
@@ -28,9 +28,11 @@ class WindowForward : public Window<T> {
   using Base::value_rows;
   using typename Base::Acc;
   using typename Base::Elem;
+  using typename Base::Plan;
   using typename Base::Vec;
+  using typename Base::Walk;
 
-  WindowForward(const WindowParams& params, const PlanView& view, void* scratch)
+  WindowForward(const WindowParams& params, const Plan& view, void* scratch)
       : Base(params, view, scratch, false) {}
 
   template <bool kMasked>
@@ -105,12 +107,13 @@ class WindowForward : public Window<T> {
     for (int lane = 0; lane < tile.lanes; ++lane) {
       const bool sink = p.sink_logits && with_sink;
       maximum[lane] =
-          sink ? static_cast<const Acc*>(p.sink_logits)[h] * Acc(kLog2E) : Acc(-INFINITY);
+          sink ? static_cast<const Acc*>(p.sink_logits)[h + tile.head[lane]] * Acc(kLog2E)
+               : Acc(-INFINITY);
       sum[lane] = norm[lane] = sink ? 1 : 0;
     }
     memset(ot, 0, sizeof(Acc) * dvp * tile.lanes);
-    const KeyWalk<T> walk(p, tile, this->zeros, this->walk_mask, nullptr, b,
-                          h / (p.heads / p.kv_heads));
+    const Walk walk(p, plan, tile, this->zeros, this->walk_mask, nullptr, b,
+                    h / (p.heads / p.kv_heads));
     bool masked = false;
     while (this->next_block(walk, &from, to, false)) {
       masked |= block.masked;
@@ -174,7 +177,7 @@ class WindowForward : public Window<T> {
       partial[(dvp + 2) * max_lanes + lane] = norm[lane];
     }
   }
-  static int64_t partial_size(const WindowParams& p, const PlanView& plan) {
+  static int64_t partial_size(const WindowParams& p, const Plan& plan) {
     return (Base::padded(p.head_dim_v) + 3) * plan.vectors * kLanes;
   }
   void merge_partials(int64_t b, int64_t h, const int64_t index[3], int64_t count,

@@ -11,7 +11,7 @@ namespace ATTNEXT_ISA {
 
 template <class T>
 struct WindowEntry {
-  using F = WindowForward<T>;
+  using F = WindowForward<T, Boxes>;
   using B = WindowBackward<T>;
   using Acc = typename F::Acc;
 

@@ -1,0 +1,380 @@
+// SPDX-License-Identifier: Apache-2.0
+// The keys of routed attention: what a query block lists, and beside it a window and sinks. The
+// lists become disjoint runs in rising order here, so that what is listed twice, or listed and in
+// the window, counts once; the rules of routed.h then say which lanes attend which key of a run.
+#pragma once
+
+#include "keywalk.inl"
+#include "routed.h"
+
+namespace attnext {
+namespace cpu {
+namespace ATTNEXT_ISA {
+
+// Where the slots of a query block are in the lists.
+ATTNEXT_INLINE int64_t list_row(const RoutedParams& r, int64_t block, int64_t b, int64_t h) {
+  const int64_t lb = r.list_batch == 1 ? 0 : b, lh = h / (r.window.heads / r.list_heads);
+  const int64_t list = lb * r.list_heads + lh;
+  return list * (r.query_blocks + (r.indptr ? 1 : 0)) + block;
+}
+ATTNEXT_INLINE int64_t first_entry(const RoutedParams& r, int64_t block, int64_t b, int64_t h) {
+  const int64_t row = list_row(r, block, b, h);
+  return r.indptr ? r.indptr[row] : row * r.slots;
+}
+ATTNEXT_INLINE int64_t last_entry(const RoutedParams& r, int64_t block, int64_t b, int64_t h) {
+  const int64_t row = list_row(r, block, b, h);
+  return r.indptr ? r.indptr[row + 1] : (row + 1) * r.slots;
+}
+
+// Keys at places [begin, end): those before a tile's run number `at` slots of its walk.
+struct Run {
+  int32_t begin, end;
+  int32_t slot;  // the list's, which has the bias; -1: the window or the sinks alone
+  bool listed;
+  int64_t at;
+};
+
+struct ListTile : Lanes {
+  Run* runs;
+  int64_t num_runs, total;
+  int32_t lo[kMaxLanes], hi[kMaxLanes];                // keys that the rules allow
+  int32_t window_lo[kMaxLanes], window_hi[kMaxLanes];  // of those, the window
+  int32_t sink_hi[kMaxLanes];                          // and the sinks, from 0
+  const int32_t* documents;                            // of the keys; null: all are one
+  int32_t document[kMaxLanes];
+  int32_t self[kMaxLanes];   // the key that a query may not attend, -1: none
+  int64_t full_lo, full_hi;  // keys that the rules allow to every lane
+  int32_t bias_shift[kMaxVectors] = {};
+  bool with_bias;
+
+  void allocate(Arena& arena, const ListView& view, int64_t) {
+    // A run of the window or the sinks lies between runs of the list, before or after them.
+    sorted = arena.template take<Run>(2 * view.most_slots + 1);  // overlaps are cut
+    runs = arena.template take<Run>(4 * view.most_slots + 4);
+  }
+
+  void place(const ListView& view, const int64_t index[3], int kLanes) {
+    const RoutedParams& r = *view.params;
+    const ListPiece& piece = view.pieces[index[0]];
+    const int count = piece.end - piece.begin;
+    vectors = (count * piece.heads + kLanes - 1) / kLanes;
+    lanes = vectors * kLanes;
+    whole = 0;
+    int lane = 0;
+    for (int g = 0; g < piece.heads; ++g) {
+      for (int i = 0; i < count; ++i, ++lane) {
+        const int32_t token = r.query_order ? r.query_order[piece.begin + i] : piece.begin + i;
+        raster[lane] = token;
+        const int32_t n1 = static_cast<int32_t>(r.window.query_extent[1]);
+        const int32_t n2 = static_cast<int32_t>(r.window.query_extent[2]);
+        query[2][lane] = token % n2;
+        query[1][lane] = token / n2 % n1;
+        query[0][lane] = token / n2 / n1;
+        head[lane] = g;
+        whole |= uint64_t(1) << lane;
+      }
+    }
+  }
+
+  void init(const ListView& view, const int64_t index[3], int kLanes, int64_t) {
+    place(view, index, kLanes);
+    live = whole;
+    const RoutedParams& r = *view.params;
+    const int64_t b = index[1], h = index[2];
+    const int64_t num_keys = view.num_keys;
+    const HeadPolicy policy =
+        r.head_policy ? static_cast<HeadPolicy>(r.head_policy[h]) : HeadPolicy::kList;
+    const int64_t allowed = r.key_lengths ? clamp64(r.key_lengths[b], 0, num_keys) : num_keys;
+    documents = r.key_documents ? r.key_documents + b * num_keys : nullptr;
+    full_lo = r.exclude_self ? num_keys : 0, full_hi = num_keys;
+    // Of all lanes: keys that one attends, and what the window and the sinks reach.
+    int64_t reach_lo = num_keys, reach_hi = 0, near_lo = num_keys, near_hi = 0, sink_reach = 0;
+    const bool besides = policy == HeadPolicy::kList || policy == HeadPolicy::kStreaming;
+    for (uint64_t rest = whole; rest; rest &= rest - 1) {
+      const int lane = __builtin_ctzll(rest);
+      const int64_t token = raster[lane];
+      const int64_t position = token + view.offset;
+      int64_t from = 0, to = allowed;
+      if (r.causal) to = min64(to, position + 1);
+      from = max64(from, position - r.within[0]);
+      to = max64(min64(to, position + r.within[1] + 1), from);
+      lo[lane] = static_cast<int32_t>(from), hi[lane] = static_cast<int32_t>(to);
+      const bool windowed = besides && r.has_window;
+      const int64_t near = windowed ? clamp64(position - r.around[0], from, to) : to;
+      const int64_t far = windowed ? clamp64(position + r.around[1] + 1, near, to) : to;
+      window_lo[lane] = static_cast<int32_t>(near), window_hi[lane] = static_cast<int32_t>(far);
+      const int64_t sinks = besides ? clamp64(r.sinks, from, to) : from;
+      sink_hi[lane] = static_cast<int32_t>(sinks > from ? sinks : 0);
+      self[lane] = r.exclude_self ? static_cast<int32_t>(position) : -1;
+      document[lane] = documents ? r.query_documents[b * view.num_queries + token] : 0;
+      reach_lo = min64(reach_lo, from), reach_hi = max64(reach_hi, to);
+      full_lo = max64(full_lo, from), full_hi = min64(full_hi, to);
+      if (near < far) near_lo = min64(near_lo, near), near_hi = max64(near_hi, far);
+      sink_reach = max64(sink_reach, sink_hi[lane]);
+    }
+    int64_t count = 0;
+    with_bias = false;
+    if (policy == HeadPolicy::kDense) {
+      sorted[count++] = {0, static_cast<int32_t>(num_keys), -1, true, 0};
+    } else if (policy == HeadPolicy::kList) {
+      count = list(view, view.pieces[index[0]].block, b, h);
+      with_bias = r.entry_bias != nullptr;
+    } else if (policy == HeadPolicy::kOff) {
+      reach_hi = 0;
+    }
+    // In the order of places other than the keys' own, rules do not bound what is walked.
+    const bool in_order = !r.key_order;
+    num_runs = 0;
+    total = 0;
+    int64_t done = 0;
+    const auto besides_up_to = [&](int64_t end) {  // the window and the sinks, up to the next run
+      const auto add = [&](int64_t from, int64_t to) {
+        from = max64(from, done), to = min64(to, end);
+        if (from < to) push(from, to, -1, false);
+      };
+      if (sink_reach >= near_lo) return add(0, max64(sink_reach, near_hi));
+      add(0, sink_reach);
+      add(near_lo, near_hi);
+    };
+    for (int64_t k = 0; k < count; ++k) {
+      const Run& run = sorted[k];
+      const int64_t from = in_order ? max64(run.begin, reach_lo) : run.begin;
+      const int64_t to = in_order ? min64(run.end, reach_hi) : run.end;
+      if (from >= to) continue;
+      besides_up_to(from);
+      push(from, to, run.slot, true);
+      done = to;
+    }
+    besides_up_to(num_keys);
+  }
+
+  // Bits of the lanes that attend keys [from, to) of a run.
+  void masks(int64_t from, int64_t to, bool listed, uint64_t* out) const {
+    LaneMasks masks(out, from, to, ~whole);
+    for (uint64_t rest = whole; rest; rest &= rest - 1) {
+      const int lane = __builtin_ctzll(rest);
+      const auto add = [&](int64_t begin, int64_t end) {
+        const int64_t own = self[lane];
+        const uint64_t bit = uint64_t(1) << lane;
+        if (own < begin || own >= end) return masks.add(begin, end, bit);
+        masks.add(begin, own, bit);
+        masks.add(own + 1, end, bit);
+      };
+      if (listed) {
+        add(lo[lane], hi[lane]);
+      } else if (sink_hi[lane] >= window_lo[lane]) {
+        add(lo[lane], max64(sink_hi[lane], window_hi[lane]));
+      } else {
+        add(lo[lane], sink_hi[lane]);
+        add(window_lo[lane], window_hi[lane]);
+      }
+    }
+    masks.finish();
+    for (int64_t u = from; documents && u < to; ++u) out[u - from] &= same_document(u);
+  }
+  // The same of one key.
+  uint64_t mask(int32_t token) const {
+    uint64_t out;
+    masks(token, token + 1, true, &out);
+    return out;
+  }
+  // Whether every lane attends all of keys [from, to) of a listed run.
+  bool all_attend(int64_t from, int64_t to) const {
+    return !documents && full_lo <= from && to <= full_hi;
+  }
+
+ private:
+  Run* sorted;
+  int32_t raster[kMaxLanes];
+
+  uint64_t same_document(int64_t token) const {
+    uint64_t bits = ~whole;
+    for (int lane = 0; lane < lanes; ++lane) {
+      bits |= uint64_t(documents[token] == document[lane]) << lane;
+    }
+    return bits;
+  }
+
+  void push(int64_t from, int64_t to, int32_t slot, bool listed) {
+    runs[num_runs++] = {static_cast<int32_t>(from), static_cast<int32_t>(to), slot, listed, total};
+    total += to - from;
+  }
+
+  // The list of a query block as disjoint runs in rising order, in `sorted`.
+  int64_t list(const ListView& view, int64_t block, int64_t b, int64_t h) {
+    const RoutedParams& r = *view.params;
+    const int64_t begin = first_entry(r, block, b, h), end = last_entry(r, block, b, h);
+    int64_t count = 0;
+    bool ordered = true;
+    for (int64_t e = begin; e < end; ++e) {
+      int32_t from = r.lists[e], to;
+      if (r.ends) {
+        to = r.ends[e];
+      } else {
+        if (from < 0) continue;
+        to = r.key_offsets[from + 1];
+        from = r.key_offsets[from];
+      }
+      if (from >= to) continue;
+      ordered &= count == 0 || sorted[count - 1].end <= from;
+      sorted[count++] = {from, to, static_cast<int32_t>(e - begin), true, 0};
+    }
+    return ordered ? count : disjoint(count, r.entry_bias != nullptr);
+  }
+
+  // Sorts; of overlapping runs, the first slot keeps all of its keys (they may differ in bias).
+  int64_t disjoint(int64_t count, bool distinct) {
+    const auto before = [](const Run& x, const Run& y) {
+      return x.begin != y.begin ? x.begin < y.begin : x.slot < y.slot;
+    };
+    sort(sorted, count, before);
+    bool overlap = false;
+    for (int64_t k = 1; k < count; ++k) overlap |= sorted[k].begin < sorted[k - 1].end;
+    if (!overlap) return count;
+    int64_t kept = 0;
+    if (!distinct) {
+      for (int64_t k = 0; k < count; ++k) {
+        if (kept > 0 && sorted[k].begin <= sorted[kept - 1].end) {
+          sorted[kept - 1].end =
+              sorted[k].end > sorted[kept - 1].end ? sorted[k].end : sorted[kept - 1].end;
+        } else {
+          sorted[kept++] = sorted[k];
+        }
+      }
+      return kept;
+    }
+    // With a bias: cut at every end of a run, and give each piece to the first slot that has it.
+    // Pieces may be more than slots, at most twice as many: they are made in `runs`.
+    Run* pieces = runs;
+    for (int64_t k = 0; k < count; ++k) {
+      int64_t at = sorted[k].begin;
+      while (at < sorted[k].end) {
+        int64_t to = sorted[k].end;
+        bool mine = true;
+        for (int64_t o = 0; o < count; ++o) {
+          const Run& other = sorted[o];
+          if (o == k || other.end <= at) continue;
+          if (other.begin > at) {
+            to = min64(to, other.begin);
+            continue;
+          }
+          to = min64(to, other.end);
+          mine &= sorted[k].slot < other.slot;
+        }
+        if (mine) {
+          if (kept > 0 && pieces[kept - 1].slot == sorted[k].slot && pieces[kept - 1].end == at) {
+            pieces[kept - 1].end = static_cast<int32_t>(to);
+          } else {
+            pieces[kept++] = {static_cast<int32_t>(at), static_cast<int32_t>(to), sorted[k].slot,
+                              true, 0};
+          }
+        }
+        at = to;
+      }
+    }
+    sort(pieces, kept, before);
+    memcpy(sorted, pieces, sizeof(Run) * kept);
+    return kept;
+  }
+
+  // Heap sort: the units have no standard library, and lists may be long.
+  template <class Before>
+  static void sort(Run* x, int64_t n, Before before) {
+    const auto sink = [&](int64_t i, int64_t size) {
+      for (int64_t child; (child = 2 * i + 1) < size; i = child) {
+        if (child + 1 < size && before(x[child], x[child + 1])) ++child;
+        if (!before(x[i], x[child])) return;
+        const Run t = x[i];
+        x[i] = x[child], x[child] = t;
+      }
+    };
+    for (int64_t i = n / 2; i-- > 0;) sink(i, n);
+    for (int64_t i = n; i-- > 1;) {
+      const Run t = x[0];
+      x[0] = x[i], x[i] = t;
+      sink(0, i);
+    }
+  }
+};
+
+template <class T>
+struct ListWalk {
+  const WindowParams& p;
+  const ListView& view;
+  const ListTile& tile;
+  const T* zeros;
+  uint64_t* scratch_mask;  // [block]
+  const LocalRows* local;  // null in the forward pass
+  const T *key, *value;
+
+  ListWalk(const WindowParams& params, const ListView& list_view, const ListTile& t,
+           const T* zero_row, uint64_t* masks, const LocalRows* rows, int64_t b, int64_t h_kv)
+      : p(params), view(list_view), tile(t), zeros(zero_row), scratch_mask(masks), local(rows) {
+    const int64_t origin[3] = {0, 0, 0};
+    key = static_cast<const T*>(p.key.data) + at(p.key, b, origin, h_kv);
+    value = static_cast<const T*>(p.value.data) + at(p.value, b, origin, h_kv);
+  }
+
+  int64_t fill(int64_t from, int64_t to, int64_t capacity, KeyBlock<T>* block) const {
+    block->count = 0;
+    uint64_t all = ~uint64_t(0);
+    int64_t pos = from;
+    int64_t r = run_at(from);
+    while (pos < to && block->count < capacity) {
+      const Run& run = tile.runs[r];
+      const int64_t end = min64(run.at + run.end - run.begin, to);
+      const int64_t n = min64(end - pos, capacity - block->count);
+      all &= emit(run, run.begin + (pos - run.at), n, block);
+      pos += n;
+      if (pos == run.at + run.end - run.begin) ++r;
+    }
+    block->masked = all != ~uint64_t(0);
+    for (int v = 0; v < tile.vectors; ++v) active_range(tile, v, block);
+    return pos;
+  }
+
+ private:
+  int64_t run_at(int64_t pos) const {
+    int64_t lo = 0, hi = tile.num_runs;
+    while (lo + 1 < hi) {
+      const int64_t middle = (lo + hi) / 2;
+      (tile.runs[middle].at <= pos ? lo : hi) = middle;
+    }
+    return lo;
+  }
+
+  uint64_t emit(const Run& run, int64_t u, int64_t n, KeyBlock<T>* block) const {
+    const int32_t* order = view.params->key_order;
+    const bool full = run.listed && (order ? !view.has_rules : tile.all_attend(u, u + n));
+    const int64_t bias = tile.with_bias && run.slot >= 0 ? run.slot * view.bias_step : kNoBias;
+    if (!full && !order) tile.masks(u, u + n, run.listed, scratch_mask);
+    uint64_t all = ~uint64_t(0);
+    int64_t j = block->count;
+    for (int64_t k = 0; k < n; ++k) {
+      const uint64_t mask = full ? ~uint64_t(0) : order ? tile.mask(order[u + k]) : scratch_mask[k];
+      if (!(mask & tile.whole)) continue;
+      const bool real = mask & tile.live;
+      block->mask[j] = mask | ~tile.live;
+      all &= block->mask[j];
+      block->key[j] = real ? key + view.key_at[u + k] : zeros;
+      block->value[j] = real ? value + view.value_at[u + k] : zeros;
+      block->bias[j] = bias;
+      if (local) block->row[j] = real ? u + k : local->dump_row;
+      ++j;
+    }
+    block->count = j;
+    return all;
+  }
+};
+
+// The keys of routed attention.
+struct Lists {
+  using Plan = ListView;
+  using Tile = ListTile;
+  template <class T>
+  using Walk = ListWalk<T>;
+};
+
+}  // namespace ATTNEXT_ISA
+}  // namespace cpu
+}  // namespace attnext

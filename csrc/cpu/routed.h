@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+// What an ISA unit offers for routed attention: plain function pointers, chosen once per call.
+#pragma once
+
+#include <cstdint>
+
+#include "../params.h"
+
+namespace attnext {
+namespace cpu {
+
+// Queries of one block, at places [begin, end), that a tile holds for `heads` heads.
+struct ListPiece {
+  int32_t block, begin, end, heads;
+};
+
+// A problem as the walk of a tile reads it. A tile's index is its piece, batch item and first head.
+struct ListView {
+  const RoutedParams* params;
+  const ListPiece* pieces;
+  const int64_t *key_at, *value_at;  // per place: elements from the rows of the first token
+  int64_t num_queries, num_keys;
+  int64_t offset;      // query i stands at key i + offset
+  int64_t most_slots;  // of a list
+  int64_t bias_step;   // numbers of a slot's row of biases
+  int32_t vectors;     // of a tile
+  bool has_rules;
+};
+
+struct RoutedKernels {
+  int lanes, vectors;
+  int64_t (*forward_scratch)(const RoutedParams&, const ListView&);
+  int64_t (*backward_scratch)(const RoutedParams&, const ListView&);
+  int64_t (*accumulator_row)(const WindowParams&);  // numbers in one row of dK and dV accumulators
+
+  int64_t (*walk_length)(const RoutedParams&, const ListView&, const int64_t index[3],
+                         void* scratch);
+  void (*fetch_queries)(const WindowParams&, const ListView&, const int64_t index[3]);
+  // Slots [from, to) of the walk. With `partial` the unnormalised result goes there.
+  void (*forward)(const RoutedParams&, const ListView&, const int64_t index[3], int64_t from,
+                  int64_t to, void* scratch, void* partial);
+  int64_t (*partial_size)(const WindowParams&, const ListView&);
+  void (*merge_partials)(const RoutedParams&, const ListView&, const int64_t index[3],
+                         int64_t count, void* partials, void* scratch);
+
+  // dQ of the tile is finished; dK and dV are added to `rows`, one per place and one that phantom
+  // keys may spoil, biases' gradients to `dbias` (as the lists) and those of the heads to `dsink`.
+  void (*backward)(const RoutedParams&, const ListView&, const int64_t index[3], void* rows,
+                   void* dbias, void* dsink, void* scratch);
+  // Writes the sum of `count` sets of rows for places [from, to) of one batch item and kv head.
+  void (*finish_keys)(const RoutedParams&, int64_t batch, int64_t kv_head, const void* const* rows,
+                      int64_t count, int64_t from, int64_t to);
+};
+
+void routed_forward(const RoutedParams& params);
+void routed_backward(const RoutedParams& params);
+
+}  // namespace cpu
+}  // namespace attnext
