@@ -25,7 +25,6 @@ except ImportError as error:
 
 from .based import BasedAttention, based_attention  # noqa: E402
 from .functional import (  # noqa: E402
-    merge_attentions,
     na1d,
     na2d,
     na3d,
@@ -39,8 +38,11 @@ from .linear import (  # noqa: E402
     taylor_state_from_plain,
     taylor_state_to_plain,
 )
+from .merging import merge, merge_attentions  # noqa: E402
 from .plans import BlockPlan, Blocks  # noqa: E402
+from .pooling import Windows, block_pool, packed_blocks  # noqa: E402
 from .routed import routed_attention  # noqa: E402
+from .selection import select_topk  # noqa: E402
 
 __version__: str = _C.__version__
 
@@ -48,15 +50,20 @@ __all__ = [
     "BasedAttention",
     "BlockPlan",
     "Blocks",
+    "Windows",
     "based_attention",
+    "block_pool",
     "linear_attention",
     "linear_attention_step",
+    "merge",
     "merge_attentions",
     "na1d",
     "na2d",
     "na3d",
     "neighborhood_attention",
+    "packed_blocks",
     "routed_attention",
+    "select_topk",
     "sliding_window_attention",
     "taylor_state_from_plain",
     "taylor_state_to_plain",

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import check_integer
-from .functional import merge_attentions, sliding_window_attention
+from .functional import sliding_window_attention
 from .linear import linear_attention, linear_attention_step
+from .merging import merge_attentions
 
 
 def based_attention(

@@ -3,22 +3,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .arguments import (
     PerAxis,
     attend,
-    kind_of,
     neighborhood_rules,
     partition_rules,
     sliding_rules,
 )
-from .ops import accumulator_dtype
 
 
 def neighborhood_attention(
@@ -374,61 +369,3 @@ def window_attention(
         sink_logits,
         return_lse,
     )
-
-
-def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Attention over a union of disjoint key sets from the results over each.
-
-    Shapes:
-        outputs: equal shapes ``[..., D]``; lses: ``[...]``. Returns the merged pair, the same.
-
-    Numerics:
-        Weights in float32 (float64 for float64), the output in the dtype of the first. Where every
-        lse is -inf, the output is 0 and the lse -inf, with zero gradients. Differentiable in all
-        outputs and lses, out of place.
-
-    Errors:
-        ValueError or TypeError, naming the argument.
-
-    Complexity:
-        O(number of parts * elements).
-
-    Source:
-        The combination step of FlashDecoding and ring attention (arXiv 2310.01889).
-
-    Example:
-        >>> import torch, attnext
-        >>> q, k, v = (torch.randn(1, 8, 2, 16) for _ in range(3))
-        >>> parts = [attnext.sliding_window_attention(q, k[:, s], v[:, s], None, is_causal=False,
-        ...                                           return_lse=True)
-        ...          for s in (slice(0, 3), slice(3, 8))]
-        >>> out, lse = attnext.merge_attentions(*zip(*parts))
-    """
-    if not outputs or len(outputs) != len(lses):
-        raise ValueError(
-            f"outputs and lses must be equally many and not empty, got "
-            f"{len(outputs)} and {len(lses)}"
-        )
-    for name, tensors, shape in (
-        ("outputs", outputs, outputs[0].shape),
-        ("lses", lses, outputs[0].shape[:-1]),
-    ):
-        for t in tensors:
-            if not isinstance(t, Tensor) or not t.is_floating_point():
-                raise TypeError(f"{name} must be floating-point tensors, got {kind_of(t)}")
-            if t.shape != shape:
-                raise ValueError(f"{name} must all have shape {tuple(shape)}, got {tuple(t.shape)}")
-    acc = accumulator_dtype(outputs[0].dtype)
-    stacked = torch.stack([lse.to(acc) for lse in lses])
-    top = stacked.detach().amax(0)
-    top = torch.where(top == -math.inf, 0.0, top)
-    weights = torch.exp(stacked - top)
-    total = weights.sum(0)
-    empty = total == 0
-    safe = torch.where(empty, 1.0, total)
-    merged: Any = 0
-    for out, weight in zip(outputs, weights, strict=True):
-        share = (weight / safe)[..., None]
-        merged = merged + torch.where(share == 0, 0.0, share * out.to(acc))
-    lse = torch.where(empty, -math.inf, top + torch.log(safe))
-    return merged.to(outputs[0].dtype), lse
