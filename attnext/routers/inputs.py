@@ -3,22 +3,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..arguments import _check_qkv, check_integer, kind_of
+from ..arguments import check_integer, check_qkv, kind_of
 from ..ops import accumulator_dtype
 
 # Entries of the largest temporary: routers go through their queries in steps that keep below it.
 STEP_ENTRIES = 2**22
 
+# Rotates [B, N, H, D] to positions int64 [N]. Scores of rotated queries and keys must depend on the
+# difference of their positions alone.
+Rotary = Callable[[Tensor, Tensor], Tensor]
+
 
 def check_sequences(query: Tensor, key: Tensor, value: Tensor | None = None) -> None:
     """Queries, keys and values on one token axis."""
-    if _check_qkv(query, key, key if value is None else value) != 1:
+    if check_qkv(query, key, key if value is None else value) != 1:
         raise ValueError(f"query must be [B, N, H, D], got shape {tuple(query.shape)}")
 
 
@@ -66,7 +70,25 @@ def by_group(query: Tensor, key: Tensor) -> Tensor:
     return query.unflatten(2, (key.shape[2], -1))
 
 
+def rotated(rotary: Rotary | None, x: Tensor, positions: Tensor) -> Tensor:
+    """``x``, rotated if there is a rotation."""
+    if rotary is None:
+        return x
+    turned = rotary(x, positions)
+    if not isinstance(turned, Tensor) or turned.shape != x.shape or turned.dtype != x.dtype:
+        given = (
+            f"{turned.dtype} {tuple(turned.shape)}"
+            if isinstance(turned, Tensor)
+            else kind_of(turned)
+        )
+        raise ValueError(
+            f"rotary must keep shape and dtype, {x.dtype} {tuple(x.shape)}, gave {given}"
+        )
+    return turned
+
+
 __all__ = [
+    "Rotary",
     "by_group",
     "check_choice",
     "check_flag",
@@ -75,5 +97,6 @@ __all__ = [
     "check_number",
     "check_sequences",
     "exact",
+    "rotated",
     "steps",
 ]

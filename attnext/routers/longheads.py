@@ -3,41 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..arguments import kind_of
-from ..functional import merge_attentions, window_attention
-from ..ops import accumulator_dtype
+from ..functional import window_attention
+from ..merging import merge_attentions
 from ..plans import BlockPlan
+from ..pooling import Windows, block_pool
 from ..routed import routed_attention
-from .inputs import by_group, check_flag, check_integer, check_sequences, exact, steps
-
-# Rotates [B, N, H, D] to positions int64 [N]. Scores of rotated queries and keys must depend on the
-# difference of their positions alone.
-Rotary = Callable[[Tensor, Tensor], Tensor]
-
-_LOW, _HIGH = -3e38, 3e38  # scores of chunks that are not forced
-
-
-def rotated(rotary: Rotary | None, x: Tensor, positions: Tensor) -> Tensor:
-    """``x``, rotated if there is a rotation."""
-    if rotary is None:
-        return x
-    turned = rotary(x, positions)
-    if not isinstance(turned, Tensor) or turned.shape != x.shape or turned.dtype != x.dtype:
-        given = (
-            f"{turned.dtype} {tuple(turned.shape)}"
-            if isinstance(turned, Tensor)
-            else kind_of(turned)
-        )
-        raise ValueError(
-            f"rotary must keep shape and dtype, {x.dtype} {tuple(x.shape)}, gave {given}"
-        )
-    return turned
+from ..selection import select_topk
+from .inputs import Rotary, check_flag, check_integer, check_sequences, rotated
 
 
 def longheads_chunk_keys(
@@ -55,7 +33,7 @@ def longheads_chunk_keys(
 
     Shapes:
         query ``[B, N, H, D]``, key and value ``[B, N, Hkv, D]``, not rotated; the result is
-        ``[B, chunks, H, D]`` in float32 (float64 for float64). The last chunk holds what is left.
+        ``[B, chunks, H, D]``. The last chunk holds what is left.
 
     Args:
         rotary: rotates queries and keys to their positions within the chunk.
@@ -80,17 +58,12 @@ def longheads_chunk_keys(
         )
     places = torch.arange(key.shape[1], device=key.device) % chunk_size
     query, key = rotated(rotary, query, places), rotated(rotary, key, places)
-    found = exact(window_attention(query, key, value, chunk_size))
-    even = key.shape[1] // chunk_size * chunk_size
-    parts = [found.new_zeros((key.shape[0], 0, *found.shape[2:]))]
-    for begin, end, size in ((0, even, chunk_size), (even, key.shape[1], key.shape[1] - even)):
-        if begin < end:
-            asked = by_group(found[:, begin:end].unflatten(1, (-1, size)).mean(2), key)
-            keys = exact(key[:, begin:end]).unflatten(1, (-1, size))
-            scores = torch.einsum("bchgd,bcjhd->bchgj", asked, keys) * key.shape[-1] ** -0.5
-            pooled = torch.einsum("bchgj,bcjhd->bchgd", torch.softmax(scores, -1), keys)
-            parts.append(pooled.flatten(2, 3))
-    return torch.cat(parts, 1)
+    asked = block_pool(window_attention(query, key, value, chunk_size), chunk_size)
+    chunks = asked.shape[1]
+    own = torch.arange(chunks, device=key.device)[None, None, :, None]
+    plan = BlockPlan.of(own, chunks, 1, key.shape[1], chunk_size)
+    pooled: Tensor = routed_attention(asked, key, key, plan)
+    return pooled
 
 
 def longheads_plan(
@@ -114,8 +87,8 @@ def longheads_plan(
         num_chunks: at most so many; at least the three that are always there.
 
     Numerics:
-        Scores unscaled, in float32 (float64 for float64), of queries and chunk keys as given; of
-        equal scores the earlier chunk wins; NaN is the lowest. No gradient.
+        Scores unscaled, of queries and chunk keys as given; of equal ones the earlier chunk wins.
+        As :func:`attnext.select_topk`. No gradient.
 
     Errors:
         ValueError or TypeError, naming the argument.
@@ -145,27 +118,18 @@ def longheads_plan(
             f"chunk_keys must have {complete} chunks, or {total} with the unfinished one, got "
             f"{chunk_keys.shape[1]}"
         )
-    lists = torch.full(
-        (batch, heads, num_queries, num_chunks), -1, dtype=torch.int32, device=query.device
+    dtype = torch.promote_types(query.dtype, chunk_keys.dtype)
+    missing = total - chunk_keys.shape[1]
+    lists = select_topk(
+        query.to(dtype),
+        torch.nn.functional.pad(chunk_keys.to(dtype), (0, 0, 0, 0, 0, missing)),
+        num_chunks,
+        causal="start",
+        query_blocks=Windows(num_queries, 1),
+        candidate_blocks=Windows(num_keys, chunk_size),
+        force_first=1,
+        force_last=2,
     )
-    keep = min(num_chunks, total)
-    chunk = torch.arange(total, device=query.device)
-    with torch.no_grad():
-        keys = chunk_keys[:, :complete].detach()
-        keys = keys.to(torch.promote_types(keys.dtype, accumulator_dtype(query.dtype)))
-        keys = torch.nn.functional.pad(keys, (0, 0, 0, 0, 0, total - complete))
-        for part in steps(num_queries if keep else 0, batch * heads * total):
-            scores = torch.einsum("bnhd,bchd->bhnc", query[:, part].detach().to(keys.dtype), keys)
-            scores = scores.nan_to_num(_LOW, _HIGH, _LOW).clamp(_LOW, _HIGH)
-            at = torch.arange(part.start, part.stop, device=query.device) + num_keys - num_queries
-            own = torch.div(at, chunk_size, rounding_mode="floor")[:, None]
-            future = chunk > own
-            scores = scores.masked_fill((chunk == 0) | (chunk >= own - 1), torch.inf)
-            scores = scores.masked_fill(future, -torch.inf)
-            ranked, order = scores.sort(dim=-1, descending=True, stable=True)
-            best = order[..., :keep].masked_fill(ranked[..., :keep] == -torch.inf, total)
-            best = best.sort(-1).values
-            lists[:, :, part, :keep] = best.masked_fill(best == total, -1).int()
     return BlockPlan.of(lists, num_queries, 1, num_keys, chunk_size)
 
 
@@ -232,7 +196,7 @@ def longheads_attention(
         chunk_keys = longheads_chunk_keys(query, key, value, chunk_size, rotary=rotary)
     num_queries, num_keys = query.shape[1], key.shape[1]
     plan = longheads_plan(query, chunk_keys, num_keys, chunk_size=chunk_size, num_chunks=num_chunks)
-    options = {"is_causal": True, "exclude_self": exclude_self, "scale": scale}
+    options: Any = {"is_causal": True, "exclude_self": exclude_self, "scale": scale}
     if rotary is None:
         return routed_attention(query, key, value, plan, return_lse=return_lse, **options)
     # A key keeps its position within its chunk, whatever chunk it is; the query moves instead, to

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..functional import merge_attentions, sliding_window_attention
+from ..functional import sliding_window_attention
+from ..merging import merge, merge_attentions
 from ..plans import BlockPlan
 from ..routed import routed_attention
 from .inputs import by_group, check_indices, check_integer, check_sequences, exact, steps
@@ -360,8 +361,8 @@ def superlinear_attention(
         ]
         outs = torch.stack(joined, -2)
     gates = _gates(search_query, key, spans.anchors)
-    mixed = torch.where(gates[..., None] == 0, 0.0, gates[..., None] * exact(outs)).sum(-2)
-    return mixed.to(query.dtype)
+    mixed: Tensor = merge(outs.unbind(-2), gates=gates, mode="raw")
+    return mixed
 
 
 def _gates(search_query: Tensor, key: Tensor, anchors: Tensor) -> Tensor:
