@@ -165,8 +165,9 @@ def straight_through(
     uniform = torch.rand(
         logits.shape, generator=generator, device=logits.device, dtype=torch.float32
     )
-    tiny = torch.finfo(torch.float32).tiny
-    noise = -torch.log(-torch.log(uniform.clamp(min=tiny)).clamp(min=tiny))
+    # Neither 0, nor 1, which rounding may give: the noise is finite.
+    uniform = uniform.clamp(torch.finfo(torch.float32).tiny, 1 - torch.finfo(torch.float32).eps)
+    noise = -torch.log(-torch.log(uniform))
     soft = torch.softmax((logits + noise.to(logits.dtype)) / temperature, -1)
     hard = torch.zeros_like(soft).scatter(-1, soft.argmax(-1, keepdim=True), 1.0)
     return hard + (soft - soft.detach())
