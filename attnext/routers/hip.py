@@ -14,6 +14,7 @@ from torch import Tensor
 from ..plans import BlockPlan
 from ..routed import routed_attention
 from .inputs import (
+    Rows,
     check_choice,
     check_flag,
     check_integer,
@@ -69,13 +70,13 @@ def _sample(
     return _Samples(exact(chosen).permute(0, 3, 1, 2, 4), reach)
 
 
-def _scores(samples: _Samples, key: Tensor, at: Tensor) -> Tensor:
+def _scores(samples: _Samples, rows: Rows, at: Tensor) -> Tensor:
     """Largest ``q . k`` over the samples for the keys at ``[B, lists, blocks, n]``."""
     batch, lists = samples.query.shape[:2]
-    rows = torch.arange(batch, device=key.device)[:, None, None, None]
-    head = torch.arange(lists, device=key.device) // (lists // key.shape[2])
-    keys = exact(key[rows, at.clamp(0, key.shape[1] - 1), head[:, None, None]])
-    scores = samples.query @ keys.transpose(-1, -2)  # [B, lists, blocks, samples, n]
+    item = torch.arange(batch, device=at.device)[:, None, None, None]
+    head = torch.arange(lists, device=at.device) // (lists // rows.heads)
+    found = exact(rows(item, at.clamp(0, rows.tokens - 1), head[:, None, None]))
+    scores = samples.query @ found.transpose(-1, -2)  # [B, lists, blocks, samples, n]
     hidden = at.unsqueeze(3) > samples.reach[..., None]
     return scores.nan_to_num(_INVISIBLE).masked_fill(hidden, _INVISIBLE).amax(3)
 
@@ -171,6 +172,7 @@ def hip_plan(
     found = torch.full((batch, lists, blocks, keep), -1, dtype=torch.int32, device=key.device)
     samples_each = heads // lists * max(query_block // query_stride, 1)
     entries = batch * lists * 2 * keep * (dim + samples_each)
+    rows = Rows(key)
     with torch.no_grad():
         for part in steps(blocks, entries):
             seen, _ = _visible(query, key, part, query_block, is_causal)
@@ -188,7 +190,7 @@ def hip_plan(
                 at = lo * key_block
                 if representative == "centre":
                     at = (at + torch.minimum(hi * key_block, seen[:, None])) // 2
-                best = _keep(_scores(samples, key, at), lo >= hi, keep)
+                best = _keep(_scores(samples, rows, at), lo >= hi, keep)
                 lo, hi = lo.gather(-1, best), hi.gather(-1, best)
             found[:, :, part] = lo.masked_fill(lo >= hi, -1).int()
     return BlockPlan.of(found, num_queries, query_block, num_keys, key_block)
@@ -268,6 +270,7 @@ class _Cascade:
         if is_causal is not True:
             raise NotImplementedError(f"is_causal must be True, got {is_causal!r}")
         self.query, self.key, self.stages, self.block_size = query, key, stages, block_size
+        self.rows = Rows(key)
         self.sinks, self.window_size, self.reduce = sinks, window_size, query_reduce
         self.lists = key.shape[2] if share_heads else query.shape[2]
 
@@ -297,7 +300,7 @@ class _Cascade:
         for _ in range(max((chunk - 1).bit_length(), 1)):
             middle = (left + right) // 2
             a, b = (left + middle) // 2, (middle + right) // 2
-            of_a, of_b = (_scores(samples, self.key, x) for x in (a, b))
+            of_a, of_b = (_scores(samples, self.rows, x) for x in (a, b))
             met = torch.maximum(met, torch.maximum(of_a, of_b))
             go_left, one = of_a >= of_b, right - left <= 1
             left, right = (

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..arguments import check_integer, check_qkv, kind_of
 from ..ops import accumulator_dtype
@@ -65,6 +65,25 @@ def exact(t: Tensor) -> Tensor:
     return t.to(accumulator_dtype(t.dtype))
 
 
+class Rows:
+    """Rows of ``[B, N, heads, D]`` by batch item, place and head: whole, where an index of three
+    tensors would copy entry by entry, at a twentieth of the speed. No gradient."""
+
+    def __init__(self, t: Tensor) -> None:
+        t, dim = t.detach(), t.shape[-1]
+        self.tokens, self.heads = t.shape[1:3]
+        if t.numel() and any(stride % dim for stride in t.stride()[:3]):
+            t = t.contiguous()
+        self._strides = [stride // dim for stride in t.stride()[:3]]
+        last = sum((n - 1) * stride for n, stride in zip(t.shape, self._strides, strict=False))
+        self.flat = t.as_strided((last + 1 if t.numel() else 0, dim), (dim, 1))
+
+    def __call__(self, batch: Tensor, place: Tensor, head: Tensor) -> Tensor:
+        """The rows at indices that broadcast against each other, ``[..., D]``."""
+        b, n, h = self._strides
+        return nn.functional.embedding(batch * b + place * n + head * h, self.flat)
+
+
 def by_group(query: Tensor, key: Tensor) -> Tensor:
     """``[B, N, H, D]`` as ``[B, N, Hkv, G, D]``."""
     return query.unflatten(2, (key.shape[2], -1))
@@ -89,6 +108,7 @@ def rotated(rotary: Rotary | None, x: Tensor, positions: Tensor) -> Tensor:
 
 __all__ = [
     "Rotary",
+    "Rows",
     "by_group",
     "check_choice",
     "check_flag",

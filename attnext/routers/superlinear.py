@@ -10,13 +10,13 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..functional import sliding_window_attention
 from ..merging import merge, merge_attentions
 from ..plans import BlockPlan
 from ..routed import routed_attention
-from .inputs import by_group, check_indices, check_integer, check_sequences, exact, steps
+from .inputs import Rows, by_group, check_indices, check_integer, check_sequences, exact, steps
 
 Power = float | Fraction
 
@@ -245,9 +245,11 @@ def _shifted_scores(q: Tensor, k: Tensor, at: Tensor) -> Tensor:
 
 
 def _gathered_scores(q: Tensor, k: Tensor, at: Tensor) -> Tensor:
-    rows = torch.arange(k.shape[0], device=k.device)[:, None, None]
-    keys = exact(k[rows, at.clamp(0, k.shape[1] - 1)])  # [B, n, anchors, Hkv, D]
-    return torch.einsum("bnhgd,bnahd->bnahg", exact(q), keys).flatten(3)
+    item = torch.arange(k.shape[0], device=k.device)[:, None, None, None]
+    head = torch.arange(k.shape[2], device=k.device)[:, None]
+    keys = exact(Rows(k)(item, at.clamp(0, k.shape[1] - 1)[:, :, None], head))
+    scores = exact(q) @ keys.transpose(-1, -2)  # [B, n, Hkv, G, anchors]
+    return scores.movedim(-1, 2).flatten(3)
 
 
 def superlinear_attention(
@@ -368,12 +370,13 @@ def superlinear_attention(
 def _gates(search_query: Tensor, key: Tensor, anchors: Tensor) -> Tensor:
     """Softmax of the scores of the anchors found, ``[B, N, H, spans]``; of none: the first is 1."""
     heads, group = search_query.shape[2], search_query.shape[2] // key.shape[2]
-    rows = torch.arange(key.shape[0], device=key.device)[:, None, None, None]
+    item = torch.arange(key.shape[0], device=key.device)[:, None, None, None]
     head = (torch.arange(heads, device=key.device) // group)[:, None]
     if key.shape[1] == 0:
         z = exact(search_query.new_zeros(anchors.shape))
     else:
-        chosen = key[rows, anchors.clamp(min=0), head]  # [B, N, H, spans, D]
+        at = (item * key.shape[1] + anchors.clamp(min=0)) * key.shape[2] + head
+        chosen = nn.functional.embedding(at, key.flatten(0, 2))  # [B, N, H, spans, D]
         z = (exact(search_query)[..., None, :] * exact(chosen)).sum(-1)
     missing = anchors < 0
     missing = torch.cat([missing[..., :1] & False, missing[..., 1:]], -1)
