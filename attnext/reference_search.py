@@ -138,8 +138,10 @@ def superlinear_attention(
 # ---- halving and pruning -------------------------------------------------------------------------
 
 
-def _lowest(x: float) -> float:
-    return -3e38 if math.isnan(x) else x
+def _largest(scores: Any) -> float:
+    """The largest; -3e38 if one of them is no number."""
+    seen = list(scores)
+    return -3e38 if any(map(math.isnan, seen)) else max(seen)
 
 
 def _best(scored: list[tuple[float, Any]], count: int) -> list[Any]:
@@ -206,10 +208,8 @@ def hip_blocks(
                         at = lo * key_block
                         if representative == "centre":
                             at = (at + min(hi * key_block, seen)) // 2
-                        score = max(
-                            _lowest(float(s[h] @ k[b, at, head]))
-                            if at <= p or not is_causal
-                            else -3e38
+                        score = _largest(
+                            float(s[h] @ k[b, at, head]) if at <= p or not is_causal else -3e38
                             for s, p in samples
                             for h in mine
                         )
@@ -268,8 +268,8 @@ def infinite_hip_blocks(
                         head: int = head,
                         mine: Any = mine,
                     ) -> float:
-                        return max(
-                            _lowest(float(s[h] @ k[b, at, head])) if at <= p else -3e38
+                        return _largest(
+                            float(s[h] @ k[b, at, head]) if at <= p else -3e38
                             for s, p in samples
                             for h in mine
                         )

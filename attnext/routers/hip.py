@@ -71,14 +71,14 @@ def _sample(
 
 
 def _scores(samples: _Samples, rows: Rows, at: Tensor) -> Tensor:
-    """Largest ``q . k`` over the samples for the keys at ``[B, lists, blocks, n]``."""
+    """Largest ``q . k`` over the samples for the keys at ``[B, lists, blocks, n]``; NaN is lowest."""
     batch, lists = samples.query.shape[:2]
     item = torch.arange(batch, device=at.device)[:, None, None, None]
     head = torch.arange(lists, device=at.device) // (lists // rows.heads)
     found = exact(rows(item, at.clamp(0, rows.tokens - 1), head[:, None, None]))
     scores = samples.query @ found.transpose(-1, -2)  # [B, lists, blocks, samples, n]
-    hidden = at.unsqueeze(3) > samples.reach[..., None]
-    return scores.nan_to_num(_INVISIBLE).masked_fill(hidden, _INVISIBLE).amax(3)
+    scores.masked_fill_(at.unsqueeze(3) > samples.reach[..., None], _INVISIBLE)
+    return scores.amax(3).nan_to_num(_INVISIBLE, torch.inf, -torch.inf)
 
 
 def _keep(scores: Tensor, empty: Tensor, count: int) -> Tensor:
