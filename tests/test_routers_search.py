@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import LAYOUTS, lay_out
 
 import attnext
 from attnext import reference_search as reference
@@ -22,6 +23,7 @@ from attnext.routers.longheads import (
     longheads_chunk_keys,
     longheads_plan,
 )
+from attnext.routers.minference import AShape, BlockSparse, minference_attention
 from attnext.routers.superlinear import (
     span_length,
     stripe_table,
@@ -491,3 +493,58 @@ def test_longheads_errors(change, match):
     tensors = {n: torch.zeros(1, 9, 2, 4) for n in ("query", "key", "value")}
     with pytest.raises((ValueError, TypeError), match=match):
         longheads_attention(**{**tensors, "chunk_size": 4, "num_chunks": 3, **change})
+
+
+# ---- all of them ---------------------------------------------------------------------------------
+
+ROUTED = {
+    "HiP": lambda q, k, v: hip_attention(q, k, v, mask_k=16, window_size=8, sinks=2),
+    "HiP shared": lambda q, k, v: hip_attention(q, k, v, mask_k=16, share_heads=True, key_block=4),
+    "InfiniteHiP": lambda q, k, v: attnext.routed_attention(
+        q, k, v, infinite_hip_plan(q, k, stages=SMALL, sinks=2, window_size=8, block_size=8),
+        is_causal=True, window_size=8, sinks=2,
+    ),
+    "LongHeads": lambda q, k, v: longheads_attention(
+        q, k, v, chunk_size=8, num_chunks=4, rotary=rope_of_any
+    ),
+    "Superlinear": lambda q, k, v: superlinear_attention(q, q, k, v, sw_index=2, backward_factor=1),
+    "MInference": lambda q, k, v: minference_attention(
+        q, k, v, [BlockSparse(2, 16), AShape(2, 9)] * 2, query_block=16
+    ),
+}  # fmt: skip
+SMALL = ((16, 2, 16, 32), (16, 1, 4, 16))
+
+
+def rope_of_any(x, positions):
+    return rope(x.float(), positions).to(x.dtype)
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_layouts_dtypes_and_empty_batches(name):
+    """Where rows lie changes nothing; half precision has the same lists; no batch, no result."""
+    call = ROUTED[name]
+    q, k, v = (normal(2, 90, h, 4, seed=h, dtype=torch.float32) for h in (4, 2, 2))
+    k, v = k[:1].expand_as(k), v[:1].expand_as(v)
+    want = call(q, k, v)
+    for layout in LAYOUTS:
+        laid = (lay_out(x, layout) for x in (k, v))
+        assert torch.equal(call(q, *laid), want), layout
+    # Each item is on its own, and so is each query but for those of its block.
+    assert torch.equal(call(q[1:], k[1:], v[1:]), want[1:])
+    half = [x.bfloat16() for x in (q, k, v)]
+    got = call(*half)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), call(*(x.float() for x in half)), rtol=0.02, atol=0.02)
+    assert call(q[:0], k[:0], v[:0]).shape == (0, 90, 4, 4)
+    assert call(q[:, :0], k[:, :0], v[:, :0]).shape == (2, 0, 4, 4)
+
+
+@pytest.mark.parametrize("name", ["HiP", "InfiniteHiP", "LongHeads", "Superlinear"])
+def test_keys_after_a_query_block_change_nothing(name):
+    """Causal to the query block: what comes later is neither attended nor searched."""
+    call = ROUTED[name]
+    q, k, v = (normal(1, 96, h, 4, seed=h) for h in (4, 2, 2))
+    before = call(q, k, v)
+    for x in (q, k, v):
+        x[:, 64:] = normal(*x[:, 64:].shape, seed=77) * 9
+    assert torch.equal(call(q, k, v)[:, :64], before[:, :64])

@@ -71,7 +71,7 @@ def _sample(
 
 
 def _scores(samples: _Samples, rows: Rows, at: Tensor) -> Tensor:
-    """Largest ``q . k`` over the samples for the keys at ``[B, lists, blocks, n]``; NaN is lowest."""
+    """Largest ``q . k`` over the samples for keys at ``[B, lists, blocks, n]``; NaN is lowest."""
     batch, lists = samples.query.shape[:2]
     item = torch.arange(batch, device=at.device)[:, None, None, None]
     head = torch.arange(lists, device=at.device) // (lists // rows.heads)
