@@ -255,6 +255,13 @@ def test_example_replace_natten() -> None:
     assert old < 1e-5 and new < 1e-5
 
 
+def test_example_needle() -> None:
+    found, alone = example("needle").main(["--tokens", "8192"])
+    assert all(found[name] == 8 for name in ("dense", "HiP", "InfiniteHiP", "LongHeads"))
+    assert found["Superlinear"] >= 5 and found["window"] <= 1
+    assert alone["dense"] == 8 and max(alone["HiP"], alone["Superlinear"]) <= 4
+
+
 def test_every_example_is_tested() -> None:
     for path in (ROOT / "examples").glob("*.py"):
         assert f"test_example_{path.stem}" in globals()

@@ -1,0 +1,550 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Routers that search a sequence: against loops in float64, and what must hold of any of them."""
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import LAYOUTS, lay_out
+
+import attnext
+from attnext import reference_search as reference
+from attnext.routers.hip import (
+    InfiniteHipDecoder,
+    hip_attention,
+    hip_plan,
+    infinite_hip_plan,
+)
+from attnext.routers.longheads import (
+    longheads_attention,
+    longheads_chunk_keys,
+    longheads_plan,
+)
+from attnext.routers.minference import AShape, BlockSparse, minference_attention
+from attnext.routers.superlinear import (
+    span_length,
+    stripe_table,
+    superlinear_attention,
+    superlinear_search,
+    window_of,
+)
+
+F64 = torch.float64
+
+
+def normal(*shape, seed=0, dtype=F64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=F64).to(dtype)
+
+
+def whole(*shape, seed=0, most=2):
+    """Small whole numbers: scores are exact in any order of summation, and often equal."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-most, most + 1, shape, generator=generator).double()
+
+
+# ---- Superlinear ---------------------------------------------------------------------------------
+
+
+@settings(max_examples=20)
+@given(
+    st.fractions(Fraction(1, 5), 1, max_denominator=30),
+    st.fractions(0, 5, max_denominator=7),
+    st.integers(1, 10**12),
+)
+def test_stripes_are_exact(power, factor, i):
+    table = stripe_table(power, 3000)
+    assert table == [reference.stripe(n, power) for n in range(len(table))]
+    assert reference.stripe(len(table), power) > 3000
+    tokens = torch.arange(0, 300)
+    want = [reference.span_length(n, power, factor) for n in range(300)]
+    assert span_length(tokens, power, factor, 300).tolist() == want
+    root = reference.stripe(i, power)
+    assert root**power.numerator <= i**power.denominator < (root + 1) ** power.numerator
+
+
+def test_known_stripes():
+    assert window_of(65, 0.55) == 2032 and window_of(3, 0.5) == 15 and window_of(0, 0.5) == 0
+    assert len(stripe_table(0.55, 10**6)) - 1 == 1995
+    # Squares, and a root that single precision misses.
+    assert stripe_table(0.5, 100) == [n * n for n in range(11)]
+    wrong = torch.arange(8000).float().pow(1 / 0.55).floor().long()
+    right = torch.tensor(stripe_table(0.55, 10**8)[:8000])
+    assert (wrong - right).abs().max() > 1
+
+
+@st.composite
+def searches(draw):
+    power = st.sampled_from([Fraction(1, 2), Fraction(11, 20), Fraction(2, 3), Fraction(1)])
+    options = {
+        "sw_index": draw(st.integers(0, 4)),
+        "num_spans": draw(st.integers(1, 4)),
+        "search_power": draw(power),
+        "span_power": draw(power),
+        "backward_factor": draw(st.sampled_from([Fraction(0), Fraction(1, 3), Fraction(1)])),
+        "forward_factor": draw(st.sampled_from([Fraction(0), Fraction(1), Fraction(3, 2)])),
+    }
+    queries = draw(st.integers(0, 40))
+    keys = draw(st.integers(0, 40))
+    kv_heads, group, batch = (
+        draw(st.integers(1, 2)),
+        draw(st.integers(1, 2)),
+        draw(st.integers(1, 2)),
+    )
+    seed = draw(st.integers(0, 2**31))
+    tensors = {
+        "search_query": whole(batch, queries, kv_heads * group, 3, seed=seed, most=1),
+        "query": normal(batch, queries, kv_heads * group, 3, seed=seed + 1),
+        "key": whole(batch, keys, kv_heads, 3, seed=seed + 2, most=1),
+        "value": normal(batch, keys, kv_heads, 2, seed=seed + 3),
+    }
+    if keys and draw(st.booleans()):
+        rows = draw(st.sampled_from([1, batch]))
+        generator = torch.Generator().manual_seed(seed)
+        at = torch.randint(0, keys, (rows, queries), generator=generator)
+        options["query_positions"] = at
+    if draw(st.booleans()):
+        options["key_starts"] = torch.tensor([draw(st.integers(0, 12)) for _ in range(batch)])
+    return tensors, options
+
+
+@settings(max_examples=50)
+@given(searches(), st.sampled_from([None, 1, 7]))
+def test_superlinear(problem, chunk_size):
+    tensors, options = problem
+    found = superlinear_search(
+        tensors["search_query"], tensors["key"], chunk_size=chunk_size, **options
+    )
+    want = reference.superlinear_spans(tensors["search_query"], tensors["key"], **options)
+    for b, rows in enumerate(want):
+        for i, row in enumerate(rows):
+            for h, spans in enumerate(row):
+                got = torch.stack([x[b, i, h] for x in found], -1).tolist()
+                spans = [s if s[1] < s[2] else (s[0], *got[n][1:]) for n, s in enumerate(spans)]
+                assert got[: len(spans)] == [list(s) for s in spans]
+                assert all(g == [-1, 0, 0] for g in got[len(spans) :])
+    out = superlinear_attention(**tensors, **options)
+    want = reference.superlinear_attention(**tensors, **options)
+    torch.testing.assert_close(out, want, rtol=1e-9, atol=1e-9)
+
+
+def test_superlinear_prefill_is_decoding():
+    """Many queries share shifted slices of keys, single ones gather: both search alike."""
+    s, q, k, v = (whole(2, 150, 2, 4, seed=n) for n in range(4))
+    options = {"sw_index": 3, "search_power": 0.5, "backward_factor": 1}
+    prefill = superlinear_attention(s, q, k[:, :, :1], v[:, :, :1], **options)
+    for i in (0, 1, 20, 90, 149):
+        step = superlinear_attention(
+            s[:, i : i + 1], q[:, i : i + 1], k[:, : i + 1, :1], v[:, : i + 1, :1], **options
+        )
+        torch.testing.assert_close(prefill[:, i : i + 1], step)
+    everything = superlinear_search(s, k[:, :, :1], **options)
+    for chunk in (1, 13):
+        again = superlinear_search(s, k[:, :, :1], **options, chunk_size=chunk)
+        assert all(map(torch.equal, everything, again))
+
+
+def test_superlinear_gradients():
+    """The gates train the search: their gradient reaches search query and key."""
+    tensors = [normal(1, 14, 2, 3, seed=1), normal(1, 14, 2, 3, seed=2)]
+    tensors += [normal(1, 14, 1, 3, seed=3), normal(1, 14, 1, 3, seed=4)]
+    options = {
+        "sw_index": 1,
+        "search_power": Fraction(1, 2),
+        "num_spans": 2,
+        "span_power": Fraction(1, 2),
+        "backward_factor": Fraction(1, 2),
+        "forward_factor": Fraction(0),
+    }
+    cotangent = normal(1, 14, 2, 3, seed=5)
+    grads = []
+    for op in (superlinear_attention, reference.superlinear_attention):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        grads.append(torch.autograd.grad(op(*leaves, **options), leaves, cotangent))
+    for got, want in zip(*grads, strict=True):
+        assert want.abs().max() > 0.01
+        torch.testing.assert_close(got, want)
+
+
+def test_superlinear_without_anchors_is_the_window():
+    s, q, k, v = (normal(1, 20, 2, 4, seed=n) for n in range(4))
+    out = superlinear_attention(s, q, k, v, sw_index=65)
+    torch.testing.assert_close(out, attnext.sliding_window_attention(q, k, v, None))
+    # Half precision, and values that no span can hold.
+    out = superlinear_attention(*(x.half() for x in (s, q, k, v)), sw_index=1, search_power=0.5)
+    assert out.dtype == torch.float16 and out.isfinite().all()
+
+
+def test_superlinear_nan_is_never_found():
+    s, k = (normal(1, 40, 1, 4, seed=n) for n in range(2))
+    k[0, 3] = math.nan
+    spans = superlinear_search(s, k, sw_index=1, search_power=0.5, num_spans=8)
+    assert (spans.anchors != 3).all() and (spans.anchors >= 0).any()
+    # Gates that are no numbers count as equal.
+    options = {"sw_index": 0, "search_power": 1, "num_spans": 2, "backward_factor": 0}
+    options |= {"forward_factor": 0}
+    s = torch.full((1, 2, 1, 4), math.inf, dtype=F64)
+    k = torch.ones(1, 2, 1, 4, dtype=F64)
+    v = torch.tensor([2.0, 4.0], dtype=F64).view(1, 2, 1, 1)
+    assert superlinear_attention(s, k, k, v, **options)[0, 1].item() == 3.0
+
+
+@pytest.mark.parametrize(
+    "change, error, match",
+    [
+        ({"search_power": 0.0}, ValueError, "search_power"),
+        ({"search_power": 1.5}, ValueError, "search_power"),
+        ({"search_power": 0.123456}, ValueError, "search_power.*denominator"),
+        ({"search_power": "half"}, TypeError, "search_power"),
+        ({"backward_factor": -1}, ValueError, "backward_factor"),
+        ({"num_spans": 0}, ValueError, "num_spans"),
+        ({"num_spans": 17}, ValueError, "num_spans"),
+        ({"sw_index": -1}, ValueError, "sw_index"),
+        ({"sw_index": True}, TypeError, "sw_index"),
+        ({"chunk_size": 0}, ValueError, "chunk_size"),
+        ({"key_starts": torch.zeros(3, dtype=torch.int64)}, ValueError, "key_starts"),
+        ({"query_positions": torch.zeros(1, 9)}, TypeError, "query_positions"),
+        ({"search_query": torch.zeros(1, 8, 2, 4)}, ValueError, "search_query"),
+    ],
+)
+def test_superlinear_errors(change, error, match):
+    tensors = {n: torch.zeros(1, 9, 2, 4) for n in ("search_query", "query", "key", "value")}
+    with pytest.raises(error, match=match):
+        superlinear_attention(**{**tensors, **change})
+
+
+# ---- HiP -----------------------------------------------------------------------------------------
+
+
+def heads(draw):
+    kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    return kv_heads, kv_heads * group
+
+
+def lists_of(plan):
+    return [
+        [[[x for x in row if x >= 0] for row in head] for head in item]
+        for item in plan.lists.tolist()
+    ]
+
+
+@st.composite
+def halvings(draw):
+    kv_heads, all_heads = heads(draw)
+    batch, queries, keys = (
+        draw(st.integers(1, 2)),
+        draw(st.integers(0, 60)),
+        draw(st.integers(0, 60)),
+    )
+    key_block = draw(st.integers(1, 3))
+    options = {
+        "mask_k": key_block * draw(st.integers(1, 5)),
+        "key_block": key_block,
+        "query_block": draw(st.integers(1, 9)),
+        "query_stride": draw(st.integers(1, 4)),
+        "representative": draw(st.sampled_from(["centre", "first"])),
+        "is_causal": draw(st.booleans()),
+        "share_heads": draw(st.booleans()),
+    }
+    seed = draw(st.integers(0, 2**31))
+    query = whole(batch, queries, all_heads, 2, seed=seed)
+    return query, whole(batch, keys, kv_heads, 2, seed=seed + 1), options
+
+
+@settings(max_examples=60)
+@given(halvings())
+def test_hip(problem):
+    query, key, options = problem
+    key[:, 5:7, :, 1] = math.nan  # the lowest of all
+    plan = hip_plan(query, key, **options)
+    assert lists_of(plan) == reference.hip_blocks(query, key, **options)
+    for row in plan.lists.flatten(0, 2).tolist():
+        blocks = [x for x in row if x >= 0]
+        assert len(set(blocks)) == len(blocks)
+
+
+def test_hip_finds_what_stands_out_and_short_ones_are_dense():
+    """A rise towards one key is climbed from any distance; few keys are all attended."""
+    place = 777
+    key = -(torch.arange(1000, dtype=F64) - place).abs().view(1, -1, 1, 1) / 100
+    query = torch.ones(1, 1000, 1, 1, dtype=F64)
+    plan = hip_plan(query, key, mask_k=16, query_block=32)
+    for i, row in enumerate(lists_of(plan)[0][0]):
+        seen = min((i + 1) * 32, 1000)
+        assert min(place, seen - 1) // 2 in row or seen - 1 - 32 < place < seen
+    q, k, v = (normal(2, 50, 2, 4, seed=n) for n in range(3))
+    dense = attnext.sliding_window_attention(q, k, v, None)
+    out = hip_attention(q, k, v, mask_k=64, window_size=None, sinks=0)
+    torch.testing.assert_close(out, dense)
+    # Queries of any length against a cache.
+    out = hip_attention(q[:, -3:], k, v, mask_k=50, window_size=None, sinks=0)
+    torch.testing.assert_close(out, dense[:, -3:])
+
+
+def test_hip_never_writes_scores_of_all_pairs():
+    """Scores grow as N log N: counted in the products that the search asks for."""
+    counts = {}
+
+    class Counter(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.bmm.default:
+                counts[tokens] += out.numel()
+            return out
+
+    for tokens in (1024, 2048, 4096):
+        counts[tokens] = 0
+        x = normal(1, tokens, 1, 4, dtype=torch.float32)
+        with Counter():
+            hip_plan(x, x, mask_k=32)
+        rounds = math.log2(tokens / 32)
+        assert counts[tokens] == tokens / 2 * 2 * 16 * rounds
+
+
+@st.composite
+def prunings(draw):
+    kv_heads, all_heads = heads(draw)
+    batch, queries, keys = (
+        draw(st.integers(1, 2)),
+        draw(st.integers(0, 40)),
+        draw(st.integers(0, 90)),
+    )
+    size, chunk, stages = draw(st.sampled_from([1, 4, 8])), draw(st.sampled_from([6, 8, 16])), []
+    for n in range(draw(st.integers(1, 3))):
+        keep = chunk * draw(st.integers(1, 4))
+        stages.append((size, draw(st.integers(1, 4)), chunk, keep))
+        size = size if n else max(size // 2, 1)
+        chunk = chunk // 2 if chunk % 2 == 0 else chunk
+    options = {
+        "stages": tuple(stages),
+        "block_size": draw(st.sampled_from([1, 3, 8, 16])),
+        "sinks": draw(st.integers(0, 9)),
+        "window_size": draw(st.integers(1, 12)),
+        "query_reduce": draw(st.sampled_from(["stride", "mean"])),
+        "share_heads": draw(st.booleans()),
+    }
+    seed = draw(st.integers(0, 2**31))
+    # Multiples of 12: the mean of up to four is exact.
+    query = 12 * whole(batch, queries, all_heads, 2, seed=seed)
+    return query, whole(batch, keys, kv_heads, 2, seed=seed + 1), options
+
+
+@settings(max_examples=60)
+@given(prunings())
+def test_infinite_hip(problem):
+    query, key, options = problem
+    key[:, 15:19, :, 1] = math.nan
+    plan = infinite_hip_plan(query, key, **options)
+    assert lists_of(plan) == reference.infinite_hip_blocks(query, key, **options)
+    for row in plan.lists.flatten(0, 2).tolist():
+        blocks = [x for x in row if x >= 0]
+        assert blocks == sorted(set(blocks)) == row[: len(blocks)]
+
+
+def test_infinite_hip_keeps_all_of_few():
+    q, k, v = (normal(1, 70, 2, 4, seed=n) for n in range(3))
+    options = {"sinks": 4, "window_size": 8}
+    plan = infinite_hip_plan(q, k, stages=((16, 4, 16, 64), (16, 2, 4, 64)), **options)
+    out = attnext.routed.routed_attention(q, k, v, plan, is_causal=True, **options)
+    torch.testing.assert_close(out, attnext.sliding_window_attention(q, k, v, None))
+
+
+def test_infinite_hip_decoder():
+    """A step on which every stage is due gives a fresh plan; between, stages stay as they were."""
+    stages, intervals = ((1, 1, 16, 32), (1, 1, 4, 8)), (4, 2)
+    options = {"stages": stages, "block_size": 4, "sinks": 2, "window_size": 6}
+    keys, queries = normal(1, 140, 2, 3, seed=1), normal(1, 40, 2, 3, seed=2)
+    decoder = InfiniteHipDecoder(intervals=intervals, **options)
+    plans, fresh = [], []
+    for t in range(12):
+        seen, query = keys[:, : 100 + t], queries[:, t : t + 1]
+        plans.append(lists_of(decoder.plan(query, seen)))
+        fresh.append(lists_of(infinite_hip_plan(query, seen, **options)))
+    for t in range(12):
+        assert plans[t] == (fresh[t] if t % 4 == 0 else plans[t] if t % 2 == 0 else plans[t - 1])
+    assert plans != fresh and plans[2] != plans[1]
+
+
+@pytest.mark.parametrize(
+    "call, change, match",
+    [
+        ("hip", {"mask_k": 5}, "mask_k"),
+        ("hip", {"mask_k": 0}, "mask_k"),
+        ("hip", {"representative": "last"}, "representative"),
+        ("hip", {"query_stride": 0}, "query_stride"),
+        ("hip", {"is_causal": 1}, "is_causal"),
+        ("infinite", {"stages": ()}, "stages"),
+        ("infinite", {"stages": ((4, 1, 8),)}, "stages"),
+        ("infinite", {"stages": ((4, 1, 8, 12),)}, "stages.*keep"),
+        ("infinite", {"stages": ((4, 1, 8, 16), (8, 1, 4, 8))}, "stages.*multiples"),
+        ("infinite", {"is_causal": False}, "is_causal"),
+        ("infinite", {"query_reduce": "max"}, "query_reduce"),
+        ("decoder", {"intervals": (4,)}, "intervals"),
+        ("decoder", {"intervals": (4, 3, 2)}, "intervals"),
+    ],
+)
+def test_hip_errors(call, change, match):
+    x = torch.zeros(1, 9, 2, 4)
+    calls = {
+        "hip": lambda: hip_plan(x, x, **change),
+        "infinite": lambda: infinite_hip_plan(x, x, **change),
+        "decoder": lambda: InfiniteHipDecoder(**change),
+    }
+    with pytest.raises((ValueError, TypeError, NotImplementedError), match=match):
+        calls[call]()
+
+
+# ---- LongHeads -----------------------------------------------------------------------------------
+
+
+def rope(x, positions):
+    """Rotary positions of two frequencies, on four dimensions."""
+    angle = positions.to(x.dtype)[:, None, None] * torch.tensor([0.9, 0.13], dtype=x.dtype)
+    a, b = x[..., 0::2], x[..., 1::2]
+    sin, cos = angle.sin(), angle.cos()
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+
+
+def unrotated(x, positions):
+    return x
+
+
+@settings(max_examples=15)
+@given(
+    tokens=st.integers(0, 40),
+    queries=st.integers(0, 40),
+    chunk_size=st.integers(1, 7),
+    num_chunks=st.integers(3, 6),
+    shape=st.sampled_from([(1, 1, 1), (2, 2, 1), (1, 4, 2)]),
+    turn=st.booleans(),
+    exclude_self=st.booleans(),
+    complete=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_longheads(
+    tokens, queries, chunk_size, num_chunks, shape, turn, exclude_self, complete, seed
+):
+    batch, all_heads, kv_heads = shape
+    q = normal(batch, tokens, all_heads, 4, seed=seed)
+    k, v = (normal(batch, tokens, kv_heads, 4, seed=seed + n) for n in (1, 2))
+    rotary = rope if turn else None
+    chunk_keys = longheads_chunk_keys(q, k, v, chunk_size, rotary=rotary)
+    want = reference.longheads_chunk_keys(q, k, v, chunk_size, rotary or unrotated)
+    torch.testing.assert_close(chunk_keys, want, rtol=1e-9, atol=1e-9)
+    options = {"chunk_size": chunk_size, "num_chunks": num_chunks, "exclude_self": exclude_self}
+    given_keys = chunk_keys[:, : tokens // chunk_size] if complete else chunk_keys
+    late = q[:, max(tokens - queries, 0) :]
+    got = longheads_attention(late, k, v, rotary=rotary, chunk_keys=given_keys, **options)
+    want = reference.longheads_attention(
+        late, k, v, rotary=rotary or unrotated, chunk_keys=want, **options
+    )
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+def test_longheads_of_short_contexts_is_causal_attention():
+    q, k, v = (normal(1, 47, 2, 4, seed=n) for n in range(3))
+    at = torch.arange(47)
+    dense = attnext.sliding_window_attention(rope(q, at), rope(k, at), v, None, return_lse=True)
+    got = longheads_attention(q, k, v, chunk_size=8, num_chunks=6, rotary=rope, return_lse=True)
+    for x, y in zip(got, dense, strict=True):
+        torch.testing.assert_close(x, y)
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    out = longheads_attention(*leaves, chunk_size=8, num_chunks=6, rotary=rope)
+    want = attnext.sliding_window_attention(
+        rope(leaves[0], at), rope(leaves[1], at), leaves[2], None
+    )
+    for x, y in zip(
+        torch.autograd.grad(out.square().sum(), leaves),
+        torch.autograd.grad(want.square().sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(x, y)
+
+
+def test_longheads_forces_the_ends_against_any_score():
+    """Chunk keys of 1e30 and infinity displace neither the first chunk nor the last two."""
+    query = torch.ones(1, 64, 1, 1)
+    keys = torch.tensor([0, 1, 1e30, math.inf, -2, -math.inf, 2, 0]).view(1, 8, 1, 1)
+    plan = longheads_plan(query, keys, 64, chunk_size=8, num_chunks=5)
+    lists = plan.lists[0, 0].tolist()
+    assert lists[63] == [0, 2, 3, 6, 7] and lists[40] == [0, 2, 3, 4, 5]
+    assert lists[0] == [0, -1, -1, -1, -1] and lists[15] == [0, 1, -1, -1, -1]
+    equal = longheads_plan(query, torch.ones(1, 8, 1, 1), 64, chunk_size=8, num_chunks=4)
+    assert equal.lists[0, 0, 63].tolist() == [0, 1, 6, 7]
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        ({"num_chunks": 2}, "num_chunks"),
+        ({"chunk_size": 0}, "chunk_size"),
+        ({"chunk_keys": torch.zeros(1, 5, 2, 4)}, "chunk_keys"),
+        ({"chunk_keys": torch.zeros(1, 2, 1, 4)}, "chunk_keys"),
+        ({"query": torch.zeros(1, 3, 2, 4)}, "chunk_keys"),
+        ({"value": torch.zeros(1, 9, 2, 5)}, "value"),
+        ({"rotary": lambda x, positions: x[..., :1]}, "rotary"),
+        ({"exclude_self": None}, "exclude_self"),
+    ],
+)
+def test_longheads_errors(change, match):
+    tensors = {n: torch.zeros(1, 9, 2, 4) for n in ("query", "key", "value")}
+    with pytest.raises((ValueError, TypeError), match=match):
+        longheads_attention(**{**tensors, "chunk_size": 4, "num_chunks": 3, **change})
+
+
+# ---- all of them ---------------------------------------------------------------------------------
+
+ROUTED = {
+    "HiP": lambda q, k, v: hip_attention(q, k, v, mask_k=16, window_size=8, sinks=2),
+    "HiP shared": lambda q, k, v: hip_attention(q, k, v, mask_k=16, share_heads=True, key_block=4),
+    "InfiniteHiP": lambda q, k, v: attnext.routed_attention(
+        q, k, v, infinite_hip_plan(q, k, stages=SMALL, sinks=2, window_size=8, block_size=8),
+        is_causal=True, window_size=8, sinks=2,
+    ),
+    "LongHeads": lambda q, k, v: longheads_attention(
+        q, k, v, chunk_size=8, num_chunks=4, rotary=rope_of_any
+    ),
+    "Superlinear": lambda q, k, v: superlinear_attention(q, q, k, v, sw_index=2, backward_factor=1),
+    "MInference": lambda q, k, v: minference_attention(
+        q, k, v, [BlockSparse(2, 16), AShape(2, 9)] * 2, query_block=16
+    ),
+}  # fmt: skip
+SMALL = ((16, 2, 16, 32), (16, 1, 4, 16))
+
+
+def rope_of_any(x, positions):
+    return rope(x.float(), positions).to(x.dtype)
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_layouts_dtypes_and_empty_batches(name):
+    """Where rows lie changes nothing; half precision has the same lists; no batch, no result."""
+    call = ROUTED[name]
+    q, k, v = (normal(2, 90, h, 4, seed=h, dtype=torch.float32) for h in (4, 2, 2))
+    k, v = k[:1].expand_as(k), v[:1].expand_as(v)
+    want = call(q, k, v)
+    for layout in LAYOUTS:
+        laid = (lay_out(x, layout) for x in (k, v))
+        assert torch.equal(call(q, *laid), want), layout
+    # Each item is on its own, and so is each query but for those of its block.
+    assert torch.equal(call(q[1:], k[1:], v[1:]), want[1:])
+    half = [x.bfloat16() for x in (q, k, v)]
+    got = call(*half)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), call(*(x.float() for x in half)), rtol=0.02, atol=0.02)
+    assert call(q[:0], k[:0], v[:0]).shape == (0, 90, 4, 4)
+    assert call(q[:, :0], k[:, :0], v[:, :0]).shape == (2, 0, 4, 4)
+
+
+@pytest.mark.parametrize("name", ["HiP", "InfiniteHiP", "LongHeads", "Superlinear"])
+def test_keys_after_a_query_block_change_nothing(name):
+    """Causal to the query block: what comes later is neither attended nor searched."""
+    call = ROUTED[name]
+    q, k, v = (normal(1, 96, h, 4, seed=h) for h in (4, 2, 2))
+    before = call(q, k, v)
+    for x in (q, k, v):
+        x[:, 64:] = normal(*x[:, 64:].shape, seed=77) * 9
+    assert torch.equal(call(q, k, v)[:, :64], before[:, :64])
