@@ -23,7 +23,13 @@ except ImportError as error:
         "in a source tree, build it in place with: pip install -e ."
     ) from error
 
-from .based import BasedAttention, based_attention  # noqa: E402
+from .based import (  # noqa: E402
+    BasedAttention,
+    BasedCache,
+    based_attention,
+    based_attention_step,
+)
+from .based_block import BasedBlock, GatedConvolution, SlidingWindowAttention  # noqa: E402
 from .functional import (  # noqa: E402
     merge_attentions,
     na1d,
@@ -39,12 +45,23 @@ from .linear import (  # noqa: E402
     taylor_state_from_plain,
     taylor_state_to_plain,
 )
+from .rotary import rotary_embedding  # noqa: E402
+from .spiking import SpikingAttention, lif_spikes, spiking_attention  # noqa: E402
+from .window_cache import WindowCache  # noqa: E402
 
 __version__: str = _C.__version__
 
 __all__ = [
     "BasedAttention",
+    "BasedBlock",
+    "BasedCache",
+    "GatedConvolution",
+    "SlidingWindowAttention",
+    "SpikingAttention",
+    "WindowCache",
     "based_attention",
+    "based_attention_step",
+    "lif_spikes",
     "linear_attention",
     "linear_attention_step",
     "merge_attentions",
@@ -52,7 +69,9 @@ __all__ = [
     "na2d",
     "na3d",
     "neighborhood_attention",
+    "rotary_embedding",
     "sliding_window_attention",
+    "spiking_attention",
     "taylor_state_from_plain",
     "taylor_state_to_plain",
     "window_attention",
