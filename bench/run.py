@@ -15,7 +15,7 @@ import torch
 from attnext import _C
 
 from . import environment, memory, timing
-from .cases import TRAINING, Case
+from .cases import TRAINING, Case, LinearCase
 from .gate import Reference
 from .linear_gate import LinearReference
 from .peers import contenders_for
@@ -172,7 +172,7 @@ def _admit(
         if windowed not in references:
             references[windowed] = (
                 LinearReference(problem, training)
-                if problem.case.op == "linear"
+                if isinstance(problem.case, LinearCase)
                 else Reference(problem, training, windowed)
             )
         verdict = references[windowed].check(prepared)
