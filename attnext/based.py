@@ -34,6 +34,11 @@ class BasedCache:
     window: WindowCache
     state: Tensor
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of what is kept."""
+        return self.window.nbytes + self.state.nbytes
+
 
 def based_attention(
     query: Tensor,

@@ -28,6 +28,11 @@ class WindowCache:
     def window_size(self) -> int:
         return self.keys.shape[1]
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of what is kept."""
+        return self.keys.nbytes + self.values.nbytes
+
     @classmethod
     def after(cls, key: Tensor, value: Tensor, window_size: int) -> WindowCache:
         """What is left of a whole prompt, ``[B, N, H, K]`` and ``[B, N, H, V]``; copies, without a

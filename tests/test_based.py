@@ -107,8 +107,9 @@ def test_a_token_costs_the_same_after_any_context():
         new = [*part(tensors, length, length + 1)]
         with Shapes() as shapes:
             based_attention_step(*new, cache)
-        traces.append(shapes.seen)
-    assert traces[0] == traces[1] and traces[0]
+        traces.append((shapes.seen, cache.nbytes))
+    assert traces[0] == traces[1] and traces[0][0]
+    assert traces[0][1] == 8 * (8 * 2 * (6 + 3) + 4 * 28 * 4)  # the window, and 28 features
 
 
 def test_gradients():
