@@ -23,7 +23,13 @@ except ImportError as error:
         "in a source tree, build it in place with: pip install -e ."
     ) from error
 
-from .based import BasedAttention, based_attention  # noqa: E402
+from .based import (  # noqa: E402
+    BasedAttention,
+    BasedCache,
+    based_attention,
+    based_attention_step,
+)
+from .based_block import BasedBlock, GatedConvolution, SlidingWindowAttention  # noqa: E402
 from .functional import (  # noqa: E402
     na1d,
     na2d,
@@ -42,6 +48,7 @@ from .linear import (  # noqa: E402
 from .merging import merge, merge_attentions  # noqa: E402
 from .plans import BlockPlan, Blocks  # noqa: E402
 from .pooling import Windows, block_pool, packed_blocks  # noqa: E402
+from .rotary import rotary_embedding  # noqa: E402
 from .routed import routed_attention  # noqa: E402
 from .routers.biformer import (  # noqa: E402
     BiLevelRoutingAttention,
@@ -51,20 +58,30 @@ from .routers.block_sparse import pooled_topk_plan  # noqa: E402
 from .routers.moba import moba_attention, moba_plan  # noqa: E402
 from .routers.nsa import NativeSparseAttention, native_sparse_attention  # noqa: E402
 from .selection import select_topk  # noqa: E402
+from .spiking import SpikingAttention, lif_spikes, spiking_attention  # noqa: E402
+from .window_cache import WindowCache  # noqa: E402
 
 __version__: str = _C.__version__
 
 __all__ = [
     "BasedAttention",
+    "BasedBlock",
+    "BasedCache",
     "BiLevelRoutingAttention",
     "BlockPlan",
     "Blocks",
+    "GatedConvolution",
     "NativeSparseAttention",
+    "SlidingWindowAttention",
+    "SpikingAttention",
+    "WindowCache",
     "Windows",
     "based_attention",
+    "based_attention_step",
     "bilevel_routing_attention",
     "block_pool",
     "landmark_attention",
+    "lif_spikes",
     "linear_attention",
     "linear_attention_step",
     "merge",
@@ -78,9 +95,11 @@ __all__ = [
     "neighborhood_attention",
     "packed_blocks",
     "pooled_topk_plan",
+    "rotary_embedding",
     "routed_attention",
     "select_topk",
     "sliding_window_attention",
+    "spiking_attention",
     "taylor_state_from_plain",
     "taylor_state_to_plain",
     "window_attention",

@@ -3,18 +3,53 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
-from .arguments import check_integer
+from .arguments import check_integer, kind_of, under_autocast
 from .functional import sliding_window_attention
 from .linear import linear_attention, linear_attention_step
+from .linear_ops import num_features
 from .merging import merge_attentions
+from .ops import accumulator_dtype
+from .window_cache import WindowCache
+
+# No weight is below 1/2, so nothing is divided by 0.
+_TAYLOR: dict[str, Any] = {"feature_map": "taylor2", "normalize": True, "eps": 0.0}
+
+
+@dataclass
+class BasedCache:
+    """What decoding with :func:`based_attention` keeps: as much after a million tokens as after a
+    thousand.
+
+    Shapes: ``window`` holds the last ``W`` keys and values; ``state``, ``[B, H, F, V + 1]`` in
+    float32 (float64 for float64), is the Taylor state of all older ones, as
+    :func:`linear_attention` has it with ``normalize``.
+    """
+
+    window: WindowCache
+    state: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of what is kept."""
+        return self.window.nbytes + self.state.nbytes
 
 
 def based_attention(
-    query: Tensor, key: Tensor, value: Tensor, window_size: int, *, scale: float | None = None
-) -> Tensor:
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window_size: int,
+    *,
+    scale: float | None = None,
+    output_final_cache: bool = False,
+) -> Any:
     """Softmax attention over the last tokens and Taylor linear attention over all older ones, with
     one denominator for both.
 
@@ -28,6 +63,8 @@ def based_attention(
     Args:
         window_size: keys with exact weights.
         scale: by default ``K ** -0.5``.
+        output_final_cache: also returns a :class:`BasedCache`, with which
+            :func:`based_attention_step` goes on. It has no gradient.
 
     Numerics:
         As :func:`linear_attention`; the two parts are each rounded to the dtype once, and joined in
@@ -49,25 +86,121 @@ def based_attention(
         torch.Size([1, 100, 4, 16])
     """
     check_integer("window_size", window_size, 1)
-    near, near_lse = sliding_window_attention(
+    if not isinstance(output_final_cache, bool):
+        raise TypeError(f"output_final_cache must be a bool, got {output_final_cache!r}")
+    if is_compiling() or torch._C._is_any_autocast_enabled():
+        query, key, value = under_autocast(query, key, value)
+    out, near_lse = sliding_window_attention(
         query, key, value, window_size, scale=scale, return_lse=True
     )
-    if query.shape[1] <= window_size:
-        return near
-    far, total = linear_attention(
-        query[:, window_size:],
-        key[:, :-window_size],
-        value[:, :-window_size],
-        feature_map="taylor2",
-        normalize=True,
-        eps=0.0,  # no weight is below 1/2
-        scale=scale,
-        return_denominator=True,
+    state: list[Tensor] = []
+    if query.shape[1] > window_size:
+        far, total, *state = linear_attention(
+            query[:, window_size:],
+            key[:, :-window_size],
+            value[:, :-window_size],
+            **_TAYLOR,
+            scale=scale,
+            return_denominator=True,
+            output_final_state=output_final_cache,
+        )
+        late, _ = merge_attentions(
+            (out[:, window_size:], far), (near_lse[:, window_size:], torch.log(total))
+        )
+        out = torch.cat([out[:, :window_size], late], dim=1)
+    if not output_final_cache:
+        return out
+    if not state:
+        rows = num_features("taylor2", query.shape[-1])
+        shape = (query.shape[0], query.shape[2], rows, value.shape[-1] + 1)
+        state = [query.new_zeros(shape, dtype=accumulator_dtype(query.dtype))]
+    return out, BasedCache(WindowCache.after(key, value, window_size), state[0].detach())
+
+
+def based_attention_step(
+    query: Tensor, key: Tensor, value: Tensor, cache: BasedCache, *, scale: float | None = None
+) -> Tensor:
+    """Decoding: one token or a few of :func:`based_attention`. A key that leaves the window goes
+    into the Taylor state; the cache is updated in place.
+
+    Shapes:
+        query ``[B, N, H, K]``, key ``[B, N, Hkv, K]``, value ``[B, N, Hkv, V]`` with a small ``N``;
+        the result is ``[B, N, H, V]``.
+
+    Args:
+        cache: what ``output_final_cache`` gave, or a step before left. All sequences of the batch
+            have the same length.
+        scale: that of the prefill.
+
+    Numerics:
+        As :func:`based_attention`; what is read from the state is rounded with the sum only. No
+        gradient: under ``torch.no_grad()`` where inputs ask for it.
+
+    Errors:
+        ValueError, TypeError or NotImplementedError, naming the argument.
+
+    Complexity:
+        O(window + K^2) V a token, whatever has gone by before.
+
+    Source:
+        As :func:`based_attention`.
+
+    Example:
+        >>> import torch, attnext
+        >>> q, k, v = (torch.randn(1, 100, 4, 16) for _ in range(3))
+        >>> _, cache = attnext.based_attention(q, k, v, 32, output_final_cache=True)
+        >>> new = (torch.randn(1, 1, 4, 16) for _ in range(3))
+        >>> attnext.based_attention_step(*new, cache).shape
+        torch.Size([1, 1, 4, 16])
+    """
+    if not isinstance(cache, BasedCache):
+        raise TypeError(f"cache must be a BasedCache, got {type(cache).__name__}")
+    if is_compiling() or torch._C._is_any_autocast_enabled():
+        query, key, value = under_autocast(query, key, value)
+    cache.window.check(key, value)
+    if not isinstance(query, Tensor) or query.dtype != key.dtype:
+        raise TypeError(f"query must have the dtype of key, {key.dtype}, got {kind_of(query)}")
+    want = (*key.shape[:2], cache.state.shape[1], key.shape[3])
+    if query.shape != want or value.shape[:2] != key.shape[:2]:
+        raise ValueError(
+            f"query must be [batch, tokens, heads, head_dim] with batch, tokens and head_dim of "
+            f"key and the heads of the cache, {want}, and value have those tokens, got shapes "
+            f"{tuple(query.shape)} and {tuple(value.shape)}"
+        )
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
+        raise NotImplementedError(
+            "based_attention_step has no gradient: query, key and value must not require one, or "
+            "call it under torch.no_grad()"
+        )
+    outs = []
+    for q, k, v in zip(*(x.split(1, dim=1) for x in (query, key, value)), strict=True):
+        left = cache.window.push(k, v)
+        near, lse = sliding_window_attention(
+            q, *cache.window.seen(), None, is_causal=False, scale=scale, return_lse=True
+        )
+        if left is not None:
+            far, total = _read_older(q, *left, cache.state, scale)
+            near, _ = merge_attentions((near, far), (lse, torch.log(total)))
+        outs.append(near)
+    return torch.cat(outs, dim=1)
+
+
+def _read_older(
+    query: Tensor, key: Tensor, value: Tensor, state: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """One more key into the state; its mean of values, and the sum of its weights.
+
+    The state with its sums is that of values with a 1 beside them, so that the sum comes out as one
+    more column. Unrounded: it would not fit into a half.
+    """
+    acc = state.dtype
+    one = value.new_ones((), dtype=acc).expand(*value.shape[:-1], 1)
+    with_one = torch.cat([value.to(acc), one], dim=-1)
+    sums = linear_attention_step(
+        query.to(acc), key.to(acc), with_one, state, feature_map="taylor2", scale=scale
     )
-    late, _ = merge_attentions(
-        (near[:, window_size:], far), (near_lse[:, window_size:], torch.log(total))
-    )
-    return torch.cat([near[:, :window_size], late], dim=1)
+    total = sums[..., -1]
+    return sums[..., :-1] / total[..., None], total
 
 
 class BasedAttention(nn.Module):
@@ -94,10 +227,8 @@ class BasedAttention(nn.Module):
         self, dim: int, num_heads: int, feature_dim: int = 16, window_size: int | None = None
     ) -> None:
         super().__init__()
-        for name, number in (("num_heads", num_heads), ("feature_dim", feature_dim)):
-            check_integer(name, number, 1)
-        if dim % num_heads:
-            raise ValueError(f"dim must be a multiple of num_heads, {num_heads}, got {dim}")
+        check_integer("feature_dim", feature_dim, 1)
+        check_heads(dim, num_heads)
         if window_size is not None:
             check_integer("window_size", window_size, 1)
         self.num_heads = num_heads
@@ -107,40 +238,49 @@ class BasedAttention(nn.Module):
         self.value = nn.Linear(dim, dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
 
-    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        layers = (self.query, self.key, self.value)
-        return tuple(layer(x).unflatten(-1, (self.num_heads, -1)) for layer in layers)
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = (
+            layer(x).unflatten(-1, (self.num_heads, -1))
+            for layer in (self.query, self.key, self.value)
+        )
+        return query, key, value
+
+    def _leave(self, mixed: Tensor) -> Tensor:
+        result: Tensor = self.out(mixed.flatten(-2))
+        return result
 
     def forward(self, x: Tensor) -> Tensor:
-        query, key, value = self._project(x)
         if self.window_size is None:
-            mixed = linear_attention(query, key, value, feature_map="taylor2", normalize=True)
-        else:
-            mixed = based_attention(query, key, value, self.window_size)
-        result: Tensor = self.out(mixed.flatten(-2))
-        return result
+            return self._leave(linear_attention(*self._project(x), **_TAYLOR))
+        return self._leave(based_attention(*self._project(x), self.window_size))
 
-    def prefill(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``forward``, and the state after the last token. Without a window only."""
-        self._refuse_window()
-        mixed, state = linear_attention(
-            *self._project(x), feature_map="taylor2", normalize=True, output_final_state=True
-        )
-        return self.out(mixed.flatten(-2)), state
+    def prefill(self, x: Tensor) -> tuple[Tensor, Any]:
+        """``forward``, and what :meth:`step` goes on with: the state after the last token, or with
+        a window a :class:`BasedCache`."""
+        heads = self._project(x)
+        if self.window_size is None:
+            mixed, kept = linear_attention(*heads, **_TAYLOR, output_final_state=True)
+        else:
+            mixed, kept = based_attention(*heads, self.window_size, output_final_cache=True)
+        return self._leave(mixed), kept
 
     @torch.no_grad()
-    def step(self, x: Tensor, state: Tensor, slots: Tensor | None = None) -> Tensor:
-        """The next token or tokens; the state is updated in place. Without a window only."""
-        self._refuse_window()
-        query, key, value = self._project(x)
-        mixed = linear_attention_step(
-            query, key, value, state, feature_map="taylor2", normalize=True, slots=slots
-        )
-        result: Tensor = self.out(mixed.flatten(-2))
-        return result
-
-    def _refuse_window(self) -> None:
-        if self.window_size is not None:
+    def step(self, x: Tensor, kept: Any, slots: Tensor | None = None) -> Tensor:
+        """The next token or tokens; ``kept`` is updated in place. ``slots`` as in
+        :func:`linear_attention_step`, for layers without a window."""
+        heads = self._project(x)
+        if self.window_size is None:
+            return self._leave(linear_attention_step(*heads, kept, **_TAYLOR, slots=slots))
+        if slots is not None:
             raise NotImplementedError(
-                f"window_size is {self.window_size}: states are for layers without a window"
+                f"slots are for layers without a window; window_size is {self.window_size}"
             )
+        return self._leave(based_attention_step(*heads, kept))
+
+
+def check_heads(dim: int, num_heads: int) -> None:
+    """Errors: TypeError or ValueError where ``dim`` entries do not make ``num_heads`` heads."""
+    check_integer("num_heads", num_heads, 1)
+    check_integer("dim", dim, 1)
+    if dim % num_heads:
+        raise ValueError(f"dim must be a multiple of num_heads, {num_heads}, got {dim}")

@@ -295,6 +295,28 @@ ROUTED_CASES: tuple[Case, ...] = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True, kw_only=True)
+class LinearStepCase(LinearCase):
+    """One token of each sequence of a batch against its state, which is updated."""
+
+    op: str = "linear-step"
+    queries: tuple[int, ...] = (1,)
+    modes: tuple[str, ...] = (FORWARD,)
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """Of the state with one row for each product of two entries."""
+        rows = num_features(self.feature_map, self.head_dim)
+        return self.batch, self.heads, rows, self.head_dim_v + int(self.normalize)
+
+    def traffic(self, mode: str, dtype: str) -> int:
+        """The state, in float32, is read and written."""
+        return super().traffic(mode, dtype) + 2 * 4 * math.prod(self.state_shape)
+
+    def describe(self) -> str:
+        return super().describe().replace("linear, 1", "one token", 1)
+
+
 def _linear_cases() -> list[Case]:
     both = ("float32", "bfloat16")
     based = {"feature_map": "taylor2", "head_dim": 16}
@@ -310,6 +332,14 @@ def _linear_cases() -> list[Case]:
     for power in range(12, 19, 2):
         linear(f"linear-length-{2**power}", "linear-length", 2**power, heads=1, feature_map="elu")
     linear("smoke-linear", "smoke", 128, heads=2, normalize=True, **based)
+
+    def step(name: str, group: str, **more: Any) -> None:
+        cases.append(LinearStepCase(name=name, group=group, normalize=True, **more))
+
+    sixteen = {"batch": 16, "heads": 16}
+    step("based-step-16", "linear-step", **sixteen, **based)
+    step("linear-step-16", "linear-step", **sixteen, feature_map="elu")
+    step("smoke-linear-step", "smoke", batch=2, heads=2, **based)
     return cases
 
 
@@ -373,6 +403,7 @@ GROUPS: dict[str, str] = {
     "window": "time and memory against the window, at length 8192",
     "linear": "causal linear attention, and BASED's Taylor map",
     "routed": "lists of key blocks, in sequences and on maps",
+    "linear-step": "decoding with linear attention: one token against a state",
     "linear-length": "time and memory of linear attention against length, one head",
     "call": "what a call costs when there is nothing to compute",
     "smoke": "tiny cases for the test suite",

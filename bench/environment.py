@@ -16,7 +16,7 @@ import torch
 import attnext
 from attnext import _C
 
-PACKAGES = ("natten", "local-attention", "numpy")
+PACKAGES = ("natten", "local-attention", "pytorch-fast-transformers", "numpy")
 
 
 def describe() -> dict[str, Any]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gate for linear attention: the chunked form in float64, on all rows.
+"""The gate for linear attention: the chunked form in float64, on all rows; of a step, the step.
 
 The token loop of ``attnext.reference`` would keep a state for each token in training. The test
 suite holds the kernels against that; here it is enough that results are those of the formula.
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from attnext.testing import error_budget
 
-from .cases import LinearCase
+from .cases import LinearCase, LinearStepCase
 from .gate import Verdict
-from .peers.linear import chunked
+from .peers.linear import chunked, stepped
 from .problem import Prepared, Problem
 
 
@@ -50,6 +50,10 @@ class LinearReference:
     def _run(self, dtype: torch.dtype) -> dict[str, Tensor]:
         case = self.problem.case
         assert isinstance(case, LinearCase)
+        if isinstance(case, LinearStepCase):
+            p = self.problem
+            q, k, v, state = (t.to(dtype) for t in (p.query, p.key, p.value, p.state))
+            return {"out": stepped(q, k, v, state, case, True)}
         query, key, value = (
             t.to(dtype).transpose(1, 2).requires_grad_(self.training)
             for t in (self.problem.query, self.problem.key, self.problem.value)

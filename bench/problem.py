@@ -12,7 +12,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .cases import Case
+from attnext import linear_attention
+
+from .cases import Case, LinearStepCase
 
 #: Share of the free memory that a contender may ask for before it is told to stay out.
 MEMORY_SHARE = 0.6
@@ -61,6 +63,20 @@ class Problem:
     @cached_property
     def output_grad(self) -> Tensor:
         return self._random(4, *self.query.shape[:-1], self.case.value_dim)
+
+    @property
+    def state(self) -> Tensor:
+        """What 64 tokens have left for a step; anew each time, since steps write into it."""
+        c = self.case
+        assert isinstance(c, LinearStepCase)
+        key = self._random(6, c.batch, 64, c.heads, c.head_dim).float()
+        value = self._random(7, c.batch, 64, c.heads, c.head_dim_v).float()
+        state: Tensor
+        _, state = linear_attention(
+            key, key, value, feature_map=c.feature_map, normalize=c.normalize,
+            output_final_state=True,
+        )  # fmt: skip
+        return state
 
     @cached_property
     def bias(self) -> Tensor | None:

@@ -15,7 +15,7 @@ import torch
 from attnext import _C
 
 from . import environment, memory, timing
-from .cases import TRAINING, Case, RoutedCase
+from .cases import TRAINING, Case, LinearCase, RoutedCase
 from .gate import Reference
 from .linear_gate import LinearReference
 from .peers import contenders_for
@@ -192,7 +192,7 @@ def _admit(
 def reference_for(problem: Problem, training: bool, windowed: bool = True) -> AnyReference:
     """What results of a problem are held against."""
     case = problem.case
-    if case.op == "linear":
+    if isinstance(case, LinearCase):
         return LinearReference(problem, training)
     if isinstance(case, RoutedCase):
         if not windowed:

@@ -416,55 +416,6 @@ def test_gradient_without_an_output_or_without_the_state():
             assert error(leaves[name].grad, want) < 1e-12, name
 
 
-def test_denominator_joins_a_window():
-    """BASED with one denominator: the last tokens exact, all older ones by Taylor features."""
-    window, (tensors, _) = 8, problem(50, dim=6)
-    scores = torch.einsum("bihd,bjhd->bhij", tensors["query"], tensors["key"]) * 6**-0.5
-    age = torch.arange(50)[:, None] - torch.arange(50)
-    weights = torch.where(age < window, scores.exp(), 1 + scores + scores.square() / 2)
-    weights = torch.where(age < 0, 0.0, weights)
-    expected = torch.einsum("bhij,bjhd->bihd", weights / weights.sum(-1, keepdim=True),
-                            tensors["value"])  # fmt: skip
-
-    def joined(query, key, value):
-        return attnext.based_attention(query, key, value, window)
-
-    assert error(joined(**tensors), expected) < 1e-13
-    leaves = [x[:, :12].clone().requires_grad_() for x in tensors.values()]
-    assert torch.autograd.gradcheck(joined, leaves)
-    for dtype in DTYPES:
-        rounded = {n: x.to(dtype) for n, x in tensors.items()}
-        exact = joined(**{n: x.double() for n, x in rounded.items()})
-        assert error(joined(**rounded), exact) <= BUDGET[dtype]
-
-
-def test_based_layer():
-    """The layer is its parts, decodes what it prefills, and takes gradients."""
-    layer = attnext.BasedAttention(24, num_heads=3, feature_dim=5).double()
-    x = normal(2, 30, 24)
-    whole, last = layer.prefill(x)
-    assert torch.equal(layer(x), whole)
-    q, k, v = (f(x).unflatten(-1, (3, -1)) for f in (layer.query, layer.key, layer.value))
-    mixed = reference.linear_attention(q, k, v, feature_map="taylor2", normalize=True)
-    assert error(whole, layer.out(mixed.flatten(-2))) < 1e-13
-    _, state = layer.prefill(x[:, :20])
-    tokens = [layer.step(x[:, t : t + 1], state) for t in range(20, 30)]
-    assert error(torch.cat(tokens, dim=1), whole[:, 20:]) < 1e-13 and error(state, last) < 1e-13
-    hybrid = attnext.BasedAttention(24, num_heads=3, feature_dim=5, window_size=4).double()
-    hybrid.load_state_dict(layer.state_dict())
-    mixed = attnext.based_attention(q, k, v, 4)
-    assert torch.equal(hybrid(x), layer.out(mixed.flatten(-2)))
-    hybrid(x).square().sum().backward()
-    assert all(parameter.grad.abs().sum() > 0 for parameter in hybrid.parameters())
-    for wrong in (lambda: hybrid.prefill(x), lambda: hybrid.step(x, state)):
-        with pytest.raises(NotImplementedError, match="window_size is 4"):
-            wrong()
-    with pytest.raises(ValueError, match="dim must be a multiple of num_heads, 5, got 24"):
-        attnext.BasedAttention(24, num_heads=5)
-    with pytest.raises(ValueError, match="window_size must be at least 1"):
-        attnext.based_attention(q, k, v, 0)
-
-
 def test_plain_layout_of_the_taylor_state():
     """The BASED state is what its features give, and the way back is exact."""
     dim, dim_v, scale = 5, 3, 5**-0.5

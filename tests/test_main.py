@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import re
 import subprocess
 import sys
@@ -260,6 +261,24 @@ def test_example_needle() -> None:
     assert all(found[name] == 8 for name in ("dense", "HiP", "InfiniteHiP", "LongHeads"))
     assert found["Superlinear"] >= 5 and found["window"] <= 1
     assert alone["dense"] == 8 and max(alone["HiP"], alone["Superlinear"]) <= 4
+
+
+def test_example_language_model() -> None:
+    results = example("language_model").main(steps=4)
+    for loss, difference in results.values():
+        assert loss < math.log(256) - 0.3 and difference < 1e-4
+
+
+def test_example_recall(tmp_path: Path) -> None:
+    """Both ways together recall more than either state would tell; the picture is drawn."""
+    module = example("recall")
+    linear, hybrid, full = module.main(quick=True)
+    assert linear.accuracy + 0.1 < hybrid.accuracy < full.accuracy - 0.05
+    assert linear.state_bytes < hybrid.state_bytes < full.state_bytes
+    points = [module.Point(entry, 2048 + 99 * i, 0.5, 1.0) for i, entry in
+              enumerate(module.entries(64))]  # fmt: skip
+    module.draw(points, tmp_path / "recall.png")
+    assert (tmp_path / "recall.png").stat().st_size > 10000
 
 
 def test_every_example_is_tested() -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from ..cases import Case
 from .contender import Contender
 from .flex import Flex, FlexTiles
-from .linear import TorchChunked
+from .linear import FastTransformers, TorchChunked, TorchStep
 from .naive import Gather
 from .own import Attnext
 from .packages import LocalAttention, Natten
@@ -33,6 +33,8 @@ CONTENDERS: dict[str, Contender] = {
         FlexLists(),
         GatherBlocks(),
         SdpaAllBlocks(),
+        FastTransformers(),
+        TorchStep(),
     )
 }
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import attnext
 
-from ..cases import LinearCase, RoutedCase
+from ..cases import LinearCase, LinearStepCase, RoutedCase
 from ..problem import AS_IS, Prepared, Problem, leaves_of
 from .contender import Contender
 
@@ -17,7 +17,7 @@ from .contender import Contender
 class Attnext(Contender):
     name = "attnext"
     about = "this library, heads last, no preparation"
-    ops = (*Contender.ops, "linear", "routed")
+    ops = (*Contender.ops, "linear", "linear-step", "routed")
 
     def prepare(self, problem: Problem, training: bool) -> Prepared:
         case = problem.case
@@ -55,11 +55,22 @@ class Attnext(Contender):
             out: Tensor = attnext.routed_attention(q, k, v, case.plan, is_causal=case.is_causal)
             return out
 
+        state = problem.state if isinstance(case, LinearStepCase) else None
+
+        def step() -> Tensor:
+            assert isinstance(case, LinearCase) and state is not None
+            feature_map, normalize = case.feature_map, case.normalize
+            out: Tensor = attnext.linear_attention_step(
+                q, k, v, state, feature_map=feature_map, normalize=normalize
+            )
+            return out
+
         calls = {
             "sliding": sliding,
             "neighborhood": neighborhood,
             "window": window,
             "linear": linear,
             "routed": routed,
+            "linear-step": step,
         }
         return Prepared(calls[case.op], leaves, layouts)

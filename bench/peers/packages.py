@@ -14,7 +14,8 @@ from ..problem import AS_IS, Layout, Prepared, Problem, Unavailable, heads_first
 from .contender import Contender, fastest
 
 
-def _import(module: str, package: str) -> Any:
+def import_package(module: str, package: str) -> Any:
+    """Errors: Unavailable, if it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -33,7 +34,7 @@ class Natten(Contender):
 
     def prepare(self, problem: Problem, training: bool) -> Prepared:
         case = problem.case
-        natten = _import("natten", "natten")
+        natten = import_package("natten", "natten")
         problem.refuse_options("bias", "alibi", "softcap", "sinks")
         if training:
             raise Unavailable("FlexAttention has no backward pass on the CPU")
@@ -65,7 +66,7 @@ class LocalAttention(Contender):
 
     def prepare(self, problem: Problem, training: bool) -> Prepared:
         case = problem.case
-        module = _import("local_attention.local_attention", "local-attention")
+        module = import_package("local_attention.local_attention", "local-attention")
         problem.refuse_options("bias", "alibi", "softcap", "sinks")
         problem.refuse_grouped_heads()
         assert case.window is not None

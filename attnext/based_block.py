@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BASED's block (arXiv 2402.18668): a mixer of tokens and a gated feed-forward layer, each behind
+its norm. Every mixer has ``forward``; ``prefill``, which also returns what decoding keeps; and
+``step``, which updates it in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv1d, pad, silu
+
+from .arguments import check_integer
+from .based import BasedAttention, check_heads
+from .functional import sliding_window_attention
+from .rotary import rotary_embedding
+from .window_cache import WindowCache
+
+MIXERS = ("linear", "window", "hybrid", "convolution")
+
+
+class SlidingWindowAttention(nn.Module):
+    """A layer of softmax attention over the last tokens, with rotary positions.
+
+    Shapes: ``[B, N, dim]`` in and out; a :class:`WindowCache` of ``window_size`` tokens for
+        decoding, keys already turned.
+    Args:
+        dim: of the tokens; heads have ``dim // num_heads``, which must be even.
+        num_heads: heads.
+        window_size: keys that a token sees, its own included.
+    Numerics, Errors, Complexity: those of :func:`sliding_window_attention`.
+    Source: the local layers of BASED (arXiv 2402.18668).
+    Example:
+
+        >>> import torch, attnext
+        >>> layer = attnext.SlidingWindowAttention(64, num_heads=4, window_size=8)
+        >>> layer(torch.randn(2, 10, 64)).shape
+        torch.Size([2, 10, 64])
+    """
+
+    def __init__(self, dim: int, num_heads: int, window_size: int) -> None:
+        super().__init__()
+        check_heads(dim, num_heads)
+        check_integer("window_size", window_size, 1)
+        if dim // num_heads % 2:
+            raise ValueError(
+                f"dim must give heads of even size, got {dim} for {num_heads}: pairs are turned"
+            )
+        self.num_heads = num_heads
+        self.window_size = window_size
+        self.query, self.key, self.value, self.out = (
+            nn.Linear(dim, dim, bias=False) for _ in range(4)
+        )
+
+    def _project(self, x: Tensor, offset: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = (
+            layer(x).unflatten(-1, (self.num_heads, -1))
+            for layer in (self.query, self.key, self.value)
+        )
+        return (
+            rotary_embedding(query, offset=offset),
+            rotary_embedding(key, offset=offset),
+            value,
+        )
+
+    def _leave(self, mixed: Tensor) -> Tensor:
+        result: Tensor = self.out(mixed.flatten(-2))
+        return result
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._leave(sliding_window_attention(*self._project(x), self.window_size))
+
+    def prefill(self, x: Tensor) -> tuple[Tensor, WindowCache]:
+        """``forward``, and the last keys and values."""
+        query, key, value = self._project(x)
+        mixed = sliding_window_attention(query, key, value, self.window_size)
+        return self._leave(mixed), WindowCache.after(key, value, self.window_size)
+
+    @torch.no_grad()
+    def step(self, x: Tensor, kept: WindowCache) -> Tensor:
+        """The next token or tokens; ``kept`` is updated in place."""
+        query, key, value = self._project(x, kept.length)
+        kept.check(key, value)
+        outs = []
+        for q, k, v in zip(*(t.split(1, dim=1) for t in (query, key, value)), strict=True):
+            kept.push(k, v)
+            outs.append(sliding_window_attention(q, *kept.seen(), None, is_causal=False))
+        return self._leave(torch.cat(outs, dim=1))
+
+
+class GatedConvolution(nn.Module):
+    """A short causal convolution of each channel, gated by as many other channels.
+
+    Shapes: ``[B, N, dim]`` in and out; ``[B, kernel_size - 1, inner]`` for decoding, the last
+        inputs of the convolution, ``inner = expand * dim // 2``.
+    Args:
+        dim: of the tokens.
+        kernel_size: tokens that a token sees, its own included.
+        expand: width of the first projection, whose halves are filtered and gate.
+    Numerics, Errors: those of torch's layers.
+    Complexity: O(N kernel_size dim) beside the projections.
+    Source: BaseConv of BASED (arXiv 2402.18668).
+    Example:
+
+        >>> import torch, attnext
+        >>> layer = attnext.GatedConvolution(64)
+        >>> layer(torch.randn(2, 10, 64)).shape
+        torch.Size([2, 10, 64])
+    """
+
+    def __init__(self, dim: int, kernel_size: int = 3, expand: int = 4) -> None:
+        super().__init__()
+        for name, number in (("dim", dim), ("kernel_size", kernel_size), ("expand", expand)):
+            check_integer(name, number, 1)
+        if expand * dim % 2:
+            raise ValueError(f"expand * dim must be even, got {expand} * {dim}")
+        inner = expand * dim // 2
+        self.enter = nn.Linear(dim, expand * dim)
+        self.kernel = nn.Parameter(torch.empty(inner, kernel_size))
+        nn.init.uniform_(self.kernel, -(kernel_size**-0.5), kernel_size**-0.5)
+        self.leave = nn.Linear(inner, dim)
+
+    def _mix(self, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The result, and all that the convolution has read."""
+        filtered, gate = self.enter(x).chunk(2, dim=-1)
+        taps = self.kernel.shape[1]
+        if before is None:
+            read = pad(filtered, (0, 0, taps - 1, 0))
+        else:
+            read = torch.cat([before, filtered], dim=1)
+        channels = read.transpose(1, 2)
+        kernel = self.kernel[:, None]
+        mixed = conv1d(channels, kernel, groups=kernel.shape[0]).transpose(1, 2)
+        return self.leave(silu(mixed) * gate), read
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._mix(x, None)[0]
+
+    def prefill(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``forward``, and the last inputs of the convolution."""
+        out, read = self._mix(x, None)
+        return out, read[:, x.shape[1] :].detach().clone()
+
+    @torch.no_grad()
+    def step(self, x: Tensor, kept: Tensor) -> Tensor:
+        """The next token or tokens; ``kept`` is updated in place."""
+        out, read = self._mix(x, kept)
+        kept.copy_(read[:, x.shape[1] :])
+        return out
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202): ``leave(a * silu(g))``, ``a`` and ``g`` two projections."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.enter = nn.Linear(dim, 2 * hidden_dim, bias=False)
+        self.leave = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.enter(x).chunk(2, dim=-1)
+        result: Tensor = self.leave(value * silu(gate))
+        return result
+
+
+class BasedBlock(nn.Module):
+    """A block of BASED: ``x + mixer(norm(x))``, then ``x + mlp(norm(x))``.
+
+    The models of the paper stack mostly ``"convolution"``, and one ``"linear"`` followed by one
+    ``"window"`` in every five; ``"hybrid"`` is both of these at once, under one denominator.
+
+    Shapes: ``[B, N, dim]`` in and out.
+    Args:
+        dim: of the tokens.
+        mixer: ``"linear"``: :class:`BasedAttention`; ``"window"``: :class:`SlidingWindowAttention`;
+            ``"hybrid"``: :class:`BasedAttention` with a window; ``"convolution"``:
+            :class:`GatedConvolution`.
+        num_heads: heads of all but the convolution.
+        feature_dim: head_dim of queries and keys of ``"linear"`` and ``"hybrid"``.
+        window_size: keys with exact weights, of ``"window"`` and ``"hybrid"``.
+        kernel_size, expand: of ``"convolution"``.
+        hidden_dim: of the feed-forward layer, by default ``2 * dim``.
+    Numerics, Errors, Complexity: those of the mixers; norms are root mean squares.
+    Source: BASED (arXiv 2402.18668).
+    Example:
+
+        >>> import torch, attnext
+        >>> block = attnext.BasedBlock(64, "hybrid", num_heads=4, window_size=16)
+        >>> y, kept = block.prefill(torch.randn(2, 40, 64))
+        >>> block.step(torch.randn(2, 1, 64), kept).shape
+        torch.Size([2, 1, 64])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mixer: str,
+        *,
+        num_heads: int = 1,
+        feature_dim: int = 16,
+        window_size: int = 64,
+        kernel_size: int = 3,
+        expand: int = 4,
+        hidden_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        if mixer not in MIXERS:
+            raise ValueError(f"mixer must be one of {MIXERS}, got {mixer!r}")
+        check_heads(dim, num_heads)
+        if hidden_dim is None:
+            hidden_dim = 2 * dim
+        check_integer("hidden_dim", hidden_dim, 1)
+        self.mixer: Any
+        if mixer == "window":
+            self.mixer = SlidingWindowAttention(dim, num_heads, window_size)
+        elif mixer == "convolution":
+            self.mixer = GatedConvolution(dim, kernel_size, expand)
+        else:
+            window = window_size if mixer == "hybrid" else None
+            self.mixer = BasedAttention(dim, num_heads, feature_dim, window)
+        self.mixer_norm, self.mlp_norm = nn.RMSNorm(dim, eps=1e-5), nn.RMSNorm(dim, eps=1e-5)
+        self.mlp = GatedMLP(dim, hidden_dim)
+
+    def _feed(self, x: Tensor, mixed: Tensor) -> Tensor:
+        x = x + mixed
+        result: Tensor = x + self.mlp(self.mlp_norm(x))
+        return result
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._feed(x, self.mixer(self.mixer_norm(x)))
+
+    def prefill(self, x: Tensor) -> tuple[Tensor, Any]:
+        """``forward``, and what the mixer keeps for decoding."""
+        mixed, kept = self.mixer.prefill(self.mixer_norm(x))
+        return self._feed(x, mixed), kept
+
+    @torch.no_grad()
+    def step(self, x: Tensor, kept: Any) -> Tensor:
+        """The next token or tokens; ``kept`` is updated in place."""
+        return self._feed(x, self.mixer.step(self.mixer_norm(x), kept))

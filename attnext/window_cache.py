@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What decoding with a sliding window keeps: a ring of the last keys and values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .arguments import kind_of
+
+
+@dataclass
+class WindowCache:
+    """The keys and values of the last ``W`` tokens of each sequence of a batch, and the number of
+    tokens that there have been.
+
+    Shapes: keys ``[B, W, H, K]``, values ``[B, W, H, V]``; token ``t`` lies in slot ``t % W``.
+    Softmax attention does not ask in which order keys lie.
+    """
+
+    keys: Tensor
+    values: Tensor
+    length: int = 0
+
+    @property
+    def window_size(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of what is kept."""
+        return self.keys.nbytes + self.values.nbytes
+
+    @classmethod
+    def after(cls, key: Tensor, value: Tensor, window_size: int) -> WindowCache:
+        """What is left of a whole prompt, ``[B, N, H, K]`` and ``[B, N, H, V]``; copies, without a
+        gradient."""
+        length = key.shape[1]
+        turn = length % window_size if length > window_size else 0
+
+        def ring(x: Tensor) -> Tensor:
+            kept = x.new_zeros(x.shape[0], window_size, *x.shape[2:])
+            kept[:, : min(length, window_size)] = x[:, -window_size:]
+            return kept.roll(turn, dims=1)
+
+        with torch.no_grad():
+            return cls(ring(key.detach()), ring(value.detach()), length)
+
+    def push(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Takes in one token, ``[B, 1, H, ...]``; returns the one that leaves the window, if any
+        does."""
+        slot = self.length % self.window_size
+        places = slice(slot, slot + 1)
+        full = self.length >= self.window_size
+        left = (self.keys[:, places].clone(), self.values[:, places].clone()) if full else None
+        self.keys[:, places] = key
+        self.values[:, places] = value
+        self.length += 1
+        return left
+
+    def seen(self) -> tuple[Tensor, Tensor]:
+        """The keys and values that are there: views."""
+        count = min(self.length, self.window_size)
+        return self.keys[:, :count], self.values[:, :count]
+
+    def check(self, key: Tensor, value: Tensor) -> None:
+        """Errors: TypeError or ValueError where new keys or values are not like those kept."""
+        for name, new, kept in (("key", key, self.keys), ("value", value, self.values)):
+            if not isinstance(new, Tensor) or new.dtype != kept.dtype:
+                raise TypeError(
+                    f"{name} must have the dtype of the cache, {kept.dtype}, got {kind_of(new)}"
+                )
+            if new.device != kept.device:
+                raise ValueError(
+                    f"{name} must be on the device of the cache, {kept.device}, got {new.device}"
+                )
+            want = (kept.shape[0], *kept.shape[2:])
+            if new.dim() != 4 or (new.shape[0], *new.shape[2:]) != want:
+                raise ValueError(
+                    f"{name} must be [batch, tokens, heads, dim] with batch, heads and dim of the "
+                    f"cache, {want}, got shape {tuple(new.shape)}"
+                )
