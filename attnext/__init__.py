@@ -38,6 +38,7 @@ from .functional import (  # noqa: E402
     sliding_window_attention,
     window_attention,
 )
+from .kv_cache import KVCache, LazyEvictionCache, StreamingCache, lazy_scores  # noqa: E402
 from .landmark import landmark_attention  # noqa: E402
 from .linear import (  # noqa: E402
     linear_attention,
@@ -55,8 +56,20 @@ from .routers.biformer import (  # noqa: E402
     bilevel_routing_attention,
 )
 from .routers.block_sparse import pooled_topk_plan  # noqa: E402
+from .routers.duo import DuoCache, duo_attention, retrieval_scores  # noqa: E402
+from .routers.flux import FluxAttention, LayerRouter  # noqa: E402
+from .routers.hip import (  # noqa: E402
+    InfiniteHipDecoder,
+    hip_attention,
+    hip_plan,
+    infinite_hip_plan,
+)
+from .routers.longheads import longheads_attention, longheads_plan  # noqa: E402
+from .routers.minference import minference_attention, minference_plan  # noqa: E402
 from .routers.moba import moba_attention, moba_plan  # noqa: E402
 from .routers.nsa import NativeSparseAttention, native_sparse_attention  # noqa: E402
+from .routers.streaming import streaming_attention  # noqa: E402
+from .routers.superlinear import superlinear_attention, superlinear_search  # noqa: E402
 from .selection import select_topk  # noqa: E402
 from .spiking import SpikingAttention, lif_spikes, spiking_attention  # noqa: E402
 from .window_cache import WindowCache  # noqa: E402
@@ -70,22 +83,38 @@ __all__ = [
     "BiLevelRoutingAttention",
     "BlockPlan",
     "Blocks",
+    "DuoCache",
+    "FluxAttention",
     "GatedConvolution",
+    "InfiniteHipDecoder",
+    "KVCache",
+    "LayerRouter",
+    "LazyEvictionCache",
     "NativeSparseAttention",
     "SlidingWindowAttention",
     "SpikingAttention",
+    "StreamingCache",
     "WindowCache",
     "Windows",
     "based_attention",
     "based_attention_step",
     "bilevel_routing_attention",
     "block_pool",
+    "duo_attention",
+    "hip_attention",
+    "hip_plan",
+    "infinite_hip_plan",
     "landmark_attention",
+    "lazy_scores",
     "lif_spikes",
     "linear_attention",
     "linear_attention_step",
+    "longheads_attention",
+    "longheads_plan",
     "merge",
     "merge_attentions",
+    "minference_attention",
+    "minference_plan",
     "moba_attention",
     "moba_plan",
     "na1d",
@@ -95,11 +124,15 @@ __all__ = [
     "neighborhood_attention",
     "packed_blocks",
     "pooled_topk_plan",
+    "retrieval_scores",
     "rotary_embedding",
     "routed_attention",
     "select_topk",
     "sliding_window_attention",
     "spiking_attention",
+    "streaming_attention",
+    "superlinear_attention",
+    "superlinear_search",
     "taylor_state_from_plain",
     "taylor_state_to_plain",
     "window_attention",
