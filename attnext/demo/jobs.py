@@ -21,6 +21,7 @@ from attnext.demo.data import Inputs
 
 WINDOW, KERNEL, SMALL_KERNEL, DILATION = 8, 13, 7, 4
 TEXT_WINDOW, SINKS, DECODE_STEPS = 512, 4, 32
+REGION, REGIONS = 8, 4  # tokens of a region on each axis, and how many a region attends
 CLIP_KERNEL, CLIP_CAUSAL = (3, 7, 7), (True, False, False)
 
 Run = Callable[[], Any]
@@ -165,6 +166,50 @@ def shifted_windows(data: Inputs) -> Job:
     )
 
 
+def routed_mask(data: Inputs) -> Tensor:
+    """Who attends whom under bi-level routing, bool ``[N, N]``; the list is the router's own."""
+    _, plan = attnext.bilevel_routing_attention(
+        data.query, data.key, data.value, REGION, REGIONS, return_plan=True
+    )
+    blocks = plan.query_blocks
+    assert blocks.order is not None
+    region = torch.empty(blocks.num_tokens, dtype=torch.long)
+    region[blocks.order.long()] = torch.arange(blocks.num_blocks).repeat_interleave(
+        blocks.counts.long()
+    )
+    chosen = torch.zeros(blocks.num_blocks, blocks.num_blocks, dtype=torch.bool)
+    chosen.scatter_(1, plan.lists[0, 0].long(), True)
+    return chosen[region][:, region]
+
+
+def routed_regions(data: Inputs) -> Job:
+    """BiFormer's two levels: each region attends the few regions that look most like it."""
+    seen = routed_mask(data)
+    mask = peers.additive(seen, data.query.dtype)
+
+    def oracle(box: Box, inputs: Inputs, dtype: torch.dtype) -> Tensor:
+        rows = box.of(seen.unflatten(0, data.extents)[None]).flatten(0, -2)
+        query, key, value = (
+            t.flatten(1, -3) for t in (box.of(inputs.query), inputs.key, inputs.value)
+        )
+        out = reference.attention(query, key, value, rows, dtype=dtype)
+        assert isinstance(out, Tensor)
+        return out
+
+    return Job(
+        title="routed regions",
+        call=f"bilevel_routing_attention(q, k, v, {REGION}, {REGIONS})",
+        tokens=" × ".join(map(str, data.extents)),
+        keys=seen.sum(-1).float().mean().item(),
+        peer="dense + mask",
+        run=lambda: attnext.bilevel_routing_attention(
+            data.query, data.key, data.value, REGION, REGIONS
+        ),
+        rival=lambda: peers.dense(data.query, data.key, data.value, mask),
+        check=lambda out, other: compare([(out, other, oracle)], data, boxes(data.extents)),
+    )
+
+
 def _text_check(data: Inputs, first: int, starts: list[int]) -> Callable[[Tensor, Tensor], Check]:
     """Rows of a causal call whose outputs begin at query `first`.
 
@@ -290,7 +335,15 @@ def _gradient_check(data: Inputs, toward: Tensor) -> Callable[[Any, Any], Check]
 
 def all_jobs(image: Inputs, film: Inputs, text: Inputs) -> Iterator[Callable[[], Job]]:
     """The table's rows; each is built when its turn comes, so that one mask lives at a time."""
-    for make in (neighborhood, dilated, causal, bfloat16, shifted_windows, training_step):
+    for make in (
+        neighborhood,
+        dilated,
+        causal,
+        bfloat16,
+        shifted_windows,
+        routed_regions,
+        training_step,
+    ):
         yield functools.partial(make, image)
     yield functools.partial(clip, film)
     for make in (sliding_window, decode):

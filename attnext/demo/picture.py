@@ -28,10 +28,13 @@ from attnext.demo.data import Inputs, Picture, Text
 from attnext.demo.jobs import (
     DILATION,
     KERNEL,
+    REGION,
+    REGIONS,
     SINKS,
     SMALL_KERNEL,
     TEXT_WINDOW,
     WINDOW,
+    routed_mask,
 )
 from attnext.geometry import AxisRule, axis_mask
 
@@ -63,9 +66,10 @@ def _bare(axes: Axes, title: str, note: str) -> None:
 
 
 def _cells(axes: Axes, seen: np.ndarray[Any, Any]) -> None:
-    """A grid of cells: 0 unseen, 1 seen, 2 the query."""
+    """A grid of cells: 0 unseen, 1 seen, 2 the query. Many cells have no room for edges."""
     colours = LinearSegmentedColormap.from_list("cells", [OTHER, SEEN, QUERY], N=3)
-    axes.pcolormesh(seen, cmap=colours, vmin=0, vmax=2, edgecolors=PAPER, linewidth=0.8)
+    edges = {"edgecolors": PAPER, "linewidth": 0.8} if len(seen) <= 20 else {}
+    axes.pcolormesh(seen, cmap=colours, vmin=0, vmax=2, **edges)
     axes.invert_yaxis()
     axes.set_aspect("equal")
 
@@ -111,8 +115,18 @@ def _sliding(axes: Axes, length: int, window: int, sinks: int) -> None:
     _bare(axes, "Sliding window", f"window {window}, {sinks} sinks; keys →, queries ↓")
 
 
-def _geometry(row: Sequence[Axes]) -> None:
-    """Who attends whom, five small grids."""
+def _lists(axes: Axes, data: Inputs) -> None:
+    """Which regions of the image each region attends: queries down, keys across."""
+    blocks = attnext.Blocks.of(data.extents, REGION)
+    assert blocks.order is not None
+    first = blocks.order[blocks.offsets[:-1].long()].long()
+    seen = routed_mask(data)[first][:, first].float()
+    _cells(axes, seen.numpy())
+    _bare(axes, "Routed", f"{REGIONS} of {len(first)} regions each; keys →, queries ↓")
+
+
+def _geometry(row: Sequence[Axes], data: Inputs) -> None:
+    """Who attends whom, six small grids."""
     side = 15
     around = AxisRule.from_kernel_size(7)
     _two_queries(
@@ -124,6 +138,7 @@ def _geometry(row: Sequence[Axes]) -> None:
     _two_queries(row[2], before, [(9, 9), (2, 3)], "Causal", "kernel 7 on both axes", side)
     _tiles(row[3], side, 4, 2)
     _sliding(row[4], side, 5, 2)
+    _lists(row[5], data)
 
 
 def _points(data: Inputs) -> list[tuple[int, int]]:
@@ -178,8 +193,27 @@ def _map(
     _bare(axes, title, note)
 
 
+def _outline_regions(axes: Axes, data: Inputs, points: Sequence[tuple[int, int]]) -> None:
+    """The regions that the queries' own are routed to, in place of the frame around all of them."""
+    for frame in [patch for patch in axes.patches if not patch.get_fill()]:
+        frame.remove()
+    rows, columns = data.extents
+    seen = routed_mask(data)
+    for (y, x), colour in zip(points, QUERY_COLOURS, strict=True):
+        of_query = seen[y * columns + x].view(rows, columns)
+        for top in range(0, rows, REGION):
+            for left in range(0, columns, REGION):
+                if of_query[top, left]:
+                    size = (min(REGION, columns - left), min(REGION, rows - top))
+                    axes.add_patch(
+                        shapes.Rectangle(
+                            (left, top), *size, fill=False, edgecolor=colour, linewidth=1.2
+                        )
+                    )
+
+
 def _maps(row: Sequence[Axes], data: Inputs, picture: Picture) -> None:
-    """Where attention goes on the image under four rules."""
+    """Where attention goes on the image under five rules."""
     points = _points(data)
     _photograph(row[0], picture, points)
     wide = 2 * KERNEL + 5
@@ -200,10 +234,16 @@ def _maps(row: Sequence[Axes], data: Inputs, picture: Picture) -> None:
             f"window {2 * WINDOW}, shift {WINDOW}",
             lambda q, k, v: attnext.window_attention(q, k, v, 2 * WINDOW, WINDOW),
         ),
+        (
+            "bilevel_routing_attention",
+            f"{REGIONS} regions of {REGION} × {REGION}",
+            lambda q, k, v: attnext.bilevel_routing_attention(q, k, v, REGION, REGIONS),
+        ),
     ]
     for axes, (title, note, attend) in zip(row[1:], ways, strict=True):
         weights = [attention_row(attend, data, point, head=0) for point in points]
         _map(axes, picture, weights, points, title, note)
+    _outline_regions(row[-1], data, points)
 
 
 def _text(axes: Axes, text: Text, data: Inputs) -> None:
@@ -259,15 +299,15 @@ def draw(
 ) -> None:
     """Writes the picture to `path`; the suffix decides the format."""
     rows, columns = picture.grid
-    cell = 2.7  # inches across one of five panels
+    cell = 2.7  # inches across one of six panels
     heights = [cell + 0.95, min(max(cell * rows / columns, 1.2), 5.4) + 0.95, 0.33 * LINES + 0.75]
-    figure = plt.figure(figsize=(14.0, sum(heights) + 0.3), facecolor=PAPER, layout="constrained")
+    figure = plt.figure(figsize=(16.8, sum(heights) + 0.3), facecolor=PAPER, layout="constrained")
     parts = figure.subfigures(3, 1, height_ratios=heights)
     top, middle, bottom = np.asarray(parts)
     for part, title in ((top, "Who attends whom"), (middle, "Where attention goes")):
         part.suptitle(title, fontsize=13, color=INK, fontweight="bold", x=0.005, ha="left")
-    _geometry(top.subplots(1, 5))
-    _maps(middle.subplots(1, 5), image, picture)
+    _geometry(top.subplots(1, 6), image)
+    _maps(middle.subplots(1, 6), image, picture)
     _text(bottom.subplots(1, 1), text, reading)
     figure.supxlabel(caption, fontsize=8.5, color=INK)
     figure.savefig(path, dpi=110, facecolor=PAPER)
