@@ -63,7 +63,8 @@ def landmark_attention(
 
     Complexity:
         O(Nq Nk D) time, of which a part of the queries is held at a time, forward and backward;
-        with ``topk`` O(Nq (topk block + landmarks) D).
+        with ``topk`` O(Nq (topk block + landmarks) D). How many landmarks there are is read on the
+        host, once; with ``topk`` a graph that is compiled breaks there.
 
     Source:
         Landmark Attention (arXiv 2305.16300).

@@ -46,14 +46,14 @@ def select_topk(
 ) -> Any:
     """The ``k`` candidates of highest score for every row of queries.
 
-    ============== ============================================================== ============
-    ``"dot"``      ``q . c``, a list per query head                               ``[B, H]``
-    ``"max_q"``    the largest ``q . c`` of the queries of a row, per query head  ``[B, H]``
-    ``"relu_wsum"`` ``sum_h weights_h relu(q_h . c)``, one list for all heads     ``[B, 1]``
-    ``"group_prob"`` probabilities ``exp(q . c - lse)`` of the windows that        ``[B, Hkv]``
-                   overlap a block, each by its share of it in strides, summed
-                   over the query heads of a kv head
-    ============== ============================================================== ============
+    ================ ============================================================= ============
+    ``"dot"``        ``q . c``, a list per query head                              ``[B, H]``
+    ``"max_q"``      the largest ``q . c`` of the queries of a row, per query head ``[B, H]``
+    ``"relu_wsum"``  ``sum_h weights_h relu(q_h . c)``, one list for all heads     ``[B, 1]``
+    ``"group_prob"`` ``exp(q . c - lse)`` of the windows that overlap a block,     ``[B, Hkv]``
+                     each by the strides it shares with it, summed over the query
+                     heads of a kv head
+    ================ ============================================================= ============
 
     Shapes:
         query ``[B, rows, H, D]`` (``"max_q"``: ``[B, tokens, H, D]``), candidates

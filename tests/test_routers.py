@@ -131,14 +131,16 @@ def test_the_layer_is_projections_attention_and_a_convolution():
 
 
 @given(
-    queries=st.integers(1, 14), more=st.integers(0, 12), block_size=st.integers(1, 6),
+    queries=st.integers(1, 14), more=st.integers(-3, 12), block_size=st.integers(1, 6),
     topk=st.integers(1, 4), group=st.integers(1, 2), tile=st.sampled_from((1, 3, 64)),
     seed=st.integers(0, 99),
 )  # fmt: skip
 @settings(max_examples=60)
 def test_moba_is_its_definition(queries, more, block_size, topk, group, tile, seed):
     """By lists (fewer queries than a tile) and by sorting."""
-    leaves = inputs((queries,), (queries + more,), batch=1, heads=2 * group, kv_heads=2, seed=seed)
+    leaves = inputs(
+        (queries,), (max(1, queries + more),), batch=1, heads=2 * group, kv_heads=2, seed=seed
+    )
     options = {"block_size": block_size, "topk": topk}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(moba, "_TILE", tile)
@@ -207,7 +209,7 @@ SMALL = {"compress_size": 4, "compress_stride": 2, "block_size": 6, "num_blocks"
 
 
 @given(
-    queries=st.integers(1, 12), more=st.integers(0, 14), size=st.integers(1, 6),
+    queries=st.integers(1, 12), more=st.integers(-3, 14), size=st.integers(1, 6),
     stride=st.integers(1, 5), block_size=st.integers(1, 7), first=st.integers(0, 2),
     last=st.integers(0, 2), others=st.integers(0, 2), window_size=st.integers(1, 9),
     group=st.sampled_from((1, 2, 3)), share=st.booleans(), given_compressed=st.booleans(),
@@ -218,7 +220,7 @@ def test_nsa_is_its_definition(
     queries, more, size, stride, block_size, first, last, others, window_size, group, share,
     given_compressed, seed,
 ):  # fmt: skip
-    keys = queries + more
+    keys = max(1, queries + more)
     leaves = inputs((queries,), (keys,), batch=1, heads=2 * group, kv_heads=2, seed=seed)
     leaves.append(normal(1, queries, 2 * group, 3, seed=seed).requires_grad_())
     options = {
@@ -305,6 +307,18 @@ def test_pooled_blocks(queries, more, query_block, key_block, topk, is_causal, s
         routed_attention(q, k, v, everything, is_causal=is_causal),
         sliding_window_attention(q, k, v, None, is_causal=is_causal),
     )
+
+
+def test_nothing_in_nothing_out():
+    for method, shape in itertools.product(("moba", "nsa"), ((1, 0), (0, 90))):
+        q, k, v = (torch.zeros(*shape, heads, 4) for heads in (4, 2, 2))
+        if method == "moba":
+            out = moba_attention(q, k, v, 8, 3)
+        else:
+            out = native_sparse_attention(q, k, v, q[..., :3], **SMALL)
+        assert out.shape == q.shape
+    q = torch.zeros(0, 6, 6, 2, 4)
+    assert bilevel_routing_attention(q, q, q, 3, 2).shape == q.shape
 
 
 # ---- as torch sees it ----------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_integer, check_qkv, check_scale
+from ..arguments import check_integer, check_qkv, check_scale, under_autocast
 from ..merging import merge, merge_attentions
 from ..plans import BlockPlan, Blocks, per_axis
 from ..pooling import block_pool
@@ -85,6 +85,7 @@ def bilevel_routing_attention(
     if padding == "zero" and soft in ("bias", "mix"):
         raise ValueError(f"padding must be 'mask' with soft={soft!r}, got 'zero'")
     check_integer("topk", topk, 1)
+    query, key, value = under_autocast(query, key, value)
     rank = check_qkv(query, key, value)
     sizes = per_axis("region_size", region_size, rank, 1)
     key_sizes = sizes

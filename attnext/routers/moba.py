@@ -103,8 +103,9 @@ def moba_attention(
         scale: by default ``D ** -0.5``. Blocks are chosen by unscaled products.
 
     Numerics:
-        As :func:`routed_attention`; means and their products in float32 (float64 for float64).
-        The choice passes no gradient.
+        Means and their products in float32 (float64 for float64); the choice passes no gradient.
+        Attention as :func:`routed_attention`, each block a part that is rounded to the dtype, and
+        the parts merged as by :func:`merge`.
 
     Errors:
         ValueError, TypeError or NotImplementedError, naming the argument.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_integer, check_scale, check_sequences, kind_of
+from ..arguments import check_integer, check_scale, check_sequences, kind_of, under_autocast
 from ..functional import sliding_window_attention
 from ..merging import merge
 from ..plans import BlockPlan, Blocks
@@ -86,6 +86,7 @@ def native_sparse_attention(
         ("block_size", block_size), ("num_blocks", num_blocks), ("window_size", window_size),
     ):  # fmt: skip
         check_integer(name, number, 1)
+    query, key, value = under_autocast(query, key, value)
     check_sequences(query, key, value)
     _check_gates(query, gates)
     num_queries, num_keys, group = query.shape[1], key.shape[1], query.shape[2] // key.shape[2]
