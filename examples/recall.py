@@ -141,8 +141,8 @@ def draw(points: list[Point], path: Path) -> None:
     figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     axes = figure.subplots()
     styles = {
-        "sliding window": ("#8a8a8a", "s", (0, -13)),
-        "Taylor, linear": ("#2b6cb0", "o", (0, -14)),
+        "sliding window": ("#8a8a8a", "s", (16, -12)),
+        "Taylor, linear": ("#2b6cb0", "o", (13, -12)),
         "hybrid": ("#c05621", "D", (0, 8)),
         "full attention": ("#1a1a1a", "*", (-4, -16)),
     }
