@@ -132,6 +132,7 @@ def native_sparse_attention(
     gates: Tensor,
     *,
     compressed: tuple[Tensor, Tensor] | None = None,
+    window_kv: tuple[Tensor, Tensor] | None = None,
     compress_size: int = 32,
     compress_stride: int = 16,
     block_size: int = 64,
@@ -155,6 +156,7 @@ def native_sparse_attention(
         )
     else:
         short_k, short_v = (t.double() for t in compressed)
+    near_k, near_v = (k, v) if window_kv is None else (x.double() for x in window_kv)
     rows = []
     for b in range(batch):
         for i in range(num_queries):
@@ -187,8 +189,11 @@ def native_sparse_attention(
                 ]  # fmt: skip
                 near = list(range(max(0, t - window_size + 1), t + 1))
                 fine, local = (
-                    _softmax_average(keys[js] @ q[b, i, h] * scale, values[js])
-                    for js in (listed, near)
+                    _softmax_average(ks[js] @ q[b, i, h] * scale, vs[js])
+                    for ks, vs, js in (
+                        (keys, values, listed),
+                        (near_k[b, :, h // group], near_v[b, :, h // group], near),
+                    )
                 )
                 parts = (coarse[h], fine, local)
                 gate = torch.sigmoid(g[b, i, h])

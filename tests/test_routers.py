@@ -213,12 +213,13 @@ SMALL = {"compress_size": 4, "compress_stride": 2, "block_size": 6, "num_blocks"
     stride=st.integers(1, 5), block_size=st.integers(1, 7), first=st.integers(0, 2),
     last=st.integers(0, 2), others=st.integers(0, 2), window_size=st.integers(1, 9),
     group=st.sampled_from((1, 2, 3)), share=st.booleans(), given_compressed=st.booleans(),
+    own_window=st.booleans(),
     seed=st.integers(0, 99),
 )  # fmt: skip
 @settings(max_examples=40)
 def test_nsa_is_its_definition(
     queries, more, size, stride, block_size, first, last, others, window_size, group, share,
-    given_compressed, seed,
+    given_compressed, own_window, seed,
 ):  # fmt: skip
     keys = max(1, queries + more)
     leaves = inputs((queries,), (keys,), batch=1, heads=2 * group, kv_heads=2, seed=seed)
@@ -232,9 +233,13 @@ def test_nsa_is_its_definition(
         count = max(0, (keys - size) // stride + 1)
         leaves += [normal(1, count, 2, d, seed=seed + d).requires_grad_() for d in (4, 3)]
 
+    if own_window:
+        leaves += [normal(1, keys, 2, d, seed=seed + 9 + d).requires_grad_() for d in (4, 3)]
+
     def with_options(function):
-        def call(q, k, v, gates, *compressed):
-            more = {"compressed": compressed} if compressed else {}
+        def call(q, k, v, gates, *pairs):
+            more = {"window_kv": pairs[-2:]} if own_window else {}
+            more |= {"compressed": pairs[:2]} if given_compressed else {}
             return function(q, k, v, gates, **options, **more)
 
         return call
@@ -274,7 +279,9 @@ def test_nsa_decodes_what_it_prefills():
 
 @pytest.mark.parametrize("compress", ["mean", "mlp"])
 def test_nsa_layer_learns_everything_it_has(compress):
-    layer = NativeSparseAttention(24, 4, kv_heads=2, compress=compress, **SMALL).double()
+    layer = NativeSparseAttention(
+        24, 4, kv_heads=2, compress=compress, window_kv=compress == "mlp", **SMALL
+    ).double()
     x = normal(2, 30, 24)
     out = layer(x)
     assert out.shape == x.shape
@@ -395,6 +402,11 @@ WRONG = {
         lambda: native_sparse_attention(X, X, X, G, compressed=(X, X), compress_size=3,
                                         compress_stride=3),
         ValueError, r"compressed keys must have shape \(1, 3, 2, 4\)"),
+    "nsa window": (
+        lambda: native_sparse_attention(X, X, X, G, window_kv=(X, X[:, :8])), ValueError,
+        r"window_kv values must have shape \(1, 9, 2, 4\)"),
+    "nsa pair": (lambda: native_sparse_attention(X, X, X, G, window_kv=X), TypeError,
+                 "window_kv must be a pair"),
     "nsa forced": (lambda: native_sparse_attention(X, X, X, G, num_blocks=2), ValueError,
                    "must fit into k"),
     "nsa compress": (lambda: NativeSparseAttention(8, 2, compress="max"), ValueError,

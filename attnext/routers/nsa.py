@@ -27,6 +27,7 @@ def native_sparse_attention(
     gates: Tensor,
     *,
     compressed: tuple[Tensor, Tensor] | None = None,
+    window_kv: tuple[Tensor, Tensor] | None = None,
     compress_size: int = 32,
     compress_stride: int = 16,
     block_size: int = 64,
@@ -56,6 +57,8 @@ def native_sparse_attention(
         compressed: keys and values of the windows, ``[B, windows, Hkv, D]`` and
             ``[B, windows, Hkv, Dv]`` for ``Windows(Nk, compress_size, compress_stride,
             ragged=False)``; by default the means of key and value.
+        window_kv: keys and values of the third branch, in the shapes of key and value, which they
+            are by default; the paper gives each branch its own.
         num_blocks: blocks per query, the forced ones among them.
         share_selection: all query heads of a kv head select by the sum of their weights, the same
             blocks. False: each for itself.
@@ -95,7 +98,11 @@ def native_sparse_attention(
         short_key, short_value = (block_pool(x, windows) for x in (key, value))
     else:
         short_key, short_value = compressed
-        _check_compressed(compressed, windows, key, value)
+        _check_pair("compressed", compressed, key, value, windows.num_blocks)
+    if window_kv is None:
+        window_kv = key, value
+    else:
+        _check_pair("window_kv", window_kv, key, value, num_keys)
     scale = check_scale(scale, query.shape[-1] ** -0.5)
 
     coarse, lse = _compressed_branch(query, short_key, short_value, windows, scale)
@@ -110,7 +117,7 @@ def native_sparse_attention(
     )  # fmt: skip
     plan = BlockPlan.of(lists, num_queries, 1, num_keys, block_size)
     fine = routed_attention(query, key, value, plan, is_causal=True, scale=scale)
-    near = sliding_window_attention(query, key, value, window_size, scale=scale)
+    near = sliding_window_attention(query, *window_kv, window_size, scale=scale)
     out = merge([coarse, fine, near], gates=gates, mode="sigmoid")
     return (out, plan) if return_plan else out
 
@@ -153,12 +160,14 @@ def _check_gates(query: Tensor, gates: Any) -> None:
         raise ValueError(f"gates must have shape {want}, got {tuple(gates.shape)}")
 
 
-def _check_compressed(compressed: Any, windows: Windows, key: Tensor, value: Tensor) -> None:
-    for what, t, like in zip(("keys", "values"), compressed, (key, value), strict=True):
-        want = (like.shape[0], windows.num_blocks, *like.shape[2:])
+def _check_pair(name: str, pair: Any, key: Tensor, value: Tensor, count: int) -> None:
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise TypeError(f"{name} must be a pair of keys and values, got {kind_of(pair)}")
+    for what, t, like in zip(("keys", "values"), pair, (key, value), strict=True):
+        want = (like.shape[0], count, *like.shape[2:])
         if not isinstance(t, Tensor) or tuple(t.shape) != want:
             raise ValueError(
-                f"compressed {what} must have shape {want}, got "
+                f"{name} {what} must have shape {want}, got "
                 f"{tuple(t.shape) if isinstance(t, Tensor) else kind_of(t)}"
             )
 
@@ -170,6 +179,7 @@ class NativeSparseAttention(nn.Module):
     Args:
         dim: of the tokens. num_heads, kv_heads: of queries, and of keys and values (default: as
             many). head_dim: default ``dim // num_heads``.
+        window_kv: whether the window has keys and values of its own.
         compress: ``"mean"``, or ``"mlp"``: a position embedding and two layers over a window, one
             for keys and one for values.
         options: of :func:`native_sparse_attention`.
@@ -192,6 +202,7 @@ class NativeSparseAttention(nn.Module):
         kv_heads: int | None = None,
         head_dim: int | None = None,
         compress: str = "mean",
+        window_kv: bool = False,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -210,6 +221,9 @@ class NativeSparseAttention(nn.Module):
         self.query = nn.Linear(dim, num_heads * head_dim, bias=False)
         self.key = nn.Linear(dim, kv_heads * head_dim, bias=False)
         self.value = nn.Linear(dim, kv_heads * head_dim, bias=False)
+        self.window_kv = None
+        if window_kv:
+            self.window_kv = nn.Linear(dim, 2 * kv_heads * head_dim, bias=False)
         self.gates = nn.Linear(dim, 3 * num_heads)
         self.out = nn.Linear(num_heads * head_dim, dim, bias=False)
         self.compress = None
@@ -226,7 +240,12 @@ class NativeSparseAttention(nn.Module):
             stride = self.options.get("compress_stride", 16)
             of_keys, of_values = self.compress
             compressed = (of_keys(k, stride), of_values(v, stride))
-        mixed = native_sparse_attention(q, k, v, gates, compressed=compressed, **self.options)
+        window_kv = None
+        if self.window_kv is not None:
+            window_kv = self.window_kv(x).unflatten(-1, (2, self.kv_heads, -1)).unbind(-3)
+        mixed = native_sparse_attention(
+            q, k, v, gates, compressed=compressed, window_kv=window_kv, **self.options
+        )
         result: Tensor = self.out(mixed.flatten(-2))
         return result
 
