@@ -32,6 +32,7 @@ from .functional import (  # noqa: E402
     sliding_window_attention,
     window_attention,
 )
+from .landmark import landmark_attention  # noqa: E402
 from .linear import (  # noqa: E402
     linear_attention,
     linear_attention_step,
@@ -42,26 +43,41 @@ from .merging import merge, merge_attentions  # noqa: E402
 from .plans import BlockPlan, Blocks  # noqa: E402
 from .pooling import Windows, block_pool, packed_blocks  # noqa: E402
 from .routed import routed_attention  # noqa: E402
+from .routers.biformer import (  # noqa: E402
+    BiLevelRoutingAttention,
+    bilevel_routing_attention,
+)
+from .routers.block_sparse import pooled_topk_plan  # noqa: E402
+from .routers.moba import moba_attention, moba_plan  # noqa: E402
+from .routers.nsa import NativeSparseAttention, native_sparse_attention  # noqa: E402
 from .selection import select_topk  # noqa: E402
 
 __version__: str = _C.__version__
 
 __all__ = [
     "BasedAttention",
+    "BiLevelRoutingAttention",
     "BlockPlan",
     "Blocks",
+    "NativeSparseAttention",
     "Windows",
     "based_attention",
+    "bilevel_routing_attention",
     "block_pool",
+    "landmark_attention",
     "linear_attention",
     "linear_attention_step",
     "merge",
     "merge_attentions",
+    "moba_attention",
+    "moba_plan",
     "na1d",
     "na2d",
     "na3d",
+    "native_sparse_attention",
     "neighborhood_attention",
     "packed_blocks",
+    "pooled_topk_plan",
     "routed_attention",
     "select_topk",
     "sliding_window_attention",

@@ -264,6 +264,12 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> int:
     return rank
 
 
+def check_sequences(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Three inputs that fit, on one token axis."""
+    if check_qkv(query, key, value) != 1:
+        raise ValueError(f"query must be [B, N, H, D], got shape {tuple(query.shape)}")
+
+
 def _is_int(x: Any) -> bool:
     return isinstance(x, int | torch.SymInt) and not isinstance(x, bool)
 

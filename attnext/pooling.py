@@ -27,8 +27,8 @@ class Windows:
 
     Example:
         >>> import attnext
-        >>> attnext.Windows(100, 32, 16).num_blocks, attnext.Windows(100, 32, 16, ragged=False)
-        (7, Windows(num_tokens=100, size=32, stride=16, phase=0, ragged=False))
+        >>> [attnext.Windows(100, 32, 16, ragged=ragged).num_blocks for ragged in (True, False)]
+        [7, 5]
     """
 
     num_tokens: int

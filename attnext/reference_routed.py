@@ -48,7 +48,8 @@ def listed_keys(plan: BlockPlan, batch: int, heads: int) -> tuple[Tensor, Tensor
                         at[torch.tensor(queries)[:, None], torch.tensor(keys)[None]] = e
     bias = None
     if plan.bias is not None:
-        bias = torch.where(place >= 0, plan.bias.flatten()[place.clamp(min=0)], 0.0)
+        entries = torch.cat([plan.bias.flatten(), plan.bias.new_zeros(1)])  # -1: the last
+        bias = entries[place]
     return place >= 0, place, bias
 
 

@@ -149,10 +149,7 @@ def routed_attention(
         plan.lists,
         plan.ends,
         plan.indptr,
-        plan.query_blocks.offsets,
-        plan.query_blocks.order,
-        plan.key_blocks.offsets,
-        plan.key_blocks.order,
+        *_blocks_of(plan),
         *documents,
         key_lengths,
         policy,
@@ -171,6 +168,19 @@ def routed_attention(
         check_softcap(softcap),
     )
     return (out, lse) if return_lse else out
+
+
+def _blocks_of(plan: BlockPlan) -> tuple[Tensor | None, ...]:
+    """Offsets and order of queries and keys; of keys None, where they are the queries' own."""
+    queries, keys = plan.query_blocks, plan.key_blocks
+    if keys.offsets is queries.offsets:
+        if keys.order is queries.order:
+            return queries.offsets, queries.order, None, None
+        return queries.offsets, queries.order, keys.offsets.clone(), keys.order
+    order = keys.order
+    if order is not None and order is queries.order:
+        order = order.clone()
+    return queries.offsets, queries.order, keys.offsets, order
 
 
 def _check_plan(plan: BlockPlan, query: Tensor, key: Tensor) -> None:
@@ -234,9 +244,7 @@ def _policy(head_policy: Any, heads: int) -> list[int]:
         if policy not in HEAD_POLICIES:
             raise ValueError(f"head_policy must hold {HEAD_POLICIES}, got {policy!r}")
     if len(head_policy) != heads:
-        raise ValueError(
-            f"head_policy must have an entry per head, {heads}, got {len(head_policy)}"
-        )
+        raise ValueError(f"head_policy must have {heads} entries, got {len(head_policy)}")
     return [HEAD_POLICIES.index(policy) for policy in head_policy]
 
 
@@ -264,4 +272,5 @@ def _check_documents(
         shape = (tokens.shape[0], math.prod(tokens.shape[1:-2]))
         _check_integers(name, t, shape, query)
         results.append(t.int().contiguous())
-    return results[0], results[1]
+    queries, keys = results
+    return queries, None if keys is queries else keys

@@ -16,11 +16,13 @@ from .ops import LIBRARY, accumulator_dtype, transforms_are_active
 HEAD_POLICIES = ("list", "dense", "streaming", "off")  # in the order of HeadPolicy in params.h
 
 # Integers of `rules`: is_causal, exclude_self, left and right of `within`, whether there is a
-# window, left and right of it, sinks. `list_shape`: batch items and heads that have lists.
+# window, left and right of it, sinks. `list_shape`: batch items and heads that have lists. Keys
+# without offsets have the blocks of the queries, and without documents theirs: an autograd.Function
+# that is compiled takes no tensor twice.
 _PROBLEM = (
     "Tensor query, Tensor key, Tensor value, Tensor? entry_bias, Tensor? sink_logits, "
     "Tensor lists, Tensor? ends, Tensor? indptr, Tensor query_offsets, Tensor? query_order, "
-    "Tensor key_offsets, Tensor? key_order, Tensor? query_documents, Tensor? key_documents, "
+    "Tensor? key_offsets, Tensor? key_order, Tensor? query_documents, Tensor? key_documents, "
     "Tensor? key_lengths, SymInt[] head_policy, SymInt[] rules, SymInt[] list_shape, float scale, "
     "float softcap"
 )

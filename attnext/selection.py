@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
-from .arguments import check_integer, kind_of
+from .arguments import check_integer, check_scale, kind_of
 from .ops import accumulator_dtype
 from .plans import Blocks
 from .pooling import Windows, bounds_of
@@ -20,7 +20,7 @@ from .pooling import Windows, bounds_of
 SCORES = ("dot", "max_q", "relu_wsum", "group_prob")
 CAUSAL = ("none", "start", "end")
 
-_SLICE = 2**20  # scores in flight: their keys for the selection are 8 MiB
+_SLICE = 2**19  # scores in flight
 
 
 def select_topk(
@@ -92,7 +92,7 @@ def select_topk(
         ValueError or TypeError, naming the argument.
 
     Complexity:
-        O(rows * candidates * (D + log k)) time; memory for about a million scores at a time.
+        O(rows * candidates * (D + log k)) time; memory for half a million scores at a time.
 
     Source:
         Routers of BiFormer (arXiv 2303.08810), MoBA (2502.13189), NSA (2502.11089); the indexer
@@ -138,10 +138,11 @@ class _Problem:
     heads: int
     offset: int  # of the first query, in key tokens
     scores_per_row: int  # of all heads
+    acc: torch.dtype
 
     def select(self, query: Tensor, candidates: Tensor, weights: Any, lse: Any) -> Any:
         batch, device = query.shape[0], query.device
-        candidates = candidates.to(accumulator_dtype(query.dtype))
+        candidates = candidates.to(self.acc)
         begin, end = self._ranges(device)
         parts = []
         for low, high in self.slices(batch):
@@ -155,7 +156,7 @@ class _Problem:
             parts.append(self._top(scores, allowed, forced))
         if not parts:
             empty = query.new_empty(batch, self.heads, 0, self.k, dtype=torch.int32)
-            return empty, query.new_empty(empty.shape, dtype=accumulator_dtype(query.dtype))
+            return empty, query.new_empty(empty.shape, dtype=self.acc)
         indices, values = zip(*parts, strict=True)
         if len(parts) == 1:
             return parts[0]
@@ -168,7 +169,7 @@ class _Problem:
     def _ranges(self, device: Any) -> tuple[Any, Any]:
         """First candidate of each row and one past its last, ``[B or 1, rows]``; None: all."""
         if self.ranges is not None:
-            return tuple(t.to(device).long().reshape(-1, self.rows) for t in self.ranges)
+            return tuple((t if t.dim() == 2 else t[None]).to(device).long() for t in self.ranges)
         if self.causal == "none":
             return None, None
         seen = self._seen(self.query_blocks, self.candidate_blocks, self.causal, device)
@@ -248,7 +249,7 @@ class _Problem:
         seen: int,
     ) -> Tensor:  # fmt: skip
         """``[B, heads, rows, candidates]`` of the rows from ``low`` to ``high``."""
-        acc = accumulator_dtype(query.dtype)
+        acc = self.acc
         wide = self.windows is not None
         c = (candidates if wide else candidates[:, :seen]).to(acc)
         size = self.query_blocks.size if self.score == "max_q" else 1
@@ -407,8 +408,6 @@ def _checked(
         raise ValueError(
             f"query must have a multiple of the heads of candidates, {kv_heads}, got {heads}"
         )
-    if candidates.dtype != query.dtype:
-        raise TypeError(f"candidates must be {query.dtype} like query, got {candidates.dtype}")
     check_integer("k", k, 1)
     check_integer("force_first", force_first, 0)
     check_integer("force_last", force_last, 0)
@@ -416,8 +415,7 @@ def _checked(
         raise ValueError(
             f"force_first and force_last must fit into k, {k}, got {force_first} and {force_last}"
         )
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float)):
-        raise TypeError(f"scale must be a number, got {scale!r}")
+    scale = check_scale(scale, query.shape[-1] ** -0.5 if score == "group_prob" else 1.0)
     for name, t, of in (
         ("weights", weights, "relu_wsum"), ("lse", lse, "group_prob"),
         ("windows", windows, "group_prob"),
@@ -450,12 +448,11 @@ def _checked(
                 f"exclude must broadcast to {want}, whole on the last axis, got "
                 f"{tuple(exclude.shape)}"
             )
-    if scale is None:
-        scale = query.shape[-1] ** -0.5 if score == "group_prob" else 1
     return _Problem(
         k, score, causal, query_blocks, candidate_blocks, ranges, force_first, force_last, exclude,
         windows, scale, tie, order, rows, count, list_heads, offset,
         heads * candidates.shape[1] * (query_blocks.size if score == "max_q" else 1),
+        accumulator_dtype(torch.promote_types(query.dtype, candidates.dtype)),
     )  # fmt: skip
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from attnext import BlockPlan
 from attnext.geometry import AxisRule, axis_intervals
 from attnext.linear_ops import num_features
 
@@ -213,6 +217,84 @@ class LinearCase(Case):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class RoutedCase(Case):
+    """``slots`` of the key blocks for each query block, drawn at random. On one axis causal: blocks
+    up to the query's own, which is among them. On a map: boxes, one list for all heads."""
+
+    op: str = "routed"
+    window: tuple[int, ...] | None = None
+    block: tuple[int, ...]
+    slots: int
+
+    @property
+    def is_causal(self) -> bool:
+        return self.rank == 1
+
+    @cached_property
+    def lists(self) -> Tensor:
+        """int32 ``[1, H or 1, blocks, slots]``, -1 where there are fewer."""
+        generator = torch.Generator().manual_seed(0)
+        blocks = math.prod(-(-n // b) for n, b in zip(self.queries, self.block, strict=True))
+        heads = self.heads if self.is_causal else 1
+        lists = torch.full((1, heads, blocks, self.slots), -1, dtype=torch.int32)
+        for head in range(heads):
+            for i in range(blocks):
+                if self.is_causal:
+                    others = torch.randperm(i, generator=generator)[: self.slots - 1]
+                    chosen = torch.cat([others, torch.tensor([i])])
+                else:
+                    chosen = torch.randperm(blocks, generator=generator)[: self.slots]
+                lists[0, head, i, : len(chosen)] = chosen
+        return lists
+
+    @cached_property
+    def plan(self) -> BlockPlan:
+        return BlockPlan.of(self.lists, self.queries, self.block)
+
+    @cached_property
+    def pairs(self) -> int:
+        blocks = self.plan.query_blocks
+        counts = blocks.counts.long()
+        listed = torch.where(self.lists >= 0, counts[self.lists.clamp(min=0).long()], 0).sum(-1)
+        pairs = (listed * counts).sum()
+        if self.is_causal:  # of the own block a query sees half
+            pairs -= self.lists.shape[1] * (counts * (counts - 1) // 2).sum()
+        shared = self.heads // self.lists.shape[1]
+        return self.batch * shared * int(pairs)
+
+    @property
+    def _keys_read(self) -> int:
+        return self.num_keys
+
+    def over_all_blocks(self) -> RoutedCase:
+        """Another problem: every block is listed, on one axis up to the query's own."""
+        return replace(self, slots=self.plan.key_blocks.num_blocks)
+
+    def describe(self) -> str:
+        def times(x: tuple[int, ...]) -> str:
+            return "×".join(map(str, x))
+
+        causal = "causal, " if self.is_causal else ""
+        return (
+            f"routed, {times(self.queries)}, {causal}{self.slots} blocks of {times(self.block)}, "
+            f"B{self.batch} H{self.heads} D{self.head_dim}"
+        )
+
+
+ROUTED_CASES: tuple[Case, ...] = (
+    RoutedCase(name="routed-16384", group="routed", queries=(16384,), block=(64,), slots=16),
+    RoutedCase(
+        name="routed-2d-56", group="routed", queries=(56, 56), block=(8, 8), slots=4,
+        batch=4, heads=4, head_dim=32,
+    ),
+    RoutedCase(
+        name="smoke-routed", group="smoke", queries=(128,), block=(16,), slots=3,
+        heads=2, head_dim=16,
+    ),
+)  # fmt: skip
+
+
 def _linear_cases() -> list[Case]:
     both = ("float32", "bfloat16")
     based = {"feature_map": "taylor2", "head_dim": 16}
@@ -280,7 +362,7 @@ def _cases() -> list[Case]:
     return cases
 
 
-CASES: dict[str, Case] = {case.name: case for case in (*_cases(), *_linear_cases())}
+CASES: dict[str, Case] = {case.name: case for case in (*_cases(), *_linear_cases(), *ROUTED_CASES)}
 GROUPS: dict[str, str] = {
     "swa": "causal sliding windows of language models",
     "na": "neighborhood attention on images and video",
@@ -290,6 +372,7 @@ GROUPS: dict[str, str] = {
     "length": "time and memory against length, at a window of 256",
     "window": "time and memory against the window, at length 8192",
     "linear": "causal linear attention, and BASED's Taylor map",
+    "routed": "lists of key blocks, in sequences and on maps",
     "linear-length": "time and memory of linear attention against length, one head",
     "call": "what a call costs when there is nothing to compute",
     "smoke": "tiny cases for the test suite",

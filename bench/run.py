@@ -7,7 +7,7 @@ import gc
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,13 +15,14 @@ import torch
 from attnext import _C
 
 from . import environment, memory, timing
-from .cases import TRAINING, Case
+from .cases import TRAINING, Case, RoutedCase
 from .gate import Reference
 from .linear_gate import LinearReference
 from .peers import contenders_for
 from .peers.contender import Contender
 from .problem import Prepared, Problem, Unavailable
 from .roofline import Roof, higher, roof
+from .routed_gate import RoutedReference
 
 SCHEMA = 1
 
@@ -46,6 +47,7 @@ class Settings:
 
 
 Say = Callable[[str], None]
+AnyReference = Reference | LinearReference | RoutedReference
 
 
 def run(
@@ -80,7 +82,7 @@ def run_case(
     problem = Problem(case, getattr(torch, dtype))
     training = mode == TRAINING
     title = f"{case.name} {dtype} {mode}"
-    references: dict[bool, Reference | LinearReference] = {}
+    references: dict[bool, AnyReference] = {}
     ready: dict[str, Prepared] = {}
     entries: list[dict[str, Any]] = []
     for contender in contenders_for(case, settings.contenders):
@@ -154,7 +156,7 @@ def _admit(
     contender: Contender,
     problem: Problem,
     training: bool,
-    references: dict[bool, Reference | LinearReference],
+    references: dict[bool, AnyReference],
     settings: Settings,
     entry: dict[str, Any],
 ) -> Prepared | None:
@@ -170,11 +172,7 @@ def _admit(
         if prepared.detail:
             entry["detail"] = prepared.detail
         if windowed not in references:
-            references[windowed] = (
-                LinearReference(problem, training)
-                if problem.case.op == "linear"
-                else Reference(problem, training, windowed)
-            )
+            references[windowed] = reference_for(problem, training, windowed)
         verdict = references[windowed].check(prepared)
     entry["gate"] = {"rows": verdict.rows, "errors": verdict.errors}
     if not verdict.passed:
@@ -189,6 +187,18 @@ def _admit(
         raise Unavailable(f"one call takes {seconds:.0f} s, the limit is {settings.patience:g} s")
     entry["status"] = "ok"
     return prepared
+
+
+def reference_for(problem: Problem, training: bool, windowed: bool = True) -> AnyReference:
+    """What results of a problem are held against."""
+    case = problem.case
+    if case.op == "linear":
+        return LinearReference(problem, training)
+    if isinstance(case, RoutedCase):
+        if not windowed:
+            problem = replace(problem, case=case.over_all_blocks())
+        return RoutedReference(problem, training)
+    return Reference(problem, training, windowed)
 
 
 def _refuse_hopeless(case: Case, training: bool, patience: float) -> None:

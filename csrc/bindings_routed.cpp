@@ -175,9 +175,11 @@ RoutedCall make_call(const py::tuple& problem, Device device) {
   }
 
   const auto query_offsets = read_integers<int32_t>(argument(kQueryOffsets), device);
-  const auto key_offsets = read_integers<int32_t>(argument(kKeyOffsets), device);
   const auto query_order = read_integers<int32_t>(argument(kQueryOrder), device);
-  const auto key_order = read_integers<int32_t>(argument(kKeyOrder), device);
+  const bool same = argument(kKeyOffsets).is_none();
+  const auto key_offsets =
+      same ? query_offsets : read_integers<int32_t>(argument(kKeyOffsets), device);
+  const auto key_order = same ? query_order : read_integers<int32_t>(argument(kKeyOrder), device);
   require(query_offsets.count > 0 && key_offsets.count > 0 &&
               (!query_order.data || query_order.count == num_queries) &&
               (!key_order.data || key_order.count == num_keys),
@@ -215,7 +217,7 @@ RoutedCall make_call(const py::tuple& problem, Device device) {
     const Shape s = read_tensor(bias, acc, device);
     int64_t n = 1;
     for (int a = 0; a < s.rank; ++a) n *= s.size[a];
-    require(s.contiguous() && n == r.entries, "bias");
+    require((s.contiguous() || n == 0) && n == r.entries, "bias");
     r.entry_bias = s.data;
   }
 
@@ -231,7 +233,9 @@ RoutedCall make_call(const py::tuple& problem, Device device) {
   r.around[0] = rules[kBefore], r.around[1] = rules[kAfter];
   r.sinks = rules[kSinks];
   const auto query_documents = read_integers<int32_t>(argument(kQueryDocuments), device);
-  const auto key_documents = read_integers<int32_t>(argument(kKeyDocuments), device);
+  const auto key_documents = argument(kKeyDocuments).is_none()
+                                 ? query_documents
+                                 : read_integers<int32_t>(argument(kKeyDocuments), device);
   const auto key_lengths = read_integers<int32_t>(argument(kKeyLengths), device);
   require(
       argument(kQueryDocuments).is_none() == argument(kKeyDocuments).is_none() &&
@@ -293,7 +297,8 @@ void routed_backward(const py::tuple& problem, py::handle out, py::handle lse, p
     const Shape s = read_tensor(gradient(kEntryBias), acc, call.device);
     int64_t n = 1;
     for (int a = 0; a < s.rank; ++a) n *= s.size[a];
-    require(r.entry_bias && s.contiguous() && n == r.batch_copies() * r.head_copies() * r.entries,
+    require((n == 0 || (r.entry_bias && s.contiguous())) &&
+                n == r.batch_copies() * r.head_copies() * r.entries,
             "bias gradient");
     r.dentry_bias = s.data;
   }

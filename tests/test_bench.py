@@ -24,9 +24,10 @@ from bench.gate import Reference
 from bench.peers import CONTENDERS, contenders_for
 from bench.problem import Prepared, Problem, Unavailable
 from bench.report import load, markdown
+from bench.run import reference_for
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = ("attnext", "sdpa-dense", "sdpa-tiles", "gather")  # no compilation
+QUICK = ("attnext", "sdpa-dense", "sdpa-tiles", "gather", "gather-blocks")  # no compilation
 
 
 @pytest.fixture(autouse=True)
@@ -87,11 +88,11 @@ def test_mistakes_are_named() -> None:
         assert word in done.output
 
 
-@pytest.mark.parametrize("name", ["smoke-1d", "smoke-2d"])
+@pytest.mark.parametrize("name", ["smoke-1d", "smoke-2d", "smoke-routed"])
 @pytest.mark.parametrize("training", [False, True])
 def test_peers_solve_the_case(name: str, training: bool) -> None:
     problem = Problem(CASES[name], torch.float32)
-    reference = Reference(problem, training)
+    reference = reference_for(problem, training)
     for contender in contenders_for(problem.case, QUICK):
         verdict = reference.check(contender.prepare(problem, training))
         assert verdict.passed, f"{contender.name}: {verdict.sentence()}"

@@ -434,8 +434,6 @@ WRONG = {
     "heads": (
         lambda: select_topk(Q4[:, :, :3], C3, 1), ValueError, "query must have a multiple"),
     "head_dim": (lambda: select_topk(Q4[..., :4], C3, 1), ValueError, "candidates must have"),
-    "candidate dtype": (
-        lambda: select_topk(Q4, C3.half(), 1), TypeError, "candidates must be .*float32.*float16"),
     "k": (lambda: select_topk(Q4, C3, 0), ValueError, "k must be at least 1"),
     "forced": (
         lambda: select_topk(Q4, C3, 2, force_first=1, force_last=2), ValueError, "must fit into k"),
@@ -452,6 +450,7 @@ WRONG = {
         lambda: select_topk(Q4, C3, 1, causal="end", query_blocks=W4, candidate_blocks=W3,
                             ranges=(torch.zeros(4).int(),) * 2),
         ValueError, "ranges take the place of causal"),
+    "scale": (lambda: select_topk(Q4, C3, 1, scale="1"), TypeError, "scale must be a number"),
     "ranges": (
         lambda: select_topk(Q4, C3, 1, ranges=(torch.zeros(3).int(),) * 2), ValueError,
         r"ranges must be \[4\]"),

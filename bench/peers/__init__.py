@@ -10,6 +10,7 @@ from .linear import TorchChunked
 from .naive import Gather
 from .own import Attnext
 from .packages import LocalAttention, Natten
+from .routed import FlexLists, GatherBlocks, SdpaAllBlocks
 from .sdpa import SdpaDense, SdpaNoWindow
 from .swin import SwinRoll
 from .tiles import CompiledTiles, SdpaTiles
@@ -29,6 +30,9 @@ CONTENDERS: dict[str, Contender] = {
         LocalAttention(),
         Gather(),
         TorchChunked(),
+        FlexLists(),
+        GatherBlocks(),
+        SdpaAllBlocks(),
     )
 }
 

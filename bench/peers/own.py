@@ -9,7 +9,7 @@ from torch import Tensor
 
 import attnext
 
-from ..cases import LinearCase
+from ..cases import LinearCase, RoutedCase
 from ..problem import AS_IS, Prepared, Problem, leaves_of
 from .contender import Contender
 
@@ -17,7 +17,7 @@ from .contender import Contender
 class Attnext(Contender):
     name = "attnext"
     about = "this library, heads last, no preparation"
-    ops = (*Contender.ops, "linear")
+    ops = (*Contender.ops, "linear", "routed")
 
     def prepare(self, problem: Problem, training: bool) -> Prepared:
         case = problem.case
@@ -50,10 +50,16 @@ class Attnext(Contender):
             )
             return out
 
+        def routed() -> Tensor:
+            assert isinstance(case, RoutedCase)
+            out: Tensor = attnext.routed_attention(q, k, v, case.plan, is_causal=case.is_causal)
+            return out
+
         calls = {
             "sliding": sliding,
             "neighborhood": neighborhood,
             "window": window,
             "linear": linear,
+            "routed": routed,
         }
         return Prepared(calls[case.op], leaves, layouts)

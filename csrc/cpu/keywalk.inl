@@ -192,6 +192,13 @@ struct KeyBlock {
   int64_t lo[kMaxVectors], hi[kMaxVectors];  // keys outside do not concern the vector
 };
 
+// Rows of one head lie far apart: the hardware does not see the next one coming.
+template <class T>
+ATTNEXT_INLINE void fetch(const T* row, int64_t dim) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(row + d);
+}
+
 template <class T>
 void active_range(const Lanes& tile, int v, KeyBlock<T>* block) {
   const int lanes = tile.lanes / tile.vectors;
@@ -262,12 +269,6 @@ struct KeyWalk {
   }
 
  private:
-  // Rows of one head lie far apart: the hardware does not see the next one coming.
-  static ATTNEXT_INLINE void fetch(const T* row, int64_t dim) {
-    constexpr int64_t kLine = 64 / sizeof(T);
-    for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(row + d);
-  }
-
   void emit_extra(int64_t e, KeyBlock<T>* block) const {
     const int64_t j = block->count++;
     block->key[j] = static_cast<const T*>(p.extra_key.data) + b * p.extra_key.batch +

@@ -358,6 +358,8 @@ struct ListWalk {
       all &= block->mask[j];
       block->key[j] = real ? key + view.key_at[u + k] : zeros;
       block->value[j] = real ? value + view.value_at[u + k] : zeros;
+      fetch(block->key[j], p.head_dim);
+      fetch(block->value[j], p.head_dim_v);
       block->bias[j] = bias;
       if (local) block->row[j] = real ? u + k : local->dump_row;
       ++j;
