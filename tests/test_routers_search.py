@@ -69,8 +69,9 @@ def test_stripes_are_exact(power, factor, i):
 def test_known_stripes():
     assert window_of(65, 0.55) == 2032 and window_of(3, 0.5) == 15 and window_of(0, 0.5) == 0
     assert len(stripe_table(0.55, 10**6)) - 1 == 1995
-    # Squares, and a root that single precision misses.
+    # Squares, a root that double precision rounds down (15.999...), many that single misses.
     assert stripe_table(0.5, 100) == [n * n for n in range(11)]
+    assert stripe_table(0.75, 40)[8] == 16 and window_of(7, 0.75) == 15
     wrong = torch.arange(8000).float().pow(1 / 0.55).floor().long()
     right = torch.tensor(stripe_table(0.55, 10**8)[:8000])
     assert (wrong - right).abs().max() > 1

@@ -145,7 +145,7 @@ def top_keys(query: Tensor, key: Tensor) -> Tensor:
     Shapes: query ``[B, Nq, H, D]``, key ``[B, Nk, Hkv, D]``; query ``i`` at key ``i + Nk - Nq``.
     Complexity: O(Nq Nk D) time, no map in memory: for decoding steps and last chunks.
     """
-    check_sequences(query, key)
+    check_sequences(query, key, key)
     best: Tensor = select_topk(
         query,
         key,

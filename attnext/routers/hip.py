@@ -151,7 +151,7 @@ def hip_plan(
         >>> hip_plan(q, k, mask_k=64).lists.shape
         torch.Size([1, 2, 5, 32])
     """
-    check_sequences(query, key)
+    check_sequences(query, key, key)
     for name, size in (
         ("mask_k", mask_k),
         ("query_block", query_block),
@@ -260,7 +260,7 @@ class _Cascade:
         is_causal: bool,
         share_heads: bool,
     ) -> None:
-        check_sequences(query, key)
+        check_sequences(query, key, key)
         check_stages(stages)
         check_integer("block_size", block_size, 1)
         check_integer("sinks", sinks, 0)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_integer, check_qkv, kind_of
+from ..arguments import check_integer, check_sequences, kind_of
 from ..ops import accumulator_dtype
 
 # Entries of the largest temporary: routers go through their queries in steps that keep below it.
@@ -18,12 +18,6 @@ STEP_ENTRIES = 2**22
 # Rotates [B, N, H, D] to positions int64 [N]. Scores of rotated queries and keys must depend on the
 # difference of their positions alone.
 Rotary = Callable[[Tensor, Tensor], Tensor]
-
-
-def check_sequences(query: Tensor, key: Tensor, value: Tensor | None = None) -> None:
-    """Queries, keys and values on one token axis."""
-    if check_qkv(query, key, key if value is None else value) != 1:
-        raise ValueError(f"query must be [B, N, H, D], got shape {tuple(query.shape)}")
 
 
 def check_choice(name: str, x: Any, allowed: tuple[str, ...]) -> None:

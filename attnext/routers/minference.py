@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from ..plans import BlockPlan
-from ..pooling import Windows, block_pool
 from ..routed import routed_attention
-from ..selection import select_topk
+from .block_sparse import pooled_topk_plan
 from .inputs import check_integer, check_sequences, exact
 
 _SURE_COLUMNS, _SURE_DIAGONALS = 30, 100  # first keys and last distances that always come first
@@ -105,7 +104,7 @@ def minference_plan(
         >>> minference_plan(q, k, [VerticalSlash(40, 50), AShape(8, 64)]).lists.shape
         torch.Size([1, 2, 4, 90])
     """
-    check_sequences(query, key)
+    check_sequences(query, key, key)
     check_integer("query_block", query_block, 1)
     heads = query.shape[2]
     if isinstance(patterns, Pattern):
@@ -168,14 +167,8 @@ def _vertical_slash(
 
 
 def _block_sparse(query: Tensor, key: Tensor, pattern: BlockSparse, query_block: int) -> Spans:
-    blocks: Tensor = select_topk(
-        block_pool(query, query_block),
-        block_pool(key, pattern.size),
-        pattern.blocks,
-        causal="start",
-        query_blocks=Windows(query.shape[1], query_block),
-        candidate_blocks=Windows(key.shape[1], pattern.size),
-    ).long()
+    plan = pooled_topk_plan(query, key, query_block, pattern.size, pattern.blocks, is_causal=True)
+    blocks = plan.lists.long()
     ends = ((blocks + 1) * pattern.size).clamp(max=key.shape[1])
     return (blocks * pattern.size).clamp(min=0), ends.masked_fill(blocks < 0, 0)
 

@@ -162,7 +162,7 @@ def superlinear_search(
     Complexity:
         O(Nq Nk^search_power D) time; memory of one chunk's scores. No gradient.
     """
-    check_sequences(search_query, key)
+    check_sequences(search_query, key, key)
     check_integer("num_spans", num_spans, 1)
     if num_spans > _MOST_SPANS:
         raise ValueError(f"num_spans must be at most {_MOST_SPANS}, got {num_spans}")
