@@ -16,6 +16,7 @@ from .linear import linear_attention, linear_attention_step
 from .linear_ops import num_features
 from .merging import merge_attentions
 from .ops import accumulator_dtype
+from .rotary import rotary_embedding
 from .window_cache import WindowCache
 
 # No weight is below 1/2, so nothing is divided by 0.
@@ -213,6 +214,8 @@ class BasedAttention(nn.Module):
         feature_dim: head_dim of queries and keys; ``F = 1 + d + d (d + 1) / 2``.
         window_size: None is the layer of the paper. A number gives the last tokens their exact
             weight, under one denominator: :func:`based_attention`.
+        rotary: with a window, turns queries and keys by their positions
+            (:func:`rotary_embedding`); weights stay positive. ``feature_dim`` must be even.
     Numerics, Errors, Complexity: those of :func:`linear_attention`.
     Source: BASED (arXiv 2402.18668).
     Example:
@@ -224,25 +227,40 @@ class BasedAttention(nn.Module):
     """
 
     def __init__(
-        self, dim: int, num_heads: int, feature_dim: int = 16, window_size: int | None = None
+        self,
+        dim: int,
+        num_heads: int,
+        feature_dim: int = 16,
+        window_size: int | None = None,
+        rotary: bool = False,
     ) -> None:
         super().__init__()
         check_integer("feature_dim", feature_dim, 1)
         check_heads(dim, num_heads)
         if window_size is not None:
             check_integer("window_size", window_size, 1)
+        if not isinstance(rotary, bool):
+            raise TypeError(f"rotary must be a bool, got {rotary!r}")
+        if rotary and (window_size is None or feature_dim % 2):
+            raise ValueError(
+                f"rotary needs a window_size and an even feature_dim, got {window_size} and "
+                f"{feature_dim}"
+            )
         self.num_heads = num_heads
         self.window_size = window_size
+        self.rotary = rotary
         self.query = nn.Linear(dim, num_heads * feature_dim, bias=False)
         self.key = nn.Linear(dim, num_heads * feature_dim, bias=False)
         self.value = nn.Linear(dim, dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x: Tensor, offset: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = (
             layer(x).unflatten(-1, (self.num_heads, -1))
             for layer in (self.query, self.key, self.value)
         )
+        if self.rotary:
+            query, key = (rotary_embedding(t, offset=offset) for t in (query, key))
         return query, key, value
 
     def _leave(self, mixed: Tensor) -> Tensor:
@@ -268,14 +286,16 @@ class BasedAttention(nn.Module):
     def step(self, x: Tensor, kept: Any, slots: Tensor | None = None) -> Tensor:
         """The next token or tokens; ``kept`` is updated in place. ``slots`` as in
         :func:`linear_attention_step`, for layers without a window."""
-        heads = self._project(x)
         if self.window_size is None:
-            return self._leave(linear_attention_step(*heads, kept, **_TAYLOR, slots=slots))
+            step = linear_attention_step(*self._project(x), kept, **_TAYLOR, slots=slots)
+            return self._leave(step)
         if slots is not None:
             raise NotImplementedError(
                 f"slots are for layers without a window; window_size is {self.window_size}"
             )
-        return self._leave(based_attention_step(*heads, kept))
+        if not isinstance(kept, BasedCache):
+            raise TypeError(f"kept must be a BasedCache, got {type(kept).__name__}")
+        return self._leave(based_attention_step(*self._project(x, kept.window.length), kept))
 
 
 def check_heads(dim: int, num_heads: int) -> None:

@@ -179,6 +179,7 @@ class BasedBlock(nn.Module):
         num_heads: heads of all but the convolution.
         feature_dim: head_dim of queries and keys of ``"linear"`` and ``"hybrid"``.
         window_size: keys with exact weights, of ``"window"`` and ``"hybrid"``.
+        rotary: positions for ``"hybrid"``; ``"window"`` always has them.
         kernel_size, expand: of ``"convolution"``.
         hidden_dim: of the feed-forward layer, by default ``2 * dim``.
     Numerics, Errors, Complexity: those of the mixers; norms are root mean squares.
@@ -200,6 +201,7 @@ class BasedBlock(nn.Module):
         num_heads: int = 1,
         feature_dim: int = 16,
         window_size: int = 64,
+        rotary: bool = False,
         kernel_size: int = 3,
         expand: int = 4,
         hidden_dim: int | None = None,
@@ -218,7 +220,8 @@ class BasedBlock(nn.Module):
             self.mixer = GatedConvolution(dim, kernel_size, expand)
         else:
             window = window_size if mixer == "hybrid" else None
-            self.mixer = BasedAttention(dim, num_heads, feature_dim, window)
+            turned = rotary and mixer == "hybrid"
+            self.mixer = BasedAttention(dim, num_heads, feature_dim, window, turned)
         self.mixer_norm, self.mlp_norm = nn.RMSNorm(dim, eps=1e-5), nn.RMSNorm(dim, eps=1e-5)
         self.mlp = GatedMLP(dim, hidden_dim)
 

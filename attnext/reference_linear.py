@@ -130,6 +130,7 @@ def based_block(
     num_heads: int,
     window_size: int,
     eps: float,
+    rotary: bool = False,
 ) -> Tensor:
     """A block from its parameters by name: ``x + mixer(norm x)``, then ``x + mlp(norm x)``.
     ``window_size`` is 0 for the linear one."""
@@ -148,8 +149,9 @@ def based_block(
         x = x + gated_convolution(y, weights, "mixer.")
     else:
         query, key, value = (heads(y, name) for name in ("query", "key", "value"))
-        if mixer == "window":
+        if rotary or mixer == "window":
             query, key = rotary_embedding(query), rotary_embedding(key)
+        if mixer == "window":
             mixed = sliding_window_attention(query, key, value, window_size)
         else:
             mixed = based_attention(query, key, value, window_size)

@@ -41,7 +41,7 @@ class Entry(NamedTuple):
     series: str
     label: str
     mixer: str
-    options: dict[str, int]
+    options: dict[str, Any]
 
 
 def entries(pairs: int) -> list[Entry]:

@@ -186,13 +186,15 @@ def block_of(mixer, **more):
     return block
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", [*MIXERS, "hybrid, turned"])
 def test_block(mixer):
     """The block is its formula, decodes what it prefills, and has gradients everywhere."""
-    block, x = block_of(mixer), 2 * normal(2, 30, 24)
+    turned, mixer = mixer.endswith("turned"), mixer.split(",")[0]
+    x = 2 * normal(2, 30, 24)
+    block = block_of(mixer, **({"rotary": True, "feature_dim": 4} if turned else {}))
     window = 0 if mixer == "linear" else 6
     weights = dict(block.named_parameters())
-    expected = reference_linear.based_block(x, weights, mixer, 3, window, eps=1e-5).detach()
+    expected = reference_linear.based_block(x, weights, mixer, 3, window, 1e-5, turned).detach()
     budget = 1e-7 if mixer == "linear" else 1e-13  # which has an eps, of 1e-6
     assert error(block(x), expected) < budget
     whole, last = block.prefill(x)
@@ -272,6 +274,15 @@ WRONG = {
     "mixer": (lambda: attnext.BasedBlock(8, "mamba"), ValueError, "mixer must be one of .*'mamba'"),
     "heads": (
         lambda: attnext.BasedAttention(24, num_heads=5), ValueError, "dim must be .*5, got 24",
+    ),
+    "rotary": (lambda: attnext.BasedAttention(8, 2, rotary=1), TypeError, "rotary must be a bool"),
+    "rotary alone": (
+        lambda: attnext.BasedAttention(8, 2, rotary=True), ValueError, "rotary needs a window_size",
+    ),
+    "odd pairs": (lambda: attnext.BasedAttention(8, 2, 3, 4, True), ValueError, "even.* 4 and 3"),
+    "kept": (
+        lambda: attnext.BasedAttention(8, 2, 4, 4).step(torch.zeros(1, 1, 8), 0), TypeError,
+        "kept must be a BasedCache, got int",
     ),
     "odd heads": (
         lambda: attnext.SlidingWindowAttention(9, 3, 4), ValueError, "even size, got 9 for 3",
