@@ -54,7 +54,7 @@ struct Row {
 
 struct Walk {
   const int32_t* tables;
-  int32_t rule_at, tile_at[3];  // in the tables: a pointer each would take twice the registers
+  int32_t rule_at, tile_at[3];   // in the tables: a pointer each would take twice the registers
   int32_t extra, lead;           // extra keys; they and the sinks, which come before the box
   int32_t width, lines, lines1;  // of the box; lines = lines0 * lines1
   int32_t total;                 // slots
@@ -184,7 +184,8 @@ struct Walk {
 #pragma unroll
     for (int a = 0; a < 3; ++a) {
       const AxisTiles& axis = rule().axis[a];
-      const int32_t position = axis.walk_position >= 0 && at.kind == Slot::kToken
+      // Only sequences have a table of it.
+      const int32_t position = a == 2 && !over_keys && axis.walk_position >= 0
                                    ? tables[axis.walk_position + at.token[a]]
                                    : tile(a).base + at.index[a];
       entry += position * static_cast<int32_t>(w.bias_stride[a]);

@@ -397,18 +397,19 @@ struct QueryGradient : Block<QueryGradient<T, kDim, kWarps, kFrags, kStep, kModi
   }
 };
 
-// Adds up the tables of a head's blocks, always in the same order.
+// Adds up the tables of a head's blocks, always in the same order. Heads have blocks of their own.
 ATTNEXT_DEVICE void merge_bias(const WindowLaunch& p) {
   const WindowParams& w = p.window;
-  const int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (at >= w.heads * w.bias_head_stride) return;
-  const int64_t head = at / w.bias_head_stride, entry = at % w.bias_head_stride;
+  const uint32_t blocks = gridDim.x / static_cast<uint32_t>(w.heads);
+  const int64_t head = blockIdx.x / blocks;
+  const int64_t entry = int64_t(blockIdx.x % blocks) * blockDim.x + threadIdx.x;
+  if (entry >= w.bias_head_stride) return;
   const int64_t tables = int64_t(p.splits) * p.rows;  // warps of a block
   float sum = 0.f;
   for (int64_t i = 0; i < tables; ++i) {
     sum += p.partial[(head * tables + i) * w.bias_head_stride + entry];
   }
-  static_cast<float*>(w.dbias)[at] = sum;
+  static_cast<float*>(w.dbias)[head * w.bias_head_stride + entry] = sum;
 }
 
 // dK and dV of a tile of keys, of kDim / kSlices columns: those that fit in registers.
@@ -448,7 +449,7 @@ struct KeyGradient : Block<KeyGradient<T, kDim, kWarps, kFrags, kStep, kModified
       const float scale = real ? scale_of<kModified>(w, batch, at.token, head) : 0.f;
       this->number(numbers, kUnit)[j] = Modifiers::unit(w, scale);
       this->number(numbers, kScale)[j] = scale;
-      this->integer(numbers, kBias)[j] = w.bias && real ? walk.bias_entry(w, at) : kNoBias;
+      this->integer(numbers, kBias)[j] = has_bias && real ? walk.bias_entry(w, at) : kNoBias;
     }
   }
 

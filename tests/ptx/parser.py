@@ -78,7 +78,8 @@ class Instruction:
     guard: Reg | None
     line: int
     text: str
-    source: str = ""  # "file:line" of what it was compiled from, where the module says it
+    # (file, line) of what it was compiled from, and of the calls that were inlined around it
+    source: tuple[tuple[str, int], ...] = ()
 
     def error(self, why: str) -> PtxError:
         return PtxError(f"PTX line {self.line}: {why}: {self.text}")
@@ -270,7 +271,8 @@ class _Body:
         self.function = function
         self.scopes: list[dict[str, str]] = [{}]
         self.counter = 0
-        self.source = ""
+        self.around: dict[str, str] = {}  # a place, and that of the call it was inlined at
+        self.source: tuple[tuple[str, int], ...] = ()
 
     def declare(self, name: str) -> str:
         scope = self.scopes[-1]
@@ -283,6 +285,20 @@ class _Body:
             if name in scope:
                 return scope[name]
         return name
+
+    def place(self, text: str, files: dict[str, str]) -> None:
+        """What follows is of this line. Of the calls around it only the next is told, and of a line
+        that several calls have inlined, the last one told counts."""
+        here, *outer = re.findall(r"\d+ \d+ \d+", text)
+        if outer:
+            self.around[here] = outer[0]
+        else:
+            self.around.pop(here, None)
+        chain = [here]
+        while self.around.get(chain[-1], chain[0]) not in chain:
+            chain.append(self.around[chain[-1]])
+        pairs = (place.split()[:2] for place in chain)
+        self.source = tuple((files[file], int(line)) for file, line in pairs)
 
     def open(self) -> None:
         self.counter += 1
@@ -413,8 +429,7 @@ def parse(text: str) -> Module:
             pending = _header(statement, line)  # a prototype, unless a body follows
         elif statement.startswith(".loc"):
             if body:
-                _, file, at, *_ = statement.split()
-                body.source = f"{files[file]}:{at}"
+                body.place(statement, files)
         elif body is None:
             if statement == "{":
                 body = _Body(pending)
