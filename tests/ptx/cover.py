@@ -34,10 +34,14 @@ class Variant(NamedTuple):
         """Additional keys for more than two steps of the widest kernel, and no walk in parts."""
         return 140 if self.dtype.itemsize == 2 else 70
 
-    def make(self, op: str, queries: list[int], keys: list[int] | None = None, **more: Any) -> Problem:
+    def make(
+        self, op: str, queries: list[int], keys: list[int] | None = None, **more: Any
+    ) -> Problem:
         """`dim` and `dim_v` are what a row lacks to the bucket."""
         dim, dim_v = self.bucket - more.pop("dim", 0), self.bucket - more.pop("dim_v", 0)
-        reach = more.pop("reach", [max(q, k) for q, k in zip(queries, keys or queries, strict=True)])
+        reach = more.pop(
+            "reach", [max(q, k) for q, k in zip(queries, keys or queries, strict=True)]
+        )
         if self.modified:
             more = {"bias": reach, "row_scale": True, "softcap": 2.0, **more}
         return make(op, queries, keys, dim=dim, dim_v=dim_v, dtype=self.dtype, **more)
@@ -49,6 +53,10 @@ def not_finite(tensors: dict[str, Tensor]) -> None:
     tensors["value"].flatten(1, -3)[:, 3] = torch.inf
     if "additional_values" in tensors:
         tensors["additional_values"][:, -1, :1] = -torch.inf
+
+
+def large(tensors: dict[str, Tensor]) -> None:
+    tensors["query"] *= 60
 
 
 def packed(tensors: dict[str, Tensor]) -> None:
@@ -83,24 +91,29 @@ PROBLEMS: dict[str, Maker] = {
     # several steps, of which some are full and some are skipped
     "sequence": _sliding([140], window_size=70, heads=2, kv_heads=1, sinks=3, extra=2,
                          edit=packed),
+    "left edge": _sliding([160], window_size=100),  # steps that begin before some rows' windows
     "part of a row": lambda variant: variant.make("sliding_window_attention", [140], sinks=3,
                                                   window_size=120, dim=8, dim_v=16,
-                                                  extra=variant.lead, sink_logits=True),
+                                                  extra=variant.lead, sink_logits=True, batch=2),
     "boxes": lambda variant: variant.make("window_attention", [2, 8, 8], window_size=(2, 8, 4),
-                                          dim=8, dim_v=16),
+                                          dim=8, dim_v=16, batch=2),
     "no step": _sliding([70], [70], window_size=30, edit=nobody),
+    # weights that would overflow: logits of one row are hundreds apart
+    "large logits": _sliding([70], [128], window_size=None, is_causal=False, edit=large,
+                             backward=False),
     # rows that are copied from their addresses
-    "far": lambda variant: variant.make("neighborhood_attention", [9, 10], kernel_size=5,
-                                        boundary="zero_pad", dim=2, dim_v=3, extra=variant.lead),
+    "far": lambda variant: variant.make("neighborhood_attention", [3, 5, 6], kernel_size=3,
+                                        boundary="zero_pad", dim=2, dim_v=3, batch=2,
+                                        extra=variant.lead),
     # a row by a warp
     "alone": _sliding([12], window_size=6, sinks=2, sink_logits=True, heads=2, kv_heads=1, extra=1,
                       edit=packed_not_finite),
-    "alone, boxes": _neighborhood([3, 4], kernel_size=3, boundary="zero_pad", dim=2, extra=1,
-                                  edit=not_finite),
+    "alone, boxes": _neighborhood([2, 2, 3], kernel_size=2, boundary="zero_pad", dim=2, extra=1,
+                                  batch=2, edit=not_finite),
     # a walk by several blocks
     "parts": _sliding([1], [1100], window_size=None, backward=False),
-    "parts, alone": _sliding([1], [900], window_size=None, sink_logits=True, extra=2, edit=not_finite,
-                             backward=False),
+    "parts, alone": _sliding([1], [900], window_size=None, sink_logits=True, extra=2,
+                             edit=not_finite, backward=False),
     "parts of boxes": _neighborhood([24, 24], kernel_size=24, backward=False),
 }  # fmt: skip
 
@@ -126,8 +139,9 @@ REASONS = (
         "key_gradient",
     ),
     Reason("all heads have the same tiles of keys", "return false;", "key_gradient"),
-    Reason("all heads have the same tiles of keys", "row.live &= mine < tile(a).count;",
-           "key_gradient"),
+    Reason(
+        "all heads have the same tiles of keys", "row.live &= mine < tile(a).count;", "key_gradient"
+    ),
     Reason("a sum that is not finite, in the other rows that a lane has", "logf(sum)", "forward"),
     Reason("nothing is launched for a batch of 0", "batch < w.batch", "sink_gradient"),
     Reason("nothing is launched for a batch of 0", "mov.f32", "sink_gradient"),

@@ -157,7 +157,7 @@ class Machine:
             warps = (
                 self.size // 32
                 if count == self.size
-                else int(np.count_nonzero(np.diff(lanes // 32))) + 1
+                else int(np.count_nonzero(np.diff(lanes >> 5))) + 1
             )
             self.execution.issued[block.start : block.end] += warps
             self.execution.lanes[block.start : block.end] += count

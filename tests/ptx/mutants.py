@@ -32,7 +32,7 @@ Recipe = Callable[[], Problem]
 class Launch:
     """One launch of the kernel: what it was given and what it left."""
 
-    arguments: tuple[Any, ...]
+    arguments: tuple[str, Any, Any, Any, int]
     memory: Memory  # before
     after: Array
     report: Report
@@ -45,9 +45,13 @@ class Watched:
         self.program = program
         self.launches: list[Launch] = []
 
-    def launch(self, *arguments: Any, memory: Memory, **options: Any) -> Report:
+    def launch(
+        self, name: str, grid: Any, threads: Any, params: Any, shared: int, *, memory: Memory,
+        **options: Any,
+    ) -> Report:  # fmt: skip
+        arguments = (name, grid, threads, params, shared)
         before = copy.deepcopy(memory)
-        report = self.program.launch(*arguments, memory=memory, **options)
+        report = self.program.launch(*arguments, memory, **options)
         after = memory.space.data.copy()
         self.launches.append(Launch(arguments, before, after, report))
         return report
@@ -62,15 +66,16 @@ class Subject:
         self.launches: dict[str, list[Launch]] = {}
         for name, recipe in recipes.items():
             watched: Any = Watched(self.program)
-            find = {kernel: watched}
-            wrong, _ = problems.run(
-                recipe(), lambda k, find=find: find.get(k) or lone(k), metrics=False
-            )
+            wrong, _ = problems.run(recipe(), self._with(watched), metrics=False)
             assert not wrong, name
             if watched.launches:
                 self.launches[name] = watched.launches
         executions = [x.report.execution for some in self.launches.values() for x in some]
         self.executed = np.any([e.executed() for e in executions], axis=0)
+
+    def _with(self, program: Program) -> Callable[[str], Program]:
+        """Where kernels are found: this one in `program`."""
+        return lambda name: program if name == self.kernel else lone(name)
 
     def sample(self, count: int, seed: int) -> list[Mutant]:
         found = mutants(self.program.kernel(self.kernel), list(self.executed))
@@ -93,7 +98,7 @@ class Subject:
         mutated = apply(self.program, self.kernel, mutant, limit)
         memory = copy.deepcopy(launch.memory)
         try:
-            report = mutated.launch(*launch.arguments, memory=memory, metrics=False)
+            report = mutated.launch(*launch.arguments, memory, metrics=False)
         except PtxError:
             return True
         if report.findings:
@@ -101,11 +106,7 @@ class Subject:
         if np.array_equal(memory.space.data[: len(launch.after)], launch.after):
             return False
         mutated.step_limit = 2_000_000
-        wrong, _ = problems.run(
-            self.recipes[name](),
-            lambda k: mutated if k == self.kernel else lone(k),
-            metrics=False,
-        )
+        wrong, _ = problems.run(self.recipes[name](), self._with(mutated), metrics=False)
         return bool(wrong)
 
     def run(self, count: int, seed: int = 0) -> Outcome:

@@ -427,7 +427,7 @@ def parse(text: str) -> Module:
             module.target = statement.split()[1].rstrip(",")
         elif statement.startswith(".") and _ENTRY.search(statement) and body is None:
             pending = _header(statement, line)  # a prototype, unless a body follows
-        elif statement.startswith(".loc"):
+        elif re.match(r"\.loc\s", statement):
             if body:
                 body.place(statement, files)
         elif body is None:
