@@ -90,21 +90,26 @@ ATTNEXT_DEVICE bool is_finite(const float (&x)[kFrags][kColumns][4]) {
   return bad == 0.f;
 }
 
-// What the score modifiers make of a product of a query and a key: a logit in base 2.
+// What the score modifiers make of a product of a query and a key: a logit in base 2. In a kernel
+// that was compiled without them, nothing.
+template <bool kModified>
 struct Modifiers {
   const float* bias;  // of the head, null without
   float cap;          // softcap in base 2, 0 without
 
   ATTNEXT_DEVICE void start(const WindowParams& w, int64_t head) {
+    if constexpr (!kModified) return;
     bias = w.bias ? static_cast<const float*>(w.bias) + head * w.bias_head_stride : nullptr;
     cap = static_cast<float>(w.softcap * kLog2E);
   }
   // Of one row of scores: the product with it makes a logit in base 2, or what the cap is taken of.
   ATTNEXT_DEVICE static float unit(const WindowParams& w, float scale) {
+    if constexpr (!kModified) return scale * static_cast<float>(kLog2E);
     return scale * static_cast<float>(w.softcap > 0 ? 1 / w.softcap : kLog2E);
   }
   // `slope`: the derivative of the logit by the product, less its unit.
   ATTNEXT_DEVICE float operator()(float x, int64_t entry, bool has_bias, float* slope) const {
+    if constexpr (!kModified) return x;
     if (cap > 0.f) {
       const float t = tanhf(x);
       if (slope) *slope = 1.f - t * t;
@@ -115,10 +120,11 @@ struct Modifiers {
   }
 };
 
+template <bool kModified>
 ATTNEXT_DEVICE float scale_of(const WindowParams& w, int64_t batch, const int32_t (&token)[3],
                               int64_t head) {
   float scale = static_cast<float>(w.scale);
-  if (w.row_scale.data) {
+  if (kModified && w.row_scale.data) {
     scale *=
         static_cast<const float*>(w.row_scale.data)[offset_of(w.row_scale, batch, token, head)];
   }

@@ -458,7 +458,7 @@ std::vector<Launch> backward_launches(const WindowParams& p, const Tables& queri
     params.splits = static_cast<int32_t>(bias_blocks(p, queries));
     out.push_back(launch_of(kernel, p.heads * params.splits, params));
     params.rows = kernel.shape.warps;
-    out.push_back({"window_merge_bias", narrow(ceil_div(p.heads * p.bias_head_stride, 128), "grid"),
+    out.push_back({"window_merge_bias", narrow(p.heads * ceil_div(p.bias_head_stride, 128), "grid"),
                    128, 0, params});
   }
   return out;

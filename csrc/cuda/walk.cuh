@@ -24,6 +24,11 @@ ATTNEXT_DEVICE uint32_t bit_range(int begin, int end) {
   return bits_below(end) & ~bits_below(begin);
 }
 
+// Of numbers >= 0: as unsigned ones, so that the compiler knows that none is below 0.
+ATTNEXT_DEVICE bool is_below(int32_t a, int32_t b) {
+  return static_cast<uint32_t>(a) < static_cast<uint32_t>(b);
+}
+
 struct Interval {
   int32_t begin, end;
   ATTNEXT_DEVICE bool contains(int32_t u) const { return begin <= u && u < end; }
@@ -49,9 +54,13 @@ struct Row {
 
 struct Walk {
   const int32_t* tables;
-  int32_t rule_at, tile_at[3];  // in the tables: a pointer each would take twice the registers
-  int32_t extra, sinks, width, lines, lines1;  // lines = lines0 * lines1
-  int32_t total;                               // slots
+  int32_t rule_at, tile_at[3];   // in the tables: a pointer each would take twice the registers
+  int32_t extra, lead;           // extra keys; they and the sinks, which come before the box
+  int32_t width, lines, lines1;  // of the box; lines = lines0 * lines1
+  int32_t total;                 // slots
+  // A walk over queries has neither extra keys nor sinks: a key's window holds all queries that see
+  // it. What asks for them is then no part of the kernel.
+  bool over_keys;
 
   ATTNEXT_DEVICE const RuleTiles& rule() const {
     return *reinterpret_cast<const RuleTiles*>(tables + rule_at);
@@ -64,9 +73,12 @@ struct Walk {
     return p.tables[p.head_rule + head];
   }
 
+  ATTNEXT_DEVICE bool has_sinks() const { return over_keys && rule().axis[2].sink_begin >= 0; }
+
   // False if the rule has no such tile.
-  ATTNEXT_DEVICE bool start(const WindowLaunch& p, int32_t which, int32_t index,
-                            int32_t extra_keys) {
+  template <bool kOverKeys>
+  ATTNEXT_DEVICE bool start(const WindowLaunch& p, int32_t which, int32_t index) {
+    over_keys = kOverKeys;
     tables = p.tables;
     rule_at = which * static_cast<int32_t>(sizeof(RuleTiles) / 4);
     if (index >= rule().num_tiles) return false;
@@ -77,13 +89,13 @@ struct Walk {
       tile_at[a] = axis.tiles + mine * kTileInts;
       if (a > 0) index /= axis.num_tiles;
     }
-    extra = extra_keys;
-    sinks = tile(2).sink_end - tile(2).sink_begin;
+    extra = kOverKeys ? static_cast<int32_t>(p.window.extra_keys) : 0;
+    lead = kOverKeys ? extra + tile(2).sink_end - tile(2).sink_begin : 0;
     width = tile(2).end - tile(2).begin;
     lines1 = tile(1).end - tile(1).begin;
     lines = lines1 * (tile(0).end - tile(0).begin);
     if (width <= 0 || lines <= 0) width = 0, lines = lines1 = 1;
-    total = extra + sinks + width * lines;
+    total = lead + width * lines;
     return true;
   }
 
@@ -96,7 +108,7 @@ struct Walk {
       outside |= tile(a).first + axis.dilation * tile(a).begin < 0 ||
                  tile(a).first + axis.dilation * (tile(a).end - 1) >= axis.num_walked;
     }
-    return outside && total > extra + sinks;
+    return outside && total > lead;
   }
 
   ATTNEXT_DEVICE Row row(int r) const {
@@ -118,7 +130,7 @@ struct Walk {
       row.window[a] = {0, 0};
       if (!row.live) continue;
       row.window[a] = {tables[axis.begin + row.token[a]], tables[axis.end + row.token[a]]};
-      if (a == 2 && axis.sink_begin >= 0) {
+      if (a == 2 && has_sinks()) {
         row.sinks = {tables[axis.sink_begin + row.token[a]], tables[axis.sink_end + row.token[a]]};
       }
     }
@@ -137,8 +149,8 @@ struct Walk {
   // before.
   ATTNEXT_DEVICE void place(int32_t s, int32_t (&c)[3]) const {
     c[0] = c[1] = 0;
-    c[2] = s - extra - sinks;
-    if (c[2] < 0) {
+    c[2] = s - lead;
+    if (is_below(s, lead)) {
       c[2] += tile(2).sink_end - tile(2).begin;
     } else if (lines > 1) {
       const int32_t line = Divider(tile(2))(c[2]);
@@ -150,7 +162,7 @@ struct Walk {
   ATTNEXT_DEVICE Slot slot(int32_t s) const {
     Slot at;
     at.kind = s < total ? Slot::kToken : Slot::kNone;
-    if (s < extra) at.kind = Slot::kExtra;
+    if (is_below(s, extra)) at.kind = Slot::kExtra;
     place(s, at.index);
 #pragma unroll
     for (int a = 0; a < 3; ++a) {
@@ -172,7 +184,8 @@ struct Walk {
 #pragma unroll
     for (int a = 0; a < 3; ++a) {
       const AxisTiles& axis = rule().axis[a];
-      const int32_t position = axis.walk_position >= 0 && at.kind == Slot::kToken
+      // Only sequences have a table of it.
+      const int32_t position = a == 2 && !over_keys && axis.walk_position >= 0
                                    ? tables[axis.walk_position + at.token[a]]
                                    : tile(a).base + at.index[a];
       entry += position * static_cast<int32_t>(w.bias_stride[a]);
@@ -243,9 +256,9 @@ struct Steps {
       if (threadIdx.x % 32 == 0) outer[2 * a] = all, outer[2 * a + 1] = each;
     }
     __syncwarp();
-    column = from - walk.extra - walk.sinks;
+    column = from - walk.lead;
     line0 = line1 = 0;
-    if (column > 0 && walk.lines > 1) {
+    if (from > 0 && column > 0 && walk.lines > 1) {  // `from` is a constant 0 in most kernels
       const int32_t line = Divider(walk.tile(2))(column);
       column -= line * walk.width;
       line0 = Divider(walk.tile(1))(line);
@@ -277,11 +290,11 @@ struct Steps {
 
  private:
   ATTNEXT_DEVICE Step kind(const Walk& walk, int32_t slot, const Steps& next) const {
-    if (column < 0) return Step::kEdge;
+    if (is_below(slot, walk.lead)) return Step::kEdge;
     if (!any_row) return Step::kSkip;
     if (walk.lines == 1) {
       const bool outside = column >= reach.end || next.column <= reach.begin;
-      if (outside && walk.rule().axis[2].sink_begin < 0) return Step::kSkip;
+      if (outside && !walk.has_sinks()) return Step::kSkip;
       const bool full = one_line && common.begin <= column && next.column <= common.end;
       return full ? Step::kFull : Step::kEdge;
     }
@@ -309,10 +322,10 @@ struct Steps {
 #pragma unroll
       for (int w = 0; w < kWords; ++w) bits[w] |= bit_range(begin - 32 * w, end - 32 * w);
     };
-    if (column < 0) {
+    if (is_below(slot, walk.lead)) {
       add(0, walk.extra - slot);
       const int32_t to_sinks = walk.extra - slot - walk.tile(2).sink_begin;  // index to bit
-      const int32_t last = walk.extra + walk.sinks - slot;
+      const int32_t last = walk.lead - slot;
       const auto add_sinks = [&](const Interval& i) {
         add(max(i.begin + to_sinks, walk.extra - slot), min(i.end + to_sinks, last));
       };
@@ -321,7 +334,7 @@ struct Steps {
     }
     const int32_t begin0 = walk.tile(0).begin, begin1 = walk.tile(1).begin;
     const int32_t begin2 = walk.tile(2).begin;
-    const bool has_sinks = walk.rule().axis[2].sink_begin >= 0;
+    const bool has_sinks = walk.has_sinks();
     int32_t c = column, l1 = line1, l0 = line0;
     int32_t at = 0;  // bit of the first slot of the current line
     if (c < 0) at = -c, c = 0;

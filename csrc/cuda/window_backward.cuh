@@ -98,6 +98,7 @@ ATTNEXT_DEVICE void find_statistics(const WindowLaunch& p) {
 }
 
 // The gradient of a head's sink: one block a head, sums in one order.
+template <int kThreads>
 ATTNEXT_DEVICE void sink_gradient(const WindowLaunch& p) {
   const WindowParams& w = p.window;
   const int32_t head = static_cast<int32_t>(blockIdx.x);
@@ -111,19 +112,21 @@ ATTNEXT_DEVICE void sink_gradient(const WindowLaunch& p) {
       if (s.lse != INFINITY) sum -= exp2_approx(sink - s.lse - s.rest) * s.delta;
     }
   }
-  __shared__ float of_warp[32];
+  __shared__ float of_warp[kThreads / 32];
   sum = warp_sum(sum);
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = sum;
   __syncthreads();
   if (threadIdx.x != 0) return;
   float total = 0.f;
-  for (int i = 0; i < blockDim.x / 32; ++i) total += of_warp[i];
+#pragma unroll
+  for (int i = 0; i < kThreads / 32; ++i) total += of_warp[i];
   static_cast<float*>(w.dsink_logits)[head] = total;
 }
 
 // What both gradients do with one product of a query and a key.
+template <bool kModified>
 struct Chain {
-  Modifiers modifiers;
+  Modifiers<kModified> modifiers;
 
   // In: the product and dO V'. Out: the weight, the gradient of the logit, and of unit * product.
   ATTNEXT_DEVICE void operator()(float product, float unit, float slope_of_values, float lse,
@@ -157,7 +160,8 @@ struct QueryGradient : Block<QueryGradient<T, kDim, kWarps, kFrags, kStep, kModi
   float row_unit[kModified ? kFrags : 1][2], lse[kFrags][2], rest[kFrags][2], delta[kFrags][2];
   float dscale[kFrags][2];
   int32_t row_bias[kFrags][2];
-  Chain chain;
+  using Modifiers = cuda::Modifiers<kModified>;
+  Chain<kModified> chain;
 
   ATTNEXT_DEVICE void note(int j, int32_t slot, int32_t, int numbers) {
     if constexpr (kModified) {
@@ -225,7 +229,7 @@ struct QueryGradient : Block<QueryGradient<T, kDim, kWarps, kFrags, kStep, kModi
   // ----------------------------------------------------------------------------------
 
   ATTNEXT_DEVICE bool start(int32_t index) {
-    if (!walk.start(p, walk.rule_of(p, head), index, static_cast<int32_t>(w.extra_keys))) {
+    if (!walk.template start<true>(p, walk.rule_of(p, head), index)) {
       return false;
     }
     kv_head = head / static_cast<int32_t>(w.heads / w.kv_heads);
@@ -246,7 +250,7 @@ struct QueryGradient : Block<QueryGradient<T, kDim, kWarps, kFrags, kStep, kModi
     spread<kFrags>(mine.rest, rest);
     spread<kFrags>(mine.delta, delta);
     if constexpr (kModified) {
-      const float scale = row.live ? scale_of(w, batch, row.token, head) : 0.f;
+      const float scale = row.live ? scale_of<kModified>(w, batch, row.token, head) : 0.f;
       spread<kFrags>(Modifiers::unit(w, scale), row_unit);
       spread<kFrags>(Walk::bias_origin(w, row), row_bias);
       chain.modifiers.start(w, head);
@@ -281,7 +285,7 @@ struct QueryGradient : Block<QueryGradient<T, kDim, kWarps, kFrags, kStep, kModi
     }
     const bool mine = row.live && lane < kWarpRows;
     float factor[kFrags][2];
-    spread<kFrags>(row.live ? scale_of(w, batch, row.token, head) : 0.f, factor);
+    spread<kFrags>(row.live ? scale_of<kModified>(w, batch, row.token, head) : 0.f, factor);
     const uint64_t to_row =
         mine ? this->row_address(w.dquery, offset_of(w.dquery, batch, row.token, head)) : 0;
     store_rows<T, kDim, kDim, kFrags>(this->held_tile(0), warp * kWarpRows, dquery, factor, to_row,
@@ -314,16 +318,16 @@ struct QueryGradient : Block<QueryGradient<T, kDim, kWarps, kFrags, kStep, kModi
 #pragma unroll
     for (int i = 0; i < kMine; ++i) sum[i] = 0.f;
     const Statistics mine = Statistics::of(p)[Statistics::index(w, batch, row.token, head)];
-    const float scale = scale_of(w, batch, row.token, head);
+    const float scale = scale_of<kModified>(w, batch, row.token, head);
     float total = 0.f;
-    Chain alone;
+    Chain<kModified> alone;
     alone.modifiers.start(w, head);
     for (int32_t s = 0; s < walk.total; ++s) {
       const Walk::Slot at = walk.slot(s);
       if (!Walk::attends(row, at)) continue;
       this->load_row(this->slot_address(&w.key, &w.extra_key, at), w.head_dim, key);
       this->load_row(this->slot_address(&w.value, &w.extra_value, at), w.head_dim_v, value);
-      const int32_t entry = w.bias ? walk.bias_entry(w, at) : kNoBias;
+      const int32_t entry = kModified && w.bias ? walk.bias_entry(w, at) : kNoBias;
       const float x = this->dot(query, key);
       float weight, of_logit, of_product;
       alone(x, Modifiers::unit(w, scale), this->dot(dout, value), mine.lse, mine.rest, mine.delta,
@@ -336,7 +340,7 @@ struct QueryGradient : Block<QueryGradient<T, kDim, kWarps, kFrags, kStep, kModi
     for (int i = 0; i < kMine; ++i) sum[i] *= scale;
     this->store_row(this->row_address(w.dquery, offset_of(w.dquery, batch, row.token, head)),
                     w.head_dim, sum);
-    if (w.drow_scale.data && lane == 0) store_dscale(row, total);
+    if (kModified && w.drow_scale.data && lane == 0) store_dscale(row, total);
   }
 
   // ---- the bias
@@ -393,18 +397,19 @@ struct QueryGradient : Block<QueryGradient<T, kDim, kWarps, kFrags, kStep, kModi
   }
 };
 
-// Adds up the tables of a head's blocks, always in the same order.
+// Adds up the tables of a head's blocks, always in the same order. Heads have blocks of their own.
 ATTNEXT_DEVICE void merge_bias(const WindowLaunch& p) {
   const WindowParams& w = p.window;
-  const int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (at >= w.heads * w.bias_head_stride) return;
-  const int64_t head = at / w.bias_head_stride, entry = at % w.bias_head_stride;
+  const uint32_t blocks = gridDim.x / static_cast<uint32_t>(w.heads);
+  const int64_t head = blockIdx.x / blocks;
+  const int64_t entry = int64_t(blockIdx.x % blocks) * blockDim.x + threadIdx.x;
+  if (entry >= w.bias_head_stride) return;
   const int64_t tables = int64_t(p.splits) * p.rows;  // warps of a block
   float sum = 0.f;
   for (int64_t i = 0; i < tables; ++i) {
     sum += p.partial[(head * tables + i) * w.bias_head_stride + entry];
   }
-  static_cast<float*>(w.dbias)[at] = sum;
+  static_cast<float*>(w.dbias)[head * w.bias_head_stride + entry] = sum;
 }
 
 // dK and dV of a tile of keys, of kDim / kSlices columns: those that fit in registers.
@@ -427,7 +432,8 @@ struct KeyGradient : Block<KeyGradient<T, kDim, kWarps, kFrags, kStep, kModified
   float dkey[kFrags][kOut / 8][4], dvalue[kFrags][kOut / 8][4];
   int32_t row_bias[kFrags][2];
   int32_t slice;
-  Chain chain;
+  using Modifiers = cuda::Modifiers<kModified>;
+  Chain<kModified> chain;
 
   ATTNEXT_DEVICE Statistics* statistics(int numbers) const {
     return reinterpret_cast<Statistics*>(this->number(numbers, kStatistics));
@@ -440,10 +446,10 @@ struct KeyGradient : Block<KeyGradient<T, kDim, kWarps, kFrags, kStep, kModified
                      real ? 16 : 0);
     if constexpr (kModified) {
       const Walk::Slot at = walk.slot(slot);
-      const float scale = real ? scale_of(w, batch, at.token, head) : 0.f;
+      const float scale = real ? scale_of<kModified>(w, batch, at.token, head) : 0.f;
       this->number(numbers, kUnit)[j] = Modifiers::unit(w, scale);
       this->number(numbers, kScale)[j] = scale;
-      this->integer(numbers, kBias)[j] = w.bias && real ? walk.bias_entry(w, at) : kNoBias;
+      this->integer(numbers, kBias)[j] = has_bias && real ? walk.bias_entry(w, at) : kNoBias;
     }
   }
 
@@ -511,7 +517,7 @@ struct KeyGradient : Block<KeyGradient<T, kDim, kWarps, kFrags, kStep, kModified
       const Statistics* first = Statistics::of(p) + Statistics::index(w, batch, {0, 0, 0}, head);
       this->origin() = reinterpret_cast<uint64_t>(first);
     }
-    return walk.start(p, is_extra ? p.num_rules : walk.rule_of(p, head), index, 0);
+    return walk.template start<false>(p, is_extra ? p.num_rules : walk.rule_of(p, head), index);
   }
   ATTNEXT_DEVICE uint64_t row_of(const TensorRef& t, const TensorRef& extra, const Row& row) const {
     if (!row.live) return 0;
@@ -529,7 +535,7 @@ struct KeyGradient : Block<KeyGradient<T, kDim, kWarps, kFrags, kStep, kModified
     kv_head = block % static_cast<uint32_t>(w.kv_heads);
     batch = block / static_cast<uint32_t>(w.kv_heads);
     is_extra = index >= p.most_tiles;
-    has_bias = w.bias && !is_extra;
+    has_bias = kModified && w.bias && !is_extra;
     if (is_extra) index -= p.most_tiles;
     const int32_t group = static_cast<int32_t>(w.heads / w.kv_heads);
     if (!start_head(kv_head * group)) return;
@@ -595,7 +601,7 @@ struct KeyGradient : Block<KeyGradient<T, kDim, kWarps, kFrags, kStep, kModified
     for (int32_t g = 0; g < group; ++g) {
       start_head(kv_head * group + g);
       row = walk.row(r);
-      Chain alone;
+      Chain<kModified> alone;
       alone.modifiers.start(w, head);
       for (int32_t s = 0; s < walk.total; ++s) {
         const Walk::Slot at = walk.slot(s);
@@ -603,7 +609,7 @@ struct KeyGradient : Block<KeyGradient<T, kDim, kWarps, kFrags, kStep, kModified
         this->load_row(this->slot_address(&w.query, nullptr, at), w.head_dim, query);
         this->load_row(this->slot_address(&w.dout, nullptr, at), w.head_dim_v, dout);
         const Statistics of = Statistics::of(p)[Statistics::index(w, batch, at.token, head)];
-        const float scale = scale_of(w, batch, at.token, head);
+        const float scale = scale_of<kModified>(w, batch, at.token, head);
         const int32_t entry =
             has_bias ? Walk::bias_position(w, row) + Walk::bias_center(w) - walk.bias_entry(w, at)
                      : 0;

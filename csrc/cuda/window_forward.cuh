@@ -33,6 +33,7 @@ struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kD
   float base[kFrags][2], limit[kFrags][2], sum[kFrags][2];
   float row_unit[kModified ? kFrags : 1][2];
   int32_t row_bias[kFrags][2];
+  using Modifiers = cuda::Modifiers<kModified>;
   Modifiers modifiers;
 
   // Where in the bias table a key would be for a query at the origin.
@@ -162,7 +163,7 @@ struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kD
     head = block % static_cast<uint32_t>(w.heads);
     batch = block / static_cast<uint32_t>(w.heads);
     kv_head = head / static_cast<int32_t>(w.heads / w.kv_heads);
-    if (!walk.start(p, walk.rule_of(p, head), index, static_cast<int32_t>(w.extra_keys))) return;
+    if (!walk.template start<true>(p, walk.rule_of(p, head), index)) return;
     const int32_t from = part * p.split_step;
     if (part > 0 && from >= walk.total) return;
     const int32_t to = min(walk.total, from + p.split_step);
@@ -186,7 +187,7 @@ struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kD
 
   ATTNEXT_DEVICE void start_rows(const Row& row, bool with_sink) {
     if constexpr (kModified) {
-      const float scale = row.live ? scale_of(w, batch, row.token, head) : 1.f;
+      const float scale = row.live ? scale_of<kModified>(w, batch, row.token, head) : 1.f;
       spread<kFrags>(Modifiers::unit(w, scale), row_unit);
       spread<kFrags>(Walk::bias_origin(w, row), row_bias);
       modifiers.start(w, head);
@@ -275,7 +276,7 @@ struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kD
                    w.head_dim, query);
 #pragma unroll
     for (int i = 0; i < kMine; ++i) o[i] = 0.f;
-    const float factor = Modifiers::unit(w, scale_of(w, batch, row.token, head));
+    const float factor = Modifiers::unit(w, scale_of<kModified>(w, batch, row.token, head));
     const bool sink = w.sink_logits && part == 0;
     float high = sink_level(sink), total = sink ? 1.f : 0.f;
     for (int32_t s = from; s < to; ++s) {
@@ -324,7 +325,7 @@ ATTNEXT_DEVICE void merge_parts(const WindowLaunch& p, int rows) {
   const int32_t head = block % static_cast<uint32_t>(w.heads);
   const int32_t batch = block / static_cast<uint32_t>(w.heads);
   Walk walk;
-  if (!walk.start(p, walk.rule_of(p, head), index, static_cast<int32_t>(w.extra_keys))) return;
+  if (!walk.template start<true>(p, walk.rule_of(p, head), index)) return;
   const int64_t size = w.head_dim_v + 2;
   const int32_t parts = max(1, (walk.total + p.split_step - 1) / p.split_step);
   for (int r = warp; r < rows; r += warps) {

@@ -5,7 +5,7 @@
 namespace attnext {
 namespace cuda {
 
-ATTNEXT_KERNEL(window_sink_gradient, 256) { sink_gradient(p); }
+ATTNEXT_KERNEL(window_sink_gradient, 256) { sink_gradient<256>(p); }
 ATTNEXT_KERNEL(window_merge_bias, 128) { merge_bias(p); }
 
 }  // namespace cuda

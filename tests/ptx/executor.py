@@ -52,6 +52,7 @@ class Report:
     seconds: float
     blocks_at_once: int
     shared_bytes: int
+    steps: int  # basic blocks of the batch that took most
 
     def check(self) -> Report:
         """Raises with all findings if there are any."""
@@ -167,10 +168,11 @@ class Program:
         races: bool = True,
         metrics: bool = True,
         blocks_at_once: int | None = None,
+        only: range | None = None,
         step_limit: int | None = None,
         symbols: dict[str, Buffer] | None = None,
     ) -> Report:
-        """Runs a kernel over the whole grid.
+        """Runs a kernel over the whole grid, or over the blocks `only` of it.
 
         `shared_bytes` is the dynamic shared memory. `symbols` gives buffers for .global variables
         of the module that outlive the launch; others are made afresh from their initialisers.
@@ -186,8 +188,8 @@ class Program:
         if layout.shared > SHARED_LIMIT:
             raise PtxError(f"{kernel.name}: {layout.shared} bytes of shared memory are too many")
         findings, traffic = Findings(kernel.name), Traffic(metrics)
-        total = math.prod(grid3)
-        at_once = min(total, blocks_at_once or _batch(kernel, block3, layout))
+        run = only or range(math.prod(grid3))
+        at_once = min(len(run), blocks_at_once or _batch(kernel, block3, layout))
         machine = Machine(kernel, block3, grid3, at_once, findings)
         machine.step_limit = step_limit or self.step_limit
         for register, value in (("dynamic", shared_bytes), ("total", layout.shared)):
@@ -210,8 +212,8 @@ class Program:
         with np.errstate(all="ignore"):
             code = Code(machine, layout.symbols, packed, layout.local_names)
             blocks = code.blocks()
-            for first in range(0, total, at_once):
-                machine.start(first)
+            for first in range(run.start, run.stop, at_once):
+                machine.start(first, run.stop)
                 code.poison()
                 machine.run(blocks)
         return Report(
@@ -223,6 +225,7 @@ class Program:
             time.perf_counter() - began,
             at_once,
             layout.shared,
+            machine.most_steps,
         )
 
     def _layout(

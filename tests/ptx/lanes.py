@@ -71,6 +71,7 @@ class Machine:
         self.special: dict[str, Array] = {}
         self.lane_steps = 0
         self.step_limit = 2_000_000
+        self.most_steps = 0
         self._fixed_specials()
 
     # ---- lanes ----
@@ -106,15 +107,15 @@ class Machine:
         for name in ("clock64", "globaltimer"):
             self.special[name] = np.zeros(self.size, np.uint64)
 
-    def start(self, first_block: int) -> None:
-        """Begins a batch: block `first_block` of the grid and those after it."""
+    def start(self, first_block: int, end: int) -> None:
+        """Begins a batch: block `first_block` of the grid and those after it, before `end`."""
         number = self.block_of + first_block
-        gx, gy, gz = self.grid
+        gx, gy, _ = self.grid
         self.special["ctaid.x"][:] = number % gx
         self.special["ctaid.y"][:] = number // gx % gy
         self.special["ctaid.z"][:] = number // (gx * gy)
         self.pc[:] = 0
-        absent = (number >= gx * gy * gz) | (self.thread_of >= self.real_threads)
+        absent = (number >= end) | (self.thread_of >= self.real_threads)
         self.state[:] = np.where(absent, EXITED, RUN)
         self.clocks.reset()
         self.copies.reset()
@@ -130,10 +131,11 @@ class Machine:
     def run(self, blocks: dict[int, Block]) -> None:
         """Runs the batch until every lane has left or nobody can go on."""
         code_end = len(self.function.code)
-        for _ in range(self.step_limit):
+        for taken in range(self.step_limit):
             ready = self.state == RUN
             if not ready.any():
                 if not self._stuck():
+                    self.most_steps = max(self.most_steps, taken)
                     return
                 continue
             current = int(self.pc[ready].min())
@@ -155,7 +157,7 @@ class Machine:
             warps = (
                 self.size // 32
                 if count == self.size
-                else int(np.count_nonzero(np.diff(lanes // 32))) + 1
+                else int(np.count_nonzero(np.diff(lanes >> 5))) + 1
             )
             self.execution.issued[block.start : block.end] += warps
             self.execution.lanes[block.start : block.end] += count

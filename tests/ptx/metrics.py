@@ -128,9 +128,15 @@ class Execution:
             total[class_of(instruction)] += int(n)
         return dict(total)
 
+    def executed(self) -> Array:
+        """Which instructions some lane executed with its guard true. A branch that was decided has
+        run, taken or not: where it leads has instructions of its own."""
+        branches = np.array([i.op == "bra" for i in self.function.code], bool)
+        return (self.lanes > 0) | (branches & (self.issued > 0))
+
     def missed(self) -> list[Instruction]:
-        """Instructions no lane ever executed."""
-        return [i for i, n in zip(self.function.code, self.lanes, strict=True) if n == 0]
+        """Instructions that never ran."""
+        return [i for i, ran in zip(self.function.code, self.executed(), strict=True) if not ran]
 
     def coverage(self) -> float:
         """The executed share of all instructions."""

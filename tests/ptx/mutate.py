@@ -67,8 +67,9 @@ def variants(instruction: Instruction) -> Iterator[tuple[str, Instruction]]:
     if op in _OTHER_OP and "cc" not in mods and "pred" not in mods:
         yield f"{_OTHER_OP[op]} for {op}", replace(instruction, op=_OTHER_OP[op])
     symmetric = "eq" in mods or "ne" in mods
-    if op in _ORDERED and args[1] != args[2] and not symmetric:
-        swapped = (args[0], args[2], args[1], *args[3:])
+    first = 2 if op in ("fma", "mad") else 1  # the factors of a product may be swapped
+    if op in _ORDERED and args[first] != args[first + 1] and not symmetric and "wide" not in mods:
+        swapped = (*args[:first], args[first + 1], args[first], *args[first + 2 :])
         yield "operands swapped", replace(instruction, args=swapped)
     for i, arg in enumerate(args):
         if isinstance(arg, Imm) and not arg.float_bits and op not in ("cp", "shfl", "lop3", "bar"):

@@ -14,6 +14,7 @@ import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 class PtxError(Exception):
@@ -77,6 +78,8 @@ class Instruction:
     guard: Reg | None
     line: int
     text: str
+    # (file, line) of what it was compiled from, and of the calls that were inlined around it
+    source: tuple[tuple[str, int], ...] = ()
 
     def error(self, why: str) -> PtxError:
         return PtxError(f"PTX line {self.line}: {why}: {self.text}")
@@ -122,8 +125,9 @@ class Module:
 WIDTH = {"pred": 1, "tf32": 4, "f16x2": 4, "bf16x2": 4, "bf16": 2}
 WIDTH.update({f"{k}{n}": n // 8 for k in "busf" for n in (8, 16, 32, 64, 128)})
 
-_SKIPPED = re.compile(r"^\.(version|address_size|file|loc|pragma|section|alias)\b")
+_SKIPPED = re.compile(r"^\.(version|address_size|file|pragma|section|alias)\b")
 _WHOLE_LINE = re.compile(r"^\.(version|target|address_size|file|loc)\b")  # no semicolon ends these
+_FILE = re.compile(r'^\s*\.file\s+(\d+) "(.*)"', re.M)
 _DECIMAL = re.compile(r"^-?\d+\.\d*([eE][+-]?\d+)?$")
 _NUMBER = re.compile(r"^(-?)(0[xX][0-9a-fA-F]+|0[fFdD][0-9a-fA-F]+|0[bB][01]+|\d+)[uU]?$")
 _IDENTIFIER = re.compile(r"^[A-Za-z_$%][\w$]*$")
@@ -267,7 +271,8 @@ class _Body:
         self.function = function
         self.scopes: list[dict[str, str]] = [{}]
         self.counter = 0
-        self.pending: list[tuple[Instruction, str]] = []
+        self.around: dict[str, str] = {}  # a place, and that of the call it was inlined at
+        self.source: tuple[tuple[str, int], ...] = ()
 
     def declare(self, name: str) -> str:
         scope = self.scopes[-1]
@@ -280,6 +285,20 @@ class _Body:
             if name in scope:
                 return scope[name]
         return name
+
+    def place(self, text: str, files: dict[str, str]) -> None:
+        """What follows is of this line. Of the calls around it only the next is told, and of a line
+        that several calls have inlined, the last one told counts."""
+        here, *outer = re.findall(r"\d+ \d+ \d+", text)
+        if outer:
+            self.around[here] = outer[0]
+        else:
+            self.around.pop(here, None)
+        chain = [here]
+        while self.around.get(chain[-1], chain[0]) not in chain:
+            chain.append(self.around[chain[-1]])
+        pairs = (place.split()[:2] for place in chain)
+        self.source = tuple((files[file], int(line)) for file, line in pairs)
 
     def open(self) -> None:
         self.counter += 1
@@ -351,7 +370,9 @@ class _Body:
             args: tuple[Operand, ...] = tuple(self.call(rest, line))
         else:
             args = tuple(self.operand(t, line) for t in _split(rest.strip()))
-        self.function.code.append(Instruction(op, tuple(mods), args, guard, line, original))
+        self.function.code.append(
+            Instruction(op, tuple(mods), args, guard, line, original, self.source)
+        )
 
     def call(self, rest: str, line: int) -> Iterator[Operand]:
         """The operands of a call: (returns), function, (arguments)."""
@@ -396,6 +417,7 @@ def _header(text: str, line: int) -> Function:
 def parse(text: str) -> Module:
     """Parses a whole PTX module."""
     module = Module("", {}, {}, text)
+    files = {n: Path(name).name for n, name in _FILE.findall(text)}
     body: _Body | None = None
     previous_label: str | None = None
     for line, statement in _statements(_strip(text)):
@@ -405,6 +427,9 @@ def parse(text: str) -> Module:
             module.target = statement.split()[1].rstrip(",")
         elif statement.startswith(".") and _ENTRY.search(statement) and body is None:
             pending = _header(statement, line)  # a prototype, unless a body follows
+        elif re.match(r"\.loc\s", statement):
+            if body:
+                body.place(statement, files)
         elif body is None:
             if statement == "{":
                 body = _Body(pending)

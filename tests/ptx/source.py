@@ -16,7 +16,7 @@ from bench.kernels import CSRC, KERNELS, LINEAR_KERNELS
 from .compile import compile_ptx
 from .executor import Program, load
 
-FLAGS = ("-O3", "-std=c++17")
+FLAGS = ("-O3", "-std=c++17", "-lineinfo")  # the lines of our sources change no instruction
 
 
 class Edit(NamedTuple):
@@ -62,10 +62,20 @@ def _paste(path: Path, edits: tuple[Edit, ...], seen: set[Path]) -> str:
     for edit in edits:
         if path == (CSRC / "cuda" / edit.file).resolve():
             text = edit.apply(text)
-    text = text.replace("#pragma once\n", "")
-    return re.sub(
-        r'#include "(.*?)"\n', lambda m: _paste(path.parent / m.group(1), edits, seen), text
-    )
+    return _marked(path, text, edits, seen)
+
+
+def _marked(path: Path, text: str, edits: tuple[Edit, ...], seen: set[Path]) -> str:
+    """Text of a file with its includes pasted, so that the compiler still knows its lines."""
+    lines = [f'#line 1 "{path.name}"']
+    for number, line in enumerate(text.splitlines(), 1):
+        included = re.match(r'#include "(.*?)"', line)
+        if included:
+            lines.append(_paste(path.parent / included.group(1), edits, seen))
+            lines.append(f'#line {number + 1} "{path.name}"')
+        else:
+            lines.append("" if line == "#pragma once" else line)
+    return "\n".join(lines) + "\n"
 
 
 def _only(kernel: str, text: str) -> str:
@@ -84,11 +94,8 @@ def _only(kernel: str, text: str) -> str:
 @functools.lru_cache(maxsize=64)
 def lone(kernel: str, *edits: Edit, arch: str = "sm_80") -> Program:
     """A program of one kernel."""
-    text = _only(kernel, (CSRC / "cuda" / source_of(kernel)).read_text())
-    seen: set[Path] = set()
-    pasted = re.sub(
-        r'#include "(.*?)"\n', lambda m: _paste(CSRC / "cuda" / m.group(1), edits, seen), text
-    )
+    path = CSRC / "cuda" / source_of(kernel)
+    pasted = _marked(path, _only(kernel, path.read_text()), edits, set())
     program = load(compile_ptx(pasted, flags=FLAGS, arch=arch))
     assert program.kernels == [kernel], f"{kernel} is not the only one of {program.kernels}"
     return program

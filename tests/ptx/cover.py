@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Problems that execute nearly every instruction of the window kernels, and why the rest is not.
+
+A problem is tiny and awkward in several ways at once. Each is made for a variant of the kernels:
+plain or with score modifiers, and of a dtype and a bucket of head_dim.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench.kernels import CSRC
+
+from .lanes import leaders
+from .metrics import Execution
+from .problems import Problem, make
+
+
+class Variant(NamedTuple):
+    """Which kernels: those of a dtype, with or without score modifiers, of a bucket."""
+
+    dtype: torch.dtype
+    modified: bool
+    bucket: int = 32
+
+    @property
+    def lead(self) -> int:
+        """Additional keys for more than two steps of the widest kernel, and no walk in parts."""
+        return 140 if self.dtype.itemsize == 2 else 70
+
+    def make(
+        self, op: str, queries: list[int], keys: list[int] | None = None, **more: Any
+    ) -> Problem:
+        """`dim` and `dim_v` are what a row lacks to the bucket."""
+        dim, dim_v = self.bucket - more.pop("dim", 0), self.bucket - more.pop("dim_v", 0)
+        reach = more.pop(
+            "reach", [max(q, k) for q, k in zip(queries, keys or queries, strict=True)]
+        )
+        if self.modified:
+            more = {"bias": reach, "row_scale": True, "softcap": 2.0, **more}
+        return make(op, queries, keys, dim=dim, dim_v=dim_v, dtype=self.dtype, **more)
+
+
+def not_finite(tensors: dict[str, Tensor]) -> None:
+    """A key and a value of those that some queries attend, and an additional one."""
+    tensors["key"].flatten(1, -3)[:, 1] = torch.nan
+    tensors["value"].flatten(1, -3)[:, 3] = torch.inf
+    if "additional_values" in tensors:
+        tensors["additional_values"][:, -1, :1] = -torch.inf
+
+
+def large(tensors: dict[str, Tensor]) -> None:
+    tensors["query"] *= 60
+
+
+def packed(tensors: dict[str, Tensor]) -> None:
+    """Two sequences."""
+    tokens = tensors["query"].shape[1]
+    tensors["cu_seqlens_q"] = torch.tensor([0, tokens * 3 // 4, tokens], dtype=torch.int32)
+
+
+def packed_not_finite(tensors: dict[str, Tensor]) -> None:
+    packed(tensors)
+    not_finite(tensors)
+
+
+def nobody(tensors: dict[str, Tensor]) -> None:
+    """64 queries without keys, and as many keys without queries: tiles that have nothing to do."""
+    tensors["cu_seqlens_q"] = torch.tensor([0, 64, 64, 70], dtype=torch.int32)
+    tensors["cu_seqlens_k"] = torch.tensor([0, 0, 64, 70], dtype=torch.int32)
+
+
+Maker = Callable[[Variant], Problem]
+
+
+def _sliding(*shape: list[int], **options: Any) -> Maker:
+    return lambda variant: variant.make("sliding_window_attention", *shape, **options)
+
+
+def _neighborhood(*shape: list[int], **options: Any) -> Maker:
+    return lambda variant: variant.make("neighborhood_attention", *shape, **options)
+
+
+PROBLEMS: dict[str, Maker] = {
+    # several steps, of which some are full and some are skipped
+    "sequence": _sliding([140], window_size=70, heads=2, kv_heads=1, sinks=3, extra=2,
+                         edit=packed),
+    "left edge": _sliding([160], window_size=100),  # steps that begin before some rows' windows
+    "part of a row": lambda variant: variant.make("sliding_window_attention", [140], sinks=3,
+                                                  window_size=120, dim=8, dim_v=16,
+                                                  extra=variant.lead, sink_logits=True, batch=2),
+    "boxes": lambda variant: variant.make("window_attention", [2, 8, 8], window_size=(2, 8, 4),
+                                          dim=8, dim_v=16, batch=2),
+    "no step": _sliding([70], [70], window_size=30, edit=nobody),
+    # weights that would overflow: logits of one row are hundreds apart
+    "large logits": _sliding([70], [128], window_size=None, is_causal=False, edit=large,
+                             backward=False),
+    # rows that are copied from their addresses
+    "far": lambda variant: variant.make("neighborhood_attention", [3, 5, 6], kernel_size=3,
+                                        boundary="zero_pad", dim=2, dim_v=3, batch=2,
+                                        extra=variant.lead),
+    # a row by a warp
+    "alone": _sliding([12], window_size=6, sinks=2, sink_logits=True, heads=2, kv_heads=1, extra=1,
+                      edit=packed_not_finite),
+    "alone, boxes": _neighborhood([2, 2, 3], kernel_size=2, boundary="zero_pad", dim=2, extra=1,
+                                  batch=2, edit=not_finite),
+    # a walk by several blocks
+    "parts": _sliding([1], [1100], window_size=None, backward=False),
+    "parts, alone": _sliding([1], [900], window_size=None, sink_logits=True, extra=2,
+                             edit=not_finite, backward=False),
+    "parts of boxes": _neighborhood([24, 24], kernel_size=24, backward=False),
+}  # fmt: skip
+
+
+class Reason(NamedTuple):
+    """Why a basic block is not executed: one with `what` in the source lines that its instructions
+    come from, or in their PTX."""
+
+    why: str
+    what: str
+    of: str = ""  # kernels
+
+
+REASONS = (
+    Reason("for numbers of more than 32 bits, which the compiler's code asks for first", ".s64 %"),
+    Reason(
+        "in a copy of the loop for lines after the first: sinks are keys of one line",
+        "if (has_sinks) add_window(row.sinks);",
+    ),
+    Reason(
+        "walked queries are copied in this way only if they are unaligned, or 32 GiB apart",
+        "copy_chunk_async(to, source, from ? bytes : 0);",
+        "key_gradient",
+    ),
+    Reason("all heads have the same tiles of keys", "return false;", "key_gradient"),
+    Reason(
+        "all heads have the same tiles of keys", "row.live &= mine < tile(a).count;", "key_gradient"
+    ),
+    Reason("a sum that is not finite, in the other rows that a lane has", "logf(sum)", "forward"),
+    Reason("nothing is launched for a batch of 0", "batch < w.batch", "sink_gradient"),
+    Reason("nothing is launched for a batch of 0", "mov.f32", "sink_gradient"),
+)
+
+
+def unexplained(kernel: str, execution: Execution) -> list[str]:
+    """Basic blocks that were not executed for none of the reasons."""
+    code, ran = execution.function.code, execution.executed()
+    starts = [*leaders(code, execution.function.labels, set()), len(code)]
+    found = []
+    for start, end in itertools.pairwise(starts):
+        missed = [i for i, x in zip(code[start:end], ran[start:end], strict=True) if not x]
+        texts = [i.text for i in missed]
+        texts += [line_of(*place) for i in missed for place in i.source]
+        known = any(r.of in kernel and r.what in text for r in REASONS for text in texts)
+        if missed and not known:
+            found += [f"PTX line {i.line}: {i.text}: {i.source}" for i in missed]
+    return found
+
+
+@functools.cache
+def _lines(file: str) -> list[str]:
+    path = CSRC / "cuda" / file
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def line_of(file: str, line: int) -> str:
+    """A line of our sources; nothing of the toolkit's."""
+    lines = _lines(file)
+    return lines[line - 1].strip() if 0 < line <= len(lines) else ""

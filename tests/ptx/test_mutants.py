@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Of one-instruction mutants of the window kernels, how many the problems of cover.py catch.
+
+Mutants are drawn with a fixed seed from those of all executed instructions. A survivor counts as
+equivalent only if it is in the table below, with the reason; all others count as missed.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from .cover import PROBLEMS, Variant, line_of
+from .mutants import Subject
+from .mutate import Mutant
+
+LEAST = 0.9
+BF16 = torch.bfloat16
+
+
+class Equivalent(NamedTuple):
+    """Mutants (those that begin with `what`) of a source line that change no result."""
+
+    why: str
+    what: str
+    line: str
+
+    def fits(self, mutant: Mutant) -> bool:
+        lines = (line_of(*place) for place in mutant.before.source)
+        said = f"{mutant.what}: {mutant.before.text}"
+        return said.startswith(self.what) and any(self.line in line for line in lines)
+
+
+EQUIVALENT = (
+    Equivalent("lanes past the row's end add zeros", "le for lt", "live && d < w.head_dim_v"),
+    Equivalent("the rest of lse is below the rounding of 16 bits", "", "s.rest = isfinite(lse)"),
+    Equivalent("both branches find the same row", "operands swapped", "n <= UINT32_MAX"),
+    Equivalent("a whole chunk may be stored by numbers", "literal off by one", "left >= L::kElems"),
+    Equivalent(
+        "an overflow after a masked step is made good row by row",
+        "dropped: add.f32",
+        "limit[f][half] = top + kSlack;",
+    ),
+    Equivalent(
+        "half of the lanes have the same 16 rows once more",
+        "operands swapped: selp",
+        "each.begin = __reduce_max_sync(~0u, use ? begin : INT32_MIN);",
+    ),
+    Equivalent(
+        "bits below 0 are no bits",
+        "dropped: max",
+        "add(max(i.begin + to_sinks, walk.extra - slot), min(i.end + to_sinks, last));",
+    ),
+)
+
+
+def share(kernel: str, variant: Variant, names: tuple[str, ...], count: int) -> None:
+    """Prints the share of mutants that are caught, and holds it to the least."""
+    subject = Subject(kernel, {n: functools.partial(PROBLEMS[n], variant) for n in names})
+    outcome = subject.run(count)
+    missed = [m for m in outcome.survivors if not any(e.fits(m) for e in EQUIVALENT)]
+    equivalent = len(outcome.survivors) - len(missed)
+    of = count - equivalent
+    print(f"{kernel}: {len(outcome.caught)} of {of} caught, {equivalent} equivalent")
+    said = "\n".join(f"{m} {m.before.source}" for m in missed)
+    assert len(outcome.caught) >= LEAST * of, said
+
+
+def test_mutants_are_caught() -> None:
+    """A few of the kernels whose problems are quick."""
+    share("window_statistics_bf16", Variant(BF16, False), ("boxes", "alone", "no step"), 40)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("kernel", "modified"),
+    [
+        ("window_forward_bf16_32", False),
+        ("window_query_gradient_bf16_32", False),
+        ("window_key_gradient_bf16_32", False),
+        ("window_forward_bf16_32_modified", True),
+    ],
+)
+def test_more_mutants_are_caught(kernel: str, modified: bool) -> None:
+    share(kernel, Variant(BF16, modified), tuple(PROBLEMS), 60)
