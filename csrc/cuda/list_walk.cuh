@@ -197,11 +197,25 @@ struct ListWalk {
   ATTNEXT_DEVICE void seek(int32_t s, Cursor& cursor) const {
     int32_t step = 1;
     const auto begins_by = [&](int32_t which) { return which < count && at(which) <= s; };
+#pragma unroll 1
     while (begins_by(cursor.run + step)) cursor.run += step, step *= 2;
+#pragma unroll 1
     while (step > 1) {
       step /= 2;
       if (begins_by(cursor.run + step)) cursor.run += step;
     }
+  }
+
+  // The same from anywhere.
+  ATTNEXT_DEVICE Cursor find(int32_t s) const {
+    int32_t lo = kSinkRun, hi = count;
+#pragma unroll 1
+    while (hi - lo > 1) {
+      const int32_t middle = (lo + hi) >> 1;
+      const bool by = at(middle) <= s;
+      lo = by ? middle : lo, hi = by ? hi : middle;
+    }
+    return {lo};
   }
 
   // ---- slots
@@ -212,11 +226,9 @@ struct ListWalk {
     int32_t place, run;
   };
 
-  ATTNEXT_DEVICE int32_t place_of(int32_t s, Cursor& cursor) const {
-    if (s >= total) return 0;
-    seek(s, cursor);
+  ATTNEXT_DEVICE int32_t place_of(int32_t s, Cursor cursor) const {
     const Run x = run(cursor.run);
-    return x.first + (s - x.at);
+    return s < total ? x.first + (s - x.at) : 0;
   }
   ATTNEXT_DEVICE void coordinates(int32_t place, int32_t (&c)[3]) const {
     const int32_t token = p->walk_order ? p->walk_order[place] : place;
@@ -226,9 +238,11 @@ struct ListWalk {
     c[1] = line - c[0] * p->walk_extent[1];
   }
   ATTNEXT_DEVICE void place(int32_t s, Cursor& cursor, int32_t (&c)[3]) const {
+    seek(s, cursor);
     coordinates(place_of(s, cursor), c);
   }
-  ATTNEXT_DEVICE Slot slot(int32_t s, Cursor cursor = {}) const {
+  ATTNEXT_DEVICE Slot slot(int32_t s) const { return slot(s, find(s)); }
+  ATTNEXT_DEVICE Slot slot(int32_t s, Cursor cursor) const {  // as place() has left it
     Slot at;
     at.kind = s < total ? Slot::kToken : Slot::kNone;
     at.place = place_of(s, cursor);

@@ -95,8 +95,8 @@ def problems(draw: Any, dtypes: Any = (torch.bfloat16,), dims: Any = (16, 32)) -
     number = draw(st.integers(0, 2**32))
     choose = random.Random(number)
     batch, kv_heads = choose.choice([1, 1, 2]), choose.choice([1, 1, 2])
-    heads = kv_heads * choose.choice([1, 1, 2])
-    queries, keys = choose.choice([1, 40, 64, 65, 100, 130]), choose.choice([1, 37, 64, 90, 129])
+    heads = kv_heads * choose.choice([1, 2]) if kv_heads == 1 else kv_heads
+    queries, keys = choose.choice([1, 20, 64, 70]), choose.choice([1, 33, 64, 90])
     if choose.random() < 0.5:
         keys = queries
     tensors = qkv(
@@ -119,7 +119,8 @@ def problems(draw: Any, dtypes: Any = (torch.bfloat16,), dims: Any = (16, 32)) -
         plan = BlockPlan.of_spans(starts, ends.clamp(max=keys), queries, block, keys)
     else:
         indices = torch.randint(-1, -(-keys // key_block), shape, generator=generator)
-        bias = torch.randn(shape, generator=generator) if choose.random() < 0.3 else None
+        biased = slots > 0 and choose.random() < 0.3
+        bias = torch.randn(shape, generator=generator) if biased else None
         plan = BlockPlan.of(indices, queries, block, keys, key_block, bias=bias)
     options: dict[str, Any] = {}
     if choose.random() < 0.5:
@@ -148,7 +149,7 @@ def problems(draw: Any, dtypes: Any = (torch.bfloat16,), dims: Any = (16, 32)) -
     return tensors, plan, options
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(problems())
 def test_random_problems(problem: Any) -> None:
     tensors, plan, options = problem
@@ -301,17 +302,15 @@ def test_rows_anywhere() -> None:
 
 
 def test_what_is_not_finite_stays_with_those_who_attend_it() -> None:
-    tensors = qkv((100,))
-    tensors["value"][0, 20, 0, 3] = torch.inf
-    tensors["key"][0, 50, 0] = torch.nan
-    plan = lists(100, 16, 2)
-    grad = normal(1, 100, 1, 32, dtype=torch.bfloat16)
+    tensors = qkv((12,))
+    tensors["value"][0, 5, 0, 3] = torch.inf
+    tensors["key"][0, 8, 0] = torch.nan
+    plan = BlockPlan.of(torch.arange(6).view(1, 1, 6, 1), 12, 2)
+    grad = normal(1, 12, 1, 32, dtype=torch.bfloat16)
 
     def run() -> list[Tensor]:
         leaves = {n: x.detach().requires_grad_() for n, x in tensors.items()}
-        out, lse = attnext.routed_attention(
-            **leaves, plan=plan, window_size=3, sinks=1, return_lse=True
-        )
+        out, lse = attnext.routed_attention(**leaves, plan=plan, window_size=3, return_lse=True)
         return [out, lse, *torch.autograd.grad((out, lse), list(leaves.values()), (grad, lse * 0))]
 
     expected = run()
