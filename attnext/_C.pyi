@@ -126,6 +126,47 @@ class CudaBackward:
         *tensors: Any,
     ) -> None: ...
 
+_Addresses: TypeAlias = tuple[int, int]  # of tile_ptr and entries: routed_tables.ListTables
+
+class CudaRoutedForward:
+    query_rows: int  # of a tile
+
+    def __init__(self, problem: tuple[Any, ...]) -> None: ...
+    def workspace_bytes(self, longest_walk: int) -> int: ...
+    def launches(
+        self, out: Any, lse: Any, queries: _Addresses, longest_walk: int, workspace: int
+    ) -> list[dict[str, Any]]: ...
+    def run(
+        self,
+        out: Tensor,
+        lse: Tensor,
+        queries: _Addresses,
+        longest_walk: int,
+        workspace: int,
+        device: int,
+        stream: int,
+    ) -> None: ...
+
+class CudaRoutedBackward:
+    query_rows: int
+    key_rows: int
+    workspace_bytes: int
+
+    def __init__(self, problem: tuple[Any, ...]) -> None: ...
+    def launches(
+        self, queries: _Addresses, keys: _Addresses, workspace: int, /, *tensors: Any
+    ) -> list[dict[str, Any]]: ...
+    def run(
+        self,
+        queries: _Addresses,
+        keys: _Addresses,
+        workspace: int,
+        device: int,
+        stream: int,
+        /,
+        *tensors: Any,
+    ) -> None: ...
+
 class CudaLinearForward:
     sequences: bytes  # of packed sequences, to be uploaded
     workspace_bytes: int

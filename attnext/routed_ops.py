@@ -4,6 +4,7 @@ should."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _C
-from .ops import LIBRARY, accumulator_dtype, transforms_are_active
+from .ops import LIBRARY, _where, accumulator_dtype, transforms_are_active
+from .routed_tables import Facts, Lists, ListTables, Remembered, facts, list_tables
 
 HEAD_POLICIES = ("list", "dense", "streaming", "off")  # in the order of HeadPolicy in params.h
 
@@ -77,11 +79,140 @@ def _backward_cpu(*args: Any) -> tuple[Tensor, ...]:
     return dquery, dkey, dvalue, dbias, dsinks
 
 
-for _name, _cpu, _fake in (
-    ("routed_forward", _forward_cpu, _forward_fake),
-    ("routed_backward", _backward_cpu, _backward_fake),
+# ---- CUDA ----------------------------------------------------------------------------------------
+
+_REMEMBERED = Remembered()
+_MOST_HEADS = 1024
+_BIAS, _DOCUMENTS, _POLICY, _RULES = 3, 12, 15, 16
+
+
+def lists_of(problem: tuple[Any, ...]) -> Lists:
+    query, key = problem[:2]
+    return Lists(
+        *problem[_NUM_GRADS:_DOCUMENTS],
+        tuple(problem[_LIST_SHAPE]),
+        math.prod(query.shape[1:-2]),
+        math.prod(key.shape[1:-2]),
+    )
+
+
+def check_cuda(problem: tuple[Any, ...], of_bias: bool = False) -> None:
+    """Errors: NotImplementedError for what the CUDA kernels lack. Documents are looked at, which
+    waits for the device once for each tensor of them."""
+    query = problem[0]
+    lists, documents = lists_of(problem), problem[_DOCUMENTS : _DOCUMENTS + 2]
+    what = ""
+    if query.shape[-2] > _MOST_HEADS:
+        what = f"more than {_MOST_HEADS} heads"
+    elif of_bias:
+        what = "a gradient of plan.bias"
+    elif (lists.query_order is not None or lists.key_order is not None) and _has_rules(problem):
+        what = "rules of positions or documents beside blocks that are out of order"
+    elif any(_REMEMBERED.get((x,), "falls", lambda x=x: _falls(x)) for x in _given(documents)):
+        what = "query_documents or key_documents that decrease"
+    if what:
+        raise NotImplementedError(f"routed attention on a GPU does not have {what} yet")
+
+
+def _given(tensors: tuple[Any, ...]) -> list[Tensor]:
+    return [x for x in tensors if x is not None]
+
+
+def _falls(documents: Tensor) -> bool:
+    return bool((documents.diff(dim=-1) < 0).any())
+
+
+def _has_rules(problem: tuple[Any, ...]) -> bool:
+    """Whether a query's own place says what it attends."""
+    causal, exclude_self, left, right, has_window, _, _, sinks = problem[_RULES]
+    keys = math.prod(problem[1].shape[1:-2])
+    return bool(
+        any(x is not None for x in problem[_DOCUMENTS : _DOCUMENTS + 3])
+        or causal
+        or exclude_self
+        or min(left, right) < keys
+        or has_window
+        or sinks
+    )
+
+
+def _facts(lists: Lists) -> Facts:
+    """The plan is checked when it is first met, which waits for the device once."""
+    known: Facts = _REMEMBERED.get(lists.tensors, "facts", lambda: facts(lists))
+    return known
+
+
+def longest_walk(problem: tuple[Any, ...], rows: int) -> int:
+    """Keys that a tile of `rows` queries walks over, at most."""
+    lists, policy = lists_of(problem), problem[_POLICY]
+    known, (_, _, _, _, has_window, left, right, sinks) = _facts(lists), problem[_RULES]
+    blocks = min(rows, lists.query_offsets.shape[0] - 1)
+    near = sinks + (left + rows + right if has_window else 0)
+    if HEAD_POLICIES.index("dense") in policy:
+        near = lists.num_keys
+    return int(min(near, lists.num_keys) + blocks * min(known.slots * known.run, lists.num_keys))
+
+
+def tables_of(problem: tuple[Any, ...], rows: int, by_key: bool, stream: int = 0) -> ListTables:
+    """The problem's tables for tiles of `rows`, kept with the plan's lists."""
+    lists, biased = lists_of(problem), problem[_BIAS] is not None
+    known = _facts(lists)
+    # Tables are made on the caller's stream: another one may not read them.
+    key = (rows, by_key, biased, stream)
+    tables: ListTables = _REMEMBERED.get(
+        lists.tensors, key, lambda: list_tables(lists, known, rows, by_key, biased)
+    )
+    return tables
+
+
+def _forward_cuda(*problem: Any) -> tuple[Tensor, Tensor]:
+    query = problem[0]
+    check_cuda(problem)
+    with torch.cuda.device(query.device):
+        out, lse = _forward_fake(*problem)
+        where = _where(query)
+        call = _C.CudaRoutedForward(problem)
+        tables = tables_of(problem, call.query_rows, False, where[1])
+        longest = longest_walk(problem, call.query_rows)
+        workspace = query.new_empty(call.workspace_bytes(longest), dtype=torch.uint8)
+        call.run(out, lse, tables.addresses, longest, workspace.data_ptr(), *where)
+    return out, lse
+
+
+def _backward_cuda(*args: Any) -> tuple[Tensor, ...]:
+    problem, (out, lse, dout, dlse, needs) = args[:-5], args[-5:]
+    query = problem[0]
+    check_cuda(problem, of_bias=problem[_BIAS] is not None and needs[_BIAS])
+    with torch.cuda.device(query.device):
+        grads = _backward_fake(*args)
+        if dout.stride(-1) != 1 and dout.shape[-1] > 1:
+            dout = dout.contiguous()
+        where = _where(query)
+        call = _C.CudaRoutedBackward(problem)
+        workspace = query.new_empty(call.workspace_bytes, dtype=torch.uint8)
+        queries = tables_of(problem, call.query_rows, False, where[1])
+        keys = tables_of(problem, call.key_rows, True, where[1])
+        wanted = (*grads[:3], None, grads[4] if grads[4].numel() and needs[4] else None)
+        call.run(
+            queries.addresses,
+            keys.addresses,
+            workspace.data_ptr(),
+            *where,
+            out,
+            lse,
+            dout,
+            dlse,
+            wanted,
+        )
+    return grads
+
+
+for _name, _cpu, _cuda, _fake in (
+    ("routed_forward", _forward_cpu, _forward_cuda, _forward_fake),
+    ("routed_backward", _backward_cpu, _backward_cuda, _backward_fake),
 ):
     LIBRARY.impl(_name, _cpu, "CPU")
+    LIBRARY.impl(_name, _cuda, "CUDA")
     torch.library.register_fake(f"attnext::{_name}", _fake, lib=LIBRARY)
 
 

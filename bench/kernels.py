@@ -52,7 +52,8 @@ def _instance(facts: dict[str, Any]) -> str:
     shape = ", ".join(
         str(facts[x]).lower() for x in ("dim", "warps", "frags", "step", "modified", "slices")
     )
-    return f"ATTNEXT_{facts['pass'].upper()}({facts['name']}, {facts['type']}, {shape})"
+    routed = "ROUTED_" if facts["routed"] else ""
+    return f"ATTNEXT_{routed}{facts['pass'].upper()}({facts['name']}, {facts['type']}, {shape})"
 
 
 def _only(facts: dict[str, Any]) -> str:
@@ -67,18 +68,24 @@ def _alone(header: str, instance: str) -> str:
     )
 
 
-KERNELS: tuple[Kernel, ...] = tuple(
-    Kernel(
-        facts["name"],
-        _only(facts),
-        facts["name"],
-        32 * facts["warps"],
-        facts["shared_bytes"],
-        include=(CSRC,),
-        instance=_instance(facts),
+def _kernels(routed: bool) -> tuple[Kernel, ...]:
+    return tuple(
+        Kernel(
+            facts["name"],
+            _only(facts),
+            facts["name"],
+            32 * facts["warps"],
+            facts["shared_bytes"],
+            include=(CSRC,),
+            instance=_instance(facts),
+        )
+        for facts in _C.cuda_kernels()
+        if facts["routed"] == routed
     )
-    for facts in _C.cuda_kernels()
-)
+
+
+KERNELS = _kernels(routed=False)
+ROUTED_KERNELS = _kernels(routed=True)
 
 # Scans of linear attention: one path, whose branches are of the problem.
 LINEAR_KERNELS: tuple[Kernel, ...] = tuple(
@@ -110,7 +117,7 @@ SAMPLES: tuple[Kernel, ...] = (
 def select(patterns: Sequence[str]) -> list[Kernel]:
     """Kernels by name or pattern, the library's if none is given. Errors: ValueError if one fits
     none."""
-    known = (*KERNELS, *LINEAR_KERNELS, *SAMPLES)
+    known = (*KERNELS, *ROUTED_KERNELS, *LINEAR_KERNELS, *SAMPLES)
     for pattern in patterns:
         if not any(fnmatch(kernel.name, pattern) for kernel in known):
             names = ", ".join(kernel.name for kernel in known)

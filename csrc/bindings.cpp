@@ -491,6 +491,7 @@ PYBIND11_MODULE(_C, m) {
       const char* const passes[] = {"forward", "query_gradient", "key_gradient", "bias_gradient"};
       const char* const types[] = {"float", "double", "bf16", "fp16"};
       facts["name"] = k.name;
+      facts["routed"] = k.routed;
       facts["pass"] = passes[static_cast<int>(k.pass)];
       facts["type"] = types[static_cast<int>(k.dtype)];
       facts["dim"] = k.shape.dim;

@@ -37,11 +37,12 @@ struct Shape {
   int64_t last_size() const { return size[rank - 1]; }
   int64_t last_stride() const { return stride[rank - 1]; }
   bool contiguous() const {
+    bool ok = true;
     int64_t step = 1;
     for (int a = rank - 1; a >= 0; step *= size[a--]) {
-      if (stride[a] != step && size[a] != 1) return false;
+      ok = ok && (stride[a] == step || size[a] == 1);
     }
-    return true;
+    return ok || step == 0;  // without entries, strides say nothing
   }
 };
 

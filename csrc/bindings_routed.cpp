@@ -2,6 +2,7 @@
 // Routed attention for Python.
 #include "bindings.h"
 #include "cpu/routed.h"
+#include "cuda/plan.h"
 
 namespace attnext {
 namespace {
@@ -277,10 +278,8 @@ void routed_forward(const py::tuple& problem, py::handle out, py::handle lse) {
 
 // `grads`: where the gradients of the first five arguments go; the biases' has a copy for each
 // batch item or kv head that shares a list; it and the sinks' may be None.
-void routed_backward(const py::tuple& problem, py::handle out, py::handle lse, py::handle dout,
-                     py::handle dlse, const py::tuple& grads) {
-  RoutedCall call = make_call(problem, Device::kCpu);
-  set_results(&call, out, lse);
+void set_gradients(RoutedCall* given, py::handle dout, py::handle dlse, const py::tuple& grads) {
+  RoutedCall& call = *given;
   require(grads.size() == kNumGrads, "gradients");
   const auto gradient = [&](Argument of) -> py::handle {
     return PyTuple_GET_ITEM(grads.ptr(), of);
@@ -308,13 +307,100 @@ void routed_backward(const py::tuple& problem, py::handle out, py::handle lse, p
             "sink gradient");
     p.dsink_logits = s.data;
   }
+}
+
+void routed_backward(const py::tuple& problem, py::handle out, py::handle lse, py::handle dout,
+                     py::handle dlse, const py::tuple& grads) {
+  RoutedCall call = make_call(problem, Device::kCpu);
+  set_results(&call, out, lse);
+  set_gradients(&call, dout, dlse, grads);
   const py::gil_scoped_release release;
   cpu::routed_backward(call.params);
 }
 
+// ---- CUDA: what would be launched. Tables are addresses: tile_ptr and entries for one direction.
+
+using Addresses = std::pair<uintptr_t, uintptr_t>;
+
+struct CudaRouted {
+  RoutedCall call;
+  WindowParams shaped;  // with what the choice of a kernel asks for
+
+  explicit CudaRouted(const py::tuple& problem) : call(make_call(problem, Device::kCuda)) {
+    require(call.params.window.heads <= cuda::kMostRoutedHeads, "more heads than a kernel takes");
+    shaped = call.params.window;
+    shaped.bias = call.params.entry_bias;
+  }
+  int32_t rows(cuda::Pass pass) const { return cuda::routed_shape(shaped, pass).rows(); }
+  static cuda::ListTables tables(const Addresses& at) {
+    return {reinterpret_cast<const int64_t*>(at.first),
+            reinterpret_cast<const cuda::ListEntry*>(at.second)};
+  }
+};
+
+struct CudaRoutedForward : CudaRouted {
+  using CudaRouted::CudaRouted;
+  int64_t workspace_bytes(int64_t longest_walk) const {
+    return cuda::routed_forward_workspace(call.params, longest_walk);
+  }
+  std::vector<cuda::Launch> prepare(py::handle out, py::handle lse, const Addresses& queries,
+                                    int64_t longest_walk, uintptr_t workspace) {
+    set_results(&call, out, lse);
+    return cuda::routed_forward_launches(call.params, tables(queries), longest_walk,
+                                         reinterpret_cast<void*>(workspace));
+  }
+};
+
+struct CudaRoutedBackward : CudaRouted {
+  using CudaRouted::CudaRouted;
+  int64_t workspace_bytes() const { return cuda::routed_backward_workspace(call.params); }
+  std::vector<cuda::Launch> prepare(const py::args& t, const Addresses& queries,
+                                    const Addresses& keys, uintptr_t workspace) {
+    set_results(&call, t[0], t[1]);
+    set_gradients(&call, t[2], t[3], t[4]);
+    return cuda::routed_backward_launches(call.params, tables(queries), tables(keys),
+                                          reinterpret_cast<void*>(workspace));
+  }
+};
+
 }  // namespace
 
 void bind_routed(py::module_& m) {
+  py::class_<CudaRoutedForward>(m, "CudaRoutedForward")
+      .def(py::init<const py::tuple&>())
+      .def_property_readonly(
+          "query_rows", [](const CudaRoutedForward& f) { return f.rows(cuda::Pass::kForward); })
+      .def("workspace_bytes", &CudaRoutedForward::workspace_bytes)
+      .def("launches",
+           [](CudaRoutedForward& f, py::handle out, py::handle lse, const Addresses& queries,
+              int64_t longest_walk, uintptr_t workspace) {
+             return describe(f.prepare(out, lse, queries, longest_walk, workspace));
+           })
+      .def("run", [](CudaRoutedForward& f, py::handle out, py::handle lse, const Addresses& queries,
+                     int64_t longest_walk, uintptr_t workspace, int device, uintptr_t stream) {
+        const auto launches = f.prepare(out, lse, queries, longest_walk, workspace);
+        const py::gil_scoped_release release;
+        cuda::launch(launches, device, stream, "routed_forward");
+      });
+  py::class_<CudaRoutedBackward>(m, "CudaRoutedBackward")
+      .def(py::init<const py::tuple&>())
+      .def_property_readonly(
+          "query_rows",
+          [](const CudaRoutedBackward& b) { return b.rows(cuda::Pass::kQueryGradient); })
+      .def_property_readonly(
+          "key_rows", [](const CudaRoutedBackward& b) { return b.rows(cuda::Pass::kKeyGradient); })
+      .def_property_readonly("workspace_bytes", &CudaRoutedBackward::workspace_bytes)
+      .def("launches",
+           [](CudaRoutedBackward& b, const Addresses& queries, const Addresses& keys,
+              uintptr_t workspace, const py::args& tensors) {
+             return describe(b.prepare(tensors, queries, keys, workspace));
+           })
+      .def("run", [](CudaRoutedBackward& b, const Addresses& queries, const Addresses& keys,
+                     uintptr_t workspace, int device, uintptr_t stream, const py::args& tensors) {
+        const auto launches = b.prepare(tensors, queries, keys, workspace);
+        const py::gil_scoped_release release;
+        cuda::launch(launches, device, stream, "routed_backward");
+      });
   m.def("routed_forward", &routed_forward);
   m.def("routed_backward", &routed_backward);
 }

@@ -44,13 +44,24 @@ static_assert(std::is_trivially_copyable<WindowParams>::value, "crosses to kerne
 
 enum class HeadPolicy : int8_t { kList = 0, kDense = 1, kStreaming = 2, kOff = 3 };
 
+// Which keys may be attended, and which are without being listed. See routed_rules.h.
+struct RoutedRules {
+  bool has_window;
+  int64_t around[2];  // keys before and after the query's own that its window holds
+  int64_t sinks;
+  bool causal, exclude_self;
+  int64_t within[2];                               // at most so many keys before and after
+  const int32_t *query_documents, *key_documents;  // [batch, tokens], null: all are one
+  const int32_t* key_lengths;                      // [batch], null: all keys
+};
+
 // Attention over lists of key blocks. The tokens of block b lie at places [offsets[b],
 // offsets[b + 1]) of an order, that of the tokens themselves where it is null. A list holds blocks
 // (-1: none) or, with `ends`, spans of places.
 //
 // A query attends a key if it is listed, or in the window around the query, or one of the sinks,
 // and all rules allow it. Query i stands at key i + (keys - queries).
-struct RoutedParams {
+struct RoutedParams : RoutedRules {
   WindowParams window;  // tensors, scale, softcap and sinks' logits
   int64_t query_blocks, key_blocks;
   const int32_t *query_offsets, *query_order, *key_offsets, *key_order;
@@ -59,14 +70,6 @@ struct RoutedParams {
   int64_t list_batch, list_heads, slots, entries;
   const void* entry_bias;     // like `lists`, accumulator type, natural units; may be null
   const int8_t* head_policy;  // HeadPolicy of each head; null: lists
-  bool has_window;
-  int64_t around[2];  // keys before and after the query's own that its window holds
-  int64_t sinks;
-  // Rules.
-  bool causal, exclude_self;
-  int64_t within[2];                               // at most so many keys before and after
-  const int32_t *query_documents, *key_documents;  // [batch, tokens], null: all are one
-  const int32_t* key_lengths;                      // [batch], null: all keys
 
   // Backward only. [copies of batch][copies of heads][entries], a copy for each that shares
   // a list; may be null.

@@ -4,6 +4,7 @@
 // the window, counts once; the rules of routed.h then say which lanes attend which key of a run.
 #pragma once
 
+#include "../routed_rules.h"
 #include "keywalk.inl"
 #include "routed.h"
 
@@ -89,27 +90,23 @@ struct ListTile : Lanes {
     full_lo = r.exclude_self ? num_keys : 0, full_hi = num_keys;
     // Of all lanes: keys that one attends, and what the window and the sinks reach.
     int64_t reach_lo = num_keys, reach_hi = 0, near_lo = num_keys, near_hi = 0, sink_reach = 0;
-    const bool besides = policy == HeadPolicy::kList || policy == HeadPolicy::kStreaming;
     for (uint64_t rest = whole; rest; rest &= rest - 1) {
       const int lane = __builtin_ctzll(rest);
       const int64_t token = raster[lane];
       const int64_t position = token + view.offset;
-      int64_t from = 0, to = allowed;
-      if (r.causal) to = min64(to, position + 1);
-      from = max64(from, position - r.within[0]);
-      to = max64(min64(to, position + r.within[1] + 1), from);
-      lo[lane] = static_cast<int32_t>(from), hi[lane] = static_cast<int32_t>(to);
-      const bool windowed = besides && r.has_window;
-      const int64_t near = windowed ? clamp64(position - r.around[0], from, to) : to;
-      const int64_t far = windowed ? clamp64(position + r.around[1] + 1, near, to) : to;
-      window_lo[lane] = static_cast<int32_t>(near), window_hi[lane] = static_cast<int32_t>(far);
-      const int64_t sinks = besides ? clamp64(r.sinks, from, to) : from;
-      sink_hi[lane] = static_cast<int32_t>(sinks > from ? sinks : 0);
-      self[lane] = r.exclude_self ? static_cast<int32_t>(position) : -1;
+      const Reach x = keys_of(r, policy, position, 0, allowed);
+      const bool has_sinks = x.sink_hi > x.lo;
+      lo[lane] = static_cast<int32_t>(x.lo), hi[lane] = static_cast<int32_t>(x.hi);
+      window_lo[lane] = static_cast<int32_t>(x.near_lo);
+      window_hi[lane] = static_cast<int32_t>(x.near_hi);
+      sink_hi[lane] = static_cast<int32_t>(has_sinks ? x.sink_hi : 0);
+      self[lane] = static_cast<int32_t>(x.self);
       document[lane] = documents ? r.query_documents[b * view.num_queries + token] : 0;
-      reach_lo = min64(reach_lo, from), reach_hi = max64(reach_hi, to);
-      full_lo = max64(full_lo, from), full_hi = min64(full_hi, to);
-      if (near < far) near_lo = min64(near_lo, near), near_hi = max64(near_hi, far);
+      reach_lo = min64(reach_lo, x.lo), reach_hi = max64(reach_hi, x.hi);
+      full_lo = max64(full_lo, x.lo), full_hi = min64(full_hi, x.hi);
+      if (x.near_lo < x.near_hi) {
+        near_lo = min64(near_lo, x.near_lo), near_hi = max64(near_hi, x.near_hi);
+      }
       sink_reach = max64(sink_reach, sink_hi[lane]);
     }
     int64_t count = 0;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the window kernels share: a block's rows, and the walk's two operands that pass through
-// shared memory in steps. Copies run one step ahead of the products, addresses two; a step has one
-// barrier.
+// What the kernels of windows and lists share: a block's rows, and the walk's two operands that
+// pass through shared memory in steps. Copies run one step ahead of the products, addresses two; a
+// step has one barrier.
 #pragma once
 
 #include "kernels.h"
@@ -131,24 +131,28 @@ ATTNEXT_DEVICE float scale_of(const WindowParams& w, int64_t batch, const int32_
   return scale;
 }
 
-// Kernel: the class that derives, which has `note(j, slot, token, numbers)` for what it wants to
-// know of the walked tokens of a step besides their two rows; `token` is the token's number in
-// raster order, < 0 if the slot has none or is an extra key's.
-template <class Kernel, class Elem, int kDim_, int kWarps_, int kFrags_, int kStep_, int kHeld,
-          int kNumbers_>
+// Kernel: the class that derives, which has `note(j, slot, cursor, token, numbers)` for what it
+// wants to know of the walked tokens of a step besides their two rows; `token` is the token's
+// number in raster order, < 0 if the slot has none or is an extra key's.
+template <class Kernel, class Walk_, class Elem, int kDim_, int kWarps_, int kFrags_, int kStep_,
+          int kHeld, int kNumbers_>
 struct Block {
   using T = Elem;
+  using Walk = Walk_;
+  using Row = typename Walk::Row;
+  using Steps = typename Walk::template Steps<kStep_>;
+  using Cursor = typename Walk::Cursor;
   static constexpr int kDim = kDim_, kWarps = kWarps_, kFrags = kFrags_, kStep = kStep_;
   static constexpr int kWarpRows = kFrags * 16, kRows = kWarps * kWarpRows;
   static constexpr int kThreads = kWarps * 32;
   static constexpr int kColumns = kStep / 8;
   static constexpr int kMine = (kDim + 31) / 32;  // numbers of a row that a lane of a warp has
   static constexpr int kNumbers = kNumbers_;
-  using S = SharedPlan<sizeof(T), kDim, kRows, kStep, kHeld, kNumbers>;
+  using S = SharedPlan<sizeof(T), kDim, kRows, kStep, kHeld, kNumbers, Walk::kWarpInts>;
   using Scores = float[kFrags][kColumns][4];
   using Mask = LaneMask<kStep, kFrags>;
 
-  const WindowLaunch& p;
+  const typename Walk::Launch& p;
   const WindowParams& w;
   uint8_t* memory;
   uint32_t shared;
@@ -163,7 +167,7 @@ struct Block {
   bool near;                           // places serve: see copy_far
   uint64_t start_first, start_second;  // of the operands' rows for this batch item and head
 
-  ATTNEXT_DEVICE Block(const WindowLaunch& launch, uint8_t* shared_memory)
+  ATTNEXT_DEVICE Block(const typename Walk::Launch& launch, uint8_t* shared_memory)
       : p(launch), w(launch.window), memory(shared_memory), shared(shared_address(shared_memory)) {
     lane = threadIdx.x % 32;
     warp = threadIdx.x / 32;
@@ -196,7 +200,7 @@ struct Block {
     return reinterpret_cast<uint64_t>(static_cast<const T*>(t.data) + offset);
   }
   ATTNEXT_DEVICE uint64_t slot_address(const TensorRef* t, const TensorRef* extra,
-                                       const Walk::Slot& at) const {
+                                       const typename Walk::Slot& at) const {
     if (at.kind == Walk::Slot::kToken) {
       return row_address(*t, offset_of(*t, batch, at.token, walk_head));
     }
@@ -239,7 +243,6 @@ struct Block {
   ATTNEXT_DEVICE void set_finders() const {
     const int which = threadIdx.x;
     if (which > 2) return;
-    const RuleTiles& rule = walk.rule();
     uint32_t step[3], number = 1;
     Finder found;
     found.first = 0;
@@ -247,17 +250,16 @@ struct Block {
     for (int a = 2; a >= 0; --a) {
       const uint32_t between =
           which == 2 ? number : p.units[walks_queries ? 3 * which : 1 + which][a];
-      number *= static_cast<uint32_t>(rule.axis[a].num_walked);
-      const uint32_t dilation = static_cast<uint32_t>(rule.axis[a].dilation);
-      step[a] = between * dilation;
-      found.first += (walk.tile(a).first + dilation * walk.tile(a).begin) * between;
+      number *= walk.extent(a);
+      step[a] = between * walk.dilation(a);
+      found.first += walk.first(a) * between;
     }
     found.line0 = step[0], found.line1 = step[1], found.column = step[2];
     finder(which) = found;
   }
 
   // Each thread finds a slot for all that will copy it. Extra keys are found by those who copy.
-  ATTNEXT_DEVICE void find_step(int32_t slot, int buffer, int numbers) {
+  ATTNEXT_DEVICE void find_step(int32_t slot, int buffer, int numbers, Cursor& cursor) {
     if (!near && kNumbers == 0) return;
 #pragma unroll
     for (int j0 = 0; j0 < kStep; j0 += kThreads) {
@@ -265,7 +267,7 @@ struct Block {
       if (kStep % kThreads != 0 && j >= kStep) break;
       const bool real = walk.extra <= slot + j && slot + j < walk.total;
       int32_t c[3];
-      walk.place(slot + j, c);
+      walk.place(slot + j, cursor, c);
       if (near) {
         const int place = j % kAtOnce * kEach + j / kAtOnce;
         places(buffer, 0)[place] = real ? finder(0)(c) : 0;
@@ -273,7 +275,7 @@ struct Block {
       }
       if constexpr (kNumbers > 0) {
         const int32_t token = real ? static_cast<int32_t>(finder(2)(c)) : -1;
-        static_cast<Kernel*>(this)->note(j, slot + j, token, numbers);
+        static_cast<Kernel*>(this)->note(j, slot + j, cursor, token, numbers);
       }
     }
   }
@@ -351,17 +353,18 @@ struct Block {
   // warp; `ready` once what was held has arrived. True if any step was masked.
   template <class Ready, class Visit>
   ATTNEXT_DEVICE bool pass(const Row& row, int32_t from, int32_t to, Ready ready, Visit visit) {
-    Steps<kStep> steps;
+    Steps steps;
+    Cursor cursor;
     steps.start(walk, row, lane < kWarpRows, from,
                 reinterpret_cast<Interval*>(memory + S::kOuterAt) + warp * (S::kOuter / 2));
     near = p.near && !walk.has_phantoms();
     set_finders();
     __syncthreads();
     if (from < to) {
-      find_step(from, 0, 0);
+      find_step(from, 0, 0, cursor);
       __syncthreads();
       copy_step(from, 0);
-      if (from + kStep < to) find_step(from + kStep, 1, 1);
+      if (from + kStep < to) find_step(from + kStep, 1, 1, cursor);
     } else {
       commit_copies();  // what is held, which no step has committed
     }
@@ -377,8 +380,10 @@ struct Block {
         __syncthreads();
       }
       if (slot + kStep < to) copy_step(slot + kStep, stage ^ 1);
-      if (slot + 2 * kStep < to) find_step(slot + 2 * kStep, stage, numbers == 0 ? 2 : numbers - 1);
-      uint32_t mine[Steps<kStep>::kWords];
+      if (slot + 2 * kStep < to) {
+        find_step(slot + 2 * kStep, stage, numbers == 0 ? 2 : numbers - 1, cursor);
+      }
+      uint32_t mine[Steps::kWords];
       const Step kind = steps.look(walk, row, slot, mine);
       Mask mask;
       if (kind == Step::kFull) {

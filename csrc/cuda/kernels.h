@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The list of window kernels: name, element type, head-dim bucket, warps of a block, fragments of
-// 16 rows that a warp holds, slots of the walk per step, whether score modifiers are compiled in,
-// and how many blocks share the columns of a tile's result. The host chooses from it, the device
-// instantiates it.
+// The lists of the kernels of window and routed attention: name, element type, head-dim bucket,
+// warps of a block, fragments of 16 rows that a warp holds, slots of the walk per step, whether
+// score modifiers are compiled in, and how many blocks share the columns of a tile's result. The
+// host chooses from it, the device instantiates it.
 //
 // Shapes were measured on an H100 (bench/RESULTS.md). A warp holds 32 rows where its registers
 // allow: every fragment of the walked side that is read from shared memory then serves two
@@ -74,6 +74,50 @@ namespace cuda {
   X(window_key_gradient_##type##_128, T, 128, 4, 1, 16, true, 1) \
   X(window_key_gradient_##type##_256, T, 256, 1, 1, 16, true, 2)
 
+// Routed attention: tiles of 64 rows, since the lists of more are less alike.
+#define ATTNEXT_ROUTED_FORWARD_KERNELS_16(X, T, type) \
+  X(routed_forward_##type##_32, T, 32, 4, 1, 64, false, 1) \
+  X(routed_forward_##type##_64, T, 64, 4, 1, 64, false, 1) \
+  X(routed_forward_##type##_128, T, 128, 2, 2, 32, false, 1) \
+  X(routed_forward_##type##_256, T, 256, 4, 1, 32, false, 1) \
+  X(routed_forward_##type##_32_modified, T, 32, 2, 2, 64, true, 1) \
+  X(routed_forward_##type##_64_modified, T, 64, 2, 2, 32, true, 1) \
+  X(routed_forward_##type##_128_modified, T, 128, 4, 1, 32, true, 1) \
+  X(routed_forward_##type##_256_modified, T, 256, 4, 1, 32, true, 1)
+#define ATTNEXT_ROUTED_FORWARD_KERNELS_32(X, T, type) \
+  X(routed_forward_##type##_32, T, 32, 4, 1, 32, true, 1) \
+  X(routed_forward_##type##_64, T, 64, 4, 1, 32, true, 1) \
+  X(routed_forward_##type##_128, T, 128, 4, 1, 32, true, 1) \
+  X(routed_forward_##type##_256, T, 256, 2, 1, 16, true, 1)
+#define ATTNEXT_ROUTED_QUERY_GRADIENT_KERNELS_16(X, T, type) \
+  X(routed_query_gradient_##type##_32, T, 32, 2, 2, 32, false, 1) \
+  X(routed_query_gradient_##type##_64, T, 64, 2, 2, 32, false, 1) \
+  X(routed_query_gradient_##type##_128, T, 128, 4, 1, 32, false, 1) \
+  X(routed_query_gradient_##type##_256, T, 256, 4, 1, 16, false, 1) \
+  X(routed_query_gradient_##type##_32_modified, T, 32, 2, 2, 32, true, 1) \
+  X(routed_query_gradient_##type##_64_modified, T, 64, 2, 2, 32, true, 1) \
+  X(routed_query_gradient_##type##_128_modified, T, 128, 4, 1, 32, true, 1) \
+  X(routed_query_gradient_##type##_256_modified, T, 256, 4, 1, 16, true, 1)
+#define ATTNEXT_ROUTED_QUERY_GRADIENT_KERNELS_32(X, T, type) \
+  X(routed_query_gradient_##type##_32, T, 32, 4, 1, 32, true, 1) \
+  X(routed_query_gradient_##type##_64, T, 64, 4, 1, 32, true, 1) \
+  X(routed_query_gradient_##type##_128, T, 128, 4, 1, 16, true, 1) \
+  X(routed_query_gradient_##type##_256, T, 256, 1, 1, 16, true, 1)
+#define ATTNEXT_ROUTED_KEY_GRADIENT_KERNELS_16(X, T, type) \
+  X(routed_key_gradient_##type##_32, T, 32, 2, 2, 32, false, 1) \
+  X(routed_key_gradient_##type##_64, T, 64, 2, 2, 32, false, 1) \
+  X(routed_key_gradient_##type##_128, T, 128, 4, 1, 32, false, 1) \
+  X(routed_key_gradient_##type##_256, T, 256, 4, 1, 16, false, 2) \
+  X(routed_key_gradient_##type##_32_modified, T, 32, 2, 2, 32, true, 1) \
+  X(routed_key_gradient_##type##_64_modified, T, 64, 2, 2, 32, true, 1) \
+  X(routed_key_gradient_##type##_128_modified, T, 128, 4, 1, 32, true, 1) \
+  X(routed_key_gradient_##type##_256_modified, T, 256, 4, 1, 16, true, 2)
+#define ATTNEXT_ROUTED_KEY_GRADIENT_KERNELS_32(X, T, type) \
+  X(routed_key_gradient_##type##_32, T, 32, 4, 1, 32, true, 1) \
+  X(routed_key_gradient_##type##_64, T, 64, 4, 1, 32, true, 1) \
+  X(routed_key_gradient_##type##_128, T, 128, 4, 1, 16, true, 1) \
+  X(routed_key_gradient_##type##_256, T, 256, 1, 1, 16, true, 2)
+
 #define ATTNEXT_DTYPE_KERNELS(X, bits, T, type)           \
   ATTNEXT_FORWARD_KERNELS_##bits(X, T, type)              \
   ATTNEXT_QUERY_GRADIENT_KERNELS_##bits(X, T, type)       \
@@ -81,6 +125,15 @@ namespace cuda {
   ATTNEXT_BIAS_GRADIENT_KERNELS_##bits(X, T, type)        \
   X(window_merge_##type, T)                               \
   X(window_statistics_##type, T)
+#define ATTNEXT_DTYPE_ROUTED_KERNELS(X, bits, T, type)    \
+  ATTNEXT_ROUTED_FORWARD_KERNELS_##bits(X, T, type)       \
+  ATTNEXT_ROUTED_QUERY_GRADIENT_KERNELS_##bits(X, T, type) \
+  ATTNEXT_ROUTED_KEY_GRADIENT_KERNELS_##bits(X, T, type)  \
+  X(routed_merge_##type, T)
+#define ATTNEXT_ALL_ROUTED_KERNELS(X)                     \
+  ATTNEXT_DTYPE_ROUTED_KERNELS(X, 16, bf16, bf16)         \
+  ATTNEXT_DTYPE_ROUTED_KERNELS(X, 16, fp16, fp16)         \
+  ATTNEXT_DTYPE_ROUTED_KERNELS(X, 32, float, fp32)
 #define ATTNEXT_ALL_KERNELS(X)                            \
   ATTNEXT_DTYPE_KERNELS(X, 16, bf16, bf16)                \
   ATTNEXT_DTYPE_KERNELS(X, 16, fp16, fp16)                \
@@ -104,10 +157,14 @@ constexpr int least_blocks(int dim, int warps, int frags, bool modified) {
 constexpr int key_numbers(bool modified) { return modified ? 1 : 0; }
 constexpr int query_numbers(bool modified) { return modified ? 7 : 4; }
 
+// Ints of shared memory that a warp has of the walk: see BoxSteps and ListSteps.
+constexpr int kBoxWarpInts = 8, kListWarpInts = 16;
+
 // Shared memory of a block: tiles of rows that stay, two stages of two operands of the walk, where
 // the rows of the walk are, and numbers of walked tokens. Shared memory of every kernel fits in the
 // 99 KB that compute capabilities 8.6, 8.9 and 12.0 give a block.
-template <int kElem, int kDim, int kRows, int kStep, int kHeld, int kNumbers>
+template <int kElem, int kDim, int kRows, int kStep, int kHeld, int kNumbers,
+          int kWarpInts = kBoxWarpInts>
 struct SharedPlan {
   static constexpr int kRowTile = kRows * kDim * kElem;
   static constexpr int kWalkTile = kStep * kDim * kElem;
@@ -116,7 +173,7 @@ struct SharedPlan {
   static constexpr int kNumbersAt = kPlacesAt + 2 * 2 * kStep * 4;  // buffers, operands
   static constexpr int kFindersAt = kNumbersAt + 3 * kNumbers * kStep * 4;
   static constexpr int kOuterAt = kFindersAt + 3 * 16 + 16;
-  static constexpr int kOuter = 8;                                   // ints of a warp: see Steps
+  static constexpr int kOuter = kWarpInts;                           // of a walk's steps
   static constexpr int kBytes = kOuterAt + kRows / 16 * kOuter * 4;  // a warp has 16 rows at least
   static_assert(kRows * 8 <= 4 * kWalkTile, "addresses of rows lie where the walk will be");
   static_assert(kBytes <= 99 * 1024, "some GPUs have no more");

@@ -21,6 +21,8 @@ namespace cuda {
 // The kernels, by the names under which plan.cpp asks for them.
 #define ATTNEXT_DECLARE(name, ...) extern "C" void name(WindowLaunch);
 ATTNEXT_ALL_KERNELS(ATTNEXT_DECLARE)
+#define ATTNEXT_DECLARE_ROUTED(name, ...) extern "C" void name(RoutedLaunch);
+ATTNEXT_ALL_ROUTED_KERNELS(ATTNEXT_DECLARE_ROUTED)
 #define ATTNEXT_DECLARE_LINEAR(name, ...) extern "C" void name(LinearLaunch);
 ATTNEXT_ALL_LINEAR_KERNELS(ATTNEXT_DECLARE_LINEAR)
 
@@ -29,7 +31,8 @@ namespace {
 const void* find(const std::string& name) {
   static const std::unordered_map<std::string, const void*> known = {
 #define ATTNEXT_ENTRY(name, ...) {#name, reinterpret_cast<const void*>(&name)},
-      ATTNEXT_ALL_KERNELS(ATTNEXT_ENTRY) ATTNEXT_ALL_LINEAR_KERNELS(ATTNEXT_ENTRY)};
+      ATTNEXT_ALL_KERNELS(ATTNEXT_ENTRY) ATTNEXT_ALL_ROUTED_KERNELS(ATTNEXT_ENTRY)
+          ATTNEXT_ALL_LINEAR_KERNELS(ATTNEXT_ENTRY)};
   return known.at(name);
 }
 

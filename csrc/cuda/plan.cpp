@@ -26,13 +26,18 @@ constexpr DType dtype_of() {
                                         : DType::kFloat16;
 }
 
+constexpr bool is_routed(const char* name) { return name[0] == 'r'; }
+constexpr int warp_ints(const char* name) { return is_routed(name) ? kListWarpInts : kBoxWarpInts; }
+
 #define ATTNEXT_DESCRIBE(pass, held, numbers, name, T, dim, warps, frags, step, modified, slices) \
   Kernel{#name,                                                                                   \
          pass,                                                                                    \
          dtype_of<T>(),                                                                           \
          {dim, warps, frags, step, slices},                                                       \
          modified,                                                                                \
-         SharedPlan<sizeof(T), dim, (warps) * (frags) * 16, step, held, numbers>::kBytes},
+         SharedPlan<sizeof(T), dim, (warps) * (frags) * 16, step, held, numbers,                  \
+                    warp_ints(#name)>::kBytes,                                                    \
+         is_routed(#name)},
 #define ATTNEXT_DESCRIBE_FORWARD(name, T, dim, warps, frags, step, modified, slices)           \
   ATTNEXT_DESCRIBE(Pass::kForward, 1, key_numbers(modified), name, T, dim, warps, frags, step, \
                    modified, slices)
@@ -51,8 +56,15 @@ constexpr DType dtype_of() {
           ATTNEXT_KEY_GRADIENT_KERNELS_##bits(ATTNEXT_DESCRIBE_KEY, T, type) \
               ATTNEXT_BIAS_GRADIENT_KERNELS_##bits(ATTNEXT_DESCRIBE_BIAS, T, type)
 
-const Kernel kKernels[] = {ATTNEXT_DESCRIBE_ALL(16, bf16, bf16) ATTNEXT_DESCRIBE_ALL(16, fp16, fp16)
-                               ATTNEXT_DESCRIBE_ALL(32, float, fp32)};
+#define ATTNEXT_DESCRIBE_ROUTED(bits, T, type)                                      \
+  ATTNEXT_ROUTED_FORWARD_KERNELS_##bits(ATTNEXT_DESCRIBE_FORWARD, T, type)          \
+      ATTNEXT_ROUTED_QUERY_GRADIENT_KERNELS_##bits(ATTNEXT_DESCRIBE_QUERY, T, type) \
+          ATTNEXT_ROUTED_KEY_GRADIENT_KERNELS_##bits(ATTNEXT_DESCRIBE_KEY, T, type)
+
+const Kernel kKernels[] = {
+    ATTNEXT_DESCRIBE_ALL(16, bf16, bf16) ATTNEXT_DESCRIBE_ALL(16, fp16, fp16)
+        ATTNEXT_DESCRIBE_ALL(32, float, fp32) ATTNEXT_DESCRIBE_ROUTED(16, bf16, bf16)
+            ATTNEXT_DESCRIBE_ROUTED(16, fp16, fp16) ATTNEXT_DESCRIBE_ROUTED(32, float, fp32)};
 
 // Whether scores are more than a positive number times q k.
 bool is_modified(const WindowParams& p) {
@@ -61,13 +73,13 @@ bool is_modified(const WindowParams& p) {
 
 // The smallest bucket that holds both dims; kernels with modifiers serve any problem; large tiles
 // where there is a sequence to fill them.
-const Kernel& choose(const WindowParams& p, Pass pass) {
+const Kernel& choose(const WindowParams& p, Pass pass, bool routed = false) {
   constexpr int32_t kRows = 64;
   const int64_t dim = std::max(p.head_dim, p.head_dim_v);
   const bool is_long = p.query_extent[0] * p.query_extent[1] == 1 && p.query_extent[2] > kRows;
   const Kernel* best = nullptr;
   for (const Kernel& k : kKernels) {
-    if (k.pass != pass || k.dtype != p.dtype || k.shape.dim < dim) continue;
+    if (k.routed != routed || k.pass != pass || k.dtype != p.dtype || k.shape.dim < dim) continue;
     if (is_modified(p) && !k.modified) continue;
     if (k.shape.rows() > kRows && !is_long) continue;
     const auto rank = [](const Kernel& x) {
@@ -103,7 +115,10 @@ class TableWriter {
     return values.empty() ? -1 : at;
   }
   int32_t append(std::vector<AxisTile> tiles) {
-    for (AxisTile& tile : tiles) set_divider(&tile);
+    for (AxisTile& tile : tiles) {
+      const Division by = division_by(std::max(1, tile.end - tile.begin));
+      tile.multiplier = static_cast<int32_t>(by.multiplier), tile.shift = by.shift;
+    }
     std::vector<int32_t> ints(tiles.size() * kTileInts);
     if (!tiles.empty()) std::memcpy(ints.data(), tiles.data(), ints.size() * 4);
     return append(ints);
@@ -113,15 +128,6 @@ class TableWriter {
   }
 
  private:
-  static void set_divider(AxisTile* tile) {
-    const uint64_t divisor = static_cast<uint64_t>(std::max(1, tile->end - tile->begin));
-    int32_t bits = 0;
-    while ((uint64_t(1) << bits) < divisor) ++bits;
-    tile->shift = 31 + bits;
-    const uint64_t multiplier = ((uint64_t(1) << tile->shift) + divisor - 1) / divisor;
-    tile->multiplier = static_cast<int32_t>(static_cast<uint32_t>(multiplier));
-  }
-
   Tables* out_;
 };
 
@@ -195,6 +201,14 @@ RuleTiles extra_rule(int64_t extra_keys, const std::vector<AxisTable>& given, in
 }
 
 }  // namespace
+
+Division division_by(int64_t divisor) {
+  int32_t bits = 0;
+  while ((int64_t(1) << bits) < divisor) ++bits;
+  const int32_t shift = 31 + bits;
+  const uint64_t by = static_cast<uint64_t>(divisor);
+  return {static_cast<uint32_t>(((uint64_t(1) << shift) + by - 1) / by), shift};
+}
 
 Tables make_tables(const Geometry& geometry, const std::vector<int32_t>& head_rule, bool by_key,
                    int32_t rows, int64_t extra_keys) {
@@ -325,15 +339,9 @@ bool starts_at_16(const WindowParams& p, const TensorRef& t) {
          whole(t.token[1]) && whole(t.token[2]) && whole(t.head);
 }
 
-WindowLaunch start_params(const WindowParams& p, const Tables& tables,
-                          const int32_t* device_tables) {
+WindowLaunch start_params(const WindowParams& p) {
   WindowLaunch launch{};
   launch.window = p;
-  launch.tables = device_tables;
-  launch.num_rules = tables.num_rules;
-  launch.most_tiles = tables.most_tiles;
-  launch.extra_tiles = tables.extra_tiles;
-  launch.head_rule = tables.head_rule;
   launch.splits = 1;
   launch.split_step = INT32_MAX / 2;
   launch.aligned = starts_at_16(p, p.query) && starts_at_16(p, p.key) && starts_at_16(p, p.value) &&
@@ -358,26 +366,40 @@ WindowLaunch start_params(const WindowParams& p, const Tables& tables,
                        starts_at_16(p, p.dextra_key) && starts_at_16(p, p.dextra_value);
   return launch;
 }
+WindowLaunch start_params(const WindowParams& p, const Tables& tables,
+                          const int32_t* device_tables) {
+  WindowLaunch launch = start_params(p);
+  launch.tables = device_tables;
+  launch.num_rules = tables.num_rules;
+  launch.most_tiles = tables.most_tiles;
+  launch.extra_tiles = tables.extra_tiles;
+  launch.head_rule = tables.head_rule;
+  return launch;
+}
 
-Launch launch_of(const Kernel& kernel, int64_t blocks, WindowLaunch params) {
+template <class Params>
+Launch launch_of(const Kernel& kernel, int64_t blocks, Params params) {
   params.rows = kernel.shape.rows();
   return {kernel.name, narrow(blocks * kernel.shape.slices, "grid"), kernel.shape.threads(),
           kernel.shared_bytes, params};
 }
 
 // Few tiles leave most of a GPU idle: the walk of each is then shared by several blocks.
-void split(const WindowParams& p, const Tables& tables, const KernelShape& shape,
-           WindowLaunch* launch) {
+void split(int64_t blocks, int64_t longest_walk, const KernelShape& shape, WindowLaunch* launch) {
   constexpr int64_t kLeastSteps = 4, kMostSplits = 128;
-  const int64_t steps =
-      std::max<int64_t>(1, ceil_div(tables.longest_walk + p.extra_keys, shape.step));
-  const int64_t blocks = std::max<int64_t>(1, p.batch * p.heads * tables.most_tiles);
+  const int64_t steps = std::max<int64_t>(1, ceil_div(longest_walk, shape.step));
+  blocks = std::max<int64_t>(1, blocks);
   const int64_t splits =
       std::max<int64_t>(1, std::min({kEnoughBlocks / blocks, steps / kLeastSteps, kMostSplits}));
   if (splits == 1) return;
   const int64_t share = ceil_div(steps, splits);
   launch->splits = static_cast<int32_t>(ceil_div(steps, share));
   launch->split_step = narrow(share * shape.step, "walk of a tile");
+}
+
+void split(const WindowParams& p, const Tables& tables, const KernelShape& shape,
+           WindowLaunch* launch) {
+  split(p.batch * p.heads * tables.most_tiles, tables.longest_walk + p.extra_keys, shape, launch);
 }
 
 int64_t statistics_size(const WindowParams& p) { return 4 * rows_of(p); }
@@ -461,6 +483,119 @@ std::vector<Launch> backward_launches(const WindowParams& p, const Tables& queri
     out.push_back({"window_merge_bias", narrow(p.heads * ceil_div(p.bias_head_stride, 128), "grid"),
                    128, 0, params});
   }
+  return out;
+}
+
+// ---- routed attention
+
+KernelShape routed_shape(const WindowParams& p, Pass pass) { return choose(p, pass, true).shape; }
+
+namespace {
+
+// Sides without a limit as ints of the device's arithmetic: beyond any token.
+constexpr int64_t kFar = int64_t(1) << 31;
+
+RoutedLaunch routed_params(const RoutedParams& r, const Kernel& kernel, const ListTables& tables,
+                           bool by_key) {
+  const WindowParams& p = r.window;
+  RoutedLaunch launch{};
+  static_cast<WindowLaunch&>(launch) = start_params(p);
+  launch.rules = r;
+  for (int side = 0; side < 2; ++side) {
+    launch.rules.within[side] = std::min(r.within[side], kFar);
+    launch.rules.around[side] = std::min(r.around[side], kFar);
+  }
+  launch.rules.sinks = std::min(r.sinks, kFar);
+  launch.tile_ptr = tables.tile_ptr;
+  launch.entries = tables.entries;
+  launch.row_order = by_key ? r.key_order : r.query_order;
+  launch.walk_order = by_key ? r.query_order : r.key_order;
+  launch.list_batch = static_cast<int32_t>(r.list_batch);
+  launch.list_heads = static_cast<int32_t>(r.list_heads);
+  const int64_t* rows = by_key ? p.key_extent : p.query_extent;
+  const int64_t* walked = by_key ? p.query_extent : p.key_extent;
+  launch.num_rows = narrow(rows[0] * rows[1] * rows[2], "tokens");
+  launch.num_walked = narrow(walked[0] * walked[1] * walked[2], "tokens");
+  for (int a = 0; a < 3; ++a) {
+    launch.row_extent[a] = static_cast<int32_t>(rows[a]);
+    launch.walk_extent[a] = static_cast<int32_t>(walked[a]);
+  }
+  launch.walk_lines[0] = division_by(std::max<int64_t>(1, walked[2]));
+  launch.walk_lines[1] = division_by(std::max<int64_t>(1, walked[1]));
+  for (int64_t h = 0; r.head_policy && h < p.heads; ++h) {
+    launch.policy[h / 16] |= static_cast<uint32_t>(r.head_policy[h]) << (h % 16 * 2);
+  }
+  // Slots of a walk are counted in 31 bits: at worst, the lists of a tile's rows have nothing in
+  // common.
+  narrow(int64_t(kernel.shape.rows() + 2) * launch.num_walked, "walk of a tile");
+  launch.most_tiles = narrow(ceil_div(launch.num_rows, kernel.shape.rows()), "number of tiles");
+  return launch;
+}
+
+// As window attention reads them.
+WindowParams with_bias(const RoutedParams& r) {
+  WindowParams p = r.window;
+  p.bias = r.entry_bias;
+  return p;
+}
+
+}  // namespace
+
+int64_t routed_backward_workspace(const RoutedParams& r) {
+  return statistics_size(r.window) * int64_t(sizeof(float));
+}
+
+int64_t routed_forward_workspace(const RoutedParams& r, int64_t longest_walk) {
+  const WindowParams p = with_bias(r);
+  const KernelShape shape = routed_shape(p, Pass::kForward);
+  const int64_t queries = p.query_extent[0] * p.query_extent[1] * p.query_extent[2];
+  const int64_t blocks = p.batch * p.heads * ceil_div(queries, shape.rows());
+  WindowLaunch launch{};
+  launch.splits = 1;
+  split(blocks, longest_walk, shape, &launch);
+  if (launch.splits == 1) return 0;
+  return blocks * launch.splits * shape.rows() * (p.head_dim_v + 2) * int64_t(sizeof(float));
+}
+
+std::vector<Launch> routed_forward_launches(const RoutedParams& given, const ListTables& queries,
+                                            int64_t longest_walk, void* workspace) {
+  RoutedParams r = given;
+  r.window = with_bias(given);
+  const WindowParams& p = r.window;
+  const Kernel& kernel = choose(p, Pass::kForward, true);
+  RoutedLaunch params = routed_params(r, kernel, queries, false);
+  const int64_t blocks = p.batch * p.heads * params.most_tiles;
+  if (blocks == 0) return {};
+  params.partial = static_cast<float*>(workspace);
+  split(blocks, longest_walk, kernel.shape, &params);
+  std::vector<Launch> out{launch_of(kernel, blocks * params.splits, params)};
+  if (params.splits > 1) {
+    params.rows = kernel.shape.rows();
+    out.push_back({std::string("routed_merge") + suffix(p.dtype), blocks, 128, 0, params});
+  }
+  return out;
+}
+
+std::vector<Launch> routed_backward_launches(const RoutedParams& given, const ListTables& queries,
+                                             const ListTables& keys, void* workspace) {
+  RoutedParams r = given;
+  r.window = with_bias(given);
+  const WindowParams& p = r.window;
+  const Kernel& of_query = choose(p, Pass::kQueryGradient, true);
+  const Kernel& of_key = choose(p, Pass::kKeyGradient, true);
+  RoutedLaunch by_query = routed_params(r, of_query, queries, false);
+  RoutedLaunch by_key = routed_params(r, of_key, keys, true);
+  by_query.statistics = by_key.statistics = static_cast<float*>(workspace);
+  const WindowLaunch& plain = by_query;
+  std::vector<Launch> out;
+  const int64_t query_blocks = p.batch * p.heads * by_query.most_tiles;
+  const int64_t key_blocks = p.batch * p.kv_heads * by_key.most_tiles;
+  if (query_blocks > 0) {
+    out.push_back(statistics_launch(p, plain));
+    out.push_back(launch_of(of_query, query_blocks, by_query));
+  }
+  if (p.dsink_logits) out.push_back({"window_sink_gradient", p.heads, 256, 0, plain});
+  if (key_blocks > 0) out.push_back(launch_of(of_key, key_blocks, by_key));
   return out;
 }
 

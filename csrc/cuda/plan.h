@@ -89,8 +89,16 @@ struct KernelFacts {
   KernelShape shape;
   bool modified;
   int shared_bytes;
+  bool routed;
 };
 std::vector<KernelFacts> all_kernels();
+
+// n / divisor = n * multiplier >> shift for every n of 31 bits; see AxisTile.
+struct Division {
+  uint32_t multiplier;
+  int32_t shift;
+};
+Division division_by(int64_t divisor);
 
 // What every window kernel takes.
 struct WindowLaunch {
@@ -112,6 +120,37 @@ struct WindowLaunch {
   float* statistics;  // backward: four numbers of each [batch, heads, tokens], see Statistics
 };
 
+// A rectangle of routed attention, in places of the orders of rows and walked tokens: rows
+// [row_begin, row_end) list walked [walk_begin, walk_end). attnext/routed_tables.py makes them: of
+// a tile, `at` are walked before it, and what two entries of a row walk is disjoint.
+struct alignas(16) ListEntry {
+  int32_t walk_begin, walk_end, row_begin, row_end;
+  int32_t at;
+  int32_t slot;  // of the lists, which has the bias
+  int32_t spare[2];
+};
+
+// What every kernel of routed attention takes; `window.bias` are the biases of slots, `most_tiles`
+// those that the order of rows is cut into.
+constexpr int32_t kMostRoutedHeads = 1024;
+struct RoutedLaunch : WindowLaunch {
+  RoutedRules rules;
+  const int64_t* tile_ptr;   // [list_batch, list_heads, most_tiles], one more: where entries begin
+  const ListEntry* entries;  // of a tile by rising walk_begin
+  const int32_t *row_order, *walk_order;  // tokens by places; null: as they are
+  int32_t list_batch, list_heads;
+  int32_t num_rows, num_walked;
+  int32_t row_extent[3], walk_extent[3];
+  Division walk_lines[2];                  // by the last axis' extent, by that of the one before
+  uint32_t policy[kMostRoutedHeads / 16];  // HeadPolicy of each head, two bits
+};
+
+// A problem's tables for one direction, where a kernel reads them.
+struct ListTables {
+  const int64_t* tile_ptr;
+  const ListEntry* entries;
+};
+
 // Bytes of scratch in global memory.
 int64_t forward_workspace(const WindowParams& params, const Tables& tables);
 int64_t backward_workspace(const WindowParams& params, const Tables& queries);
@@ -121,6 +160,15 @@ std::vector<Launch> forward_launches(const WindowParams& params, const Tables& t
 std::vector<Launch> backward_launches(const WindowParams& params, const Tables& queries,
                                       const int32_t* device_queries, const Tables& keys,
                                       const int32_t* device_keys, void* workspace);
+
+KernelShape routed_shape(const WindowParams& params, Pass pass);
+// No tile walks over more slots than `longest_walk`.
+int64_t routed_forward_workspace(const RoutedParams& params, int64_t longest_walk);
+int64_t routed_backward_workspace(const RoutedParams& params);
+std::vector<Launch> routed_forward_launches(const RoutedParams& params, const ListTables& queries,
+                                            int64_t longest_walk, void* workspace);
+std::vector<Launch> routed_backward_launches(const RoutedParams& params, const ListTables& queries,
+                                             const ListTables& keys, void* workspace);
 
 }  // namespace cuda
 }  // namespace attnext

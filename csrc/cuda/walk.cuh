@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which rows a block holds, and the walk over what they attend: extra keys, then sinks, then the
 // box that is the union of the rows' windows, token by token in raster order. The only code on the
-// device that turns the tables of plan.h into work.
+// device that turns the tables of plan.h into work. list_walk.cuh has the other walk, which kernels
+// take in its place.
 #pragma once
 
+#include "kernels.h"
 #include "plan.h"
 #include "rows.cuh"
 
@@ -38,6 +40,7 @@ struct Interval {
 struct Divider {
   uint32_t multiplier;
   int32_t shift;
+  ATTNEXT_DEVICE explicit Divider(const Division& d) : multiplier(d.multiplier), shift(d.shift) {}
   ATTNEXT_DEVICE explicit Divider(const AxisTile& tile)
       : multiplier(static_cast<uint32_t>(tile.multiplier)), shift(tile.shift) {}
   ATTNEXT_DEVICE int32_t operator()(int32_t n) const {
@@ -46,13 +49,24 @@ struct Divider {
 };
 
 // One row of the tile: where it stands and what it attends.
-struct Row {
+struct BoxRow {
   bool live;
   int32_t token[3], position[3];
   Interval window[3], sinks;
 };
 
-struct Walk {
+template <int kStep>
+struct BoxSteps;
+
+struct BoxWalk {
+  using Launch = WindowLaunch;
+  using Row = BoxRow;
+  template <int kStep>
+  using Steps = BoxSteps<kStep>;
+  struct Cursor {};  // what a thread keeps from one look-up to the next
+  static constexpr int kWarpInts = kBoxWarpInts;
+  static constexpr bool kRowsBias = true;  // where the bias of a key lies depends on the row
+
   const int32_t* tables;
   int32_t rule_at, tile_at[3];   // in the tables: a pointer each would take twice the registers
   int32_t extra, lead;           // extra keys; they and the sinks, which come before the box
@@ -75,9 +89,17 @@ struct Walk {
 
   ATTNEXT_DEVICE bool has_sinks() const { return over_keys && rule().axis[2].sink_begin >= 0; }
 
-  // False if the rule has no such tile.
+  // False if there is no such tile.
+  ATTNEXT_DEVICE bool start(const WindowLaunch& p, int32_t, int32_t head, int32_t index) {
+    return start_rule<true>(p, rule_of(p, head), index);
+  }
+  // Rows are keys, or extra keys.
+  ATTNEXT_DEVICE bool start_keys(const WindowLaunch& p, int32_t, int32_t head, int32_t index,
+                                 bool is_extra) {
+    return start_rule<false>(p, is_extra ? p.num_rules : rule_of(p, head), index);
+  }
   template <bool kOverKeys>
-  ATTNEXT_DEVICE bool start(const WindowLaunch& p, int32_t which, int32_t index) {
+  ATTNEXT_DEVICE bool start_rule(const WindowLaunch& p, int32_t which, int32_t index) {
     over_keys = kOverKeys;
     tables = p.tables;
     rule_at = which * static_cast<int32_t>(sizeof(RuleTiles) / 4);
@@ -99,6 +121,15 @@ struct Walk {
     return true;
   }
 
+  // Of a walked token's place in the box: coordinate first + dilation * place of extent.
+  ATTNEXT_DEVICE uint32_t dilation(int a) const {
+    return static_cast<uint32_t>(rule().axis[a].dilation);
+  }
+  ATTNEXT_DEVICE uint32_t first(int a) const { return tile(a).first + dilation(a) * tile(a).begin; }
+  ATTNEXT_DEVICE uint32_t extent(int a) const {
+    return static_cast<uint32_t>(rule().axis[a].num_walked);
+  }
+
   // Whether the box of the walk sticks out of the map: keys of zeros that take part (zero_pad).
   ATTNEXT_DEVICE bool has_phantoms() const {
     bool outside = false;
@@ -111,8 +142,8 @@ struct Walk {
     return outside && total > lead;
   }
 
-  ATTNEXT_DEVICE Row row(int r) const {
-    Row row;
+  ATTNEXT_DEVICE BoxRow row(int r) const {
+    BoxRow row;
     row.live = true;
 #pragma unroll
     for (int a = 2; a >= 0; --a) {
@@ -159,6 +190,8 @@ struct Walk {
       c[1] = line - c[0] * lines1;
     }
   }
+  ATTNEXT_DEVICE void place(int32_t s, Cursor&, int32_t (&c)[3]) const { place(s, c); }
+  ATTNEXT_DEVICE Slot slot(int32_t s, Cursor) const { return slot(s); }
   ATTNEXT_DEVICE Slot slot(int32_t s) const {
     Slot at;
     at.kind = s < total ? Slot::kToken : Slot::kNone;
@@ -192,7 +225,7 @@ struct Walk {
     }
     return entry;
   }
-  ATTNEXT_DEVICE static int32_t bias_position(const WindowParams& w, const Row& row) {
+  ATTNEXT_DEVICE static int32_t bias_position(const WindowParams& w, const BoxRow& row) {
     int32_t entry = 0;
 #pragma unroll
     for (int a = 0; a < 3; ++a) entry += row.position[a] * static_cast<int32_t>(w.bias_stride[a]);
@@ -204,11 +237,16 @@ struct Walk {
     for (int a = 0; a < 3; ++a) entry += static_cast<int32_t>(w.bias_reach[a] * w.bias_stride[a]);
     return entry;
   }
-  ATTNEXT_DEVICE static int32_t bias_origin(const WindowParams& w, const Row& row) {
+  ATTNEXT_DEVICE static int32_t bias_origin(const WindowParams& w, const BoxRow& row) {
     return bias_position(w, row) - bias_center(w);
   }
+  // The same of a row that is a key: bias_of_key(bias_key(row), bias_entry(query)).
+  ATTNEXT_DEVICE static int32_t bias_key(const WindowParams& w, const BoxRow& row) {
+    return bias_position(w, row) + bias_center(w);
+  }
+  ATTNEXT_DEVICE static int32_t bias_of_key(int32_t key, int32_t entry) { return key - entry; }
 
-  ATTNEXT_DEVICE static bool attends(const Row& row, const Slot& at) {
+  ATTNEXT_DEVICE bool attends(const BoxRow& row, const Slot& at) const {
     if (!row.live || at.kind == Slot::kNone) return false;
     return at.kind == Slot::kExtra ||
            (row.window[0].contains(at.index[0]) && row.window[1].contains(at.index[1]) &&
@@ -220,7 +258,7 @@ struct Walk {
 enum class Step { kSkip, kFull, kEdge };
 
 template <int kStep>
-struct Steps {
+struct BoxSteps {
   static constexpr int kWords = (kStep + 31) / 32;
 
   int32_t line0, line1, column;  // where the step begins, from the box's first; before it: < 0
@@ -232,7 +270,7 @@ struct Steps {
   bool any_row;     // rows that are not live may hold anything
 
   // `count` rows of a warp lie in its first lanes.
-  ATTNEXT_DEVICE void start(const Walk& walk, const Row& row, bool counts, int32_t from,
+  ATTNEXT_DEVICE void start(const BoxWalk& walk, const BoxRow& row, bool counts, int32_t from,
                             Interval* shared) {
     const bool use = counts && row.live;
     any_row = __any_sync(~0u, use);
@@ -268,9 +306,9 @@ struct Steps {
 
   // What the step at `slot` holds; goes on to the next. Of an edge, `bits` tell which slots the
   // lane's row attends. Extra keys and sinks are left to them.
-  ATTNEXT_DEVICE Step look(const Walk& walk, const Row& row, int32_t slot,
+  ATTNEXT_DEVICE Step look(const BoxWalk& walk, const BoxRow& row, int32_t slot,
                            uint32_t (&bits)[kWords]) {
-    Steps next = *this;
+    BoxSteps next = *this;
     next.column += kStep;
     while (walk.lines > 1 && next.column >= walk.width) {
       next.column -= walk.width;
@@ -289,7 +327,7 @@ struct Steps {
   }
 
  private:
-  ATTNEXT_DEVICE Step kind(const Walk& walk, int32_t slot, const Steps& next) const {
+  ATTNEXT_DEVICE Step kind(const BoxWalk& walk, int32_t slot, const BoxSteps& next) const {
     if (is_below(slot, walk.lead)) return Step::kEdge;
     if (!any_row) return Step::kSkip;
     if (walk.lines == 1) {
@@ -313,7 +351,7 @@ struct Steps {
     return full ? Step::kFull : Step::kEdge;
   }
 
-  ATTNEXT_DEVICE void mask(const Walk& walk, const Row& row, int32_t slot,
+  ATTNEXT_DEVICE void mask(const BoxWalk& walk, const BoxRow& row, int32_t slot,
                            uint32_t (&bits)[kWords]) const {
 #pragma unroll
     for (int w = 0; w < kWords; ++w) bits[w] = 0;

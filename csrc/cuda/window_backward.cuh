@@ -8,6 +8,7 @@
 #pragma once
 
 #include "block.cuh"
+#include "list_walk.cuh"
 
 namespace attnext {
 namespace cuda {
@@ -143,15 +144,18 @@ struct Chain {
 enum class Wanted { kQuery, kBias };
 
 // dQ and the gradient of the row scale; or, walking over many tiles, the gradient of the bias.
-template <class T, int kDim, int kWarps, int kFrags, int kStep, bool kModified, Wanted kWanted>
-struct QueryGradient : Block<QueryGradient<T, kDim, kWarps, kFrags, kStep, kModified, kWanted>, T,
-                             kDim, kWarps, kFrags, kStep, 2, key_numbers(kModified)> {
-  using Base = Block<QueryGradient, T, kDim, kWarps, kFrags, kStep, 2, key_numbers(kModified)>;
+template <class Walk, class T, int kDim, int kWarps, int kFrags, int kStep, bool kModified,
+          Wanted kWanted>
+struct QueryGradient
+    : Block<QueryGradient<Walk, T, kDim, kWarps, kFrags, kStep, kModified, kWanted>, Walk, T, kDim,
+            kWarps, kFrags, kStep, 2, key_numbers(kModified)> {
+  using Base =
+      Block<QueryGradient, Walk, T, kDim, kWarps, kFrags, kStep, 2, key_numbers(kModified)>;
   using Base::Base;
   using Base::batch, Base::head, Base::kv_head, Base::lane, Base::p, Base::w, Base::walk,
       Base::warp;
   using Base::kColumns, Base::kMine, Base::kRows, Base::kWarpRows;
-  using typename Base::Mask;
+  using typename Base::Cursor, typename Base::Mask, typename Base::Row;
   static constexpr bool kReadsBias = kModified;
   static constexpr bool kExact = sizeof(T) == 4;  // the rest of lse tells only in fp32
   using Rows = LeftRows<T, kDim, kFrags, false>;
@@ -163,9 +167,9 @@ struct QueryGradient : Block<QueryGradient<T, kDim, kWarps, kFrags, kStep, kModi
   using Modifiers = cuda::Modifiers<kModified>;
   Chain<kModified> chain;
 
-  ATTNEXT_DEVICE void note(int j, int32_t slot, int32_t, int numbers) {
+  ATTNEXT_DEVICE void note(int j, int32_t slot, Cursor cursor, int32_t, int numbers) {
     if constexpr (kModified) {
-      this->integer(numbers, 0)[j] = w.bias ? walk.bias_entry(w, walk.slot(slot)) : kNoBias;
+      this->integer(numbers, 0)[j] = w.bias ? walk.bias_entry(w, walk.slot(slot, cursor)) : kNoBias;
     }
   }
 
@@ -201,8 +205,8 @@ struct QueryGradient : Block<QueryGradient<T, kDim, kWarps, kFrags, kStep, kModi
             if constexpr (kModified) {
               float weight, of_logit, of_product;
               chain(x, row_unit[f][half], g, lse[f][half], rest[f][half], 0.f,
-                    key - row_bias[f][half], key != kNoBias && attended, &weight, &of_logit,
-                    &of_product);
+                    Walk::kRowsBias ? key - row_bias[f][half] : key, key != kNoBias && attended,
+                    &weight, &of_logit, &of_product);
               g = kWanted == Wanted::kBias ? of_logit : of_product;
               if (!attended) g = 0.f;
               if (kWanted == Wanted::kQuery && attended) dscale[f][half] += g * x;
@@ -229,7 +233,7 @@ struct QueryGradient : Block<QueryGradient<T, kDim, kWarps, kFrags, kStep, kModi
   // ----------------------------------------------------------------------------------
 
   ATTNEXT_DEVICE bool start(int32_t index) {
-    if (!walk.template start<true>(p, walk.rule_of(p, head), index)) {
+    if (!walk.start(p, batch, head, index)) {
       return false;
     }
     kv_head = head / static_cast<int32_t>(w.heads / w.kv_heads);
@@ -252,7 +256,7 @@ struct QueryGradient : Block<QueryGradient<T, kDim, kWarps, kFrags, kStep, kModi
     if constexpr (kModified) {
       const float scale = row.live ? scale_of<kModified>(w, batch, row.token, head) : 0.f;
       spread<kFrags>(Modifiers::unit(w, scale), row_unit);
-      spread<kFrags>(Walk::bias_origin(w, row), row_bias);
+      if constexpr (Walk::kRowsBias) spread<kFrags>(Walk::bias_origin(w, row), row_bias);
       chain.modifiers.start(w, head);
     }
     Rows queries, douts;
@@ -323,8 +327,8 @@ struct QueryGradient : Block<QueryGradient<T, kDim, kWarps, kFrags, kStep, kModi
     Chain<kModified> alone;
     alone.modifiers.start(w, head);
     for (int32_t s = 0; s < walk.total; ++s) {
-      const Walk::Slot at = walk.slot(s);
-      if (!Walk::attends(row, at)) continue;
+      const typename Walk::Slot at = walk.slot(s);
+      if (!walk.attends(row, at)) continue;
       this->load_row(this->slot_address(&w.key, &w.extra_key, at), w.head_dim, key);
       this->load_row(this->slot_address(&w.value, &w.extra_value, at), w.head_dim_v, value);
       const int32_t entry = kModified && w.bias ? walk.bias_entry(w, at) : kNoBias;
@@ -413,15 +417,17 @@ ATTNEXT_DEVICE void merge_bias(const WindowLaunch& p) {
 }
 
 // dK and dV of a tile of keys, of kDim / kSlices columns: those that fit in registers.
-template <class T, int kDim, int kWarps, int kFrags, int kStep, bool kModified, int kSlices>
-struct KeyGradient : Block<KeyGradient<T, kDim, kWarps, kFrags, kStep, kModified, kSlices>, T, kDim,
-                           kWarps, kFrags, kStep, 2, query_numbers(kModified)> {
-  using Base = Block<KeyGradient, T, kDim, kWarps, kFrags, kStep, 2, query_numbers(kModified)>;
+template <class Walk, class T, int kDim, int kWarps, int kFrags, int kStep, bool kModified,
+          int kSlices>
+struct KeyGradient : Block<KeyGradient<Walk, T, kDim, kWarps, kFrags, kStep, kModified, kSlices>,
+                           Walk, T, kDim, kWarps, kFrags, kStep, 2, query_numbers(kModified)> {
+  using Base =
+      Block<KeyGradient, Walk, T, kDim, kWarps, kFrags, kStep, 2, query_numbers(kModified)>;
   using Base::Base;
   using Base::batch, Base::head, Base::kv_head, Base::lane, Base::p, Base::w, Base::walk,
       Base::warp;
   using Base::kColumns, Base::kMine, Base::kRows, Base::kWarpRows;
-  using typename Base::Mask;
+  using typename Base::Cursor, typename Base::Mask, typename Base::Row;
   static constexpr int kOut = kDim / kSlices;
   static constexpr bool kReadsBias = kModified;
   static constexpr bool kExact = sizeof(T) == 4;
@@ -439,13 +445,13 @@ struct KeyGradient : Block<KeyGradient<T, kDim, kWarps, kFrags, kStep, kModified
     return reinterpret_cast<Statistics*>(this->number(numbers, kStatistics));
   }
   // Statistics arrive with the rows, what modifiers ask for is made.
-  ATTNEXT_DEVICE void note(int j, int32_t slot, int32_t token, int numbers) {
+  ATTNEXT_DEVICE void note(int j, int32_t slot, Cursor cursor, int32_t token, int numbers) {
     const bool real = token >= 0;
     copy_chunk_async(shared_address(&statistics(numbers)[j]),
                      reinterpret_cast<const Statistics*>(this->origin()) + (real ? token : 0),
                      real ? 16 : 0);
     if constexpr (kModified) {
-      const Walk::Slot at = walk.slot(slot);
+      const typename Walk::Slot at = walk.slot(slot, cursor);
       const float scale = real ? scale_of<kModified>(w, batch, at.token, head) : 0.f;
       this->number(numbers, kUnit)[j] = Modifiers::unit(w, scale);
       this->number(numbers, kScale)[j] = scale;
@@ -481,8 +487,8 @@ struct KeyGradient : Block<KeyGradient<T, kDim, kWarps, kFrags, kStep, kModified
               const int32_t entry = this->integer(numbers, kBias)[slot];
               float of_logit, of_product;
               chain(x, this->number(numbers, kUnit)[slot], g, lse, rest, delta,
-                    row_bias[f][half] - entry, has_bias && entry != kNoBias && attended, &weight,
-                    &of_logit, &of_product);
+                    Walk::kRowsBias ? Walk::bias_of_key(row_bias[f][half], entry) : entry,
+                    has_bias && entry != kNoBias && attended, &weight, &of_logit, &of_product);
               g = attended ? of_product * this->number(numbers, kScale)[slot] : 0.f;
               weight = attended ? weight : 0.f;
             } else {
@@ -517,7 +523,7 @@ struct KeyGradient : Block<KeyGradient<T, kDim, kWarps, kFrags, kStep, kModified
       const Statistics* first = Statistics::of(p) + Statistics::index(w, batch, {0, 0, 0}, head);
       this->origin() = reinterpret_cast<uint64_t>(first);
     }
-    return walk.template start<false>(p, is_extra ? p.num_rules : walk.rule_of(p, head), index);
+    return walk.start_keys(p, batch, head, index, is_extra);
   }
   ATTNEXT_DEVICE uint64_t row_of(const TensorRef& t, const TensorRef& extra, const Row& row) const {
     if (!row.live) return 0;
@@ -553,7 +559,7 @@ struct KeyGradient : Block<KeyGradient<T, kDim, kWarps, kFrags, kStep, kModified
         row = walk.row(warp * kWarpRows + lane % kWarpRows);
       }
       if constexpr (kModified) {
-        spread<kFrags>(Walk::bias_position(w, row) + Walk::bias_center(w), row_bias);
+        if constexpr (Walk::kRowsBias) spread<kFrags>(Walk::bias_key(w, row), row_bias);
         chain.modifiers.start(w, head);
       }
       masked |= this->pass(
@@ -604,18 +610,18 @@ struct KeyGradient : Block<KeyGradient<T, kDim, kWarps, kFrags, kStep, kModified
       Chain<kModified> alone;
       alone.modifiers.start(w, head);
       for (int32_t s = 0; s < walk.total; ++s) {
-        const Walk::Slot at = walk.slot(s);
-        if (!Walk::attends(row, at)) continue;
+        const typename Walk::Slot at = walk.slot(s);
+        if (!walk.attends(row, at)) continue;
         this->load_row(this->slot_address(&w.query, nullptr, at), w.head_dim, query);
         this->load_row(this->slot_address(&w.dout, nullptr, at), w.head_dim_v, dout);
         const Statistics of = Statistics::of(p)[Statistics::index(w, batch, at.token, head)];
         const float scale = scale_of<kModified>(w, batch, at.token, head);
-        const int32_t entry =
-            has_bias ? Walk::bias_position(w, row) + Walk::bias_center(w) - walk.bias_entry(w, at)
-                     : 0;
+        const int32_t place = has_bias ? walk.bias_entry(w, at) : 0;
+        const bool biased = has_bias && (Walk::kRowsBias || place != kNoBias);
+        const int32_t entry = has_bias ? Walk::bias_of_key(Walk::bias_key(w, row), place) : 0;
         float weight, of_logit, of_product;
         alone(this->dot(query, key), Modifiers::unit(w, scale), this->dot(dout, value), of.lse,
-              of.rest, of.delta, entry, has_bias, &weight, &of_logit, &of_product);
+              of.rest, of.delta, entry, biased, &weight, &of_logit, &of_product);
 #pragma unroll
         for (int i = 0; i < kMine; ++i) {
           dk[i] += of_product * scale * query[i];
@@ -634,18 +640,33 @@ extern __shared__ __align__(1024) uint8_t shared_memory[];
 
 #define ATTNEXT_KERNEL(name, threads) \
   extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ WindowLaunch p)
-#define ATTNEXT_QUERY_GRADIENT(name, T, dim, warps, frags, step, modified, slices)               \
-  ATTNEXT_KERNEL(name, (warps) * 32) {                                                           \
-    QueryGradient<T, dim, warps, frags, step, modified, Wanted::kQuery>(p, shared_memory).run(); \
+#define ATTNEXT_QUERY_GRADIENT(name, T, dim, warps, frags, step, modified, slices)                 \
+  ATTNEXT_KERNEL(name, (warps) * 32) {                                                             \
+    QueryGradient<BoxWalk, T, dim, warps, frags, step, modified, Wanted::kQuery>(p, shared_memory) \
+        .run();                                                                                    \
   }
-#define ATTNEXT_BIAS_GRADIENT(name, T, dim, warps, frags, step, modified, slices)        \
-  ATTNEXT_KERNEL(name, (warps) * 32) {                                                   \
-    QueryGradient<T, dim, warps, frags, step, modified, Wanted::kBias>(p, shared_memory) \
-        .run_bias();                                                                     \
+#define ATTNEXT_BIAS_GRADIENT(name, T, dim, warps, frags, step, modified, slices)                 \
+  ATTNEXT_KERNEL(name, (warps) * 32) {                                                            \
+    QueryGradient<BoxWalk, T, dim, warps, frags, step, modified, Wanted::kBias>(p, shared_memory) \
+        .run_bias();                                                                              \
   }
-#define ATTNEXT_KEY_GRADIENT(name, T, dim, warps, frags, step, modified, slices)       \
-  ATTNEXT_KERNEL(name, (warps) * 32) {                                                 \
-    KeyGradient<T, dim, warps, frags, step, modified, slices>(p, shared_memory).run(); \
+#define ATTNEXT_KEY_GRADIENT(name, T, dim, warps, frags, step, modified, slices)                \
+  ATTNEXT_KERNEL(name, (warps) * 32) {                                                          \
+    KeyGradient<BoxWalk, T, dim, warps, frags, step, modified, slices>(p, shared_memory).run(); \
+  }
+#define ATTNEXT_ROUTED_KERNEL(name, threads) \
+  extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ RoutedLaunch p)
+#define ATTNEXT_ROUTED_QUERY_GRADIENT(name, T, dim, warps, frags, step, modified, slices) \
+  ATTNEXT_ROUTED_KERNEL(name, (warps) * 32) {                                             \
+    QueryGradient<ListWalk<false, modified>, T, dim, warps, frags, step, modified,        \
+                  Wanted::kQuery>(p, shared_memory)                                       \
+        .run();                                                                           \
+  }
+#define ATTNEXT_ROUTED_KEY_GRADIENT(name, T, dim, warps, frags, step, modified, slices)  \
+  ATTNEXT_ROUTED_KERNEL(name, (warps) * 32) {                                            \
+    KeyGradient<ListWalk<true, modified>, T, dim, warps, frags, step, modified, slices>( \
+        p, shared_memory)                                                                \
+        .run();                                                                          \
   }
 
 }  // namespace cuda

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "block.cuh"
+#include "list_walk.cuh"
 
 namespace attnext {
 namespace cuda {
@@ -14,15 +15,15 @@ ATTNEXT_DEVICE float natural_lse(float top, float sum) {
   return sum == 0.f ? -INFINITY : fmaf(top, kLn2, fmaf(top, kRest, logf(sum)));
 }
 
-template <class T, int kDim, int kWarps, int kFrags, int kStep, bool kModified>
-struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kDim, kWarps, kFrags,
-                       kStep, 1, key_numbers(kModified)> {
-  using Base = Block<Forward, T, kDim, kWarps, kFrags, kStep, 1, key_numbers(kModified)>;
+template <class Walk, class T, int kDim, int kWarps, int kFrags, int kStep, bool kModified>
+struct Forward : Block<Forward<Walk, T, kDim, kWarps, kFrags, kStep, kModified>, Walk, T, kDim,
+                       kWarps, kFrags, kStep, 1, key_numbers(kModified)> {
+  using Base = Block<Forward, Walk, T, kDim, kWarps, kFrags, kStep, 1, key_numbers(kModified)>;
   using Base::Base;
   using Base::batch, Base::head, Base::kv_head, Base::lane, Base::p, Base::w, Base::walk,
       Base::warp;
   using Base::kColumns, Base::kMine, Base::kRows, Base::kWarpRows;
-  using typename Base::Mask;
+  using typename Base::Cursor, typename Base::Mask, typename Base::Row;
   static constexpr bool kReadsBias = kModified;
   static constexpr bool kKept = sizeof(T) == 2 && kDim <= 32;
   using Rows = LeftRows<T, kDim, kFrags, kKept>;
@@ -37,9 +38,9 @@ struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kD
   Modifiers modifiers;
 
   // Where in the bias table a key would be for a query at the origin.
-  ATTNEXT_DEVICE void note(int j, int32_t slot, int32_t, int numbers) {
+  ATTNEXT_DEVICE void note(int j, int32_t slot, Cursor cursor, int32_t, int numbers) {
     if constexpr (kModified) {
-      this->integer(numbers, 0)[j] = w.bias ? walk.bias_entry(w, walk.slot(slot)) : kNoBias;
+      this->integer(numbers, 0)[j] = w.bias ? walk.bias_entry(w, walk.slot(slot, cursor)) : kNoBias;
     }
   }
 
@@ -58,7 +59,7 @@ struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kD
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             float& x = s[f][n][2 * half + e];
-            x = modifiers(x * unit(f, half), key - row_bias[f][half],
+            x = modifiers(x * unit(f, half), Walk::kRowsBias ? key - row_bias[f][half] : key,
                           key != kNoBias && mask(f, half, n, e), nullptr);
           }
         }
@@ -163,7 +164,7 @@ struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kD
     head = block % static_cast<uint32_t>(w.heads);
     batch = block / static_cast<uint32_t>(w.heads);
     kv_head = head / static_cast<int32_t>(w.heads / w.kv_heads);
-    if (!walk.template start<true>(p, walk.rule_of(p, head), index)) return;
+    if (!walk.start(p, batch, head, index)) return;
     const int32_t from = part * p.split_step;
     if (part > 0 && from >= walk.total) return;
     const int32_t to = min(walk.total, from + p.split_step);
@@ -189,7 +190,7 @@ struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kD
     if constexpr (kModified) {
       const float scale = row.live ? scale_of<kModified>(w, batch, row.token, head) : 1.f;
       spread<kFrags>(Modifiers::unit(w, scale), row_unit);
-      spread<kFrags>(Walk::bias_origin(w, row), row_bias);
+      if constexpr (Walk::kRowsBias) spread<kFrags>(Walk::bias_origin(w, row), row_bias);
       modifiers.start(w, head);
     }
     const bool sink = w.sink_logits && with_sink;
@@ -280,8 +281,8 @@ struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kD
     const bool sink = w.sink_logits && part == 0;
     float high = sink_level(sink), total = sink ? 1.f : 0.f;
     for (int32_t s = from; s < to; ++s) {
-      const Walk::Slot at = walk.slot(s);
-      if (!Walk::attends(row, at)) continue;
+      const typename Walk::Slot at = walk.slot(s);
+      if (!walk.attends(row, at)) continue;
       this->load_row(this->slot_address(&w.key, &w.extra_key, at), w.head_dim, key);
       this->load_row(this->slot_address(&w.value, &w.extra_value, at), w.head_dim_v, value);
       float x = this->dot(query, key) * factor;
@@ -315,8 +316,8 @@ struct Forward : Block<Forward<T, kDim, kWarps, kFrags, kStep, kModified>, T, kD
 };
 
 // Adds up what the parts of a walk gave for a tile's rows: one warp a row.
-template <class T>
-ATTNEXT_DEVICE void merge_parts(const WindowLaunch& p, int rows) {
+template <class T, class Walk>
+ATTNEXT_DEVICE void merge_parts(const typename Walk::Launch& p, int rows) {
   const WindowParams& w = p.window;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   uint32_t block = blockIdx.x;
@@ -325,11 +326,11 @@ ATTNEXT_DEVICE void merge_parts(const WindowLaunch& p, int rows) {
   const int32_t head = block % static_cast<uint32_t>(w.heads);
   const int32_t batch = block / static_cast<uint32_t>(w.heads);
   Walk walk;
-  if (!walk.template start<true>(p, walk.rule_of(p, head), index)) return;
+  if (!walk.start(p, batch, head, index)) return;
   const int64_t size = w.head_dim_v + 2;
   const int32_t parts = max(1, (walk.total + p.split_step - 1) / p.split_step);
   for (int r = warp; r < rows; r += warps) {
-    const Row row = walk.row(r);
+    const typename Walk::Row row = walk.row(r);
     if (!row.live) continue;
     const auto part = [&](int i) {
       const int64_t at = (int64_t(block) * p.splits + i) * p.most_tiles + index;
@@ -356,15 +357,26 @@ ATTNEXT_DEVICE void merge_parts(const WindowLaunch& p, int rows) {
 
 extern __shared__ __align__(1024) uint8_t shared_memory[];
 
-#define ATTNEXT_FORWARD(name, T, dim, warps, frags, step, modified, slices)        \
-  extern "C" __global__ void __launch_bounds__(                                    \
-      (warps) * 32, least_blocks(dim, warps, frags, (modified) || sizeof(T) == 4)) \
-      name(const __grid_constant__ WindowLaunch p) {                               \
-    Forward<T, dim, warps, frags, step, modified>(p, shared_memory).run();         \
+#define ATTNEXT_FORWARD(name, T, dim, warps, frags, step, modified, slices)         \
+  extern "C" __global__ void __launch_bounds__(                                     \
+      (warps) * 32, least_blocks(dim, warps, frags, (modified) || sizeof(T) == 4))  \
+      name(const __grid_constant__ WindowLaunch p) {                                \
+    Forward<BoxWalk, T, dim, warps, frags, step, modified>(p, shared_memory).run(); \
+  }
+#define ATTNEXT_ROUTED_FORWARD(name, T, dim, warps, frags, step, modified, slices)             \
+  extern "C" __global__ void __launch_bounds__(                                                \
+      (warps) * 32, least_blocks(dim, warps, frags, (modified) || sizeof(T) == 4))             \
+      name(const __grid_constant__ RoutedLaunch p) {                                           \
+    Forward<ListWalk<false, modified>, T, dim, warps, frags, step, modified>(p, shared_memory) \
+        .run();                                                                                \
   }
 #define ATTNEXT_MERGE(name, T)                                                                     \
   extern "C" __global__ void __launch_bounds__(128) name(const __grid_constant__ WindowLaunch p) { \
-    merge_parts<T>(p, p.rows);                                                                     \
+    merge_parts<T, BoxWalk>(p, p.rows);                                                            \
+  }
+#define ATTNEXT_ROUTED_MERGE(name, T)                                                              \
+  extern "C" __global__ void __launch_bounds__(128) name(const __grid_constant__ RoutedLaunch p) { \
+    merge_parts<T, ListWalk<false, false>>(p, p.rows);                                             \
   }
 
 }  // namespace cuda

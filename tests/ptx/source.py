@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.kernels import CSRC, KERNELS, LINEAR_KERNELS
+from bench.kernels import CSRC, KERNELS, LINEAR_KERNELS, ROUTED_KERNELS
 
 from .compile import compile_ptx
 from .executor import Program, load
@@ -40,11 +40,11 @@ def source_of(kernel: str) -> str:
     if kernel.startswith("linear_"):
         scan = re.match(r"linear_scan_(bf16|fp16|fp32)", kernel)
         return f"{scan.group()}.cu" if scan else "linear_sums.cu"
-    found = re.match(r"window_(.*?)_(bf16|fp16|fp32)", kernel)
+    found = re.match(r"(window|routed)_(.*?)_(bf16|fp16|fp32)", kernel)
     assert found, kernel
-    family, dtype = found.groups()
-    family = {"merge": "forward", "statistics": "query_gradient"}.get(family, family)
-    return f"window_{family}_{dtype}.cu"
+    family, part, dtype = found.groups()
+    part = {"merge": "forward", "statistics": "query_gradient"}.get(part, part)
+    return f"{family}_{part}_{dtype}.cu"
 
 
 def header_with(edit: Edit) -> str:
@@ -80,7 +80,7 @@ def _marked(path: Path, text: str, edits: tuple[Edit, ...], seen: set[Path]) -> 
 
 def _only(kernel: str, text: str) -> str:
     """Source text that instantiates lists of kernels, with one kernel of them."""
-    listed = [k for k in (*KERNELS, *LINEAR_KERNELS) if k.name == kernel]
+    listed = [k for k in (*KERNELS, *ROUTED_KERNELS, *LINEAR_KERNELS) if k.name == kernel]
     lines = []
     for line in text.splitlines():
         if re.match(r"ATTNEXT_\w+_KERNELS_\d+\(", line):

@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels of routed attention under the executor, through attnext's public function.
+
+As for windows: every launch is checked for accesses out of bounds, reads of what was not written
+and races; outputs start as NaN and must be written whole; results are held to the specification in
+float64.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import attnext
+from attnext import BlockPlan, Blocks, reference_routed
+from attnext.testing import assert_within_budget, evaluate
+
+from .routed import on_executor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def qkv(
+    queries: tuple[int, ...],
+    keys: tuple[int, ...] | None = None,
+    dim: int = 32,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    batch: int = 1,
+    heads: int = 1,
+    kv_heads: int | None = None,
+    dim_v: int | None = None,
+) -> dict[str, Tensor]:
+    kv = kv_heads or heads
+    return {
+        "query": normal(batch, *queries, heads, dim, dtype=dtype, seed=1),
+        "key": normal(batch, *(keys or queries), kv, dim, dtype=dtype, seed=2),
+        "value": normal(batch, *(keys or queries), kv, dim_v or dim, dtype=dtype, seed=3),
+    }
+
+
+def check(tensors: dict[str, Tensor], plan: BlockPlan, grads: bool = True, **options: Any) -> Any:
+    """Forward and backward within the budget; gives the reports."""
+    query, value = tensors["query"], tensors["value"]
+    shape = (*query.shape[:-1], value.shape[-1])
+    cotangents = (normal(*shape, dtype=query.dtype, seed=4), normal(*shape[:-1], seed=5))
+    given_cotangents = cotangents if grads else None
+    options = {"plan": plan, **options}
+    with on_executor(metrics=False) as recorder:
+        results = evaluate(attnext.routed_attention, tensors, options, given_cotangents)
+    assert_within_budget(
+        results, reference_routed.routed_attention, tensors, options, given_cotangents
+    )
+    return recorder.reports
+
+
+def lists(
+    tokens: int,
+    block: int,
+    slots: int,
+    *,
+    keys: int | None = None,
+    key_block: int | None = None,
+    batch: int = 1,
+    heads: int = 1,
+    bias: bool = False,
+    seed: int = 0,
+) -> BlockPlan:
+    """Random lists, with empty slots and blocks named twice."""
+    generator = torch.Generator().manual_seed(seed)
+    keys, key_block = keys or tokens, key_block or block
+    shape = (batch, heads, -(-tokens // block), slots)
+    indices = torch.randint(-1, -(-keys // key_block), shape, generator=generator)
+    numbers = normal(*shape, seed=seed) if bias else None
+    return BlockPlan.of(indices, tokens, block, keys, key_block, bias=numbers)
+
+
+# ---- whatever may come ---------------------------------------------------------------------------
+
+
+@st.composite
+def problems(draw: Any, dtypes: Any = (torch.bfloat16,), dims: Any = (16, 32)) -> Any:
+    """(tensors, plan, options)"""
+    number = draw(st.integers(0, 2**32))
+    choose = random.Random(number)
+    batch, kv_heads = choose.choice([1, 1, 2]), choose.choice([1, 1, 2])
+    heads = kv_heads * choose.choice([1, 2]) if kv_heads == 1 else kv_heads
+    queries, keys = choose.choice([1, 20, 64, 70]), choose.choice([1, 33, 64, 90])
+    if choose.random() < 0.5:
+        keys = queries
+    tensors = qkv(
+        (queries,),
+        (keys,),
+        choose.choice(dims),
+        choose.choice(dtypes),
+        batch=batch,
+        heads=heads,
+        kv_heads=kv_heads,
+    )
+    list_batch, list_heads = choose.choice([1, batch]), choose.choice([1, kv_heads, heads])
+    block, key_block = choose.choice([1, 4, 16, 50, 64, 128]), choose.choice([1, 8, 16, 64, 100])
+    blocks, slots = -(-queries // block), choose.choice([0, 1, 3, 5])
+    generator = torch.Generator().manual_seed(number)
+    shape = (list_batch, list_heads, blocks, slots)
+    if choose.random() < 0.3:
+        starts = torch.randint(0, keys, shape, generator=generator)
+        ends = starts + torch.randint(-4, 60, shape, generator=generator)
+        plan = BlockPlan.of_spans(starts, ends.clamp(max=keys), queries, block, keys)
+    else:
+        indices = torch.randint(-1, -(-keys // key_block), shape, generator=generator)
+        biased = slots > 0 and choose.random() < 0.3
+        bias = torch.randn(shape, generator=generator) if biased else None
+        plan = BlockPlan.of(indices, queries, block, keys, key_block, bias=bias)
+    options: dict[str, Any] = {}
+    if choose.random() < 0.5:
+        options["is_causal"] = True
+    if choose.random() < 0.4:
+        options["window_size"] = choose.choice([1, 9, 70, (3, 5), (None, 0)])
+    if choose.random() < 0.3:
+        options["sinks"] = choose.choice([1, 3, 70])
+    if choose.random() < 0.2:
+        options["within"] = choose.choice([(20, 20), (None, 5), (70, None)])
+    if choose.random() < 0.2:
+        options["exclude_self"] = True
+    if choose.random() < 0.2:
+        options["key_lengths"] = torch.randint(0, keys + 2, (batch,), generator=generator)
+    if choose.random() < 0.2:
+        for name, tokens in (("query", queries), ("key", keys)):
+            documents = torch.randint(0, 3, (batch, tokens), generator=generator)
+            options[f"{name}_documents"] = documents.sort(-1).values
+    if choose.random() < 0.3:
+        policies = ("list", "dense", "streaming", "off")
+        options["head_policy"] = [choose.choice(policies) for _ in range(heads)]
+    if choose.random() < 0.2:
+        options["softcap"] = 3.0
+    if choose.random() < 0.2:
+        tensors["sink_logits"] = normal(heads)
+    return tensors, plan, options
+
+
+@settings(max_examples=8)
+@given(problems())
+def test_random_problems(problem: Any) -> None:
+    tensors, plan, options = problem
+    check(tensors, plan, **options)
+
+
+@pytest.mark.heavy
+@settings(max_examples=60)
+@given(problems(dtypes=DTYPES, dims=(8, 32, 64, 100)))
+def test_more_random_problems(problem: Any) -> None:
+    tensors, plan, options = problem
+    check(tensors, plan, **options)
+
+
+# ---- blocks and tiles ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tokens", "block", "key_block"), [(70, 1, 16), (130, 16, 1), (200, 128, 64), (129, 40, 100)]
+)
+def test_blocks_of_any_size(tokens: int, block: int, key_block: int) -> None:
+    plan = lists(tokens, block, 3, keys=150, key_block=key_block)
+    check(qkv((tokens,), (150,)), plan)
+
+
+def test_boxes_with_ragged_edges() -> None:
+    indices = torch.randint(-1, 6, (1, 2, 8, 3), generator=torch.Generator().manual_seed(0))
+    plan = BlockPlan.of(indices, (9, 13), (5, 4), (7, 11), (4, 4))
+    check(qkv((9, 13), (7, 11), heads=2), plan, head_policy=["list", "dense"])
+
+
+def test_one_walk_for_neighbours_that_list_the_same() -> None:
+    """Blocks of 16 queries that all list one block of keys: the tile walks over it once."""
+    tensors, shared = qkv((64,), dim=32), torch.zeros(1, 1, 4, 1, dtype=torch.int32)
+    once = BlockPlan.of(shared, 64, 16, 64, 64)
+    reports = check(tensors, once, grads=False)
+    flops = reports[0].instructions()["mma"]
+    whole = BlockPlan.of(shared[:, :, :1], 64, 64, 64, 64)
+    assert check(tensors, whole, grads=False)[0].instructions()["mma"] == flops
+
+
+def test_nothing_is_listed() -> None:
+    plan = BlockPlan.of(torch.full((1, 1, 5, 2), -1), 70, 16)
+    check(qkv((70,)), plan)
+    plan = BlockPlan.of(torch.zeros(1, 1, 5, 0, dtype=torch.int32), 70, 16)
+    check(qkv((70,)), plan, sinks=2)
+
+
+def test_lists_of_compressed_rows() -> None:
+    mask = torch.rand(2, 1, 7, 9, generator=torch.Generator().manual_seed(0)) < 0.4
+    plan = BlockPlan.of_mask(mask, 100, 16, 130, 16)
+    check(qkv((100,), (130,), batch=2, heads=2), plan, is_causal=True)
+
+
+def test_blocks_of_unlike_sizes() -> None:
+    queries = Blocks((80,), torch.tensor([0, 3, 3, 75, 80], dtype=torch.int32))
+    keys = Blocks((90,), torch.tensor([0, 1, 81, 81, 90], dtype=torch.int32))
+    indices = torch.tensor([[[[0, 1], [1, 1], [3, 0], [2, 1]]]])
+    check(qkv((80,), (90,)), BlockPlan.of(indices, 80, queries, 90, keys))
+
+
+# ---- rules ---------------------------------------------------------------------------------------
+
+
+def test_window_and_sinks_beside_lists() -> None:
+    tensors = qkv((150,), heads=2)
+    check(tensors, lists(150, 16, 4, heads=2), is_causal=True, window_size=40, sinks=5)
+
+
+def test_policies_of_heads() -> None:
+    tensors = qkv((100,), heads=4, kv_heads=2)
+    policy = ["list", "dense", "streaming", "off"]
+    options = {"window_size": 20, "sinks": 3, "is_causal": True, "exclude_self": True}
+    check(tensors, lists(100, 16, 2, heads=2), head_policy=policy, **options)
+
+
+def test_documents_and_lengths() -> None:
+    documents = torch.tensor([[0] * 30 + [1] * 40 + [4] * 30, [2] * 50 + [3] * 50])
+    tensors = qkv((100,), batch=2)
+    check(
+        tensors,
+        lists(100, 16, 4),
+        query_documents=documents,
+        key_documents=documents.flip(0).sort(-1).values,
+        window_size=(5, 5),
+        key_lengths=torch.tensor([100, 77]),
+    )
+
+
+def test_biases_of_slots() -> None:
+    tensors = qkv((100,), heads=2, kv_heads=1)
+    tensors["sink_logits"] = normal(2)
+    plan = lists(100, 16, 4, bias=True)
+    check(tensors, plan, is_causal=True, window_size=30, sinks=3, softcap=4.0)
+
+
+@pytest.mark.parametrize(
+    ("what", "options"),
+    [
+        ("documents that decrease", {"documents": True}),
+        ("beside blocks that are out of order", {"boxes": True}),
+        ("a gradient of plan.bias", {"bias": True}),
+        ("spans that overlap and have a bias", {"spans": True}),
+    ],
+)
+def test_what_the_kernels_lack_is_said(what: str, options: dict[str, bool]) -> None:
+    tensors, more = qkv((40,)), {}
+    plan = lists(40, 16, 2)
+    if "documents" in options:
+        documents = torch.tensor([[1] * 20 + [0] * 20])
+        more = {"query_documents": documents, "key_documents": documents}
+    elif "boxes" in options:
+        documents = torch.zeros(1, 40, dtype=torch.int32)
+        more = {"query_documents": documents, "key_documents": documents}
+        tensors = qkv((5, 8))
+        plan = BlockPlan.of(torch.zeros(1, 1, 6, 1, dtype=torch.int32), (5, 8), (3, 3))
+    elif "bias" in options:
+        bias = torch.zeros(plan.lists.shape, requires_grad=True)
+        plan = BlockPlan.of(plan.lists, 40, 16, bias=bias)
+    else:
+        spans = torch.tensor([[[[0, 3]]]]), torch.tensor([[[[9, 12]]]])
+        plan = BlockPlan.of_spans(*spans, 40, 40, bias=torch.zeros(1, 1, 1, 2))
+    message = what.replace("documents that decrease", "query_documents or key_documents that")
+    with on_executor(metrics=False), pytest.raises(NotImplementedError, match=message):
+        out = attnext.routed_attention(**tensors, plan=plan, **more)
+        out.float().sum().backward()
+
+
+# ---- every kernel --------------------------------------------------------------------------------
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dim", "dim_v"), [(16, 16), (30, 53), (64, 64), (128, 80), (256, 256)])
+def test_every_bucket(dim: int, dim_v: int, dtype: torch.dtype) -> None:
+    tensors = qkv((90,), (90,), dim, dtype, heads=2, kv_heads=1, dim_v=dim_v)
+    options = {"is_causal": True, "window_size": 12, "sinks": 2}
+    check(tensors, lists(90, 16, 3), **options)
+    tensors["sink_logits"] = normal(2)
+    check(tensors, lists(90, 16, 3, bias=True), **options)
+
+
+def test_rows_anywhere() -> None:
+    """Rows that are cut out of wider ones, and do not begin at multiples of 16 bytes."""
+    tensors = {
+        n: torch.cat([x, x * torch.nan], -1)[..., :30] for n, x in qkv((70,), dim=25).items()
+    }
+    tensors = {n: x[..., :25] for n, x in tensors.items()}
+    check(tensors, lists(70, 16, 2), window_size=4)
+
+
+def test_what_is_not_finite_stays_with_those_who_attend_it() -> None:
+    tensors = qkv((12,))
+    tensors["value"][0, 5, 0, 3] = torch.inf
+    tensors["key"][0, 8, 0] = torch.nan
+    plan = BlockPlan.of(torch.arange(6).view(1, 1, 6, 1), 12, 2)
+    grad = normal(1, 12, 1, 32, dtype=torch.bfloat16)
+
+    def run() -> list[Tensor]:
+        leaves = {n: x.detach().requires_grad_() for n, x in tensors.items()}
+        out, lse = attnext.routed_attention(**leaves, plan=plan, window_size=3, return_lse=True)
+        return [out, lse, *torch.autograd.grad((out, lse), list(leaves.values()), (grad, lse * 0))]
+
+    expected = run()
+    with on_executor(metrics=False):
+        results = run()
+    for mine, other in zip(results, expected, strict=True):
+        finite = torch.isfinite(other)
+        assert torch.equal(torch.isfinite(mine), finite)
+        assert 0 < finite.sum() < finite.numel()
+        torch.testing.assert_close(mine[finite], other[finite], rtol=0.03, atol=0.03)
