@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 
 from .arguments import check_integer, kind_of, under_autocast
 from .functional import merge_attentions, sliding_window_attention
-from .linear import linear_attention, linear_attention_step
+from .linear import check_scale, linear_attention, linear_attention_step
 from .linear_ops import num_features
 from .ops import accumulator_dtype
 from .rotary import rotary_embedding
@@ -172,6 +172,7 @@ def based_attention_step(
             "based_attention_step has no gradient: query, key and value must not require one, or "
             "call it under torch.no_grad()"
         )
+    scale = check_scale(scale, query.shape[-1] ** -0.5)
     outs = []
     for q, k, v in zip(*(x.split(1, dim=1) for x in (query, key, value)), strict=True):
         left = cache.window.push(k, v)
@@ -186,7 +187,7 @@ def based_attention_step(
 
 
 def _read_older(
-    query: Tensor, key: Tensor, value: Tensor, state: Tensor, scale: float | None
+    query: Tensor, key: Tensor, value: Tensor, state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """One more key into the state; its mean of values, and the sum of its weights.
 

@@ -325,7 +325,7 @@ def _plain_layout(
         raise ValueError(
             f"state must have {rows} rows for head_dim {head_dim}, got {tuple(state.shape)}"
         )
-    number = _scale(scale, head_dim**-0.5)
+    number = check_scale(scale, head_dim**-0.5)
     if number <= 0:
         raise ValueError(f"scale must be positive, got {scale}")
     packed = torch.zeros(head_dim, head_dim, dtype=torch.int64)
@@ -346,7 +346,7 @@ def _check_flag(name: str, x: Any) -> None:
         raise TypeError(f"{name} must be a bool, got {x!r}")
 
 
-def _scale(scale: Any, default: float) -> float:
+def check_scale(scale: Any, default: float) -> float:
     if scale is None:
         return default
     if isinstance(scale, bool) or not isinstance(scale, int | float):
@@ -416,7 +416,7 @@ def _check_problem(
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps must be finite and not negative, got {eps}")
     scaled = feature_map in ("identity", "taylor2")
-    return heads, _scale(scale, query.shape[-1] ** -0.5 if scaled else 1.0)
+    return heads, check_scale(scale, query.shape[-1] ** -0.5 if scaled else 1.0)
 
 
 def _check_gates(
