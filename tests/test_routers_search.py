@@ -549,3 +549,12 @@ def test_keys_after_a_query_block_change_nothing(name):
     for x in (q, k, v):
         x[:, 64:] = normal(*x[:, 64:].shape, seed=77) * 9
     assert torch.equal(call(q, k, v)[:, :64], before[:, :64])
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.parametrize("name", ["HiP", "LongHeads", "Superlinear"])
+def test_compiled_in_one_piece(name):
+    call = ROUTED[name]
+    q, k, v = (normal(1, 80, h, 4, seed=h) for h in (4, 2, 2))
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v), call(q, k, v))
