@@ -170,6 +170,17 @@ def test_superlinear_gradients():
         torch.testing.assert_close(got, want)
 
 
+def test_superlinear_of_padded_batches():
+    """Padding in front, of another length for each item, is as if it were not there."""
+    s, q, k, v = (normal(2, 40, 2, 4, seed=n) for n in range(4))
+    options = {"sw_index": 1, "search_power": 0.5}
+    out = superlinear_attention(s, q, k, v, key_starts=torch.tensor([0, 13]), **options)
+    for b, start in enumerate((0, 13)):
+        alone = [x[b : b + 1, start:] for x in (s, q, k, v)]
+        torch.testing.assert_close(out[b : b + 1, start:], superlinear_attention(*alone, **options))
+        assert not out[b, :start].any()
+
+
 def test_superlinear_without_anchors_is_the_window():
     s, q, k, v = (normal(1, 20, 2, 4, seed=n) for n in range(4))
     out = superlinear_attention(s, q, k, v, sw_index=65)

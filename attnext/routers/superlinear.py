@@ -359,7 +359,8 @@ def superlinear_attention(
         else:
             at, first = _places(query, key, query_positions, key_starts)
             begin = torch.maximum(at - window + 1, first[:, None])[..., None]
-            near = listed(begin.clamp(min=0), (at[..., None] + 1).clamp(max=num_keys), query)
+            end = (at[..., None] + 1).clamp(max=num_keys)
+            near = listed(begin, end.expand_as(begin), query)
         joined = [
             merge_attentions((near[0], outs[..., s, :]), (near[1], lses[..., s]))[0]
             for s in range(num_spans)
