@@ -108,7 +108,7 @@ struct Walk {
       outside |= tile(a).first + axis.dilation * tile(a).begin < 0 ||
                  tile(a).first + axis.dilation * (tile(a).end - 1) >= axis.num_walked;
     }
-    return outside && total > lead;
+    return over_keys && outside && total > lead;
   }
 
   ATTNEXT_DEVICE Row row(int r) const {
