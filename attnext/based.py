@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from .arguments import check_integer, kind_of, under_autocast
+from .arguments import check_integer, check_scale, kind_of, under_autocast
 from .functional import sliding_window_attention
 from .linear import linear_attention, linear_attention_step
 from .linear_ops import num_features
@@ -173,6 +173,7 @@ def based_attention_step(
             "based_attention_step has no gradient: query, key and value must not require one, or "
             "call it under torch.no_grad()"
         )
+    scale = check_scale(scale, query.shape[-1] ** -0.5)
     outs = []
     for q, k, v in zip(*(x.split(1, dim=1) for x in (query, key, value)), strict=True):
         left = cache.window.push(k, v)
@@ -187,7 +188,7 @@ def based_attention_step(
 
 
 def _read_older(
-    query: Tensor, key: Tensor, value: Tensor, state: Tensor, scale: float | None
+    query: Tensor, key: Tensor, value: Tensor, state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """One more key into the state; its mean of values, and the sum of its weights.
 

@@ -9,6 +9,9 @@ other, besides a part of its own and noise; values say a letter. The last tokens
 for one needle, with the needle's own key. Searches look at few keys and conclude on their
 neighbours, so a second run with needles that nothing around them resembles shows where they end.
 
+The table says how many needles were found, how many keys of needles were attended at all, the time
+of search and attention together, and the share of the context that was attended.
+
 Only the last tokens attend, as in decoding: nothing takes the square of the context.
 """
 

@@ -271,6 +271,9 @@ WRONG = {
     "value device": (lambda: wrong(2, x(2, 1, 2, 3, device="meta")), ValueError, "value .*meta"),
     "query": (lambda: wrong(0, x(2, 1, 2, 6)), ValueError, r"query must .*\(2, 1, 4, 6\)"),
     "query dtype": (lambda: wrong(0, x(2, 1, 4, 6).half()), TypeError, "query must .*float16"),
+    "scale": (
+        lambda: wrong(0, x(2, 1, 4, 6), scale=torch.ones(2)), TypeError, "scale must be a number",
+    ),
     "mixer": (lambda: attnext.BasedBlock(8, "mamba"), ValueError, "mixer must be one of .*'mamba'"),
     "heads": (
         lambda: attnext.BasedAttention(24, num_heads=5), ValueError, "dim must be .*5, got 24",

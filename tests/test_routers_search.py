@@ -170,6 +170,17 @@ def test_superlinear_gradients():
         torch.testing.assert_close(got, want)
 
 
+def test_superlinear_of_padded_batches():
+    """Padding in front, of another length for each item, is as if it were not there."""
+    s, q, k, v = (normal(2, 40, 2, 4, seed=n) for n in range(4))
+    options = {"sw_index": 1, "search_power": 0.5}
+    out = superlinear_attention(s, q, k, v, key_starts=torch.tensor([0, 13]), **options)
+    for b, start in enumerate((0, 13)):
+        alone = [x[b : b + 1, start:] for x in (s, q, k, v)]
+        torch.testing.assert_close(out[b : b + 1, start:], superlinear_attention(*alone, **options))
+        assert not out[b, :start].any()
+
+
 def test_superlinear_without_anchors_is_the_window():
     s, q, k, v = (normal(1, 20, 2, 4, seed=n) for n in range(4))
     out = superlinear_attention(s, q, k, v, sw_index=65)
@@ -549,3 +560,12 @@ def test_keys_after_a_query_block_change_nothing(name):
     for x in (q, k, v):
         x[:, 64:] = normal(*x[:, 64:].shape, seed=77) * 9
     assert torch.equal(call(q, k, v)[:, :64], before[:, :64])
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.parametrize("name", ["HiP", "LongHeads", "Superlinear"])
+def test_compiled_in_one_piece(name):
+    call = ROUTED[name]
+    q, k, v = (normal(1, 80, h, 4, seed=h) for h in (4, 2, 2))
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v), call(q, k, v))

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import bisect
 import functools
 import math
 from fractions import Fraction
@@ -177,8 +176,9 @@ def superlinear_search(
     table, offsets = _table(
         _power("search_power", search_power), 1 << num_keys.bit_length(), Fraction(1), device
     )
-    offsets = offsets[sw_index + 1 : bisect.bisect_right(table, num_keys)]
-    offsets = offsets.flip(0)  # far to near: the first of equals is the farthest
+    stripes = slice(sw_index + 1, sum(root <= num_keys for root in table))
+    # Far to near: the first of equals is the farthest.
+    roots, offsets = table[stripes][::-1], offsets[stripes].flip(0)
     shifted = query_positions is None and num_queries > _FEW
 
     anchors = torch.full((batch, num_queries, heads, num_spans), -1, device=device)
@@ -191,8 +191,11 @@ def superlinear_search(
             valid = (at >= starts[:, None, None]) & (at < num_keys)
             if not offsets.numel():
                 break
-            score = _shifted_scores if shifted else _gathered_scores
-            scores = score(q[:, part], k, at)  # [B, n, anchors, H]
+            if shifted:
+                begin = part.start + num_keys - num_queries + 1
+                scores = _shifted_scores(q[:, part], k, [begin - root for root in roots])
+            else:
+                scores = _gathered_scores(q[:, part], k, at)  # [B, n, anchors, H]
             scores = scores.masked_fill(~valid[..., None] | scores.isnan(), -math.inf)
             for s in range(num_spans):
                 best = scores.argmax(2, keepdim=True)
@@ -206,11 +209,11 @@ def superlinear_search(
             span_length(ago, span[0], f, num_keys)[..., None, None] for f in (span[1], ahead)
         )
         here, first = positions[..., None, None], starts[:, None, None, None]
-        begin = torch.maximum(anchors - back, first)
-        end = torch.minimum(anchors + forth, here - window if window else here)
-        end = end.clamp(max=num_keys - 1) + 1
+        left = torch.maximum(anchors - back, first)
+        right = torch.minimum(anchors + forth, here - window if window else here)
+        right = right.clamp(max=num_keys - 1) + 1
         nothing = anchors < 0
-    return Spans(anchors, begin.masked_fill(nothing, 0), end.masked_fill(nothing, 0))
+    return Spans(anchors, left.masked_fill(nothing, 0), right.masked_fill(nothing, 0))
 
 
 def _places(
@@ -229,11 +232,11 @@ def _places(
     return positions, key_starts.to(key.device, torch.int64).clamp(min=0)
 
 
-def _shifted_scores(q: Tensor, k: Tensor, at: Tensor) -> Tensor:
-    """Queries that follow one another: the keys of one stripe follow one another too."""
+def _shifted_scores(q: Tensor, k: Tensor, first: list[int]) -> Tensor:
+    """Queries that follow one another: the keys of one stripe follow one another too. ``first``
+    are those of the first query."""
     q = exact(q)
     batch, count, kv_heads, group, _ = q.shape
-    first = at[0, 0].tolist()
     scores = q.new_full((len(first), batch, count, kv_heads, group), -math.inf)
     for i, begin in enumerate(first):
         skip, end = max(0, -begin), min(begin + count, k.shape[1])
@@ -356,7 +359,8 @@ def superlinear_attention(
         else:
             at, first = _places(query, key, query_positions, key_starts)
             begin = torch.maximum(at - window + 1, first[:, None])[..., None]
-            near = listed(begin.clamp(min=0), (at[..., None] + 1).clamp(max=num_keys), query)
+            end = (at[..., None] + 1).clamp(max=num_keys)
+            near = listed(begin, end.expand_as(begin), query)
         joined = [
             merge_attentions((near[0], outs[..., s, :]), (near[1], lses[..., s]))[0]
             for s in range(num_spans)

@@ -26,11 +26,6 @@ ATTNEXT_DEVICE uint32_t bit_range(int begin, int end) {
   return bits_below(end) & ~bits_below(begin);
 }
 
-// Of numbers >= 0: as unsigned ones, so that the compiler knows that none is below 0.
-ATTNEXT_DEVICE bool is_below(int32_t a, int32_t b) {
-  return static_cast<uint32_t>(a) < static_cast<uint32_t>(b);
-}
-
 struct Interval {
   int32_t begin, end;
   ATTNEXT_DEVICE bool contains(int32_t u) const { return begin <= u && u < end; }
@@ -139,7 +134,7 @@ struct BoxWalk {
       outside |= tile(a).first + axis.dilation * tile(a).begin < 0 ||
                  tile(a).first + axis.dilation * (tile(a).end - 1) >= axis.num_walked;
     }
-    return outside && total > lead;
+    return over_keys && outside && total > lead;
   }
 
   ATTNEXT_DEVICE BoxRow row(int r) const {
@@ -181,7 +176,7 @@ struct BoxWalk {
   ATTNEXT_DEVICE void place(int32_t s, int32_t (&c)[3]) const {
     c[0] = c[1] = 0;
     c[2] = s - lead;
-    if (is_below(s, lead)) {
+    if (over_keys && c[2] < 0) {
       c[2] += tile(2).sink_end - tile(2).begin;
     } else if (lines > 1) {
       const int32_t line = Divider(tile(2))(c[2]);
@@ -195,7 +190,7 @@ struct BoxWalk {
   ATTNEXT_DEVICE Slot slot(int32_t s) const {
     Slot at;
     at.kind = s < total ? Slot::kToken : Slot::kNone;
-    if (is_below(s, extra)) at.kind = Slot::kExtra;
+    if (over_keys && s < extra) at.kind = Slot::kExtra;
     place(s, at.index);
 #pragma unroll
     for (int a = 0; a < 3; ++a) {
@@ -328,7 +323,7 @@ struct BoxSteps {
 
  private:
   ATTNEXT_DEVICE Step kind(const BoxWalk& walk, int32_t slot, const BoxSteps& next) const {
-    if (is_below(slot, walk.lead)) return Step::kEdge;
+    if (walk.over_keys && column < 0) return Step::kEdge;
     if (!any_row) return Step::kSkip;
     if (walk.lines == 1) {
       const bool outside = column >= reach.end || next.column <= reach.begin;
@@ -360,7 +355,7 @@ struct BoxSteps {
 #pragma unroll
       for (int w = 0; w < kWords; ++w) bits[w] |= bit_range(begin - 32 * w, end - 32 * w);
     };
-    if (is_below(slot, walk.lead)) {
+    if (walk.over_keys && column < 0) {
       add(0, walk.extra - slot);
       const int32_t to_sinks = walk.extra - slot - walk.tile(2).sink_begin;  // index to bit
       const int32_t last = walk.lead - slot;

@@ -95,20 +95,21 @@ PROBLEMS: dict[str, Maker] = {
     "part of a row": lambda variant: variant.make("sliding_window_attention", [140], sinks=3,
                                                   window_size=120, dim=8, dim_v=16,
                                                   extra=variant.lead, sink_logits=True, batch=2),
-    "boxes": lambda variant: variant.make("window_attention", [2, 8, 8], window_size=(2, 8, 4),
-                                          dim=8, dim_v=16, batch=2),
+    "boxes": lambda variant: variant.make("window_attention", [2, 8, 8], window_size=(2, 4, 8),
+                                          dim=8, dim_v=16, spare=16, batch=2),
     "no step": _sliding([70], [70], window_size=30, edit=nobody),
     # weights that would overflow: logits of one row are hundreds apart
     "large logits": _sliding([70], [128], window_size=None, is_causal=False, edit=large,
                              backward=False),
     # rows that are copied from their addresses
     "far": lambda variant: variant.make("neighborhood_attention", [3, 5, 6], kernel_size=3,
-                                        boundary="zero_pad", dim=2, dim_v=3, batch=2,
+                                        boundary="zero_pad", dim=10, dim_v=13, batch=2,
                                         extra=variant.lead),
     # a row by a warp
-    "alone": _sliding([12], window_size=6, sinks=2, sink_logits=True, heads=2, kv_heads=1, extra=1,
+    "alone": _sliding([12], window_size=6, sinks=2, sink_logits=True, heads=4, kv_heads=2, extra=1,
                       edit=packed_not_finite),
-    "alone, boxes": _neighborhood([2, 2, 3], kernel_size=2, boundary="zero_pad", dim=2, extra=1,
+    "alone, boxes": _neighborhood([2, 2, 5], kernel_size=2, boundary="zero_pad", dim=8, extra=1,
+                                  dilation=(1, 1, 2),
                                   batch=2, edit=not_finite),
     # a walk by several blocks
     "parts": _sliding([1], [1100], window_size=None, backward=False),

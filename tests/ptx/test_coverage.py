@@ -27,6 +27,12 @@ LEAST = 0.98
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
+def least(kernel: str) -> float:
+    """A twentieth of the statistics' instructions are five divisions of 64 bits; no grid has rows
+    enough for the long form of all."""
+    return 0.96 if "statistics" in kernel else LEAST
+
+
 def count(executions: dict[str, Execution], report: Report) -> None:
     """Adds a launch to those of its kernel."""
     ran = report.execution
@@ -56,14 +62,15 @@ def test_nearly_every_instruction_is_executed(variant: Variant) -> None:
         assert not wrong, name
         for report in reports:
             count(executions, report)
-    count(executions, statistics_of_many_rows(variant.dtype, 0)[0])
+    for block in (0, -1):
+        count(executions, statistics_of_many_rows(variant.dtype, block)[0])
     if variant.modified:
-        count(executions, sum_of_tables(variant.dtype, 5)[0])
+        count(executions, sum_of_tables(FP32, 5)[0])
     for kernel, execution in executions.items():
         print(f"{kernel:40} {len(execution.lanes):6} {execution.coverage():8.2%}")
     left = {k: unexplained(k, e) for k, e in executions.items()}
     assert not any(left.values()), "\n".join(f"{k}: {x}" for k, some in left.items() for x in some)
-    low = {k: e.coverage() for k, e in executions.items() if e.coverage() < LEAST}
+    low = {k: e.coverage() for k, e in executions.items() if e.coverage() < least(k)}
     assert not low
 
 
@@ -101,6 +108,7 @@ def statistics_of_many_rows(dtype: torch.dtype, block: int) -> tuple[Report, Buf
         for name, x in (("out", out), ("lse", lse), ("dout", dout), ("dlse", dlse))
     ]
     rows = 128 // (16 * dtype.itemsize // 16)
+    block %= (1 << 33) // rows
     wrote = memory.allocate("statistics", 16 * rows)
     workspace = (wrote.address - 16 * rows * block) % (1 << 64)
     launch = launches(given[0], None, workspace, *given)[0]
@@ -115,7 +123,6 @@ def statistics_of_many_rows(dtype: torch.dtype, block: int) -> tuple[Report, Buf
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 @pytest.mark.parametrize("block", [0, 12345678, -1])
 def test_rows_may_be_more_than_32_bits_count(dtype: torch.dtype, block: int) -> None:
-    block %= (1 << 33) // (128 // dtype.itemsize)
     report, wrote, wanted = statistics_of_many_rows(dtype, block)
     report.check()
     got = torch.from_numpy(wrote.array(np.float32, (-1, 4)))[:, :2]

@@ -39,6 +39,16 @@ EQUIVALENT = (
     Equivalent("the rest of lse is below the rounding of 16 bits", "", "s.rest = isfinite(lse)"),
     Equivalent("both branches find the same row", "operands swapped", "n <= UINT32_MAX"),
     Equivalent("a whole chunk may be stored by numbers", "literal off by one", "left >= L::kElems"),
+    Equivalent("rows have whole numbers", "lt for le", "e * static_cast<int>(sizeof(T)) < bytes"),
+    Equivalent(
+        "rows have whole numbers", "literal off by one", "e * static_cast<int>(sizeof(T)) < bytes"
+    ),
+    Equivalent(
+        "no token: which kind is not asked", "literal off by one", "at.kind = Slot::kPhantom"
+    ),
+    Equivalent(
+        "whole rows may be copied like parts", "literal off by one", "bytes_first == kRowBytes"
+    ),
     Equivalent(
         "an overflow after a masked step is made good row by row",
         "dropped: add.f32",
