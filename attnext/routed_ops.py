@@ -88,9 +88,17 @@ _BIAS, _DOCUMENTS, _POLICY, _RULES = 3, 12, 15, 16
 
 def lists_of(problem: tuple[Any, ...]) -> Lists:
     query, key = problem[:2]
+    lists, ends, indptr, query_offsets, query_order, *of_keys = problem[_NUM_GRADS:_DOCUMENTS]
+    list_batch, list_heads = problem[_LIST_SHAPE]
     return Lists(
-        *problem[_NUM_GRADS:_DOCUMENTS],
-        tuple(problem[_LIST_SHAPE]),
+        lists,
+        ends,
+        indptr,
+        query_offsets,
+        query_order,
+        of_keys[0],
+        of_keys[1],
+        (list_batch, list_heads),
         math.prod(query.shape[1:-2]),
         math.prod(key.shape[1:-2]),
     )
@@ -108,18 +116,17 @@ def check_cuda(problem: tuple[Any, ...], of_bias: bool = False) -> None:
         what = "a gradient of plan.bias"
     elif (lists.query_order is not None or lists.key_order is not None) and _has_rules(problem):
         what = "rules of positions or documents beside blocks that are out of order"
-    elif any(_REMEMBERED.get((x,), "falls", lambda x=x: _falls(x)) for x in _given(documents)):
+    elif any(_falls(x) for x in documents if x is not None):
         what = "query_documents or key_documents that decrease"
     if what:
         raise NotImplementedError(f"routed attention on a GPU does not have {what} yet")
 
 
-def _given(tensors: tuple[Any, ...]) -> list[Tensor]:
-    return [x for x in tensors if x is not None]
-
-
 def _falls(documents: Tensor) -> bool:
-    return bool((documents.diff(dim=-1) < 0).any())
+    falls: bool = _REMEMBERED.get(
+        (documents,), "falls", lambda: bool((documents.diff(dim=-1) < 0).any())
+    )
+    return falls
 
 
 def _has_rules(problem: tuple[Any, ...]) -> bool:

@@ -331,9 +331,8 @@ struct ListSteps {
                          least_of(row.place),
                          most_of(row.place),
                          {0, 0}};
-    __syncwarp();
+    __syncwarp();  // the last walk's is no longer read; the block's next barrier is before it is
     if (threadIdx.x % 32 == 0) *reinterpret_cast<Common*>(shared) = mine;
-    __syncwarp();
     common = reinterpret_cast<const Common*>(shared);
     walk.seek(from, cursor);
   }

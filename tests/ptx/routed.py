@@ -106,7 +106,7 @@ def on_executor(**options: Any) -> Iterator[Recorder]:
     """Runs routed attention on the executor; the recorder has the reports."""
     recorder = Recorder(**options)
     kept = routed_ops._forward, routed_ops._backward
-    routed_ops._forward = functools.partial(forward, recorder)  # type: ignore[assignment]
+    routed_ops._forward = functools.partial(forward, recorder)
     routed_ops._backward = functools.partial(backward, recorder)
     try:
         yield recorder

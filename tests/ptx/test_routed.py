@@ -23,6 +23,8 @@ from attnext.testing import assert_within_budget, evaluate
 
 from .routed import on_executor
 
+routed_attention: Any = attnext.routed_attention
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -58,7 +60,7 @@ def check(tensors: dict[str, Tensor], plan: BlockPlan, grads: bool = True, **opt
     given_cotangents = cotangents if grads else None
     options = {"plan": plan, **options}
     with on_executor(metrics=False) as recorder:
-        results = evaluate(attnext.routed_attention, tensors, options, given_cotangents)
+        results = evaluate(routed_attention, tensors, options, given_cotangents)
     assert_within_budget(
         results, reference_routed.routed_attention, tensors, options, given_cotangents
     )
@@ -222,7 +224,7 @@ def test_window_and_sinks_beside_lists() -> None:
 def test_policies_of_heads() -> None:
     tensors = qkv((100,), heads=4, kv_heads=2)
     policy = ["list", "dense", "streaming", "off"]
-    options = {"window_size": 20, "sinks": 3, "is_causal": True, "exclude_self": True}
+    options: Any = {"window_size": 20, "sinks": 3, "is_causal": True, "exclude_self": True}
     check(tensors, lists(100, 16, 2, heads=2), head_policy=policy, **options)
 
 
@@ -256,7 +258,7 @@ def test_biases_of_slots() -> None:
     ],
 )
 def test_what_the_kernels_lack_is_said(what: str, options: dict[str, bool]) -> None:
-    tensors, more = qkv((40,)), {}
+    tensors, more = qkv((40,)), dict[str, Any]()
     plan = lists(40, 16, 2)
     if "documents" in options:
         documents = torch.tensor([[1] * 20 + [0] * 20])
@@ -274,7 +276,7 @@ def test_what_the_kernels_lack_is_said(what: str, options: dict[str, bool]) -> N
         plan = BlockPlan.of_spans(*spans, 40, 40, bias=torch.zeros(1, 1, 1, 2))
     message = what.replace("documents that decrease", "query_documents or key_documents that")
     with on_executor(metrics=False), pytest.raises(NotImplementedError, match=message):
-        out = attnext.routed_attention(**tensors, plan=plan, **more)
+        out = routed_attention(**tensors, plan=plan, **more)
         out.float().sum().backward()
 
 
@@ -286,7 +288,7 @@ def test_what_the_kernels_lack_is_said(what: str, options: dict[str, bool]) -> N
 @pytest.mark.parametrize(("dim", "dim_v"), [(16, 16), (30, 53), (64, 64), (128, 80), (256, 256)])
 def test_every_bucket(dim: int, dim_v: int, dtype: torch.dtype) -> None:
     tensors = qkv((90,), (90,), dim, dtype, heads=2, kv_heads=1, dim_v=dim_v)
-    options = {"is_causal": True, "window_size": 12, "sinks": 2}
+    options: dict[str, Any] = {"is_causal": True, "window_size": 12, "sinks": 2}
     check(tensors, lists(90, 16, 3), **options)
     tensors["sink_logits"] = normal(2)
     check(tensors, lists(90, 16, 3, bias=True), **options)
@@ -310,7 +312,7 @@ def test_what_is_not_finite_stays_with_those_who_attend_it() -> None:
 
     def run() -> list[Tensor]:
         leaves = {n: x.detach().requires_grad_() for n, x in tensors.items()}
-        out, lse = attnext.routed_attention(**leaves, plan=plan, window_size=3, return_lse=True)
+        out, lse = routed_attention(**leaves, plan=plan, window_size=3, return_lse=True)
         return [out, lse, *torch.autograd.grad((out, lse), list(leaves.values()), (grad, lse * 0))]
 
     expected = run()
