@@ -68,7 +68,9 @@ def _bare(axes: Axes, title: str, note: str) -> None:
 def _cells(axes: Axes, seen: np.ndarray[Any, Any]) -> None:
     """A grid of cells: 0 unseen, 1 seen, 2 the query. Many cells have no room for edges."""
     colours = LinearSegmentedColormap.from_list("cells", [OTHER, SEEN, QUERY], N=3)
-    edges = {"edgecolors": PAPER, "linewidth": 0.8} if len(seen) <= 20 else {}
+    edges: dict[str, Any] = {}
+    if len(seen) <= 20:
+        edges = {"edgecolors": PAPER, "linewidth": 0.8}
     axes.pcolormesh(seen, cmap=colours, vmin=0, vmax=2, **edges)
     axes.invert_yaxis()
     axes.set_aspect("equal")
