@@ -246,3 +246,17 @@ def test_natten_names():
         expected = reference.na1d(query, key, value, 3, 2, 1, True, 0.3, *extra, True)
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nan_reaches_no_bias_that_nobody_reads(dtype):
+    """Entries of keys after the query, under a causal rule: lanes without a query have no mask."""
+    problem = plain_problem(
+        "neighborhood_attention", (5,), dtype=dtype, kernel_size=3, is_causal=True,
+        aux={"bias": normal(2, 5)}.items(),
+    )  # fmt: skip
+    problem.tensors["key"][0, 2] = torch.nan
+    for name in ISAS:
+        with isa(name):
+            grad = run(problem)["grad_bias"]
+        assert not grad[:, 3:].any() and grad[:, :3].isnan().any()

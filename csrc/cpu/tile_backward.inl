@@ -125,7 +125,8 @@ class TileBackward : public Window<T, Keys> {
       for (int64_t j = block.lo[v]; j < block.hi[v]; ++j) {
         if (block.bias[j] == kNoBias) continue;
         Acc* row = dbias + block.bias[j] + this->tile_shift(v);
-        store(row, load(row) + load(dx + j * ld));
+        // Lanes without a query have no mask: what a NaN makes of them is nobody's.
+        store(row, load(row) + select_bits<Acc>(tile.live >> shift, load(dx + j * ld), Vec{}));
       }
     }
     if (p.softcap > 0) {

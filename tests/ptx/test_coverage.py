@@ -27,6 +27,9 @@ LEAST = 0.98
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
+SWEEP = [pytest.mark.heavy, pytest.mark.sweep]
+
+
 def least(kernel: str) -> float:
     """A twentieth of the statistics' instructions are five divisions of 64 bits; no grid has rows
     enough for the long form of all."""
@@ -46,9 +49,9 @@ def count(executions: dict[str, Execution], report: Report) -> None:
     [
         Variant(BF16, False),
         Variant(BF16, True),
-        pytest.param(Variant(FP32, True), marks=pytest.mark.heavy),
+        pytest.param(Variant(FP32, True), marks=SWEEP),
         *(
-            pytest.param(Variant(dtype, modified, bucket), marks=pytest.mark.heavy)
+            pytest.param(Variant(dtype, modified, bucket), marks=SWEEP)
             for dtype, modified in ((BF16, False), (BF16, True), (FP32, True))
             for bucket in (64, 128, 256)
         ),

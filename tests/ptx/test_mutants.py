@@ -85,6 +85,7 @@ def test_mutants_are_caught() -> None:
 
 
 @pytest.mark.heavy
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("kernel", "modified"),
     [
