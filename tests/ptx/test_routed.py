@@ -170,7 +170,7 @@ def test_more_random_problems(problem: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "block", "key_block"), [(70, 1, 16), (130, 16, 1), (200, 128, 64), (129, 40, 100)]
+    ("tokens", "block", "key_block"), [(20, 1, 16), (70, 16, 1), (130, 128, 64), (129, 40, 100)]
 )
 def test_blocks_of_any_size(tokens: int, block: int, key_block: int) -> None:
     plan = lists(tokens, block, 3, keys=150, key_block=key_block)
@@ -191,6 +191,16 @@ def test_one_walk_for_neighbours_that_list_the_same() -> None:
     flops = reports[0].instructions()["mma"]
     whole = BlockPlan.of(shared[:, :, :1], 64, 64, 64, 64)
     assert check(tensors, whole, grads=False)[0].instructions()["mma"] == flops
+
+
+def test_one_query_against_many_blocks() -> None:
+    """Few tiles: blocks share their walks, and a second kernel adds up what they have."""
+    tensors = qkv((1,), (900,), heads=2, kv_heads=1)
+    tensors["sink_logits"] = normal(2)
+    indices = torch.randperm(56, generator=torch.Generator().manual_seed(0)).view(1, 1, 1, 56)
+    plan = BlockPlan.of(indices[..., :40], 1, 1, 900, 16)
+    reports = check(tensors, plan, grads=False, window_size=50, head_policy=["list", "streaming"])
+    assert [r.kernel for r in reports] == ["routed_forward_bf16_32", "routed_merge_bf16"]
 
 
 def test_nothing_is_listed() -> None:
