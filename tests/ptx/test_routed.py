@@ -151,7 +151,7 @@ def problems(draw: Any, dtypes: Any = (torch.bfloat16,), dims: Any = (16, 32)) -
     return tensors, plan, options
 
 
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(problems())
 def test_random_problems(problem: Any) -> None:
     tensors, plan, options = problem
@@ -211,9 +211,9 @@ def test_nothing_is_listed() -> None:
 
 
 def test_lists_of_compressed_rows() -> None:
-    mask = torch.rand(2, 1, 7, 9, generator=torch.Generator().manual_seed(0)) < 0.4
-    plan = BlockPlan.of_mask(mask, 100, 16, 130, 16)
-    check(qkv((100,), (130,), batch=2, heads=2), plan, is_causal=True)
+    mask = torch.rand(2, 1, 5, 5, generator=torch.Generator().manual_seed(0)) < 0.4
+    plan = BlockPlan.of_mask(mask, 70, 16, 80, 16)
+    check(qkv((70,), (80,), batch=2), plan, is_causal=True)
 
 
 def test_blocks_of_unlike_sizes() -> None:
