@@ -88,6 +88,12 @@ def routed_attention(
         ValueError, TypeError or NotImplementedError, naming the argument; what is beyond the blocks
         or the keys in a plan is refused before anything is read.
 
+    CUDA:
+        NotImplementedError for a gradient of the plan's bias, overlapping spans that have a bias,
+        documents that decrease, and rules or documents beside blocks that are out of order. The
+        host waits for the device when it first meets a plan or documents, and for each set of
+        tables of spans or of blocks of very unlike sizes; tables are kept with the plan.
+
     Complexity:
         O(keys listed * block * D) time; O(tokens + entries of the lists) memory.
 
