@@ -353,8 +353,10 @@ struct ListWalk {
       const bool real = mask & tile.live;
       block->mask[j] = mask | ~tile.live;
       all &= block->mask[j];
-      block->key[j] = real ? key + view.key_at[u + k] : zeros;
-      block->value[j] = real ? value + view.value_at[u + k] : zeros;
+      block->key[j] =
+          real ? key + (view.key_at ? view.key_at[u + k] : (u + k) * view.key_step) : zeros;
+      block->value[j] =
+          real ? value + (view.value_at ? view.value_at[u + k] : (u + k) * view.value_step) : zeros;
       fetch(block->key[j], p.head_dim);
       fetch(block->value[j], p.head_dim_v);
       block->bias[j] = bias;

@@ -43,10 +43,14 @@ struct Tiles {
     view.vectors = kernels.vectors;
     view.has_rules = r.causal || r.exclude_self || r.key_documents || r.key_lengths ||
                      r.within[0] < view.num_keys || r.within[1] < view.num_keys;
-    locate(window.key, &key_at);
-    locate(window.value, &value_at);
-    view.key_at = key_at.data();
-    view.value_at = value_at.data();
+    view.key_step = window.key.token[2];
+    view.value_step = window.value.token[2];
+    if (r.key_order || window.key_extent[0] * window.key_extent[1] > 1) {
+      locate(window.key, &key_at);
+      locate(window.value, &value_at);
+      view.key_at = key_at.data();
+      view.value_at = value_at.data();
+    }
     serial = double(r.entries) * r.batch_copies() * window.heads / r.list_heads *
                  (window.head_dim + window.head_dim_v) <
              kSerialWork / 64;
@@ -164,20 +168,22 @@ void routed_forward(const RoutedParams& r) {
 }
 
 // A unit of work is a run of the tiles of one batch item and kv head, with rows of its own for all
-// keys' gradients. How many runs a head is cut into depends on the heads alone, so that results do
-// not depend on threads or the rest of the batch; so many units at a time bound the memory.
+// keys' gradients. How many runs a head is cut into depends on one item's shape alone, so that
+// results do not depend on threads or the rest of the batch; so many units at a time bound the
+// memory.
 void routed_backward(const RoutedParams& r) {
   const Tiles tiles(r);
   const WindowParams& p = r.window;
   const RoutedKernels& kernels = tiles.kernels;
   const ListView& view = tiles.view;
-  constexpr int64_t kUnits = 8;
+  constexpr int64_t kUnits = 8, kMostBytes = int64_t(1) << 28;
   const int64_t acc = acc_size(p.dtype), group = p.heads / p.kv_heads;
   const int64_t row_bytes = kernels.accumulator_row(p) * acc;
   const int64_t rows_bytes = (view.num_keys + 1) * row_bytes;
   const int64_t scratch = kernels.backward_scratch(r, view), per_head = tiles.per_kv_head();
-  const int64_t parts =
-      std::max<int64_t>(1, std::min(kUnits / std::max<int64_t>(p.kv_heads, 1), per_head / 4));
+  const int64_t wanted = std::min(kUnits / std::max<int64_t>(p.kv_heads, 1), per_head / 4);
+  const int64_t parts = std::clamp<int64_t>(
+      wanted, 1, std::max<int64_t>(2, kMostBytes / std::max<int64_t>(rows_bytes, 1)));
   const int64_t heads = p.batch * p.kv_heads;
   if (r.dentry_bias) {
     const int64_t copies = r.batch_copies() * r.head_copies();
@@ -208,10 +214,10 @@ void routed_backward(const RoutedParams& r) {
   };
   if (parts == 1) {
     parallel_for(heads, 1, tiles.serial, [&](int64_t begin, int64_t end) {
-      char* rows = static_cast<char*>(thread_buffer(1, rows_bytes));
+      const Memory rows = allocate(rows_bytes);  // too large to be kept
       for (int64_t head = begin; head < end; ++head) {
-        run_part(head, 0, rows);
-        const void* const all = rows;
+        run_part(head, 0, rows.get());
+        const void* const all = rows.get();
         kernels.finish_keys(r, head / p.kv_heads, head % p.kv_heads, &all, 1, 0, view.num_keys);
       }
     });

@@ -18,7 +18,9 @@ struct ListPiece {
 struct ListView {
   const RoutedParams* params;
   const ListPiece* pieces;
-  const int64_t *key_at, *value_at;  // per place: elements from the rows of the first token
+  // Per place: elements from the rows of the first token; null: tokens lie in order, steps apart.
+  const int64_t *key_at, *value_at;
+  int64_t key_step, value_step;
   int64_t num_queries, num_keys;
   int64_t offset;      // query i stands at key i + offset
   int64_t most_slots;  // of a list
