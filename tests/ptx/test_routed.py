@@ -159,6 +159,7 @@ def test_random_problems(problem: Any) -> None:
 
 
 @pytest.mark.heavy
+@pytest.mark.sweep
 @settings(max_examples=60)
 @given(problems(dtypes=DTYPES, dims=(8, 32, 64, 100)))
 def test_more_random_problems(problem: Any) -> None:
@@ -294,7 +295,13 @@ def test_what_the_kernels_lack_is_said(what: str, options: dict[str, bool]) -> N
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        DTYPES[0],
+        *(pytest.param(dtype, marks=pytest.mark.sweep) for dtype in DTYPES[1:]),
+    ],
+)
 @pytest.mark.parametrize(("dim", "dim_v"), [(16, 16), (30, 53), (64, 64), (128, 80), (256, 256)])
 def test_every_bucket(dim: int, dim_v: int, dtype: torch.dtype) -> None:
     tensors = qkv((90,), (90,), dim, dtype, heads=2, kv_heads=1, dim_v=dim_v)
