@@ -298,8 +298,9 @@ def test_what_the_kernels_lack_is_said(what: str, options: dict[str, bool]) -> N
 @pytest.mark.parametrize(
     "dtype",
     [
-        DTYPES[0],
-        *(pytest.param(dtype, marks=pytest.mark.sweep) for dtype in DTYPES[1:]),
+        torch.bfloat16,
+        pytest.param(torch.float16, marks=pytest.mark.sweep),
+        pytest.param(torch.float32, marks=pytest.mark.sweep),
     ],
 )
 @pytest.mark.parametrize(("dim", "dim_v"), [(16, 16), (30, 53), (64, 64), (128, 80), (256, 256)])
