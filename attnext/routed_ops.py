@@ -89,6 +89,8 @@ _BIAS, _DOCUMENTS, _POLICY, _RULES = 3, 12, 15, 16
 def lists_of(problem: tuple[Any, ...]) -> Lists:
     query, key = problem[:2]
     lists, ends, indptr, query_offsets, query_order, *of_keys = problem[_NUM_GRADS:_DOCUMENTS]
+    if of_keys[0] is None:
+        of_keys = [query_offsets, query_order]
     list_batch, list_heads = problem[_LIST_SHAPE]
     return Lists(
         lists,

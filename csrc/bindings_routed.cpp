@@ -238,12 +238,12 @@ RoutedCall make_call(const py::tuple& problem, Device device) {
                                  ? query_documents
                                  : read_integers<int32_t>(argument(kKeyDocuments), device);
   const auto key_lengths = read_integers<int32_t>(argument(kKeyLengths), device);
-  require(
-      argument(kQueryDocuments).is_none() == argument(kKeyDocuments).is_none() &&
-          (argument(kQueryDocuments).is_none() || (query_documents.count == p.batch * num_queries &&
-                                                   key_documents.count == p.batch * num_keys)) &&
-          (argument(kKeyLengths).is_none() || key_lengths.count == p.batch),
-      "documents or lengths");
+  const bool documents = !argument(kQueryDocuments).is_none();
+  require((documents || argument(kKeyDocuments).is_none()) &&
+              (!documents || (query_documents.count == p.batch * num_queries &&
+                              key_documents.count == p.batch * num_keys)) &&
+              (argument(kKeyLengths).is_none() || key_lengths.count == p.batch),
+          "documents or lengths");
   r.query_documents = query_documents.data;
   r.key_documents = key_documents.data;
   r.key_lengths = key_lengths.data;

@@ -187,6 +187,19 @@ def test_vmap_of_grad(name):
             torch.testing.assert_close(got[2][n][i], expected[2][n])
 
 
+def test_one_tensor_of_documents_for_both_sides():
+    tensors, plan, _ = call("plain")
+    documents = torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2], dtype=torch.int32).expand(2, 9)
+    documents = documents.contiguous()
+
+    def results(of_keys):
+        sides = {"query_documents": documents, "key_documents": of_keys}
+        return function(plan, **sides)(**tensors)
+
+    for a, b in zip(results(documents), results(documents.clone()), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_autograd_manners():
     tensors, plan, options = call("all", torch.float32)
     before = {n: x.clone() for n, x in tensors.items()}
@@ -426,7 +439,7 @@ def test_binary_refuses_what_does_not_fit():
     wrong = {
         1: k[:, :5], 3: x(5), 4: x(3), 5: x(1, 1, 3, 2, dtype=torch.int64), 6: x(5, dtype=i32),
         7: x(3, dtype=torch.int64), 8: offsets[:0], 9: x(5, dtype=i32), 10: offsets[::2],
-        12: x(1, 6, dtype=i32), 14: x(2, dtype=i32), 15: [0], 16: [0], 17: [2, 1],
+        12: x(1, 5, dtype=i32), 14: x(2, dtype=i32), 15: [0], 16: [0], 17: [2, 1],
     }  # fmt: skip
     for position, value in wrong.items():
         given = [*good[:position], value, *good[position + 1 :]]
