@@ -48,7 +48,7 @@ def test_the_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     printed = capsys.readouterr().out
     assert status == 0, printed
     told = json.loads(record.read_text())
-    assert told["passed"] and len(told["jobs"]) == 9
+    assert told["passed"] and len(told["jobs"]) == 10
     for job in told["jobs"]:
         assert job["passed"] and 0.0 < job["budget_used"] <= 1.0 and job["rows_checked"] > 0
         assert job["attnext_ms"] > 0 and job["torch_ms"] > 0
