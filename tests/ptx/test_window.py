@@ -88,6 +88,7 @@ def test_random_problems(problem: Problem) -> None:
 
 
 @pytest.mark.heavy
+@pytest.mark.sweep
 @settings(max_examples=20)
 @given(problems(dtypes=DTYPES, most=3))
 def test_larger_random_problems(problem: Problem) -> None:
