@@ -14,7 +14,13 @@ from torch.autograd.function import once_differentiable
 
 from . import _C
 from .device_tables import DeviceTables
-from .ops import LIBRARY, accumulator_dtype, sequence_ends, transforms_are_active
+from .ops import (
+    LIBRARY,
+    accumulator_dtype,
+    one_slice_at_a_time,
+    sequence_ends,
+    transforms_are_active,
+)
 
 FEATURE_MAPS = ("identity", "elu", "relu", "taylor2")  # in the order of FeatureMap in params.h
 
@@ -360,17 +366,7 @@ def _batched(
         return tuple(
             o.reshape(size, o.shape[0] // size, *o.shape[1:]) if o.dim() > 1 else o for o in outputs
         ), tuple(0 if o.dim() > 1 else None for o in outputs)
-    slices = [
-        apply(
-            *(
-                a.select(d, i) if isinstance(d, int) else a
-                for a, d in zip(args, in_dims, strict=True)
-            )
-        )
-        for i in range(size)
-    ]
-    outputs = tuple(torch.stack(parts) for parts in zip(*slices, strict=True))
-    return outputs, (0,) * len(outputs)
+    return one_slice_at_a_time(apply, size, in_dims, args)
 
 
 def linear_op(*problem: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -268,8 +268,18 @@ def _batched(
         return tuple(
             o.reshape(size, batch, *o.shape[1:]) if o.dim() > 1 else o for o in outputs
         ), tuple(0 if o.dim() > 1 else None for o in outputs)
+    return one_slice_at_a_time(apply, size, in_dims, args)
+
+
+def one_slice_at_a_time(apply: Any, size: int, in_dims: Any, args: tuple[Any, ...]) -> Any:
+    """Runs an op over a vmapped dimension that nothing folds into the batch."""
     slices = [
-        apply(*(a.select(in_dims[k], i) if k in mapped else a for k, a in enumerate(args)))
+        apply(
+            *(
+                a.select(d, i) if isinstance(d, int) else a
+                for a, d in zip(args, in_dims, strict=True)
+            )
+        )
         for i in range(size)
     ]
     outputs = tuple(torch.stack(parts) for parts in zip(*slices, strict=True))

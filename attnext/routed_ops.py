@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _C
-from .ops import LIBRARY, _where, accumulator_dtype, transforms_are_active
+from .ops import LIBRARY, _where, accumulator_dtype, one_slice_at_a_time, transforms_are_active
 from .routed_tables import Facts, Lists, ListTables, Remembered, facts, list_tables
 
 HEAD_POLICIES = ("list", "dense", "streaming", "off")  # in the order of HeadPolicy in params.h
@@ -292,18 +292,12 @@ class _RoutedBackward(torch.autograd.Function):
 
 
 def _sliced(apply: Any, size: int, in_dims: Any, args: tuple[Any, ...]) -> Any:
-    """Runs an op over a vmapped dimension, one slice at a time: lists may differ in each."""
-    slices = [
-        apply(
-            *(
-                a.select(d, i).contiguous() if isinstance(d, int) else a
-                for a, d in zip(args, in_dims, strict=True)
-            )
-        )
-        for i in range(size)
-    ]
-    outputs = tuple(torch.stack(parts) for parts in zip(*slices, strict=True))
-    return outputs, (0,) * len(outputs)
+    """Lists may differ in each slice; the binary takes whole ones."""
+
+    def whole(*slices: Any) -> Any:
+        return apply(*(a.contiguous() if isinstance(a, Tensor) else a for a in slices))
+
+    return one_slice_at_a_time(whole, size, in_dims, args)
 
 
 def routed_op(*problem: Any) -> tuple[Tensor, Tensor]:
