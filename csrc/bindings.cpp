@@ -320,6 +320,7 @@ void set_gradients(Call* call, py::handle dout, py::handle dlse, const py::tuple
 void window_forward(const py::tuple& problem, py::handle out, py::handle lse) {
   Call call = make_call(problem, Device::kCpu);
   set_results(&call, out, lse);
+  expect_writes(out);
   const py::gil_scoped_release release;
   cpu::window_forward(call.params, *call.geometry, call.head_rule.data());
 }
@@ -329,6 +330,7 @@ void window_backward(const py::tuple& problem, py::handle out, py::handle lse, p
   Call call = make_call(problem, Device::kCpu);
   set_results(&call, out, lse);
   set_gradients(&call, dout, dlse, grads);
+  for (const py::handle t : grads) expect_writes(t);
   const py::gil_scoped_release release;
   cpu::window_backward(call.params, *call.geometry, call.head_rule.data());
 }

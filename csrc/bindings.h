@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/memory.h"
 #include "cuda/launch.h"
 #include "dlpack.h"
 #include "params.h"
@@ -158,6 +159,15 @@ inline Shape read_tensor(py::handle t, DType dtype, Device device) {
   const Shape s = read_tensor(t, device);
   require_tensor(s.dtype == dtype, t);
   return s;
+}
+
+// A result that a CPU kernel is about to fill; may be None.
+inline void expect_writes(py::handle t) {
+  if (t.is_none()) return;
+  const Shape s = read_tensor(t, Device::kCpu);
+  int64_t bytes = cpu::size_of(s.dtype);
+  for (int a = 0; a < s.rank; ++a) bytes *= s.size[a];
+  if (s.contiguous()) cpu::expect_writes(s.data, bytes);
 }
 
 inline void require(bool ok, const char* what) {

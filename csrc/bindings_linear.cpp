@@ -159,6 +159,7 @@ void linear_forward(const py::tuple& problem, py::handle out, py::handle denomin
   LinearCall call = make_call(problem, Device::kCpu);
   set_results(&call, out, denominator);
   call.params.final_state = call.states(final_state);
+  expect_writes(out);
   const py::gil_scoped_release release;
   cpu::linear_forward(call.params);
 }
@@ -193,6 +194,7 @@ void linear_backward(const py::tuple& problem, py::handle out, py::handle denomi
   LinearCall call = make_call(problem, Device::kCpu);
   set_results(&call, out, denominator);
   set_gradients(&call, dout, ddenominator, dfinal_state, grads);
+  for (const py::handle t : grads) expect_writes(t);
   const py::gil_scoped_release release;
   cpu::linear_backward(call.params);
 }

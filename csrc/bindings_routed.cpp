@@ -272,6 +272,7 @@ void set_results(RoutedCall* call, py::handle out, py::handle lse) {
 void routed_forward(const py::tuple& problem, py::handle out, py::handle lse) {
   RoutedCall call = make_call(problem, Device::kCpu);
   set_results(&call, out, lse);
+  expect_writes(out);
   const py::gil_scoped_release release;
   cpu::routed_forward(call.params);
 }
@@ -314,6 +315,7 @@ void routed_backward(const py::tuple& problem, py::handle out, py::handle lse, p
   RoutedCall call = make_call(problem, Device::kCpu);
   set_results(&call, out, lse);
   set_gradients(&call, dout, dlse, grads);
+  for (const py::handle t : grads) expect_writes(t);
   const py::gil_scoped_release release;
   cpu::routed_backward(call.params);
 }

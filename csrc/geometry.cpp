@@ -308,6 +308,7 @@ WindowPlan make_plan(AxisTable tables[3], const PlanOptions& options) {
             axis.relative_end = std::max(axis.relative_end, g.sink_end - p);
           }
         }
+        axis.most_keys = std::max(axis.most_keys, g.end - g.begin);
         axis.groups.push_back(g);
         s += g.num_segments;
       }
@@ -464,7 +465,8 @@ PlanView view(const WindowPlan& plan) {
                  t.dilation,
                  t.sink_rows,
                  p.relative_begin,
-                 p.relative_end};
+                 p.relative_end,
+                 p.most_keys};
     v.box[a] = plan.box[a];
   }
   v.stack_axis = plan.stack_axis;

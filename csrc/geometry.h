@@ -92,6 +92,7 @@ struct AxisPlan {
   std::vector<int32_t> class_first_group;  // dilation + 1 entries
   int32_t relative_begin = 0;              // range of (key index - position of a segment), for bias
   int32_t relative_end = 0;
+  int32_t most_keys = 0;  // of a group's union
 };
 
 // A slab is a range of query positions on one axis and the keys its windows reach: the unit of work
@@ -168,6 +169,7 @@ struct AxisView {
   int64_t dilation;
   int64_t sink_rows;
   int32_t relative_begin, relative_end;
+  int32_t most_keys;
 };
 
 struct PlanView {

@@ -94,11 +94,8 @@ struct Tile : Lanes {
 
   void allocate(Arena& arena, const PlanView& plan, int64_t block) {
     for (int a = 0; a < 3; ++a) {
-      int64_t most = a == 2 ? block : 1;
-      for (int64_t g = 0; g < plan.axis[a].num_groups; ++g) {
-        most = max64(most, plan.axis[a].groups[g].end - plan.axis[a].groups[g].begin);
-      }
-      row_mask[a] = arena.template take<uint64_t>(most);
+      const int64_t least = a == 2 ? block : 1;
+      row_mask[a] = arena.template take<uint64_t>(max64(least, plan.axis[a].most_keys));
     }
   }
 
@@ -177,6 +174,13 @@ struct Tile : Lanes {
 
 constexpr int64_t kNoBias = -1;
 
+// Rows of one head lie far apart: the hardware does not see the next one coming.
+template <class T>
+ATTNEXT_INLINE void fetch(const T* row, int64_t dim) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(row + d);
+}
+
 // Up to `capacity` keys that a query of the tile attends. Where only some lanes are live the keys
 // come in the same blocks, or sums would take other bits; those that no live lane attends are
 // phantoms.
@@ -190,14 +194,17 @@ struct KeyBlock {
   int64_t* bias;                             // offset of the bias row for vector 0, or kNoBias
   int64_t* row;                              // accumulator row
   int64_t lo[kMaxVectors], hi[kMaxVectors];  // keys outside do not concern the vector
-};
 
-// Rows of one head lie far apart: the hardware does not see the next one coming.
-template <class T>
-ATTNEXT_INLINE void fetch(const T* row, int64_t dim) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(row + d);
-}
+  // The same keys of another head.
+  void move(int64_t key_step, int64_t value_step, const T* zeros, int64_t dim, int64_t dim_v) {
+    for (int64_t j = 0; j < count; ++j) {
+      key[j] = key[j] == zeros ? zeros : key[j] + key_step;
+      value[j] = value[j] == zeros ? zeros : value[j] + value_step;
+      fetch(key[j], dim);
+      fetch(value[j], dim_v);
+    }
+  }
+};
 
 template <class T>
 void active_range(const Lanes& tile, int v, KeyBlock<T>* block) {
@@ -344,8 +351,9 @@ struct KeyWalk {
   }
 };
 
-// The keys of window attention.
+// The keys of window attention. Heads of one rule walk alike.
 struct Boxes {
+  static constexpr bool kHeadsWalkAlike = true;
   using Plan = PlanView;
   using Tile = ATTNEXT_ISA::Tile;
   template <class T>

@@ -370,6 +370,7 @@ struct ListWalk {
 
 // The keys of routed attention.
 struct Lists {
+  static constexpr bool kHeadsWalkAlike = false;
   using Plan = ListView;
   using Tile = ListTile;
   template <class T>

@@ -60,7 +60,8 @@ class RoutedForward : public WindowForward<T, Lists> {
   }
   void run(const int64_t index[3], int64_t from, int64_t to, Acc* partial) {
     const Acc* bias = slots.spread(this->plan, index);
-    this->forward(index[1], index[2], index, from, to, bias, partial);
+    this->start_tile(index);
+    this->forward(index[1], index[2], from, to, bias, partial);
   }
   int64_t walk_length(const int64_t index[3]) {
     this->start_tile(index);

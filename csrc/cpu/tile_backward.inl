@@ -50,19 +50,24 @@ class TileBackward : public Window<T, Keys> {
     };
     // delta = sum dO * O - dLSE, and the log-sum-exp in base 2.
     // The sum runs as that of dP does, so that a query with one key gets a dS of exactly 0.
-    this->load_rows(p.out, p.head_dim_v, dvp, b, h);
-    this->transpose(this->rows, dvp, tile.lanes, dvp, this->columns, tile.lanes);
-    this->load_rows(p.dout, p.head_dim_v, dvp, b, h);
-    check(dvp);
-    this->transpose(this->rows, dvp, tile.lanes, dvp, this->ot, tile.lanes);
+    this->pack_columns(p.out, p.head_dim_v, dvp, nullptr, this->columns, b, h);
+    this->pack_columns(p.dout, p.head_dim_v, dvp, nullptr, this->dot_t, b, h);
+    const Acc* dout_columns;
+    if constexpr (kPairs) {
+      this->pack_columns(p.dout, p.head_dim_v, dvp, nullptr, this->ot, b, h);
+      dout_columns = this->ot;
+    } else {
+      dout_columns = this->dot_t;
+    }
     for (int l = 0; l < tile.lanes; l += kLanes) {
       Vec dot{};
       for (int64_t d = 0; d < p.head_dim_v; ++d) {
-        dot += load(this->ot + d * tile.lanes + l) * load(this->columns + d * tile.lanes + l);
+        dot += load(dout_columns + d * tile.lanes + l) * load(this->columns + d * tile.lanes + l);
       }
       store(delta + l, dot);
     }
-    this->pack_columns(dvp, this->dot_t);
+    this->load_rows(p.dout, p.head_dim_v, dvp, b, h);
+    check(dvp);
     this->pack_lanes(dvp, this->do_rows);
     bool finite = true;
     for (int lane = 0; lane < tile.lanes; ++lane) {
@@ -89,7 +94,8 @@ class TileBackward : public Window<T, Keys> {
       finite &= delta[lane] * 0 == 0 && (lse * 0 == 0 || lse == Acc(-INFINITY));
     }
 
-    if (!this->load_queries(b, h)) this->load_rows(p.query, p.head_dim, dp, b, h);
+    this->load_queries(b, h);
+    this->load_rows(p.query, p.head_dim, dp, b, h);
     check(dp);
     for (int l = 0; l < kLanes; ++l) finite &= bad[l] == 0;
     this->scale_rows(dp, this->scale);

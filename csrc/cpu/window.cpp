@@ -15,6 +15,10 @@ namespace attnext {
 namespace cpu {
 namespace {
 
+int64_t num_tiles(const PlanView& v) {
+  return v.axis[0].num_groups * v.axis[1].num_groups * v.axis[2].num_groups;
+}
+
 // The plans of all rules and what the heads share.
 struct Problem {
   const WindowParams& params;
@@ -23,8 +27,8 @@ struct Problem {
   std::shared_ptr<const Geometry::Plans> shared;
   const std::vector<WindowPlan>& plans;
   std::vector<PlanView> views;
-  std::vector<int64_t> bias_offset;  // per head, in bytes
-  Memory bias;
+  Memory bias_memory;
+  std::vector<void*> bias;  // per head, expanded
   bool serial;
 
   Problem(const WindowParams& p, const Geometry& geometry, const int32_t* rule_of_head,
@@ -45,29 +49,40 @@ struct Problem {
   }
 
   const PlanView& view_of(int64_t head) const { return views[head_rule[head]]; }
-  const void* bias_of(int64_t head) const {
-    return params.bias ? bias.get() + bias_offset[head] : nullptr;
+  const void* bias_of(int64_t head) const { return params.bias ? bias[head] : nullptr; }
+  // How many heads take a tile together, so that its walk is worked out once: those whose keys stay
+  // in the second cache until the next tile wants them, and fewer where items would be.
+  int64_t heads_together(int64_t least_items) const {
+    constexpr int64_t kBytes = 256 << 10;
+    if (plans.size() > 1) return 1;
+    const PlanView& v = views[0];
+    int64_t keys = 1;
+    for (const AxisView& axis : v.axis) keys *= std::max(axis.most_keys, 1);
+    const int64_t row = (params.head_dim + params.head_dim_v) * size_of(params.dtype);
+    const int64_t fit = kBytes * (params.heads / params.kv_heads) / (keys * row);
+    const int64_t most = num_tiles(v) * params.batch * params.heads / least_items;
+    const int64_t together = std::clamp<int64_t>(std::min(fit, most), 1, params.heads);
+    const int64_t runs = (params.heads - 1) / together + 1;
+    return (params.heads - 1) / runs + 1;
   }
 
  private:
   void expand_bias() {
     int64_t bytes = 0;
+    std::vector<int64_t> offset;
     for (int64_t h = 0; h < params.heads; ++h) {
-      bias_offset.push_back(bytes);
+      offset.push_back(bytes);
       bytes += kernels.bias_size(view_of(h)) * acc_size(params.dtype);
     }
-    bias = allocate(bytes);
+    bias_memory = allocate(bytes);
+    for (int64_t at : offset) bias.push_back(bias_memory.get() + at);
     parallel_for(params.heads, 1, serial, [&](int64_t begin, int64_t end) {
       for (int64_t h = begin; h < end; ++h) {
-        kernels.expand_bias(params, view_of(h), h, bias.get() + bias_offset[h]);
+        kernels.expand_bias(params, view_of(h), h, bias[h]);
       }
     });
   }
 };
-
-int64_t num_tiles(const PlanView& v) {
-  return v.axis[0].num_groups * v.axis[1].num_groups * v.axis[2].num_groups;
-}
 
 void tile_index(const PlanView& v, int64_t t, int64_t out[3]) {
   out[2] = t % v.axis[2].num_groups;
@@ -93,10 +108,11 @@ void window_forward(const WindowParams& p, const Geometry& geometry, const int32
   const Problem problem(p, geometry, head_rule, false);
   const WindowKernels& kernels = problem.kernels;
 
-  // Item = (batch, turn, head, tile). A head's tiles are neighbours, so that its keys stay in the
+  // Item = (batch, turn, heads, tile). A head's tiles are neighbours, so that its keys stay in the
   // caches. Where the heads of a token lie side by side they take turns, so that its pages do too:
-  // each would come from memory once per head.
+  // each would come from memory once per head. Heads whose walks are short take a tile together.
   constexpr int64_t kTurnBytes = 2 << 20;  // of keys and values, all heads
+  constexpr int64_t kManyItems = 32;
   int64_t most_tiles = 1, scratch = 0, longest = 0;
   for (const PlanView& v : problem.views) {
     most_tiles = std::max(most_tiles, num_tiles(v));
@@ -110,28 +126,31 @@ void window_forward(const WindowParams& p, const Geometry& geometry, const int32
   const auto first_tile = [&](int64_t turn, int64_t h) {
     return num_tiles(problem.view_of(h)) * turn / turns;
   };
-  std::vector<int64_t> first(1, 0);  // item, per turn and head
+  const int64_t together = problem.heads_together(kManyItems * max_threads());
+  const int64_t runs = (p.heads - 1) / together + 1;
+  std::vector<int64_t> first(1, 0);  // item, per turn and run of heads
   for (int64_t turn = 0; turn < turns; ++turn) {
-    for (int64_t h = 0; h < p.heads; ++h) {
+    for (int64_t h = 0; h < p.heads; h += together) {
       first.push_back(first.back() + first_tile(turn + 1, h) - first_tile(turn, h));
     }
   }
   const int64_t items = p.batch * first.back();
   struct Item {
-    int64_t b, h, tile[3];
+    int64_t b, h, heads, tile[3];
   };
   const auto item_at = [&](int64_t i) {
     Item item;
     item.b = i / first.back();
     i %= first.back();
     const int64_t k = std::upper_bound(first.begin(), first.end(), i) - first.begin() - 1;
-    item.h = k % p.heads;
-    tile_index(problem.view_of(item.h), first_tile(k / p.heads, item.h) + i - first[k], item.tile);
+    item.h = k % runs * together;
+    item.heads = std::min(together, p.heads - item.h);
+    tile_index(problem.view_of(item.h), first_tile(k / runs, item.h) + i - first[k], item.tile);
     return item;
   };
 
   // With few tiles (decoding) the keys are split as well, and the partial results merged.
-  constexpr int64_t kManyItems = 32, kMinKeys = 512;
+  constexpr int64_t kMinKeys = 512;
   int64_t most_splits = 1;
   if (items < kManyItems) {
     for (int64_t i = 0; i < items; ++i) {
@@ -152,8 +171,8 @@ void window_forward(const WindowParams& p, const Geometry& geometry, const int32
           next = item_at(i + 1);
           kernels.fetch_queries(p, problem.view_of(next.h), next.b, next.h, next.tile);
         }
-        kernels.forward(p, problem.view_of(item.h), item.b, item.h, item.tile, 0, INT64_MAX,
-                        problem.bias_of(item.h), memory, nullptr);
+        kernels.forward(p, problem.view_of(item.h), item.b, item.h, item.heads, item.tile,
+                        p.bias ? problem.bias.data() : nullptr, memory);
       }
     });
     return;
@@ -186,9 +205,9 @@ void window_forward(const WindowParams& p, const Geometry& geometry, const int32
       const int64_t k = i % most_splits, count = splits_of(item);
       if (k >= count) continue;
       const int64_t keys = walk_length(p, problem.view_of(item.h), item.tile);
-      kernels.forward(p, problem.view_of(item.h), item.b, item.h, item.tile, keys * k / count,
-                      keys * (k + 1) / count, problem.bias_of(item.h), memory,
-                      partials.get() + i * partial_bytes);
+      kernels.forward_part(p, problem.view_of(item.h), item.b, item.h, item.tile, keys * k / count,
+                           keys * (k + 1) / count, problem.bias_of(item.h), memory,
+                           partials.get() + i * partial_bytes);
     }
   });
   for (const PlanView& v : problem.views) {  // kernels step by the plan's own partial size

@@ -34,11 +34,14 @@ struct WindowKernels {
   // Starts loading the queries of a tile whose turn comes soon.
   void (*fetch_queries)(const WindowParams&, const PlanView&, int64_t batch, int64_t head,
                         const int64_t tile[3]);
-  // One tile of one head, keys [from, to) of its walk. With `partial` the unnormalised result goes
-  // there: [head_dim_v][lanes], then maximum and sum per lane.
-  void (*forward)(const WindowParams&, const PlanView&, int64_t batch, int64_t head,
-                  const int64_t tile[3], int64_t from, int64_t to, const void* bias, void* scratch,
-                  void* partial);
+  // One tile of `count` heads that share the plan. `bias`: expanded, per head; may be null.
+  void (*forward)(const WindowParams&, const PlanView&, int64_t batch, int64_t head, int64_t count,
+                  const int64_t tile[3], const void* const* bias, void* scratch);
+  // One tile of one head, keys [from, to) of its walk. The unnormalised result goes to `partial`:
+  // [head_dim_v][lanes], then maximum and sum per lane.
+  void (*forward_part)(const WindowParams&, const PlanView&, int64_t batch, int64_t head,
+                       const int64_t tile[3], int64_t from, int64_t to, const void* bias,
+                       void* scratch, void* partial);
   int64_t (*partial_size)(const WindowParams&, const PlanView&);
   void (*merge_partials)(const WindowParams&, const PlanView&, int64_t batch, int64_t head,
                          const int64_t tile[3], int64_t count, void* partials, void* scratch);

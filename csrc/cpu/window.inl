@@ -59,8 +59,11 @@ class Window {
   static constexpr int kDepth = Contraction<Elem>::kDepth;
   static constexpr bool kInPlace = Same<T, Elem>::value;
   static constexpr bool kPairs = kDepth == 2;
-  // Keys per block: one softmax rescale per block; blocks that are widened first stay in L1.
-  static constexpr int64_t kBlock = kInPlace ? 128 : 64;
+  // Keys per block, at most: one softmax rescale per block; blocks that are widened first stay in
+  // L1.
+  static constexpr int64_t kBlock = kInPlace ? 160 : 64;
+  // Blocks that are kept for the heads that follow.
+  static constexpr int64_t kKeptBlocks = 8;
   static constexpr int64_t kPad = kLanes;  // accumulator rows are whole vectors
 
   static int64_t padded(int64_t d) { return (d + kPad - 1) / kPad * kPad; }
@@ -74,11 +77,13 @@ class Window {
     dvp = padded(p.head_dim_v);
     tile.allocate(arena, plan, kBlock);
     walk_mask = arena.template take<uint64_t>(kBlock);
-    block.key = arena.template take<const T*>(kBlock);
-    block.value = arena.template take<const T*>(kBlock);
-    block.mask = arena.template take<uint64_t>(kBlock);
-    block.bias = arena.template take<int64_t>(kBlock);
-    block.row = arena.template take<int64_t>(kBlock);
+    for (int64_t k = 0; k < (Keys::kHeadsWalkAlike && !backward ? kKeptBlocks : 1); ++k) {
+      blocks[k].key = arena.template take<const T*>(kBlock);
+      blocks[k].value = arena.template take<const T*>(kBlock);
+      blocks[k].mask = arena.template take<uint64_t>(kBlock);
+      blocks[k].bias = arena.template take<int64_t>(kBlock);
+      blocks[k].row = arena.template take<int64_t>(backward ? kBlock : 0);
+    }
     zeros = arena.template take<T>(max64(dp, dvp) + kPad);
     no_bias = arena.template take<Acc>(kLanes);
     key_rows = arena.template take<const Elem*>(kBlock);
@@ -113,6 +118,8 @@ class Window {
     if (scratch) {
       memset(zeros, 0, sizeof(T) * (max64(dp, dvp) + kPad));
       memset(no_bias, 0, sizeof(Acc) * kLanes);
+      for (int lane = 0; lane < max_lanes; ++lane) scale[lane] = Acc(p.scale);
+      plain_scale = split_scales();
     }
   }
 
@@ -124,25 +131,39 @@ class Window {
     tile.init(plan, index, kLanes, p.extra_keys);
     // A query that is redone alone must come out with the same bits.
     sparse = __builtin_popcountll(tile.whole) <= kFewQueries;
+    kept = 0;
   }
 
   // Queries of a tile are far apart in memory: a tile ahead, nobody waits for them.
   static void fetch_queries(const WindowParams& p, const Plan& plan, int64_t b, int64_t h,
                             const int64_t index[3]) {
-    constexpr int64_t kLine = 64 / sizeof(T);
     Tile next;
     next.place(plan, index, kLanes);
-    for (uint64_t rest = next.whole; rest; rest &= rest - 1) {
+    fetch_queries(p, next, b, h);
+  }
+  static void fetch_queries(const WindowParams& p, const Tile& tile, int64_t b, int64_t h) {
+    for (uint64_t rest = tile.whole; rest; rest &= rest - 1) {
       const int lane = __builtin_ctzll(rest);
-      const int64_t x[3] = {next.query[0][lane], next.query[1][lane], next.query[2][lane]};
-      const T* row = static_cast<const T*>(p.query.data) + at(p.query, b, x, h + next.head[lane]);
-      for (int64_t d = 0; d < p.head_dim; d += kLine) __builtin_prefetch(row + d);
+      fetch(static_cast<const T*>(p.query.data) + offset_of(p.query, tile, lane, b, h), p.head_dim);
     }
   }
 
-  int64_t offset_of(const TensorRef& t, int lane, int64_t b, int64_t h) const {
+  // Starts loading rows that will be written.
+  void claim_rows(const TensorRef& t, int64_t dim, int64_t b, int64_t h) const {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    for (uint64_t rest = tile.live; rest; rest &= rest - 1) {
+      const T* row = static_cast<const T*>(t.data) + offset_of(t, __builtin_ctzll(rest), b, h);
+      for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(row + d, 1);
+    }
+  }
+
+  static ATTNEXT_INLINE int64_t offset_of(const TensorRef& t, const Tile& tile, int lane, int64_t b,
+                                          int64_t h) {
     const int64_t x[3] = {tile.query[0][lane], tile.query[1][lane], tile.query[2][lane]};
     return at(t, b, x, h + tile.head[lane]);
+  }
+  int64_t offset_of(const TensorRef& t, int lane, int64_t b, int64_t h) const {
+    return offset_of(t, tile, lane, b, h);
   }
 
   // `rows`[lane][ld] = the tile's rows of a tensor, zero in dead lanes and in the padding.
@@ -173,28 +194,38 @@ class Window {
     }
   }
 
-  void transpose(const Acc* src, int64_t ld_src, int64_t n_rows, int64_t n_columns, Acc* dst,
-                 int64_t ld_dst) {
-    for (int64_t r = 0; r < n_rows; r += kLanes) {
-      for (int64_t c = 0; c < n_columns; c += kLanes) {
-        transpose_block<Acc>(src + r * ld_src + c, ld_src, dst + c * ld_dst + r, ld_dst);
-      }
+  // The tile's rows of a tensor times factor[lane], where there is one, as dst[dim][lanes], the
+  // operand the keys' rows are contracted with; zero in dead lanes and in the padding.
+  template <class To>
+  void pack_columns(const TensorRef& t, int64_t dim, int64_t ld, const Acc* factor, To* dst,
+                    int64_t b, int64_t h) {
+    constexpr int kStep = Contraction<To>::kDepth;
+    const T* row[kMaxLanes];
+    for (int lane = 0; lane < tile.lanes; ++lane) {
+      row[lane] =
+          tile.live >> lane & 1 ? static_cast<const T*>(t.data) + offset_of(t, lane, b, h) : zeros;
     }
-  }
-
-  // rows[lane][dim] -> dst[dim][lanes], the operand the keys' rows are contracted with.
-  void pack_columns(int64_t ld, Elem* dst) {
-    if constexpr (kPairs) {
-      transpose(rows, ld, tile.lanes, ld, columns, tile.lanes);
-      for (int64_t d = 0; d < ld; d += 2) {
-        for (int l = 0; l < tile.lanes; l += kLanes) {
-          store(reinterpret_cast<Acc*>(dst) + d / 2 * tile.lanes + l,
-                make_pairs(load(columns + d * tile.lanes + l),
-                           load(columns + (d + 1) * tile.lanes + l)));
+    for (int l = 0; l < tile.lanes; l += kLanes) {
+      for (int64_t d = 0; d < ld; d += kLanes) {
+        Vec r[kLanes];
+        if (d + kLanes <= dim) {
+#pragma GCC unroll 16
+          for (int i = 0; i < kLanes; ++i) r[i] = widen(row[l + i] + d);
+        } else {
+          for (int i = 0; i < kLanes; ++i) r[i] = widen_tail(row[l + i] + d, dim - d);
+        }
+        transpose_step<Acc, 1>(r);
+        if (factor) {
+          for (int i = 0; i < kLanes; ++i) r[i] *= load(factor + l);
+        }
+        Acc* out = reinterpret_cast<Acc*>(dst) + d / kStep * tile.lanes + l;
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; i += kStep) {
+          Vec x = r[i];
+          if constexpr (kStep == 2) x = make_pairs(r[i], r[i + 1]);
+          store(out + i / kStep * tile.lanes, x);
         }
       }
-    } else {
-      transpose(rows, ld, tile.lanes, ld, dst, tile.lanes);
     }
   }
 
@@ -212,21 +243,35 @@ class Window {
     }
   }
 
-  // columns[dim][lanes] * factor[lanes] -> the tensor's rows, rounded once.
+  // ot[dim][lanes] * factor[lanes] -> the tensor's rows, rounded once.
   void store_rows(const TensorRef& t, int64_t dim, const Acc* factor, int64_t b, int64_t h) {
-    const int64_t ld = padded(dim);
-    for (int64_t d = 0; d < dim; ++d) {
-      for (int l = 0; l < tile.lanes; l += kLanes) {
-        Acc* x = ot + d * tile.lanes + l;
-        store(x, load(x) * load(factor + l));
-      }
-    }
-    transpose(ot, tile.lanes, ld, tile.lanes, rows, ld);
+    T* row[kMaxLanes];
     for (uint64_t rest = tile.live; rest; rest &= rest - 1) {
       const int lane = __builtin_ctzll(rest);
-      write_row(rows + lane * ld, static_cast<T*>(t.data) + offset_of(t, lane, b, h), dim);
+      row[lane] = static_cast<T*>(t.data) + offset_of(t, lane, b, h);
+    }
+    for (int l = 0; l < tile.lanes; l += kLanes) {
+      const Vec scale_by = load(factor + l);
+      for (int64_t d = 0; d < dim; d += kLanes) {
+        Vec r[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) r[i] = load(ot + (d + i) * tile.lanes + l) * scale_by;
+        transpose_step<Acc, 1>(r);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+          if (!(tile.live >> (l + i) & 1)) continue;
+          if (d + kLanes <= dim) {
+            narrow(row[l + i] + d, r[i]);
+          } else {
+            T tail[kLanes];
+            narrow(tail, r[i]);
+            memcpy(row[l + i] + d, tail, sizeof(T) * (dim - d));
+          }
+        }
+      }
     }
   }
+
   static void write_row(const Acc* src, T* dst, int64_t dim) {
     int64_t d = 0;
     for (; d + kLanes <= dim; d += kLanes) narrow(dst + d, load(src + d));
@@ -237,25 +282,13 @@ class Window {
     }
   }
 
-  // Scale of each live lane's logits; 1 in dead lanes.
-  void row_scales(int64_t b, int64_t h) {
-    for (int lane = 0; lane < tile.lanes; ++lane) {
-      scale[lane] = Acc(p.scale);
-      if (p.row_scale.data && (tile.live >> lane & 1)) {
-        scale[lane] *=
-            static_cast<const Acc*>(p.row_scale.data)[offset_of(p.row_scale, lane, b, h)];
-      }
-    }
-  }
-  // Loads the queries, and `unit`: what a score is multiplied with to be a logit in base 2, or
-  // logit / softcap. Units are positive and finite; what else a scale is (negative, 0, NaN) goes
-  // into the query. False if that was anything.
-  bool load_queries(int64_t b, int64_t h) {
-    row_scales(b, h);
-    load_rows(p.query, p.head_dim, dp, b, h);
+  // Splits each lane's scale in `unit` and `sign`. A unit is what a score is multiplied with to be
+  // a logit in base 2, or logit / softcap, positive and finite; what else a scale is (negative, 0,
+  // NaN) goes into the query. False if that was anything.
+  bool split_scales() {
     const double base = p.softcap > 0 ? 1 / p.softcap : kLog2E;
     bool untouched = true;
-    for (int lane = 0; lane < tile.lanes; ++lane) {
+    for (int lane = 0; lane < max_lanes; ++lane) {
       const double exact = (p.row_scale.data ? double(scale[lane]) : p.scale) * base;
       const Acc magnitude = static_cast<Acc>(::fabs(exact));
       const bool apart = magnitude > 0 && magnitude * 0 == 0;
@@ -263,9 +296,21 @@ class Window {
       sign[lane] = !apart ? static_cast<Acc>(exact) : exact < 0 ? Acc(-1) : Acc(1);
       untouched &= sign[lane] == 1;
     }
-    if (!untouched) scale_rows(dp, sign);
-    pack_columns(dp, qt);
     return untouched;
+  }
+  void load_queries(int64_t b, int64_t h) {
+    bool plain = plain_scale;
+    if (p.row_scale.data) {
+      for (int lane = 0; lane < max_lanes; ++lane) {
+        scale[lane] = Acc(p.scale);
+        if (tile.live >> lane & 1) {
+          scale[lane] *=
+              static_cast<const Acc*>(p.row_scale.data)[offset_of(p.row_scale, lane, b, h)];
+        }
+      }
+      plain = split_scales();
+    }
+    pack_columns(p.query, p.head_dim, dp, plain ? nullptr : sign, qt, b, h);
   }
 
   // ---- a block of keys -------------------------------------------------------------------------
@@ -273,7 +318,12 @@ class Window {
   bool next_block(const Walk& walk, int64_t* from, int64_t to, bool backward) {
     do {
       if (*from >= to) return false;
-      *from = walk.fill(*from, to, kPairs ? kBlock - 1 : kBlock, &block);
+      block = blocks[kept];
+      // What is left in blocks of about the same size: a short one costs nearly as much.
+      constexpr int64_t kMost = kPairs ? kBlock - 2 : kBlock;
+      const int64_t left = to - *from, count = (left + kMost - 1) / kMost;
+      const int64_t keys = (left + count - 1) / count;
+      *from = walk.fill(*from, to, kPairs ? keys + keys % 2 : keys, &block);
     } while (block.count == 0);
     if (kPairs) {
       if (block.count % 2) {  // pairs of keys: a last one that nobody attends
@@ -289,9 +339,12 @@ class Window {
         block.hi[v] = (block.hi[v] + 1) & ~int64_t(1);
       }
     }
+    stage_block(backward);
+    return true;
+  }
+  void stage_block(bool backward) {
     stage(block.key, p.head_dim, dp, staged_key, key_rows, true);
     stage(block.value, p.head_dim_v, dvp, staged_value, value_rows, backward);
-    return true;
   }
 
   // Makes `out` rows that the products can broadcast from. As the operand of `scores` a row keeps
@@ -477,9 +530,12 @@ class Window {
   const Plan& plan;
   Arena arena;
   Tile tile;
-  KeyBlock<T> block;
+  KeyBlock<T> block;                // the current one
+  KeyBlock<T> blocks[kKeptBlocks];  // where it and those that are kept lie
+  int64_t kept = 0;                 // of the tile's walk, for the heads that follow
   int max_lanes;
   bool sparse = false;
+  bool plain_scale = true;  // every score only needs its unit
   int64_t dp, dvp;
   uint64_t* walk_mask;
   T* zeros;

@@ -16,6 +16,7 @@ class WindowForward : public Window<T, Keys> {
   using Base::block;
   using Base::dvp;
   using Base::kDepth;
+  using Base::kept;
   using Base::kLanes;
   using Base::kPairs;
   using Base::max_lanes;
@@ -31,6 +32,8 @@ class WindowForward : public Window<T, Keys> {
   using typename Base::Plan;
   using typename Base::Vec;
   using typename Base::Walk;
+
+  static constexpr bool kShared = Keys::kHeadsWalkAlike;
 
   WindowForward(const WindowParams& params, const Plan& view, void* scratch)
       : Base(params, view, scratch, false) {}
@@ -99,23 +102,48 @@ class WindowForward : public Window<T, Keys> {
     }
   }
 
+  // Blocks of a walk that other heads have before them.
+  void remember(const Walk& walk) {
+    if constexpr (kShared) {
+      this->blocks[kept++] = block;
+      kept_key = walk.key_base, kept_value = walk.value_base;
+    }
+  }
+  bool recall(const Walk& walk, int64_t k) {
+    if constexpr (kShared) {
+      if (k == kept) {
+        kept_key = walk.key_base, kept_value = walk.value_base;
+        return false;
+      }
+      block = this->blocks[k];
+      block.move(walk.key_base - kept_key, walk.value_base - kept_value, this->zeros, p.head_dim,
+                 p.head_dim_v);
+      this->stage_block(false);
+    }
+    return kShared;
+  }
+
   // Runs the live lanes of the current tile; false if something non-finite met a mask, in which
   // case 0 * NaN may have reached a row that does not attend it.
   bool forward_lanes(int64_t b, int64_t h, int64_t from, int64_t to, const Acc* bias,
                      bool with_sink) {
     this->load_queries(b, h);
-    for (int lane = 0; lane < tile.lanes; ++lane) {
-      const bool sink = p.sink_logits && with_sink;
-      maximum[lane] =
-          sink ? static_cast<const Acc*>(p.sink_logits)[h + tile.head[lane]] * Acc(kLog2E)
-               : Acc(-INFINITY);
-      sum[lane] = norm[lane] = sink ? 1 : 0;
+    const bool sink = p.sink_logits && with_sink;
+    for (int l = 0; l < tile.lanes; l += kLanes) {
+      store(maximum + l, broadcast(Acc(-INFINITY)));
+      store(sum + l, broadcast(Acc(sink)));
+      store(norm + l, broadcast(Acc(sink)));
+    }
+    for (int lane = 0; sink && lane < tile.lanes; ++lane) {
+      maximum[lane] = static_cast<const Acc*>(p.sink_logits)[h + tile.head[lane]] * Acc(kLog2E);
     }
     memset(ot, 0, sizeof(Acc) * dvp * tile.lanes);
     const Walk walk(p, plan, tile, this->zeros, this->walk_mask, nullptr, b,
                     h / (p.heads / p.kv_heads));
+    const bool again = keep && kept > 0;
     bool masked = false;
-    while (this->next_block(walk, &from, to, false)) {
+    for (int64_t k = 0; again ? recall(walk, k) : this->next_block(walk, &from, to, false); ++k) {
+      if (keep && !again) remember(walk);
       masked |= block.masked;
       this->query_scores();
       Vec factor[kMaxVectors];
@@ -128,6 +156,7 @@ class WindowForward : public Window<T, Keys> {
           softmax<false>(v, this->logit_unit(v, modified), factor + v);
         }
       }
+      this->claim_rows(p.out, p.head_dim_v, b, h);
       if (sparse) {
         sparse_accumulate(factor);
       } else {
@@ -140,10 +169,12 @@ class WindowForward : public Window<T, Keys> {
 
   void finish_forward(int64_t b, int64_t h) {
     Acc inverse[kMaxLanes];
-    for (int lane = 0; lane < tile.lanes; ++lane) {
-      const Acc weights = kPairs ? norm[lane] : sum[lane];
-      inverse[lane] = weights == 0 ? Acc(0) : Acc(1) / weights;
-      if (!p.lse.data || !(tile.live >> lane & 1)) continue;
+    for (int l = 0; l < tile.lanes; l += kLanes) {
+      const Vec weights = load((kPairs ? norm : sum) + l);
+      store(inverse + l, weights == 0 ? Vec{} : Acc(1) / weights);
+    }
+    for (uint64_t rest = p.lse.data ? tile.live : 0; rest; rest &= rest - 1) {
+      const int lane = __builtin_ctzll(rest);
       // In fp64: what lse loses here, the backward pass would lose once more per weight.
       static_cast<Acc*>(p.lse.data)[this->offset_of(p.lse, lane, b, h)] =
           sum[lane] == 0 ? Acc(-INFINITY)
@@ -151,19 +182,32 @@ class WindowForward : public Window<T, Keys> {
     }
     this->store_rows(p.out, p.head_dim_v, inverse, b, h);
   }
-  void forward(int64_t b, int64_t h, const int64_t index[3], int64_t from, int64_t to,
-               const Acc* bias, Acc* partial) {
-    this->start_tile(index);
+  // One head of the tile that was started.
+  void forward(int64_t b, int64_t h, int64_t from, int64_t to, const Acc* bias, Acc* partial) {
     to = min64(to, tile.total);
     const bool with_sink = from == 0;
     if (forward_lanes(b, h, from, to, bias, with_sink)) {
       partial ? save_partial(partial) : finish_forward(b, h);
       return;
     }
+    const bool others_follow = keep;
+    keep = false, kept = 0;  // the blocks of one lane are its own
     for (uint64_t rest = tile.whole; rest; rest &= rest - 1) {
       tile.live = rest & -rest;
       forward_lanes(b, h, from, to, bias, with_sink);
       partial ? save_partial(partial) : finish_forward(b, h);
+    }
+    tile.live = tile.whole;
+    keep = others_follow;
+  }
+  // The whole walk for some heads of a batch item, which share it. `bias`: per head, or null.
+  void forward_heads(int64_t b, int64_t h, int64_t count, const int64_t index[3],
+                     const void* const* bias) {
+    this->start_tile(index);
+    keep = count > 1 && tile.total <= this->kKeptBlocks * (this->kBlock - 2) && !p.extra_keys;
+    for (int64_t end = h + count; h < end; ++h) {
+      if (h + 1 < end) this->fetch_queries(p, tile, b, h + 1);
+      forward(b, h, 0, tile.total, bias ? static_cast<const Acc*>(bias[h]) : nullptr, nullptr);
     }
   }
 
@@ -216,6 +260,8 @@ class WindowForward : public Window<T, Keys> {
   alignas(64) Acc sum[kMaxLanes];
   // Sum of the weights as the output took them, if they were rounded.
   alignas(64) Acc norm[kMaxLanes];
+  bool keep = false;  // the blocks of the walk, which belong to the head at these offsets
+  int64_t kept_key = 0, kept_value = 0;
 };
 
 }  // namespace ATTNEXT_ISA

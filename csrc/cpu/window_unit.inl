@@ -24,11 +24,16 @@ struct WindowEntry {
   static void expand_bias(const WindowParams& p, const PlanView& v, int64_t h, void* out) {
     B::expand_bias(p, v, h, static_cast<Acc*>(out));
   }
-  static void forward(const WindowParams& p, const PlanView& v, int64_t b, int64_t h,
-                      const int64_t tile[3], int64_t from, int64_t to, const void* bias,
-                      void* scratch, void* partial) {
-    F(p, v, scratch)
-        .forward(b, h, tile, from, to, static_cast<const Acc*>(bias), static_cast<Acc*>(partial));
+  static void forward(const WindowParams& p, const PlanView& v, int64_t b, int64_t h, int64_t count,
+                      const int64_t tile[3], const void* const* bias, void* scratch) {
+    F(p, v, scratch).forward_heads(b, h, count, tile, bias);
+  }
+  static void forward_part(const WindowParams& p, const PlanView& v, int64_t b, int64_t h,
+                           const int64_t tile[3], int64_t from, int64_t to, const void* bias,
+                           void* scratch, void* partial) {
+    F f(p, v, scratch);
+    f.start_tile(tile);
+    f.forward(b, h, from, to, static_cast<const Acc*>(bias), static_cast<Acc*>(partial));
   }
   static void merge_partials(const WindowParams& p, const PlanView& v, int64_t b, int64_t h,
                              const int64_t tile[3], int64_t count, void* partials, void* scratch) {
@@ -48,8 +53,9 @@ struct WindowEntry {
   static constexpr WindowKernels table() {
     return {F::kLanes,   ATTNEXT_TILE_VECTORS, forward_scratch, backward_scratch,
             B::row_size, B::bias_size,         expand_bias,     F::fetch_queries,
-            forward,     F::partial_size,      merge_partials,  backward,
-            finish_slab, B::merge_slabs,       B::merge_extra,  B::halo_rows};
+            forward,     forward_part,         F::partial_size, merge_partials,
+            backward,    finish_slab,          B::merge_slabs,  B::merge_extra,
+            B::halo_rows};
   }
 };
 
