@@ -248,6 +248,31 @@ def test_natten_names():
             torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dilation", [1, 3])
+def test_heads_that_take_a_tile_together(dilation, dtype):
+    """The walk is worked out once for them: to the bit what each gives alone, NaN or not."""
+    query = normal(2, 40, 41, 6, 20, dtype=dtype, seed=1)
+    key, value = (normal(2, 40, 41, 3, 20, dtype=dtype, seed=i) for i in (2, 3))
+    key[1, 17, 20, 1] = torch.nan
+    value[0, 30, 7, 0, 4] = torch.inf
+    bias = normal(6, 9, 9, seed=4)
+    options = {"kernel_size": 5, "dilation": dilation, "return_lse": True}
+    for name in ISAS:
+        with isa(name), threads(1):
+            got = attnext.neighborhood_attention(query, key, value, bias=bias, **options)
+            for head in range(6):
+                one, kv = slice(head, head + 1), slice(head // 2, head // 2 + 1)
+                alone = attnext.neighborhood_attention(
+                    query[..., one, :], key[..., kv, :], value[..., kv, :], bias=bias[one],
+                    **options,
+                )  # fmt: skip
+                assert_same_bits(
+                    {"out": got[0][..., one, :], "lse": got[1][..., one]},
+                    {"out": alone[0], "lse": alone[1]},
+                )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nan_reaches_no_bias_that_nobody_reads(dtype):
     """Entries of keys after the query, under a causal rule: lanes without a query have no mask."""
