@@ -110,13 +110,13 @@ void pack_lanes(const T* rows, int64_t step, int64_t count, int64_t dim, Acc* ou
       if (t + kLanes <= count && d + kLanes <= dim) {
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) block[i] = widen(from + i * step);
-        transpose_step<Acc, 1>(block);
+        transpose_vectors<Acc>(block);
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) store(to + i * ld, feature<kMap, Acc>(block[i]));
         continue;
       }
       load_part<T, Acc>(from, step, count - t, dim - d, block);
-      transpose_step<Acc, 1>(block);
+      transpose_vectors<Acc>(block);
       const int64_t tokens = min64(kLanes, count - t);
       const uint64_t valid = (uint64_t(2) << (tokens - 1)) - 1;
       for (int64_t i = 0; i < min64(kLanes, dim - d); ++i) {
@@ -160,7 +160,7 @@ void unpack_lanes(const Acc* in, int64_t ld, int64_t count, int64_t dim, T* rows
       VecOf<Acc> block[kLanes];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) block[i] = load(in + min64(d + i, dim - 1) * ld + t);
-      transpose_step<Acc, 1>(block);
+      transpose_vectors<Acc>(block);
       if (t + kLanes <= count && d + kLanes <= dim) {
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) narrow(to + i * step, block[i]);

@@ -108,21 +108,12 @@ ATTNEXT_INLINE VecOf<float> exp2_poly(VecOf<float> f) {
   return p * f + 1.0f;
 }
 ATTNEXT_INLINE VecOf<float> exp2(VecOf<float> x) {
-#if defined(__AVX512DQ__) && ATTNEXT_VECTOR_BYTES == 64
-  // reduce: x - round_to_nearest(x); scalef(p, n) = p * 2^floor(n).
-  const __m512 f = _mm512_reduce_ps((__m512)x, 0);
-  const __m512 n = _mm512_sub_ps((__m512)x, f);
-  const __mmask16 tiny = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-127.0f), _CMP_LT_OQ);
-  const __m512 y = _mm512_scalef_ps((__m512)exp2_poly((VecOf<float>)f), n);
-  return (VecOf<float>)_mm512_mask_mov_ps(y, tiny, _mm512_setzero_ps());
-#else
   using V = VecOf<float>;
   const V magic = broadcast(12582912.0f + 127.0f);  // 1.5 * 2^23 puts the integer in the low bits
   x = max_or_second(broadcast(-127.0f), x);
   const V shifted = x + magic;
   const V f = x - (shifted - magic);
   return exp2_poly(f) * (V)((IntOf<float>)shifted << 23);
-#endif
 }
 ATTNEXT_INLINE VecOf<double> exp2(VecOf<double> x) {
   using V = VecOf<double>;
@@ -327,6 +318,32 @@ ATTNEXT_INLINE void exchange(VecOf<double>& a, VecOf<double>& b, std::integer_se
   a = __builtin_shufflevector(x, y, ((I & Step) ? n + I - Step : I)...);
   b = __builtin_shufflevector(x, y, ((I & Step) ? n + I : I + Step)...);
 }
+#if defined(__AVX512F__) && ATTNEXT_VECTOR_BYTES == 64
+// With shuffles that need no index register: 4x4 blocks inside 128-bit lanes, then the lanes.
+ATTNEXT_INLINE void transpose_16x16(VecOf<float>* r) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    const __m512 a = (__m512)r[i], b = (__m512)r[i + 1], c = (__m512)r[i + 2], d = (__m512)r[i + 3];
+    const __m512 ab0 = _mm512_unpacklo_ps(a, b), ab1 = _mm512_unpackhi_ps(a, b);
+    const __m512 cd0 = _mm512_unpacklo_ps(c, d), cd1 = _mm512_unpackhi_ps(c, d);
+    r[i] = (VecOf<float>)_mm512_shuffle_ps(ab0, cd0, 0x44);
+    r[i + 1] = (VecOf<float>)_mm512_shuffle_ps(ab0, cd0, 0xee);
+    r[i + 2] = (VecOf<float>)_mm512_shuffle_ps(ab1, cd1, 0x44);
+    r[i + 3] = (VecOf<float>)_mm512_shuffle_ps(ab1, cd1, 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512 a = (__m512)r[i], b = (__m512)r[i + 4], c = (__m512)r[i + 8],
+                 d = (__m512)r[i + 12];
+    const __m512 ab0 = _mm512_shuffle_f32x4(a, b, 0x88), ab1 = _mm512_shuffle_f32x4(a, b, 0xdd);
+    const __m512 cd0 = _mm512_shuffle_f32x4(c, d, 0x88), cd1 = _mm512_shuffle_f32x4(c, d, 0xdd);
+    r[i] = (VecOf<float>)_mm512_shuffle_f32x4(ab0, cd0, 0x88);
+    r[i + 4] = (VecOf<float>)_mm512_shuffle_f32x4(ab1, cd1, 0x88);
+    r[i + 8] = (VecOf<float>)_mm512_shuffle_f32x4(ab0, cd0, 0xdd);
+    r[i + 12] = (VecOf<float>)_mm512_shuffle_f32x4(ab1, cd1, 0xdd);
+  }
+}
+#endif
 template <class Acc, int Step>
 ATTNEXT_INLINE void transpose_step(VecOf<Acc>* r) {
   constexpr int n = Simd<Acc>::kLanes;
@@ -338,6 +355,14 @@ ATTNEXT_INLINE void transpose_step(VecOf<Acc>* r) {
     transpose_step<Acc, Step * 2>(r);
   }
 }
+// Transposes kLanes vectors in place.
+template <class Acc>
+ATTNEXT_INLINE void transpose_vectors(VecOf<Acc>* r) {
+#if defined(__AVX512F__) && ATTNEXT_VECTOR_BYTES == 64
+  if constexpr (sizeof(Acc) == 4) return transpose_16x16(r);
+#endif
+  transpose_step<Acc, 1>(r);
+}
 // dst[c * ld_dst + r] = src[r * ld_src + c], one kLanes x kLanes block.
 template <class Acc>
 ATTNEXT_INLINE void transpose_block(const Acc* src, int64_t ld_src, Acc* dst, int64_t ld_dst) {
@@ -345,7 +370,7 @@ ATTNEXT_INLINE void transpose_block(const Acc* src, int64_t ld_src, Acc* dst, in
   VecOf<Acc> r[n];
 #pragma GCC unroll 16
   for (int i = 0; i < n; ++i) r[i] = load(src + i * ld_src);
-  transpose_step<Acc, 1>(r);
+  transpose_vectors<Acc>(r);
 #pragma GCC unroll 16
   for (int i = 0; i < n; ++i) store(dst + i * ld_dst, r[i]);
 }

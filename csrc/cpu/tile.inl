@@ -212,7 +212,7 @@ ATTNEXT_INLINE void row_scores_tile(const Elem* const* keys, int64_t count, int6
           column[m] = C::load_elems(tail);
         }
       }
-      transpose_step<Acc, 1>(column);
+      transpose_vectors<Acc>(column);
 #pragma GCC unroll 16
       for (int m = 0; m < kLanes; ++m) acc[g] = C::fma(acc[g], q + c + m, column[m]);
     }

@@ -214,7 +214,7 @@ class Window {
         } else {
           for (int i = 0; i < kLanes; ++i) r[i] = widen_tail(row[l + i] + d, dim - d);
         }
-        transpose_step<Acc, 1>(r);
+        transpose_vectors<Acc>(r);
         if (factor) {
           for (int i = 0; i < kLanes; ++i) r[i] *= load(factor + l);
         }
@@ -256,7 +256,7 @@ class Window {
         Vec r[kLanes];
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) r[i] = load(ot + (d + i) * tile.lanes + l) * scale_by;
-        transpose_step<Acc, 1>(r);
+        transpose_vectors<Acc>(r);
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) {
           if (!(tile.live >> (l + i) & 1)) continue;
