@@ -91,6 +91,7 @@ struct Tile : Lanes {
   int64_t bias_stride[3];
   uint64_t* row_mask[3];  // per key index of the union on axes 0 and 1; on axis 2 when rows repeat
   int64_t rows, width, sinks, total;
+  int64_t fresh = INT64_MIN;  // key indices of axis 2 below are in the caches already
 
   void allocate(Arena& arena, const PlanView& plan, int64_t block) {
     for (int a = 0; a < 3; ++a) {
@@ -193,15 +194,19 @@ struct KeyBlock {
   uint64_t* mask;
   int64_t* bias;                             // offset of the bias row for vector 0, or kNoBias
   int64_t* row;                              // accumulator row
+  bool* fresh;                               // worth a prefetch
   int64_t lo[kMaxVectors], hi[kMaxVectors];  // keys outside do not concern the vector
 
+  void fetch_rows(int64_t j, int64_t dim, int64_t dim_v) const {
+    fetch(key[j], dim);
+    fetch(value[j], dim_v);
+  }
   // The same keys of another head.
   void move(int64_t key_step, int64_t value_step, const T* zeros, int64_t dim, int64_t dim_v) {
     for (int64_t j = 0; j < count; ++j) {
       key[j] = key[j] == zeros ? zeros : key[j] + key_step;
       value[j] = value[j] == zeros ? zeros : value[j] + value_step;
-      fetch(key[j], dim);
-      fetch(value[j], dim_v);
+      if (fresh[j]) fetch_rows(j, dim, dim_v);
     }
   }
 };
@@ -284,6 +289,7 @@ struct KeyWalk {
                       e * p.extra_value.token[2] + h_kv * p.extra_value.head;
     block->mask[j] = ~uint64_t(0);
     block->bias[j] = kNoBias;
+    block->fresh[j] = true;
     if (local) block->row[j] = local->extra_row + e;
   }
 
@@ -340,8 +346,8 @@ struct KeyWalk {
       all &= block->mask[j];
       block->key[j] = real ? key + (key_at + k * key_step) : zeros;
       block->value[j] = real ? value + (value_at + k * value_step) : zeros;
-      fetch(block->key[j], p.head_dim);
-      fetch(block->value[j], p.head_dim_v);
+      block->fresh[j] = u + k >= tile.fresh;
+      if (block->fresh[j]) block->fetch_rows(j, p.head_dim, p.head_dim_v);
       if (with_bias) block->bias[j] = bias_at + k * tile.bias_stride[2];
       if (local) block->row[j] = real ? row_at + k : local->dump_row;
       ++j;

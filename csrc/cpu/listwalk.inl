@@ -360,6 +360,7 @@ struct ListWalk {
       fetch(block->key[j], p.head_dim);
       fetch(block->value[j], p.head_dim_v);
       block->bias[j] = bias;
+      block->fresh[j] = true;
       if (local) block->row[j] = real ? u + k : local->dump_row;
       ++j;
     }

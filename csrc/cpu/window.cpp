@@ -138,6 +138,13 @@ void window_forward(const WindowParams& p, const Geometry& geometry, const int32
   struct Item {
     int64_t b, h, heads, tile[3];
   };
+  // Neighbours on the last axis, of the same heads and dilation class.
+  const auto follow = [](const PlanView& v, const Item& last, const Item& item) {
+    const Group* groups = v.axis[2].groups;
+    return item.b == last.b && item.h == last.h && item.tile[0] == last.tile[0] &&
+           item.tile[1] == last.tile[1] && item.tile[2] == last.tile[2] + 1 &&
+           groups[item.tile[2]].cls == groups[last.tile[2]].cls;
+  };
   const auto item_at = [&](int64_t i) {
     Item item;
     item.b = i / first.back();
@@ -164,14 +171,17 @@ void window_forward(const WindowParams& p, const Geometry& geometry, const int32
     const int64_t grain = std::clamp<int64_t>(items / (8 * max_threads()), 1, 16);
     parallel_for(items, grain, problem.serial, [&](int64_t begin, int64_t end) {
       void* memory = thread_buffer(0, scratch);
-      Item next = item_at(begin);
+      Item next = item_at(begin), last{};
       for (int64_t i = begin; i < end; ++i) {
         const Item item = next;
+        const PlanView& v = problem.view_of(item.h);
+        const bool follows = i > begin && follow(v, last, item);
+        last = item;
         if (i + 1 < end) {
           next = item_at(i + 1);
           kernels.fetch_queries(p, problem.view_of(next.h), next.b, next.h, next.tile);
         }
-        kernels.forward(p, problem.view_of(item.h), item.b, item.h, item.heads, item.tile,
+        kernels.forward(p, v, item.b, item.h, item.heads, item.tile, follows,
                         p.bias ? problem.bias.data() : nullptr, memory);
       }
     });

@@ -34,9 +34,10 @@ struct WindowKernels {
   // Starts loading the queries of a tile whose turn comes soon.
   void (*fetch_queries)(const WindowParams&, const PlanView&, int64_t batch, int64_t head,
                         const int64_t tile[3]);
-  // One tile of `count` heads that share the plan. `bias`: expanded, per head; may be null.
+  // One tile of `count` heads that share the plan. `follows`: after the tile before it on the last
+  // axis, whose keys are in the caches. `bias`: expanded, per head; may be null.
   void (*forward)(const WindowParams&, const PlanView&, int64_t batch, int64_t head, int64_t count,
-                  const int64_t tile[3], const void* const* bias, void* scratch);
+                  const int64_t tile[3], bool follows, const void* const* bias, void* scratch);
   // One tile of one head, keys [from, to) of its walk. The unnormalised result goes to `partial`:
   // [head_dim_v][lanes], then maximum and sum per lane.
   void (*forward_part)(const WindowParams&, const PlanView&, int64_t batch, int64_t head,

@@ -82,6 +82,7 @@ class Window {
       blocks[k].value = arena.template take<const T*>(kBlock);
       blocks[k].mask = arena.template take<uint64_t>(kBlock);
       blocks[k].bias = arena.template take<int64_t>(kBlock);
+      blocks[k].fresh = arena.template take<bool>(kBlock);
       blocks[k].row = arena.template take<int64_t>(backward ? kBlock : 0);
     }
     zeros = arena.template take<T>(max64(dp, dvp) + kPad);
@@ -331,6 +332,7 @@ class Window {
         block.key[j] = block.value[j] = zeros;
         block.mask[j] = 0;
         block.bias[j] = kNoBias;
+        block.fresh[j] = false;
         if (walk.local) block.row[j] = walk.local->dump_row;
         block.masked = true;
       }

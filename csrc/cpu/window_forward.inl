@@ -201,9 +201,11 @@ class WindowForward : public Window<T, Keys> {
     keep = others_follow;
   }
   // The whole walk for some heads of a batch item, which share it. `bias`: per head, or null.
-  void forward_heads(int64_t b, int64_t h, int64_t count, const int64_t index[3],
+  // `follows`: the caller's last tile was their one before on the last axis.
+  void forward_heads(int64_t b, int64_t h, int64_t count, const int64_t index[3], bool follows,
                      const void* const* bias) {
     this->start_tile(index);
+    if (follows) tile.fresh = plan.axis[2].groups[index[2] - 1].end;
     keep = count > 1 && tile.total <= this->kKeptBlocks * (this->kBlock - 2) && !p.extra_keys;
     for (int64_t end = h + count; h < end; ++h) {
       if (h + 1 < end) this->fetch_queries(p, tile, b, h + 1);

@@ -25,8 +25,8 @@ struct WindowEntry {
     B::expand_bias(p, v, h, static_cast<Acc*>(out));
   }
   static void forward(const WindowParams& p, const PlanView& v, int64_t b, int64_t h, int64_t count,
-                      const int64_t tile[3], const void* const* bias, void* scratch) {
-    F(p, v, scratch).forward_heads(b, h, count, tile, bias);
+                      const int64_t tile[3], bool follows, const void* const* bias, void* scratch) {
+    F(p, v, scratch).forward_heads(b, h, count, tile, follows, bias);
   }
   static void forward_part(const WindowParams& p, const PlanView& v, int64_t b, int64_t h,
                            const int64_t tile[3], int64_t from, int64_t to, const void* bias,
