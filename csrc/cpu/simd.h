@@ -303,6 +303,14 @@ ATTNEXT_INLINE VecOf<float> make_pairs(VecOf<float> even, VecOf<float> odd) {
 #endif
 }
 
+// The numbers of a row of pairs.
+ATTNEXT_INLINE VecOf<float> even_of(VecOf<float> pairs) {
+  return (VecOf<float>)((IntOf<float>)pairs << 16);
+}
+ATTNEXT_INLINE VecOf<float> odd_of(VecOf<float> pairs) {
+  return (VecOf<float>)((IntOf<float>)pairs & (int32_t)0xffff0000);
+}
+
 // In-register transpose of kLanes vectors: log2(kLanes) rounds of exchanging blocks.
 template <int Step, int... I>
 ATTNEXT_INLINE void exchange(VecOf<float>& a, VecOf<float>& b, std::integer_sequence<int, I...>) {

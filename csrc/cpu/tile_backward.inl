@@ -237,7 +237,7 @@ class TileBackward : public Window<T, Keys> {
         if (p.softcap > 0 || dbias) chain(v, dbias);
         if (p.drow_scale.data) scale_gradient(v);
       }
-      this->block_accumulate(rows_by_key, p.head_dim, this->ds, this->ot, nullptr);
+      this->block_accumulate(rows_by_key, p.head_dim, this->pack_keys(this->ds), this->ot, nullptr);
       if (accumulators) key_gradients(accumulators, stride);
     }
     if (masked && (tile.live & (tile.live - 1)) && !this->output_is_finite(p.head_dim))

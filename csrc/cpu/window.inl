@@ -61,7 +61,8 @@ class Window {
   static constexpr bool kPairs = kDepth == 2;
   // Keys per block, at most: one softmax rescale per block; blocks that are widened first stay in
   // L1.
-  static constexpr int64_t kBlock = kInPlace ? 160 : 64;
+  static constexpr int64_t kBlock = kInPlace ? 160 : kPairs ? 128 : 64;
+  static constexpr int64_t kMost = (kPairs ? kBlock - 2 : kBlock) / kRows * kRows;
   // Blocks that are kept for the heads that follow.
   static constexpr int64_t kKeptBlocks = 8;
   static constexpr int64_t kPad = kLanes;  // accumulator rows are whole vectors
@@ -321,10 +322,9 @@ class Window {
       if (*from >= to) return false;
       block = blocks[kept];
       // What is left in blocks of about the same size: a short one costs nearly as much.
-      constexpr int64_t kMost = kPairs ? kBlock - 2 : kBlock;
       const int64_t left = to - *from, count = (left + kMost - 1) / kMost;
-      const int64_t keys = (left + count - 1) / count;
-      *from = walk.fill(*from, to, kPairs ? keys + keys % 2 : keys, &block);
+      const int64_t keys = ((left + count - 1) / count + kRows - 1) / kRows * kRows;
+      *from = walk.fill(*from, to, keys, &block);
     } while (block.count == 0);
     if (kPairs) {
       if (block.count % 2) {  // pairs of keys: a last one that nobody attends
@@ -435,11 +435,9 @@ class Window {
     });
   }
 
-  // target[d][lanes] = target * factor + sum over the block of row[d] * weights[lanes].
-  void block_accumulate(const Elem* const* row, int64_t dim, const Acc* weights, Acc* target,
-                        const Vec* factor) {
+  // [keys][lanes] as the operand of `accumulate`.
+  const Elem* pack_keys(const Acc* weights) {
     const int ld = tile.lanes;
-    const Elem* w;
     if constexpr (kPairs) {
       for (int v = 0; v < tile.vectors; ++v) {
         for (int64_t j = block.lo[v]; j < block.hi[v]; j += 2) {
@@ -448,10 +446,15 @@ class Window {
                            load(weights + (j + 1) * ld + v * kLanes)));
         }
       }
-      w = pair_s;
+      return pair_s;
     } else {
-      w = weights;
+      return weights;
     }
+  }
+  // target[d][lanes] = target * factor + sum over the block of row[d] * w[lanes].
+  void block_accumulate(const Elem* const* row, int64_t dim, const Elem* w, Acc* target,
+                        const Vec* factor) {
+    const int ld = tile.lanes;
     const Vec one = broadcast(Acc(1));
     Vec rest[kMaxVectors + 1];
     for (int v = 0; v < tile.vectors; ++v) rest[v] = factor ? factor[v] : one;

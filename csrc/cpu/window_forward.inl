@@ -59,41 +59,43 @@ class WindowForward : public Window<T, Keys> {
     // Four sums, by the key's place in the block: many equal weights added to one would all be
     // rounded the same way.
     Vec part[4] = {}, applied = kPairs ? load(norm + shift) * *factor : Vec{};
-    const auto weigh = [&](int64_t j, Vec& total) {
-      Vec w = exp2(load(x + j * ld) * in_base_2 - base);
-      total += w;
-      if constexpr (kPairs) applied += w = round_to_bf16(w);
-      store(x + j * ld, w);
+    const auto weigh = [&](int64_t j, int r) {  // kDepth keys
+      const Vec w = exp2(load(x + j * ld) * in_base_2 - base);
+      part[r] += w;
+      if constexpr (kPairs) {
+        const Vec other = exp2(load(x + (j + 1) * ld) * in_base_2 - base);
+        part[r + 1] += other;
+        const Vec pair = make_pairs(w, other);
+        applied = (applied + even_of(pair)) + odd_of(pair);
+        store(reinterpret_cast<Acc*>(this->pair_s) + j / 2 * ld + shift, pair);
+      } else {
+        store(x + j * ld, w);
+      }
     };
     int64_t j = block.lo[v];
-    for (; j < block.hi[v] && j % 4; ++j) weigh(j, part[j % 4]);
+    for (; j < block.hi[v] && j % 4; j += kDepth) weigh(j, static_cast<int>(j % 4));
     for (; j + 4 <= block.hi[v]; j += 4) {
 #pragma GCC unroll 4
-      for (int r = 0; r < 4; ++r) weigh(j + r, part[r]);
+      for (int r = 0; r < 4; r += kDepth) weigh(j + r, r);
     }
-    for (; j < block.hi[v]; ++j) weigh(j, part[j % 4]);
+    for (; j < block.hi[v]; j += kDepth) weigh(j, static_cast<int>(j % 4));
     const Vec total = load(sum + shift) * *factor + ((part[0] + part[1]) + (part[2] + part[3]));
     store(maximum + shift, top);
     store(sum + shift, total);
     if constexpr (kPairs) store(norm + shift, applied);
   }
 
+  // What the softmax made of the scores.
+  const Elem* weights() const {
+    if constexpr (kPairs) return this->pair_s;
+    if constexpr (!kPairs) return s;
+  }
+
   void sparse_accumulate(const Vec* factor) {
     for (uint64_t rest = tile.live; rest; rest &= rest - 1) {
       const int lane = __builtin_ctzll(rest), v = lane / kLanes;
-      const Elem* weights;
-      if constexpr (kPairs) {
-        for (int64_t j = block.lo[v]; j < block.hi[v]; j += 2) {
-          store(reinterpret_cast<Acc*>(this->pair_s) + j / 2 * tile.lanes + v * kLanes,
-                make_pairs(load(s + j * tile.lanes + v * kLanes),
-                           load(s + (j + 1) * tile.lanes + v * kLanes)));
-        }
-        weights = this->pair_s;
-      } else {
-        weights = s;
-      }
       row_accumulate<Elem>(value_rows, block.lo[v] / kDepth, block.hi[v] / kDepth, p.head_dim_v,
-                           weights + lane, tile.lanes, this->row_out);
+                           weights() + lane, tile.lanes, this->row_out);
       const Acc scale_old = factor[v][lane % kLanes];
       for (int64_t d = 0; d < p.head_dim_v; ++d) {
         Acc* o = ot + d * tile.lanes + lane;
@@ -160,7 +162,7 @@ class WindowForward : public Window<T, Keys> {
       if (sparse) {
         sparse_accumulate(factor);
       } else {
-        this->block_accumulate(value_rows, p.head_dim_v, s, ot, factor);
+        this->block_accumulate(value_rows, p.head_dim_v, weights(), ot, factor);
       }
     }
     if (!masked || !(tile.live & (tile.live - 1))) return true;
@@ -206,7 +208,7 @@ class WindowForward : public Window<T, Keys> {
                      const void* const* bias) {
     this->start_tile(index);
     if (follows) tile.fresh = plan.axis[2].groups[index[2] - 1].end;
-    keep = count > 1 && tile.total <= this->kKeptBlocks * (this->kBlock - 2) && !p.extra_keys;
+    keep = count > 1 && tile.total <= this->kKeptBlocks * this->kMost && !p.extra_keys;
     for (int64_t end = h + count; h < end; ++h) {
       if (h + 1 < end) this->fetch_queries(p, tile, b, h + 1);
       forward(b, h, 0, tile.total, bias ? static_cast<const Acc*>(bias[h]) : nullptr, nullptr);
