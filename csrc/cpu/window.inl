@@ -141,12 +141,12 @@ class Window {
                             const int64_t index[3]) {
     Tile next;
     next.place(plan, index, kLanes);
-    fetch_queries(p, next, b, h);
+    fetch_rows(p.query, p.head_dim, next, b, h);
   }
-  static void fetch_queries(const WindowParams& p, const Tile& tile, int64_t b, int64_t h) {
+  static void fetch_rows(const TensorRef& t, int64_t dim, const Tile& tile, int64_t b, int64_t h) {
     for (uint64_t rest = tile.whole; rest; rest &= rest - 1) {
       const int lane = __builtin_ctzll(rest);
-      fetch(static_cast<const T*>(p.query.data) + offset_of(p.query, tile, lane, b, h), p.head_dim);
+      fetch(static_cast<const T*>(t.data) + offset_of(t, tile, lane, b, h), dim);
     }
   }
 

@@ -210,7 +210,7 @@ class WindowForward : public Window<T, Keys> {
     if (follows) tile.fresh = plan.axis[2].groups[index[2] - 1].end;
     keep = count > 1 && tile.total <= this->kKeptBlocks * this->kMost && !p.extra_keys;
     for (int64_t end = h + count; h < end; ++h) {
-      if (h + 1 < end) this->fetch_queries(p, tile, b, h + 1);
+      if (h + 1 < end) this->fetch_rows(p.query, p.head_dim, tile, b, h + 1);
       forward(b, h, 0, tile.total, bias ? static_cast<const Acc*>(bias[h]) : nullptr, nullptr);
     }
   }
