@@ -46,10 +46,7 @@ class WindowForward : public Window<T, Keys> {
     Vec top = lowest;
     for (int64_t j = block.lo[v]; j < block.hi[v]; ++j) {
       Vec y = load(x + j * ld);
-      if constexpr (kMasked) {
-        y = select_bits<Acc>(block.mask[j] >> shift, y, lowest);
-        store(x + j * ld, y);
-      }
+      if constexpr (kMasked) y = select_bits<Acc>(block.mask[j] >> shift, y, lowest);
       top = max_or_second(y, top);
     }
     const Vec before = load(maximum + shift);
@@ -59,11 +56,15 @@ class WindowForward : public Window<T, Keys> {
     // Four sums, by the key's place in the block: many equal weights added to one would all be
     // rounded the same way.
     Vec part[4] = {}, applied = kPairs ? load(norm + shift) * *factor : Vec{};
-    const auto weigh = [&](int64_t j, int r) {  // kDepth keys
+    const auto weight = [&](int64_t j) {
       const Vec w = exp2(load(x + j * ld) * in_base_2 - base);
+      return kMasked ? select_bits<Acc>(block.mask[j] >> shift, w, Vec{}) : w;
+    };
+    const auto weigh = [&](int64_t j, int r) {  // kDepth keys
+      const Vec w = weight(j);
       part[r] += w;
       if constexpr (kPairs) {
-        const Vec other = exp2(load(x + (j + 1) * ld) * in_base_2 - base);
+        const Vec other = weight(j + 1);
         part[r + 1] += other;
         const Vec pair = make_pairs(w, other);
         applied = (applied + even_of(pair)) + odd_of(pair);
