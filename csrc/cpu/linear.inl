@@ -139,13 +139,13 @@ void pack_lanes(FeatureMap map, const T* rows, int64_t step, int64_t count, int6
 
 // Starts loading token rows whose turn comes soon, into the second-level cache: rows a power of two
 // apart would push each other out of the first.
-template <class T>
+template <int kWrite, class T>
 ATTNEXT_INLINE void fetch_rows(const T* rows, int64_t step, int64_t count, int64_t dim) {
   constexpr int64_t kLine = 64;
   for (int64_t t = 0; t < count; ++t) {
     const char* row = reinterpret_cast<const char*>(rows + t * step);
     for (int64_t at = 0; at < dim * static_cast<int64_t>(sizeof(T)); at += kLine) {
-      __builtin_prefetch(row + at, 0, 2);
+      __builtin_prefetch(row + at, kWrite, kWrite ? 3 : 2);
     }
   }
 }
@@ -366,11 +366,14 @@ struct LinearHead {
     const int64_t head = item.head / (p.heads / heads);
     return static_cast<U*>(ref.data) + s.batch * ref.batch + token * ref.token[2] + head * ref.head;
   }
-  // The rows of the chunk after the one at t, if there is one.
-  void fetch_next(const TensorRef& ref, int64_t t, int64_t heads, int64_t dim) const {
-    const int64_t next = t + chunk;
+  // Rows of the chunk after the one at t, if there is one: as many as a tile has.
+  ATTNEXT_INLINE void fetch_next(const TensorRef& ref, int64_t t, int64_t i, int64_t heads, int64_t dim) const {
+    const int64_t next = t + chunk + i;
     if (next >= item.end) return;
-    fetch_rows(row<const T>(ref, next, heads), step(ref), min64(chunk, item.end - next), dim);
+    fetch_rows<0>(row<const T>(ref, next, heads), step(ref), min64(kRows, item.end - next), dim);
+  }
+  ATTNEXT_INLINE void fetch_out(const TensorRef& ref, int64_t t, int64_t i, int64_t heads, int64_t dim) const {
+    fetch_rows<1>(row<const T>(ref, t + i, heads), step(ref), min64(kRows, item.end - t - i), dim);
   }
   int64_t step(const TensorRef& ref) const { return p.reverse ? -ref.token[2] : ref.token[2]; }
 

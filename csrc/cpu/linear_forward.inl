@@ -117,21 +117,27 @@ class LinearForward : public LinearHead<T> {
 
   void attend(int64_t t, int64_t count, const Acc* state) {
     const int64_t lanes = whole_vectors<Acc>(count);
-    this->fetch_next(p.query, t, p.query_heads, p.head_dim);
-    for (int64_t i = 0; i < count && p.causal; i += kBlock) {
-      const int64_t rows = min64(kBlock, count - i);
-      const int64_t seen = whole_vectors<Acc>(i + rows);
-      product<By::kColumns>(rows, seen, p.head_dim, q_ + i, ld, k_, ld, scores_, ld, false);
-      finish_scores(i, rows);
-      product_lower(i, rows, width, scores_, ld, v_, width, out_ + i * width, width, false);
-    }
-    if (p.causal) this->fetch_next(p.key, t, p.key_heads, p.head_dim);
     if (decays() && state) scale_lanes(qf_, features, ld, lanes, decay_.from_start);
-    if (state) {
-      product<By::kColumns>(count, width, features, qf_, ld, state, width, out_, width, p.causal);
-      if (p.normalize) weigh_rows(qf_, features, ld, lanes, this->sums(state), sum_, p.causal);
+    for (int64_t i = 0; i < count; i += kBlock) {
+      const int64_t rows = min64(kBlock, count - i);
+      this->fetch_next(p.query, t, i, p.query_heads, p.head_dim);
+      if (p.causal) {
+        const int64_t seen = whole_vectors<Acc>(i + rows);
+        product<By::kColumns>(rows, seen, p.head_dim, q_ + i, ld, k_, ld, scores_, ld, false);
+        this->fetch_next(p.key, t, i, p.key_heads, p.head_dim);
+        finish_scores(i, rows);
+        product_lower(i, rows, width, scores_, ld, v_, width, out_ + i * width, width, false);
+        this->fetch_next(p.value, t, i, p.value_heads, p.head_dim_v);
+      }
+      if (state) {
+        product<By::kColumns>(rows, width, features, qf_ + i, ld, state, width, out_ + i * width,
+                              width, p.causal);
+      }
+      this->fetch_out(p.out, t, i, p.heads, p.head_dim_v);
     }
-    if (p.causal) this->fetch_next(p.value, t, p.value_heads, p.head_dim_v);
+    if (state && p.normalize) {
+      weigh_rows(qf_, features, ld, lanes, this->sums(state), sum_, p.causal);
+    }
     store_out(t, count, state || p.causal);
   }
 
