@@ -12,13 +12,7 @@ namespace cpu {
 namespace ATTNEXT_ISA {
 
 template <class T>
-struct LinearAcc {
-  using type = float;
-};
-template <>
-struct LinearAcc<double> {
-  using type = double;
-};
+using LinearAcc = AccOf<typename ElemOf<T>::type>;
 
 // Numbers one after the other in a thread's scratch; without memory it only counts.
 template <class Acc>
@@ -139,13 +133,13 @@ void pack_lanes(FeatureMap map, const T* rows, int64_t step, int64_t count, int6
 
 // Starts loading token rows whose turn comes soon, into the second-level cache: rows a power of two
 // apart would push each other out of the first.
-template <class T>
+template <int kWrite, class T>
 ATTNEXT_INLINE void fetch_rows(const T* rows, int64_t step, int64_t count, int64_t dim) {
   constexpr int64_t kLine = 64;
   for (int64_t t = 0; t < count; ++t) {
     const char* row = reinterpret_cast<const char*>(rows + t * step);
     for (int64_t at = 0; at < dim * static_cast<int64_t>(sizeof(T)); at += kLine) {
-      __builtin_prefetch(row + at, 0, 2);
+      __builtin_prefetch(row + at, kWrite, kWrite ? 3 : 2);
     }
   }
 }
@@ -220,22 +214,21 @@ ATTNEXT_INLINE Acc add_lanes(VecOf<Acc> v) {
   return sum;
 }
 
-// out[lanes] (+)= sum_r x[r][lanes] * weight[r].
+// out[lanes] = sum_r x[r][lanes] * weight[r].
 template <class Acc>
-void weigh_rows(const Acc* x, int64_t rows, int64_t ld, int64_t width, const Acc* weight, Acc* out,
-                bool add) {
+void weigh_rows(const Acc* x, int64_t rows, int64_t ld, int64_t width, const Acc* weight,
+                Acc* out) {
   constexpr int64_t kLanes = Simd<Acc>::kLanes;
   for (int64_t t = 0; t < width; t += kLanes) {
     VecOf<Acc> sum[4] = {};
     for (int64_t r = 0; r < rows; ++r) sum[r % 4] += load(x + r * ld + t) * weight[r];
-    const VecOf<Acc> all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-    store(out + t, add ? load(out + t) + all : all);
+    store(out + t, (sum[0] + sum[1]) + (sum[2] + sum[3]));
   }
 }
-// out[r] (+)= sum over lanes of x[r][lanes] * weight[lanes]; no weight: 1.
+// out[r] = kept out[r] + taken sum over lanes of x[r][lanes] * weight[lanes]; no weight: 1.
 template <class Acc>
 void weigh_lanes(const Acc* x, int64_t rows, int64_t ld, int64_t width, const Acc* weight, Acc* out,
-                 bool add) {
+                 Mix<Acc> mix) {
   constexpr int64_t kLanes = Simd<Acc>::kLanes;
   for (int64_t r = 0; r < rows; ++r) {
     VecOf<Acc> sum{};
@@ -243,49 +236,51 @@ void weigh_lanes(const Acc* x, int64_t rows, int64_t ld, int64_t width, const Ac
       const VecOf<Acc> v = load(x + r * ld + t);
       sum += weight ? v * load(weight + t) : v;
     }
-    const Acc all = add_lanes<Acc>(sum);
-    out[r] = add ? out[r] + all : all;
+    const Acc all = add_lanes<Acc>(sum) * mix.taken;
+    out[r] = mix.reads ? out[r] * mix.kept + all : all;
   }
 }
 
-// phi of Taylor2 from its packed entries, [features][ld]: 1, x_a, x_a x_b for a <= b. `weighted`:
-// the squares times 1/2.
+// phi of Taylor2 from packed entries times `scale`, [features][ld]: 1, x_a, x_a x_b for a <= b.
+// `weighted`: the squares times 1/2.
 template <class Acc>
-void taylor_features(const Acc* x, int64_t dim, int64_t ld, int64_t count, bool weighted,
+void taylor_features(const Acc* x, Acc scale, int64_t dim, int64_t ld, int64_t count, bool weighted,
                      Acc* out) {
   constexpr int64_t kLanes = Simd<Acc>::kLanes;
   const Acc square = weighted ? Acc(0.5) : Acc(1);
   for (int64_t t = 0; t < count; t += kLanes) {
     Acc* to = out + t;
     for (int64_t i = 0; i < kLanes; ++i) to[i] = t + i < count ? Acc(1) : Acc(0);
-    for (int64_t a = 0; a < dim; ++a) store(to += ld, load(x + a * ld + t));
+    const Acc* const scaled = to + ld;
+    for (int64_t a = 0; a < dim; ++a) store(to += ld, load(x + a * ld + t) * scale);
     for (int64_t a = 0; a < dim; ++a) {
-      const VecOf<Acc> xa = load(x + a * ld + t);
+      const VecOf<Acc> xa = load(scaled + a * ld);
       store(to += ld, xa * xa * square);
-      for (int64_t b = a + 1; b < dim; ++b) store(to += ld, xa * load(x + b * ld + t));
+      for (int64_t b = a + 1; b < dim; ++b) store(to += ld, xa * load(scaled + b * ld));
     }
   }
 }
-// dx += what the gradient of the features means for the entries.
+// dx += what the gradient of the features means for the entries times `scale`.
 template <class Acc>
-void taylor_chain(const Acc* x, const Acc* dfeatures, int64_t dim, int64_t ld, int64_t width,
-                  bool weighted, Acc* dx) {
+void taylor_chain(const Acc* x, Acc scale, const Acc* dfeatures, int64_t dim, int64_t ld,
+                  int64_t width, bool weighted, Acc* dx) {
   constexpr int64_t kLanes = Simd<Acc>::kLanes;
   const Acc square = weighted ? Acc(1) : Acc(2);
   for (int64_t t = 0; t < width; t += kLanes) {
     const Acc* from = dfeatures + ld + t;  // the constant has no slope
     const Acc* pair = from + dim * ld;
     for (int64_t a = 0; a < dim; ++a, from += ld) {
-      const VecOf<Acc> xa = load(x + a * ld + t);
+      const VecOf<Acc> xa = load(x + a * ld + t) * scale;
       VecOf<Acc> sum = load(dx + a * ld + t) + load(from);
       sum += xa * load(pair) * square;
       pair += ld;
+      VecOf<Acc> more{};
       for (int64_t b = a + 1; b < dim; ++b, pair += ld) {
         const VecOf<Acc> d = load(pair);
-        sum += load(x + b * ld + t) * d;
+        more += load(x + b * ld + t) * d;
         store(dx + b * ld + t, load(dx + b * ld + t) + xa * d);
       }
-      store(dx + a * ld + t, sum);
+      store(dx + a * ld + t, sum + more * scale);
     }
   }
 }
@@ -339,7 +334,7 @@ ATTNEXT_INLINE Acc power_of(double x) {
 // A head's share of a problem: where its rows are, and its sizes.
 template <class T>
 struct LinearHead {
-  using Acc = typename LinearAcc<T>::type;
+  using Acc = LinearAcc<T>;
   static constexpr int64_t kLanes = Simd<Acc>::kLanes;
 
   const LinearParams& p;
@@ -357,6 +352,9 @@ struct LinearHead {
 
   bool taylor() const { return p.feature_map == FeatureMap::kTaylor2; }
   bool decays() const { return p.decay.data != nullptr; }
+  // The scale is inside the polynomial of Taylor2; of all other maps outputs are linear in it.
+  Acc inner_scale() const { return taylor() ? Acc(p.scale) : Acc(1); }
+  Acc outer_scale() const { return taylor() ? Acc(1) : Acc(p.scale); }
 
   // Row of token t, counted in the order of processing; the next one is step(ref) further.
   template <class U>
@@ -366,11 +364,22 @@ struct LinearHead {
     const int64_t head = item.head / (p.heads / heads);
     return static_cast<U*>(ref.data) + s.batch * ref.batch + token * ref.token[2] + head * ref.head;
   }
-  // The rows of the chunk after the one at t, if there is one.
-  void fetch_next(const TensorRef& ref, int64_t t, int64_t heads, int64_t dim) const {
-    const int64_t next = t + chunk;
+  // Starts loading rows of the chunk after the one at t, if there is one: as many as a tile has,
+  // since more at once would wait for each other. Inlined, for a call would be thought to be without
+  // effect, and go.
+  ATTNEXT_INLINE void fetch_next(const TensorRef& ref, int64_t t, int64_t i, int64_t heads, int64_t dim) const {
+    const int64_t next = t + chunk + i;
     if (next >= item.end) return;
-    fetch_rows(row<const T>(ref, next, heads), step(ref), min64(chunk, item.end - next), dim);
+    fetch_rows<0>(row<const T>(ref, next, heads), step(ref), min64(kRows, item.end - next), dim);
+  }
+  // The same of the chunk before it, in a walk from the last to the first.
+  ATTNEXT_INLINE void fetch_earlier(const TensorRef& ref, int64_t t, int64_t i, int64_t heads,
+                                    int64_t dim) const {
+    if (t == item.begin) return;
+    fetch_rows<0>(row<const T>(ref, t - chunk + i, heads), step(ref), kRows, dim);
+  }
+  ATTNEXT_INLINE void fetch_out(const TensorRef& ref, int64_t t, int64_t i, int64_t heads, int64_t dim) const {
+    fetch_rows<1>(row<const T>(ref, t + i, heads), step(ref), min64(kRows, item.end - t - i), dim);
   }
   int64_t step(const TensorRef& ref) const { return p.reverse ? -ref.token[2] : ref.token[2]; }
 
@@ -436,15 +445,18 @@ struct LinearHead {
     combine(factor(local), carry, local, false, carry);
   }
 
-  // local = e^total * local + features of the chunk times its rows; by lanes, already weighted.
-  void add_outer(const Acc* lanes, const Acc* rows, int64_t count, Acc kept, Acc* local, bool fresh,
-                 const Acc* row_weight) const {
-    if (!fresh && kept != 1) scale_all(local, 1, 0, state_size() - 16, kept);
-    product<By::kRows>(features, width, count, lanes, ld, rows, width, local, width, !fresh);
+  // local = mix.kept * local + mix.taken * features of the chunk times its rows; row_weight: what
+  // the sums are of, beside the features. `lanes` are features as numbers, and a and b what the
+  // product is of.
+  template <class Elem>
+  void add_outer(const Acc* lanes, const Elem* a, const Elem* b, int64_t count, Mix<Acc> mix,
+                 Acc* local, const Acc* row_weight) const {
+    constexpr int64_t kDepth = Contraction<Elem>::kDepth;
+    product<By::kRows, false>(features, width, elements<Elem>(count), a, ld / kDepth, b, width,
+                              local, width, mix);
     if (p.normalize) {
-      const int64_t lanes_used = whole_vectors<Acc>(count);
-      weigh_lanes(lanes, features, ld, lanes_used, row_weight, sums(local), !fresh);
-    } else if (fresh) {
+      weigh_lanes(lanes, features, ld, whole_vectors<Acc>(count), row_weight, sums(local), mix);
+    } else if (!mix.reads) {
       for (int64_t f = 0; f < whole_vectors<Acc>(features); ++f) sums(local)[f] = 0;
     }
   }

@@ -3,7 +3,9 @@
 // state before it; then it is walked from the last chunk to the first with the gradient of the
 // state, G. With P = dO V^T and S the scores, all masked and decayed, in a chunk:
 //   dV = S^T dO + phi(K) G,  dQ = P K + R dO,  dK = P^T Q + G V,  G += phi(Q)^T dO.
-// Gradients of queries and keys have tokens in the lanes like what they belong to.
+// Gradients of queries and keys have tokens in the lanes like what they belong to. Products that
+// read a state are of numbers also where others are of pairs of bf16: what reaches a gradient has
+// been rounded once, and once more as it is stored.
 #pragma once
 
 #include "linear_forward.inl"
@@ -12,7 +14,7 @@ namespace attnext {
 namespace cpu {
 namespace ATTNEXT_ISA {
 
-template <class T>
+template <class T, class Elem = LinearAcc<T>>
 class LinearBackward : public LinearHead<T> {
  public:
   using Head = LinearHead<T>;
@@ -44,6 +46,8 @@ class LinearBackward : public LinearHead<T> {
     dp_ = arena_.take(chunk * ld);
     dp_lanes_ = arena_.take(chunk * ld);
     dsum_ = arena_.take(ld);
+    inverse_ = arena_.take(ld);
+    dmean_ = arena_.take(ld);
     weights_ = arena_.take(ld);
     after_ = arena_.take(this->state_size());
     local_ = arena_.take(this->state_size());
@@ -63,6 +67,12 @@ class LinearBackward : public LinearHead<T> {
       later_ = arena_.take(kRows * width);
     }
     states_ = arena_.take(this->state_size() * (segment() / chunk));
+    query_lanes_ = room(features * ld);
+    key_lanes_ = room(dim * ld);
+    for (Elem** of : {&query_rows_, &key_rows_}) *of = room((dim + 1) * ld);
+    for (Elem** of : {&value_rows_, &dout_rows_}) *of = room((columns + 1) * ld);
+    dout_room_ = room((chunk + 1) * width);
+    for (Elem** of : {&pair_rows_, &pair_columns_, &score_rows_}) *of = room((chunk + 1) * ld);
   }
   int64_t scratch_bytes() const { return again_.scratch_bytes() + arena_.bytes(); }
 
@@ -77,7 +87,7 @@ class LinearBackward : public LinearHead<T> {
       const Acc* after =
           p.causal ? again_.state_before(dcarry, dlocal, fresh, gone, after_) : dcarry;
       pack(t, count, before);
-      within(count);
+      within(t, count);
       across(t, count, before, after);
       if (p.causal) add_chunk(count, dlocal, fresh);
       fresh = fresh && !p.causal;
@@ -108,6 +118,11 @@ class LinearBackward : public LinearHead<T> {
 
  private:
   static constexpr int64_t kMostChunks = 16;
+  static constexpr int64_t kDepth = Contraction<Elem>::kDepth;
+
+  Elem* room(int64_t numbers) {
+    return kDepth == 1 ? nullptr : reinterpret_cast<Elem*>(arena_.take(numbers / kDepth + 1));
+  }
 
   void* past(void* scratch) const {
     return scratch ? static_cast<char*>(scratch) + again_.scratch_bytes() : nullptr;
@@ -140,11 +155,10 @@ class LinearBackward : public LinearHead<T> {
   void pack_queries(int64_t t, int64_t count) {
     pack_lanes<T, Acc>(p.feature_map, this->template row<const T>(p.query, t, p.query_heads),
                        this->step(p.query), count, p.head_dim, q_, ld);
-    if (p.scale != 1) scale_all(q_, p.head_dim, ld, whole_vectors<Acc>(count), Acc(p.scale));
   }
 
-  // dO as rows and lanes, divided like the outputs, and the gradient of the sums they were divided
-  // by.
+  // dO as rows and lanes; the numbers by which outputs were divided, inverted, which take part where
+  // rounding does not add to that of bf16; and the gradients of the sums, dsum_ = inverse_ dmean_.
   void pack_gradients(int64_t t, int64_t count) {
     const T* dout = this->template row<const T>(p.dout, t, p.heads) + item.column;
     pack_rows<T, Acc>(dout, this->step(p.dout), count, columns, dout_, width);
@@ -153,17 +167,22 @@ class LinearBackward : public LinearHead<T> {
       const Acc* denominator = this->template row<const Acc>(p.denominator, t, p.heads);
       const Acc* ddenominator =
           p.ddenominator.data ? this->template row<const Acc>(p.ddenominator, t, p.heads) : nullptr;
-      for (int64_t i = 0; i < ld; ++i) dsum_[i] = 0;
+      for (int64_t i = 0; i < ld; ++i) dsum_[i] = inverse_[i] = dmean_[i] = 0;
       for (int64_t i = 0; i < count; ++i) {
-        const Acc inverse = 1 / denominator[i * this->step(p.denominator)];
+        const Acc divisor = denominator[i * this->step(p.denominator)];
         VecOf<Acc> sum{};
         for (int64_t c = 0; c < columns; c += kLanes) {
-          const VecOf<Acc> d = load(dout_ + i * width + c);
-          sum += d * widen_part<T, Acc>(out + i * this->step(p.out) + c, columns - c);
-          store(dout_ + i * width + c, d * inverse);
+          sum += load(dout_ + i * width + c) *
+                 widen_part<T, Acc>(out + i * this->step(p.out) + c, columns - c);
         }
-        dsum_[i] = -add_lanes<Acc>(sum) * inverse;
-        if (p.ddenominator.data) dsum_[i] += ddenominator[i * this->step(p.ddenominator)];
+        inverse_[i] = 1 / divisor;
+        dmean_[i] = -add_lanes<Acc>(sum);
+        dsum_[i] = dmean_[i] * inverse_[i];
+        if (p.ddenominator.data) {
+          const Acc more = ddenominator[i * this->step(p.ddenominator)];
+          dsum_[i] += more;
+          dmean_[i] += more * divisor;
+        }
       }
     }
     pack_lanes<FeatureMap::kIdentity, Acc, Acc>(dout_, width, count, columns, dout_lanes_, ld);
@@ -176,7 +195,8 @@ class LinearBackward : public LinearHead<T> {
   }
 
   void make_features(const Acc* x, Acc* f, int64_t count, bool weighted) {
-    if (taylor()) return taylor_features(x, p.head_dim, ld, count, weighted, f);
+    const Acc scale = weighted ? this->inner_scale() : Acc(1);
+    if (taylor()) return taylor_features(x, scale, p.head_dim, ld, count, weighted, f);
     if (f == x) return;
     for (int64_t i = 0; i < features * ld; i += kLanes) store(f + i, load(x + i));
   }
@@ -207,17 +227,25 @@ class LinearBackward : public LinearHead<T> {
   }
 
   // Products within the chunk: dq_, dk_, dv_, and what each pair says of the decays between.
-  void within(int64_t count) {
+  void within(int64_t t, int64_t count) {
     const int64_t lanes = whole_vectors<Acc>(count), dim = p.head_dim;
     if (!p.causal) {
       for (int64_t i = 0; i < dim * ld; ++i) dq_[i] = dk_[i] = 0;
       return;
     }
+    const Elem* const query = along_rows(q_, dim, ld, lanes, query_rows_);
+    const Elem* const key = along_rows(k_, dim, ld, lanes, key_rows_);
+    const Elem* const value = along_rows(v_lanes_, columns, ld, lanes, value_rows_);
+    const Elem* const dout = along_rows(dout_lanes_, columns, ld, lanes, dout_rows_);
     for (int64_t i = 0; i < count; i += kRows) {
       const int64_t rows = min64(kRows, count - i), seen = whole_vectors<Acc>(i + rows);
-      product<By::kColumns>(rows, seen, dim, q_ + i, ld, k_, ld, s_ + i * ld, ld, false);
-      product<By::kColumns>(rows, seen, columns, dout_lanes_ + i, ld, v_lanes_, ld, dp_ + i * ld,
+      this->fetch_earlier(p.query, t, i, p.query_heads, dim);
+      this->fetch_earlier(p.dout, t, i, p.heads, columns);
+      if (p.normalize) this->fetch_earlier(p.out, t, i, p.heads, columns);
+      product<By::kColumns>(rows, seen, elements<Elem>(dim), query + i, ld, key, ld, s_ + i * ld,
                             ld, false);
+      product<By::kColumns>(rows, seen, elements<Elem>(columns), dout + i, ld, value, ld,
+                            dp_ + i * ld, ld, false);
     }
     if (decays()) {
       for (int64_t i = 0; i < 2 * ld; ++i) pairs_[i] = 0;
@@ -229,18 +257,20 @@ class LinearBackward : public LinearHead<T> {
       for (int64_t j = 0; j < seen; j += kLanes) {
         const uint64_t bits = j + kLanes > i + 1 ? (uint64_t(2) << (i - j)) - 1 : ~uint64_t(0);
         VecOf<Acc> s = load(s_row + j), dp = load(p_row + j);
-        if (p.normalize) dp += dsum_[i];
+        if (p.normalize) dp = dp * inverse_[i] + dsum_[i];
         if (decays()) dp *= load(weights_ + j);
         VecOf<Acc> ds = dp;
         if (taylor()) {
+          s *= this->inner_scale();
           ds *= s + Acc(1);
           s = (s * Acc(0.5) + Acc(1)) * s + Acc(1);
         }
         if (decays()) {
-          store(p_row + j, s * dp);
+          store(p_row + j, s * dp * this->outer_scale());
           count_pairs(i, j, min64(kLanes, i - j), p_row);
           s *= load(weights_ + j);
         }
+        if (p.normalize) s *= inverse_[i];
         store(s_row + j, select_bits<Acc>(bits, s, VecOf<Acc>{}));
         store(p_row + j, select_bits<Acc>(bits, ds, VecOf<Acc>{}));
       }
@@ -248,11 +278,29 @@ class LinearBackward : public LinearHead<T> {
     }
     unpack_lanes<Acc, Acc>(dp_, ld, count, count, dp_lanes_, ld);
     clear_lanes(dp_lanes_, count, count, lanes);
-    product<By::kRows>(dim, lanes, count, k_, ld, dp_lanes_, ld, dq_, ld, false);
-    product<By::kRows>(dim, lanes, count, q_, ld, dp_, ld, dk_, ld, false);
+    // The gradients of a vector of queries are sums over the keys up to its last, those of a vector
+    // of keys over the queries from its first.
+    const Elem* const keys = along_lanes(k_, dim, ld, lanes, key_lanes_);
+    const Elem* const queries = along_lanes(q_, dim, ld, lanes, query_lanes_);
+    const Elem* const pairs = along_rows(dp_, count, ld, lanes, pair_rows_);
+    const Elem* const columns_of_pairs = along_rows(dp_lanes_, count, ld, lanes, pair_columns_);
+    for (int64_t i = 0; i < lanes; i += 2 * kLanes) {
+      const int64_t more = min64(2 * kLanes, lanes - i), to = min64(i + more, count);
+      product<By::kRows>(dim, more, elements<Elem>(to), keys, ld / kDepth, columns_of_pairs + i, ld,
+                         dq_ + i, ld, false);
+      product<By::kRows, false>(dim, more, elements<Elem>(count - i), queries + i / kDepth,
+                                ld / kDepth, pairs + i / kDepth * ld + i, ld, dk_ + i, ld,
+                                Mix<Acc>{false, 1, Acc(p.scale)});
+    }
+    const Elem* const scores = along_rows(s_, count, ld, lanes, score_rows_);
+    const Elem* const dout_by_rows = along_rows(dout_, count, width, width, dout_room_);
     for (int64_t j = 0; j < count; j += kRows) {  // queries from the key on
-      product<By::kColumns>(min64(kRows, count - j), width, count - j, s_ + j * ld + j, ld,
-                            dout_ + j * width, width, dv_ + j * width, width, false);
+      this->fetch_earlier(p.key, t, j, p.key_heads, dim);
+      this->fetch_earlier(p.value, t, j, p.value_heads, columns);
+      product<By::kColumns, false>(min64(kRows, count - j), width, elements<Elem>(count - j),
+                                   scores + j / kDepth * ld + j, ld,
+                                   dout_by_rows + j / kDepth * width, width, dv_ + j * width, width,
+                                   Mix<Acc>{false, 1, this->outer_scale()});
     }
   }
   void clear_lanes(Acc* x, int64_t rows, int64_t from, int64_t to) {
@@ -291,8 +339,12 @@ class LinearBackward : public LinearHead<T> {
     }
     if (before) {
       product<By::kRows>(features, lanes, columns, before, width, dout_lanes_, ld, df_, ld, false);
-      if (p.normalize) add_sums(this->sums(before), dsum_, lanes);
+      if (p.normalize) {
+        scale_lanes(df_, features, ld, lanes, inverse_);
+        add_sums(this->sums(before), dsum_, lanes);
+      }
       if (decays()) dot_lanes(qf_, df_, features, lanes, slope_, false);
+      if (decays()) scale_all(slope_, 1, 0, ld, this->outer_scale());
       if (decays()) scale_lanes(df_, features, ld, lanes, decay_.from_start);
       chain(q_, true, lanes, dq_);
     }
@@ -325,7 +377,8 @@ class LinearBackward : public LinearHead<T> {
     }
   }
   void chain(const Acc* x, bool weighted, int64_t lanes, Acc* dx) {
-    if (taylor()) return taylor_chain(x, df_, p.head_dim, ld, lanes, weighted, dx);
+    const Acc scale = weighted ? this->inner_scale() : Acc(1);
+    if (taylor()) return taylor_chain(x, scale, df_, p.head_dim, ld, lanes, weighted, dx);
     for (int64_t f = 0; f < features; ++f) {
       for (int64_t i = 0; i < lanes; i += kLanes) {
         store(dx + f * ld + i, load(dx + f * ld + i) + load(df_ + f * ld + i));
@@ -407,11 +460,10 @@ class LinearBackward : public LinearHead<T> {
     const int64_t lanes = whole_vectors<Acc>(count), dim = p.head_dim;
     const bool curved = p.feature_map == FeatureMap::kElu || p.feature_map == FeatureMap::kRelu;
     if (curved || scale != 1) {
-      const Acc inverse = scale != 0 ? 1 / scale : 0;
       for (int64_t d = 0; d < dim; ++d) {
         for (int64_t i = d * ld; i < d * ld + lanes; i += kLanes) {
           VecOf<Acc> slope = broadcast(scale);
-          if (curved) slope *= feature_slope<Acc>(p.feature_map, load(f + i) * inverse);
+          if (curved) slope *= feature_slope<Acc>(p.feature_map, load(f + i));
           store(dx + i, load(dx + i) * slope);
         }
       }
@@ -428,21 +480,33 @@ class LinearBackward : public LinearHead<T> {
   }
 
   void add_chunk(int64_t count, Acc* dlocal, bool fresh) {
-    const Acc kept = decays() ? power_of<Acc>(decay_.total) : Acc(1);
-    this->add_outer(qf_, dout_, count, kept, dlocal, fresh, dsum_);
-    if (p.delta()) this->add_outer(kf_, h_, count, 1, dlocal, false, nullptr);
+    const int64_t lanes = whole_vectors<Acc>(count);
+    const Mix<Acc> mix{!fresh, decays() ? power_of<Acc>(decay_.total) : Acc(1),
+                       this->outer_scale()};
+    if (p.normalize) scale_lanes(qf_, features, ld, lanes, inverse_);
+    if (decays()) {
+      this->add_outer(qf_, qf_, dout_, count, mix, dlocal, dmean_);
+    } else {
+      this->add_outer(qf_, along_lanes(qf_, features, ld, lanes, query_lanes_),
+                      along_rows(dout_, count, width, width, dout_room_), count, mix, dlocal,
+                      dmean_);
+    }
+    if (p.delta()) this->add_outer(kf_, kf_, h_, count, Mix<Acc>{true}, dlocal, nullptr);
   }
 
-  LinearForward<T> again_;  // makes states once more
+  LinearForward<T, Elem> again_;  // makes states once more
   Scratch<Acc> arena_;
   ChunkDecay<Acc> decay_;
   Acc *q_, *k_, *qf_, *kf_, *dq_, *dk_, *df_, *v_, *dout_, *dv_, *v_lanes_, *dout_lanes_, *s_, *dp_,
-      *dp_lanes_, *dsum_, *weights_, *after_, *local_, *states_;
+      *dp_lanes_, *dsum_, *inverse_, *dmean_, *weights_, *after_, *local_, *states_;
   Acc *slope_ = nullptr, *slope_k_ = nullptr;
   double* pairs_ = nullptr;  // [2][tokens]: sums over the pairs of a query, of a key
   Acc *keys_ = nullptr, *beta_ = nullptr, *dbeta_ = nullptr, *e_ = nullptr, *y_ = nullptr,
       *h_ = nullptr, *h_lanes_ = nullptr, *later_ = nullptr;
   const Acc* before_[kMostChunks];
+  // Room for operands as pairs; null for numbers.
+  Elem *query_lanes_, *key_lanes_, *query_rows_, *key_rows_, *value_rows_, *dout_rows_, *dout_room_,
+      *pair_rows_, *pair_columns_, *score_rows_;
 };
 
 }  // namespace ATTNEXT_ISA

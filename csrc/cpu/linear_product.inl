@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // The matrix products of linear attention, as register tiles of kRows x 2 vectors:
 //
-//   product        c[m][n] (+)= sum_l a(m, l) b[l][n]       a by rows, or by columns: a(m, l) =
-//   a[l][m] product_lower  the same for m >= l only, so that no later row is touched, not even by a
-//   zero
+//   product        c[m][n] = kept c[m][n] + taken sum_l a(m, l) b[l][n]
+//                  a by rows, or by columns: a(m, l) = a[l][m]
+//   product_lower  the same for m >= l only, so that no later row is touched, not even by a zero
 //
-// Rows of b and c are whole vectors. A sum runs over l in order whatever the tile, so an entry has
-// the same bits in any cut of the problem.
+// a and b are numbers or pairs of bf16 along l, of which there are half as many then. Rows of b and
+// c are whole vectors. A sum runs over l in order whatever the tile, so an entry has the same bits
+// in any cut of the problem.
 #pragma once
 
 #include "tile.inl"
@@ -22,104 +23,175 @@ ATTNEXT_INLINE constexpr int64_t whole_vectors(int64_t n) {
   return (n + Simd<Acc>::kLanes - 1) / Simd<Acc>::kLanes * Simd<Acc>::kLanes;
 }
 
-template <By kBy, int M, class Acc>
-ATTNEXT_INLINE const Acc* tile_row(const Acc* a, int64_t lda, int m) {
+// What becomes of c; what it holds is not read unless `reads`.
+template <class Acc>
+struct Mix {
+  bool reads;
+  Acc kept = 1, taken = 1;
+};
+
+template <By kBy, class Elem>
+ATTNEXT_INLINE const Elem* tile_row(const Elem* a, int64_t lda, int m) {
   return kBy == By::kRows ? a + m * lda : a + m;
 }
 
-// acc += sum over l < depth; then, with kTriangle, over l in [depth, depth + m] for row m.
-template <By kBy, bool kTriangle, class Acc, int M, int N>
-ATTNEXT_INLINE void multiply_add(const Acc* a, int64_t lda, int64_t depth, const Acc* b,
-                                 int64_t ldb, VecOf<Acc> (&acc)[M][N]) {
-  constexpr int kLanes = Simd<Acc>::kLanes;
-  const Acc* rows[M];
+// The first of each pair, and nothing for the second.
+ATTNEXT_INLINE VecOf<float> first_of_pairs(VecOf<float> pairs) {
+  return (VecOf<float>)((IntOf<float>)pairs & 0xffff);
+}
+
+// acc += sum over l < depth; then, with kTriangle, over the M numbers from there on, up to number m
+// for row m.
+template <By kBy, bool kTriangle, class Elem, int M, int N>
+ATTNEXT_INLINE void multiply_add(const Elem* a, int64_t lda, int64_t depth, const Elem* b,
+                                 int64_t ldb, VecOf<AccOf<Elem>> (&acc)[M][N]) {
+  using C = Contraction<Elem>;
+  constexpr int kLanes = Simd<AccOf<Elem>>::kLanes;
+  const Elem* rows[M];
 #pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) rows[m] = tile_row<kBy, M>(a, lda, m);
+  for (int m = 0; m < M; ++m) rows[m] = tile_row<kBy>(a, lda, m);
   const int64_t step = kBy == By::kRows ? 1 : lda;
   int64_t at = 0;
   for (int64_t l = 0; l < depth; ++l, at += step, b += ldb) {
-    VecOf<Acc> column[N];
+    VecOf<AccOf<Elem>> column[N];
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) column[n] = load(b + n * kLanes);
+    for (int n = 0; n < N; ++n) column[n] = C::load_elems(b + n * kLanes);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) acc[m][n] += rows[m][at] * column[n];
+      for (int n = 0; n < N; ++n) acc[m][n] = C::fma(acc[m][n], rows[m] + at, column[n]);
     }
   }
   if constexpr (kTriangle) {
 #pragma GCC unroll 16
-    for (int l = 0; l < M; ++l, at += step, b += ldb) {
+    for (int l = 0; l < M; l += C::kDepth, at += step, b += ldb) {
 #pragma GCC unroll 16
       for (int m = l; m < M; ++m) {
 #pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) acc[m][n] += rows[m][at] * load(b + n * kLanes);
+        for (int n = 0; n < N; ++n) {
+          VecOf<AccOf<Elem>> column = C::load_elems(b + n * kLanes);
+          if constexpr (C::kDepth == 2) {
+            if (m == l) column = first_of_pairs(column);
+          }
+          acc[m][n] = C::fma(acc[m][n], rows[m] + at, column);
+        }
       }
     }
   }
 }
 
-template <By kBy, bool kTriangle, class Acc, int M, int N>
-ATTNEXT_INLINE void product_tile(const Acc* a, int64_t lda, int64_t depth, const Acc* b,
-                                 int64_t ldb, Acc* c, int64_t ldc, bool add) {
-  constexpr int kLanes = Simd<Acc>::kLanes;
-  VecOf<Acc> acc[M][N] = {};
-  if (add) {
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) acc[m][n] = load(c + m * ldc + n * kLanes);
-    }
-  }
-  multiply_add<kBy, kTriangle, Acc, M, N>(a, lda, depth, b, ldb, acc);
+template <By kBy, bool kTriangle, class Elem, int M, int N>
+ATTNEXT_INLINE void product_tile(const Elem* a, int64_t lda, int64_t depth, const Elem* b,
+                                 int64_t ldb, AccOf<Elem>* c, int64_t ldc, Mix<AccOf<Elem>> mix) {
+  constexpr int kLanes = Simd<AccOf<Elem>>::kLanes;
+  VecOf<AccOf<Elem>> acc[M][N] = {};
+  multiply_add<kBy, kTriangle, Elem, M, N>(a, lda, depth, b, ldb, acc);
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) store(c + m * ldc + n * kLanes, acc[m][n]);
+    for (int n = 0; n < N; ++n) {
+      AccOf<Elem>* const to = c + m * ldc + n * kLanes;
+      const VecOf<AccOf<Elem>> more = acc[m][n] * mix.taken;
+      store(to, mix.reads ? load(to) * mix.kept + more : more);
+    }
   }
 }
 
-template <By kBy, bool kTriangle, class Acc, int M, int N>
-void product_rows(int64_t count, const Acc* a, int64_t lda, int64_t depth, const Acc* b,
-                  int64_t ldb, Acc* c, int64_t ldc, bool add) {
+template <By kBy, bool kTriangle, class Elem, int M, int N>
+void product_rows(int64_t count, const Elem* a, int64_t lda, int64_t depth, const Elem* b,
+                  int64_t ldb, AccOf<Elem>* c, int64_t ldc, Mix<AccOf<Elem>> mix) {
   if constexpr (M > 0) {
     if (count == M) {
-      return product_tile<kBy, kTriangle, Acc, M, N>(a, lda, depth, b, ldb, c, ldc, add);
+      return product_tile<kBy, kTriangle, Elem, M, N>(a, lda, depth, b, ldb, c, ldc, mix);
     }
-    product_rows<kBy, kTriangle, Acc, M - 1, N>(count, a, lda, depth, b, ldb, c, ldc, add);
+    product_rows<kBy, kTriangle, Elem, M - 1, N>(count, a, lda, depth, b, ldb, c, ldc, mix);
   }
 }
 
-template <By kBy, bool kTriangle, class Acc, int N>
-void product_columns(int64_t rows, const Acc* a, int64_t lda, int64_t depth, const Acc* b,
-                     int64_t ldb, Acc* c, int64_t ldc, bool add) {
-  for (int64_t m = 0; m < rows;) {  // of a triangle, `depth` is that of the first row
+template <By kBy, bool kTriangle, class Elem, int N>
+void product_columns(int64_t rows, const Elem* a, int64_t lda, int64_t depth, const Elem* b,
+                     int64_t ldb, AccOf<Elem>* c, int64_t ldc, Mix<AccOf<Elem>> mix) {
+  for (int64_t m = 0; m < rows;) {
     const int64_t count = next_rows(rows - m, kRows);
-    const Acc* from = kBy == By::kRows ? a + m * lda : a + m;
-    product_rows<kBy, kTriangle, Acc, kRows, N>(count, from, lda, kTriangle ? depth + m : depth, b,
-                                                ldb, c + m * ldc, ldc, add);
+    const Elem* from = kBy == By::kRows ? a + m * lda : a + m;
+    product_rows<kBy, kTriangle, Elem, kRows, N>(count, from, lda, depth, b, ldb, c + m * ldc, ldc,
+                                                 mix);
     m += count;
   }
 }
 
-template <By kBy, bool kTriangle = false, class Acc>
-void product(int64_t rows, int64_t columns, int64_t depth, const Acc* a, int64_t lda, const Acc* b,
-             int64_t ldb, Acc* c, int64_t ldc, bool add) {
-  constexpr int64_t kLanes = Simd<Acc>::kLanes;
+// `depth` counts elements: pairs, if they are pairs.
+template <By kBy, bool kTriangle, class Elem>
+void product(int64_t rows, int64_t columns, int64_t depth, const Elem* a, int64_t lda,
+             const Elem* b, int64_t ldb, AccOf<Elem>* c, int64_t ldc, Mix<AccOf<Elem>> mix) {
+  constexpr int64_t kLanes = Simd<AccOf<Elem>>::kLanes;
   int64_t n = 0;
   for (; n + kLanes < columns; n += 2 * kLanes) {
-    product_columns<kBy, kTriangle, Acc, 2>(rows, a, lda, depth, b + n, ldb, c + n, ldc, add);
+    product_columns<kBy, kTriangle, Elem, 2>(rows, a, lda, depth, b + n, ldb, c + n, ldc, mix);
   }
   if (n < columns) {
-    product_columns<kBy, kTriangle, Acc, 1>(rows, a, lda, depth, b + n, ldb, c + n, ldc, add);
+    product_columns<kBy, kTriangle, Elem, 1>(rows, a, lda, depth, b + n, ldb, c + n, ldc, mix);
   }
 }
 
-// Rows [first, first + rows) of a product with a lower triangle; `a` and `c` point at the first.
-template <class Acc>
-void product_lower(int64_t first, int64_t rows, int64_t columns, const Acc* a, int64_t lda,
-                   const Acc* b, int64_t ldb, Acc* c, int64_t ldc, bool add) {
-  product<By::kRows, true>(rows, columns, first, a, lda, b, ldb, c, ldc, add);
+template <By kBy, class Elem>
+void product(int64_t rows, int64_t columns, int64_t depth, const Elem* a, int64_t lda,
+             const Elem* b, int64_t ldb, AccOf<Elem>* c, int64_t ldc, bool add) {
+  product<kBy, false>(rows, columns, depth, a, lda, b, ldb, c, ldc, Mix<AccOf<Elem>>{add});
+}
+
+// Rows [first, first + rows) of a product with a lower triangle, a tile of them at most; `first` is
+// a multiple of a tile's. `a` and `c` point at the first.
+template <class Elem>
+void product_lower(int64_t first, int64_t rows, int64_t columns, const Elem* a, int64_t lda,
+                   const Elem* b, int64_t ldb, AccOf<Elem>* c, int64_t ldc, bool add) {
+  product<By::kRows, true>(rows, columns, first / Contraction<Elem>::kDepth, a, lda, b, ldb, c, ldc,
+                           Mix<AccOf<Elem>>{add});
+}
+
+// ---- operands: numbers as they are, or pairs of bf16 ---------------------------------------------
+
+template <class Elem>
+ATTNEXT_INLINE constexpr int64_t elements(int64_t numbers) {
+  return (numbers + Contraction<Elem>::kDepth - 1) / Contraction<Elem>::kDepth;
+}
+
+// [rows][ld] to be contracted over rows: [elements(rows)][ld], in `room` if it is not x itself.
+template <class Elem>
+ATTNEXT_INLINE const Elem* along_rows(const AccOf<Elem>* x, int64_t rows, int64_t ld, int64_t width,
+                                      Elem* room) {
+  if constexpr (Contraction<Elem>::kDepth == 1) {
+    return x;
+  } else {
+    constexpr int64_t kLanes = Simd<float>::kLanes;
+    for (int64_t r = 0; r < rows; r += 2) {
+      const float *even = x + r * ld, *odd = even + (r + 1 < rows ? ld : 0);
+      float* to = reinterpret_cast<float*>(room + r / 2 * ld);
+      for (int64_t c = 0; c < width; c += kLanes) {
+        const VecOf<float> second = load(odd + c);
+        store(to + c, make_pairs(load(even + c), r + 1 < rows ? second : VecOf<float>{}));
+      }
+    }
+    return room;
+  }
+}
+
+// [rows][ld] to be contracted over lanes: [rows][elements(ld)].
+template <class Elem>
+ATTNEXT_INLINE const Elem* along_lanes(const AccOf<Elem>* x, int64_t rows, int64_t ld,
+                                       int64_t width, Elem* room) {
+  if constexpr (Contraction<Elem>::kDepth == 1) {
+    return x;
+  } else {
+    constexpr int64_t kLanes = Simd<float>::kLanes;
+    bf16* const to = reinterpret_cast<bf16*>(room);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < width; c += kLanes) {
+        narrow_quickly(to + r * ld + c, load(x + r * ld + c));
+      }
+    }
+    return room;
+  }
 }
 
 }  // namespace ATTNEXT_ISA

@@ -12,7 +12,7 @@ namespace ATTNEXT_ISA {
 template <class T>
 class LinearStep {
  public:
-  using Acc = typename LinearAcc<T>::type;
+  using Acc = LinearAcc<T>;
   static constexpr int64_t kLanes = Simd<Acc>::kLanes;
 
   LinearStep(const LinearStepParams& params, void* scratch)
@@ -92,12 +92,21 @@ class LinearStep {
       kept = power_of<Acc>((g < -1000 ? -1000 : g) * kLog2E);
     }
     if (p_.delta()) beta = *row<const Acc>(p_.beta, batch, head, t, p_.heads);
+    // A column of its own, the sums of a normaliser, goes with the vectors before it.
+    const int64_t whole = columns % kLanes == 1 && !p_.delta() ? columns - 1 : columns;
     int64_t c = 0;
-    for (; c + 4 * kLanes <= columns; c += 4 * kLanes) update<4>(state, c, columns, kept, beta);
-    for (; c < columns; c += kLanes) update<1>(state, c, columns, kept, beta);
+    for (; c + 4 * kLanes <= whole; c += 4 * kLanes) {
+      if (c + 4 * kLanes + 1 == columns) {
+        update<4, true>(state, c, columns, kept, beta);
+        return;
+      }
+      update<4, false>(state, c, columns, kept, beta);
+    }
+    for (; c < columns; c += kLanes) update<1, false>(state, c, columns, kept, beta);
   }
 
-  template <int N>
+  // Columns [c, c + N vectors), and with kOneMore the one after them.
+  template <int N, bool kOneMore>
   void update(Acc* state, int64_t c, int64_t columns, Acc kept, Acc beta) {
     VecOf<Acc> u[N], out[N] = {};
 #pragma GCC unroll 4
@@ -114,6 +123,7 @@ class LinearStep {
       for (int n = 0; n < N; ++n) u[n] = (u[n] - found[n] * kept) * beta;
     }
     Acc* row = state + c;
+    Acc last = 0;
     for (int64_t f = 0; f < features_; ++f, row += s_.feature_stride) {
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) {
@@ -121,9 +131,15 @@ class LinearStep {
         narrow_part(row + n * kLanes, now, N > 1 ? kLanes : left);
         out[n] += now * q_[f];
       }
+      if constexpr (kOneMore) {
+        Acc& sum = row[N * kLanes];
+        sum = sum * kept + u_[c + N * kLanes] * k_[f];
+        last += sum * q_[f];
+      }
     }
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) store(out_ + c + n * kLanes, out[n]);
+    if constexpr (kOneMore) out_[c + N * kLanes] = last;
   }
   template <int N>
   static VecOf<Acc> read(const Acc* p, int64_t left) {

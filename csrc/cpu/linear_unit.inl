@@ -12,19 +12,31 @@ namespace ATTNEXT_ISA {
 template <class T>
 struct LinearEntry {
   using Head = LinearHead<T>;
-  using Forward = LinearForward<T>;
-  using Backward = LinearBackward<T>;
   using Acc = typename Head::Acc;
+  // The delta rule has products of what it solved for, by numbers.
+  using Elem = typename ElemOf<T>::type;
+
+  // f(pass): Pass<T, elements of its products>, made of the rest.
+  template <template <class, class> class Pass, class F>
+  static ATTNEXT_INLINE auto with(const LinearParams& p, const LinearItem& item, void* scratch,
+                                  F f) {
+    if constexpr (!Same<Elem, Acc>::value) {
+      if (!p.delta()) return f(Pass<T, Elem>(p, item, scratch));
+    }
+    return f(Pass<T, Acc>(p, item, scratch));
+  }
 
   static LinearItem of_size(int64_t columns, int64_t chunk) {
     return {0, 0, 0, 0, 0, columns, chunk};
   }
 
   static int64_t forward_scratch(const LinearParams& p, int64_t columns, int64_t chunk) {
-    return Forward(p, of_size(columns, chunk), nullptr).scratch_bytes();
+    return with<LinearForward>(p, of_size(columns, chunk), nullptr,
+                               [](auto pass) { return pass.scratch_bytes(); });
   }
   static int64_t backward_scratch(const LinearParams& p, int64_t columns, int64_t chunk) {
-    return Backward(p, of_size(columns, chunk), nullptr).scratch_bytes();
+    return with<LinearBackward>(p, of_size(columns, chunk), nullptr,
+                                [](auto pass) { return pass.scratch_bytes(); });
   }
   static void load_state(const LinearParams& p, const LinearItem& item, const void* source,
                          void* state) {
@@ -40,22 +52,24 @@ struct LinearEntry {
   }
   static void sum_keys(const LinearParams& p, const LinearItem& item, void* local, bool fresh,
                        void* scratch) {
-    Forward(p, item, scratch).sum_keys(static_cast<Acc*>(local), fresh);
+    with<LinearForward>(p, item, scratch, [&](auto pass) { pass.sum_keys(static_cast<Acc*>(local), fresh); });
   }
   static void sum_queries(const LinearParams& p, const LinearItem& item, void* local, bool fresh,
                           void* scratch) {
-    Backward(p, item, scratch).sum_queries(static_cast<Acc*>(local), fresh);
+    with<LinearBackward>(p, item, scratch, [&](auto pass) { pass.sum_queries(static_cast<Acc*>(local), fresh); });
   }
   static void forward(const LinearParams& p, const LinearItem& item, const void* carry, void* local,
                       bool fresh, bool keep, void* scratch) {
-    Forward(p, item, scratch)
-        .forward(static_cast<const Acc*>(carry), static_cast<Acc*>(local), fresh, keep);
+    with<LinearForward>(p, item, scratch, [&](auto pass) {
+      pass.forward(static_cast<const Acc*>(carry), static_cast<Acc*>(local), fresh, keep);
+    });
   }
   static void backward(const LinearParams& p, const LinearItem& item, const void* carry,
                        const void* dcarry, void* dlocal, bool fresh, void* scratch) {
-    Backward(p, item, scratch)
-        .backward(static_cast<const Acc*>(carry), static_cast<const Acc*>(dcarry),
-                  static_cast<Acc*>(dlocal), fresh);
+    with<LinearBackward>(p, item, scratch, [&](auto pass) {
+      pass.backward(static_cast<const Acc*>(carry), static_cast<const Acc*>(dcarry),
+                    static_cast<Acc*>(dlocal), fresh);
+    });
   }
   static int64_t step_scratch(const LinearStepParams& p) {
     return LinearStep<T>(p, nullptr).scratch_bytes();

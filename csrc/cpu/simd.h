@@ -212,7 +212,16 @@ ATTNEXT_INLINE IntOf<float> bf16_bits(VecOf<float> v) {
   const U quiet = (u >> 16) | 0x40u;
   return (IntOf<float>)(v == v ? (IntOf<float>)rounded : (IntOf<float>)quiet);
 }
-ATTNEXT_INLINE void narrow(bf16* p, VecOf<float> v) { store_half(p, bf16_bits(v)); }
+ATTNEXT_INLINE void narrow(bf16* p, VecOf<float> v) {
+#if defined(__AVX512BF16__) && ATTNEXT_VECTOR_BYTES == 64
+  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)v, 0x20) == 0, 1)) {
+    // Rounds the same way, but for subnormal numbers, which it takes for 0.
+    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+    return;
+  }
+#endif
+  store_half(p, bf16_bits(v));
+}
 ATTNEXT_INLINE void narrow(fp16* p, VecOf<float> v) {
 #if defined(__AVX512F__) && ATTNEXT_VECTOR_BYTES == 64
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, 0));
@@ -292,14 +301,28 @@ ATTNEXT_INLINE VecOf<float> round_to_bf16(VecOf<float> v) {
 #endif
 }
 
+#if defined(__AVX512BF16__) && ATTNEXT_VECTOR_BYTES == 64
+ATTNEXT_INLINE __m512i interleave_halves() {
+  typedef uint16_t Halves __attribute__((vector_size(64)));
+  return (__m512i)Halves{0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                         8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+}
+#endif
 // Two rows of numbers as one row of bf16 pairs: `even` in the low half.
 ATTNEXT_INLINE VecOf<float> make_pairs(VecOf<float> even, VecOf<float> odd) {
 #if defined(__AVX512BF16__) && ATTNEXT_VECTOR_BYTES == 64
-  const __m512i lo = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)even));
-  const __m512i hi = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)odd));
-  return (VecOf<float>)_mm512_or_si512(lo, _mm512_slli_epi32(hi, 16));
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+  return (VecOf<float>)_mm512_permutexvar_epi16(interleave_halves(), both);
 #else
   return (VecOf<float>)((bf16_bits(even) & 0xffff) | (bf16_bits(odd) << 16));
+#endif
+}
+// narrow(), but subnormal numbers become 0, as the dot instruction takes them.
+ATTNEXT_INLINE void narrow_quickly(bf16* p, VecOf<float> v) {
+#if defined(__AVX512BF16__) && ATTNEXT_VECTOR_BYTES == 64
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#else
+  narrow(p, v);
 #endif
 }
 

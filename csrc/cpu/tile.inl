@@ -22,6 +22,30 @@ namespace ATTNEXT_ISA {
 
 constexpr int kRows = ATTNEXT_TILE_ROWS;
 
+template <class T, class U>
+struct Same {
+  static constexpr bool value = false;
+};
+template <class T>
+struct Same<T, T> {
+  static constexpr bool value = true;
+};
+
+// What products of a dtype contract over.
+template <class T>
+struct ElemOf {
+  using type = float;
+};
+template <>
+struct ElemOf<double> {
+  using type = double;
+};
+#if ATTNEXT_BF16_DOT
+template <>
+struct ElemOf<bf16> {
+  using type = Pair;
+};
+#endif
 template <class Elem>
 using AccOf = typename Contraction<Elem>::Acc;
 

@@ -22,29 +22,6 @@ namespace attnext {
 namespace cpu {
 namespace ATTNEXT_ISA {
 
-template <class T>
-struct ElemOf {
-  using type = float;
-};
-template <>
-struct ElemOf<double> {
-  using type = double;
-};
-#if ATTNEXT_BF16_DOT
-template <>
-struct ElemOf<bf16> {
-  using type = Pair;
-};
-#endif
-template <class T, class U>
-struct Same {
-  static constexpr bool value = false;
-};
-template <class T>
-struct Same<T, T> {
-  static constexpr bool value = true;
-};
-
 // `Keys` says which keys a tile walks: Boxes, or Lists.
 template <class T, class Keys>
 class Window {
