@@ -2,6 +2,7 @@
 // The keys of routed attention: what a query block lists, and beside it a window and sinks. The
 // lists become disjoint runs in rising order here, so that what is listed twice, or listed and in
 // the window, counts once; the rules of routed.h then say which lanes attend which key of a run.
+// Or a tile walks one run of keys that its queries share, each a part of it: see ListChunk.
 #pragma once
 
 #include "../routed_rules.h"
@@ -12,21 +13,6 @@ namespace attnext {
 namespace cpu {
 namespace ATTNEXT_ISA {
 
-// Where the slots of a query block are in the lists.
-ATTNEXT_INLINE int64_t list_row(const RoutedParams& r, int64_t block, int64_t b, int64_t h) {
-  const int64_t lb = r.list_batch == 1 ? 0 : b, lh = h / (r.window.heads / r.list_heads);
-  const int64_t list = lb * r.list_heads + lh;
-  return list * (r.query_blocks + (r.indptr ? 1 : 0)) + block;
-}
-ATTNEXT_INLINE int64_t first_entry(const RoutedParams& r, int64_t block, int64_t b, int64_t h) {
-  const int64_t row = list_row(r, block, b, h);
-  return r.indptr ? r.indptr[row] : row * r.slots;
-}
-ATTNEXT_INLINE int64_t last_entry(const RoutedParams& r, int64_t block, int64_t b, int64_t h) {
-  const int64_t row = list_row(r, block, b, h);
-  return r.indptr ? r.indptr[row + 1] : (row + 1) * r.slots;
-}
-
 // Keys at places [begin, end): those before a tile's run number `at` slots of its walk.
 struct Run {
   int32_t begin, end;
@@ -36,6 +22,9 @@ struct Run {
 };
 
 struct ListTile : Lanes {
+  const SharedKeys* shared = nullptr;  // null: the list of a piece
+  const Sharer* sharers = nullptr;     // of the chunk
+  int32_t place_of[kMaxLanes];         // in the order of queries
   Run* runs;
   int64_t num_runs, total;
   int32_t lo[kMaxLanes], hi[kMaxLanes];                // keys that the rules allow
@@ -55,16 +44,26 @@ struct ListTile : Lanes {
   }
 
   void place(const ListView& view, const int64_t index[3], int kLanes) {
-    const RoutedParams& r = *view.params;
     const ListPiece& piece = view.pieces[index[0]];
-    const int count = piece.end - piece.begin;
-    vectors = (count * piece.heads + kLanes - 1) / kLanes;
+    place(*view.params, piece.heads, piece.end - piece.begin, kLanes,
+          [&](int i) { return piece.begin + i; });
+  }
+  void place_shared(const RoutedParams& r, int heads, int kLanes) {
+    const Sharer* own = sharers + shared->first;
+    place(r, heads, shared->count, kLanes, [&](int i) { return own[i].place; });
+  }
+  // `count` queries for each of the heads, a head after the other.
+  template <class F>
+  void place(const RoutedParams& r, int heads, int count, int kLanes, F place_at) {
+    vectors = (count * heads + kLanes - 1) / kLanes;
     lanes = vectors * kLanes;
     whole = 0;
     int lane = 0;
-    for (int g = 0; g < piece.heads; ++g) {
+    for (int g = 0; g < heads; ++g) {
       for (int i = 0; i < count; ++i, ++lane) {
-        const int32_t token = r.query_order ? r.query_order[piece.begin + i] : piece.begin + i;
+        const int32_t at_place = place_at(i);
+        const int32_t token = r.query_order ? r.query_order[at_place] : at_place;
+        place_of[lane] = at_place;
         raster[lane] = token;
         const int32_t n1 = static_cast<int32_t>(r.window.query_extent[1]);
         const int32_t n2 = static_cast<int32_t>(r.window.query_extent[2]);
@@ -75,6 +74,32 @@ struct ListTile : Lanes {
         whole |= uint64_t(1) << lane;
       }
     }
+  }
+
+  // A run that queries share. They have lists, and neither a window nor sinks nor biases.
+  void init_shared(const ListView& view, int64_t b, int heads, int kLanes) {
+    const RoutedParams& r = *view.params;
+    place_shared(r, heads, kLanes);
+    live = whole;
+    const int64_t num_keys = view.num_keys;
+    const int64_t allowed = r.key_lengths ? clamp64(r.key_lengths[b], 0, num_keys) : num_keys;
+    documents = r.key_documents ? r.key_documents + b * num_keys : nullptr;
+    full_lo = r.exclude_self ? num_keys : 0, full_hi = num_keys;
+    const Sharer* own = sharers + shared->first;
+    int64_t reach_lo = shared->end, reach_hi = shared->begin;
+    for (int lane = 0, i = 0; lane < shared->count * heads; ++lane) {
+      const Reach x = keys_of(r, HeadPolicy::kList, raster[lane] + view.offset, 0, allowed);
+      lo[lane] = static_cast<int32_t>(max64(x.lo, own[i].begin));
+      hi[lane] = static_cast<int32_t>(min64(x.hi, own[i].end));
+      self[lane] = static_cast<int32_t>(x.self);
+      document[lane] = documents ? r.query_documents[b * view.num_queries + raster[lane]] : 0;
+      reach_lo = min64(reach_lo, lo[lane]), reach_hi = max64(reach_hi, hi[lane]);
+      full_lo = max64(full_lo, lo[lane]), full_hi = min64(full_hi, hi[lane]);
+      if (++i == shared->count) i = 0;
+    }
+    with_bias = false;
+    num_runs = total = 0;
+    if (reach_lo < reach_hi) push(reach_lo, reach_hi, -1, true);
   }
 
   void init(const ListView& view, const int64_t index[3], int kLanes, int64_t) {
@@ -341,7 +366,8 @@ struct ListWalk {
   }
 
   uint64_t emit(const Run& run, int64_t u, int64_t n, KeyBlock<T>* block) const {
-    const int32_t* order = view.params->key_order;
+    // Shared runs are of places; where these are not the keys' own, no rule speaks of keys.
+    const int32_t* order = tile.shared ? nullptr : view.params->key_order;
     const bool full = run.listed && (order ? !view.has_rules : tile.all_attend(u, u + n));
     const int64_t bias = tile.with_bias && run.slot >= 0 ? run.slot * view.bias_step : kNoBias;
     if (!full && !order) tile.masks(u, u + n, run.listed, scratch_mask);

@@ -207,7 +207,11 @@ class TileBackward : public Window<T, Keys> {
   bool backward_lanes(int64_t b, int64_t h, const LocalRows& local, const Acc* bias,
                       Acc* accumulators, Acc* dbias) {
     const int64_t stride = row_size(p);
-    memset(this->ot, 0, sizeof(Acc) * this->dp * tile.lanes);
+    if (resting) {
+      this->take_up(resting, this->dp, this->ot);
+    } else {
+      memset(this->ot, 0, sizeof(Acc) * this->dp * tile.lanes);
+    }
     const Walk walk(p, plan, tile, this->zeros, this->walk_mask, &local, b,
                     h / (p.heads / p.kv_heads));
     for (int lane = 0; lane < tile.lanes; ++lane) dscale[lane] = 0;
@@ -236,7 +240,7 @@ class TileBackward : public Window<T, Keys> {
     }
     if (masked && (tile.live & (tile.live - 1)) && !this->output_is_finite(p.head_dim))
       return false;
-    finish_query(b, h);
+    resting ? this->lay_down(this->ot, this->dp, resting) : finish_query(b, h);
     return true;
   }
 
@@ -270,6 +274,10 @@ class TileBackward : public Window<T, Keys> {
   void tile_backward(int64_t b, int64_t h, const int64_t index[3], const LocalRows& local,
                      const Acc* bias, Acc* accumulators, Acc* dbias, Acc* dsink) {
     this->start_tile(index);
+    placed_backward(b, h, local, bias, accumulators, dbias, dsink);
+  }
+  void placed_backward(int64_t b, int64_t h, const LocalRows& local, const Acc* bias,
+                       Acc* accumulators, Acc* dbias, Acc* dsink) {
     if (load_tile(b, h) || !(tile.whole & (tile.whole - 1))) {
       add_sinks(dsink);
       if (backward_lanes(b, h, local, bias, accumulators, dbias)) return;
@@ -287,6 +295,9 @@ class TileBackward : public Window<T, Keys> {
       backward_lanes(b, h, local, bias, accumulators, dbias);
     }
   }
+
+  // A tile that walks a part of its queries' keys: where their gradients rest meanwhile, by lane.
+  Acc* const* resting = nullptr;
 
  private:
   Elem* pair_key = nullptr;

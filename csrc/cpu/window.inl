@@ -122,6 +122,9 @@ class Window {
 
   void start_tile(const int64_t index[3]) {
     tile.init(plan, index, kLanes, p.extra_keys);
+    tile_is_placed();
+  }
+  void tile_is_placed() {
     // A query that is redone alone must come out with the same bits.
     sparse = __builtin_popcountll(tile.whole) <= kFewQueries;
   }
@@ -209,6 +212,33 @@ class Window {
       }
     } else {
       memcpy(dst, rows, sizeof(Acc) * tile.lanes * ld);
+    }
+  }
+
+  // dst[column][lanes] = each live lane's own row, and back. Whole vectors of columns.
+  void take_up(Acc* const* src, int64_t num_columns, Acc* dst) const {
+    each_block(num_columns, [&](int lane, int64_t c, Vec* r) {
+      for (int i = 0; i < kLanes; ++i) {
+        r[i] = tile.live >> (lane + i) & 1 ? load(src[lane + i] + c) : Vec{};
+      }
+      transpose_step<Acc, 1>(r);
+      for (int i = 0; i < kLanes; ++i) store(dst + (c + i) * tile.lanes + lane, r[i]);
+    });
+  }
+  void lay_down(const Acc* src, int64_t num_columns, Acc* const* dst) const {
+    each_block(num_columns, [&](int lane, int64_t c, Vec* r) {
+      for (int i = 0; i < kLanes; ++i) r[i] = load(src + (c + i) * tile.lanes + lane);
+      transpose_step<Acc, 1>(r);
+      for (int i = 0; i < kLanes; ++i) {
+        if (tile.live >> (lane + i) & 1) store(dst[lane + i] + c, r[i]);
+      }
+    });
+  }
+  template <class F>
+  ATTNEXT_INLINE void each_block(int64_t num_columns, F f) const {
+    Vec r[kLanes];
+    for (int lane = 0; lane < tile.lanes; lane += kLanes) {
+      for (int64_t c = 0; c < num_columns; c += kLanes) f(lane, c, r);
     }
   }
 
