@@ -190,6 +190,9 @@ struct KeyBlock {
   int64_t* bias;                             // offset of the bias row for vector 0, or kNoBias
   int64_t* row;                              // accumulator row
   int64_t lo[kMaxVectors], hi[kMaxVectors];  // keys outside do not concern the vector
+  // Where blocks with landmarks begin, and their landmarks, which the mask's lanes see past.
+  int64_t num_landmarks = 0;
+  int64_t *landmark_begin, *landmark_at;
 };
 
 // Rows of one head lie far apart: the hardware does not see the next one coming.

@@ -19,6 +19,7 @@ struct Run {
   int32_t slot;  // the list's, which has the bias; -1: the window or the sinks alone
   bool listed;
   int64_t at;
+  bool landmark = false;  // the last key is one; walked in one piece
 };
 
 struct ListTile : Lanes {
@@ -36,6 +37,7 @@ struct ListTile : Lanes {
   int64_t full_lo, full_hi;  // keys that the rules allow to every lane
   int32_t bias_shift[kMaxVectors] = {};
   bool with_bias;
+  bool landmarks;
 
   void allocate(Arena& arena, const ListView& view, int64_t) {
     // A run of the window or the sinks lies between runs of the list, before or after them.
@@ -97,7 +99,7 @@ struct ListTile : Lanes {
       full_lo = max64(full_lo, lo[lane]), full_hi = min64(full_hi, hi[lane]);
       if (++i == shared->count) i = 0;
     }
-    with_bias = false;
+    with_bias = landmarks = false;
     num_runs = total = 0;
     if (reach_lo < reach_hi) push(reach_lo, reach_hi, -1, true);
   }
@@ -112,6 +114,7 @@ struct ListTile : Lanes {
         r.head_policy ? static_cast<HeadPolicy>(r.head_policy[h]) : HeadPolicy::kList;
     const int64_t allowed = r.key_lengths ? clamp64(r.key_lengths[b], 0, num_keys) : num_keys;
     documents = r.key_documents ? r.key_documents + b * num_keys : nullptr;
+    landmarks = policy == HeadPolicy::kLandmark;
     full_lo = r.exclude_self ? num_keys : 0, full_hi = num_keys;
     // Of all lanes: keys that one attends, and what the window and the sinks reach.
     int64_t reach_lo = num_keys, reach_hi = 0, near_lo = num_keys, near_hi = 0, sink_reach = 0;
@@ -122,13 +125,15 @@ struct ListTile : Lanes {
       const Reach x = keys_of(r, policy, position, 0, allowed);
       const bool has_sinks = x.sink_hi > x.lo;
       lo[lane] = static_cast<int32_t>(x.lo), hi[lane] = static_cast<int32_t>(x.hi);
+      // A landmark is not for its own block, nor for itself.
+      if (landmarks && x.hi == position + 1 && is_landmark(r, position)) --hi[lane];
       window_lo[lane] = static_cast<int32_t>(x.near_lo);
       window_hi[lane] = static_cast<int32_t>(x.near_hi);
       sink_hi[lane] = static_cast<int32_t>(has_sinks ? x.sink_hi : 0);
       self[lane] = static_cast<int32_t>(x.self);
       document[lane] = documents ? r.query_documents[b * view.num_queries + token] : 0;
       reach_lo = min64(reach_lo, x.lo), reach_hi = max64(reach_hi, x.hi);
-      full_lo = max64(full_lo, x.lo), full_hi = min64(full_hi, x.hi);
+      full_lo = max64(full_lo, x.lo), full_hi = min64(full_hi, hi[lane]);
       if (x.near_lo < x.near_hi) {
         near_lo = min64(near_lo, x.near_lo), near_hi = max64(near_hi, x.near_hi);
       }
@@ -141,6 +146,11 @@ struct ListTile : Lanes {
     } else if (policy == HeadPolicy::kList) {
       count = list(view, view.pieces[index[0]].block, b, h);
       with_bias = r.entry_bias != nullptr;
+    } else if (landmarks) {
+      for (int64_t k = 0; k < r.key_blocks && r.key_offsets[k] < reach_hi; ++k) {
+        sorted[count++] = {r.key_offsets[k],    r.key_offsets[k + 1], -1, true, 0,
+                           k + 1 < r.key_blocks};
+      }
     } else if (policy == HeadPolicy::kOff) {
       reach_hi = 0;
     }
@@ -165,6 +175,7 @@ struct ListTile : Lanes {
       if (from >= to) continue;
       besides_up_to(from);
       push(from, to, run.slot, true);
+      runs[num_runs - 1].landmark = run.landmark && to == run.end;
       done = to;
     }
     besides_up_to(num_keys);
@@ -209,6 +220,15 @@ struct ListTile : Lanes {
   Run* sorted;
   int32_t raster[kMaxLanes];
 
+  static bool is_landmark(const RoutedParams& r, int64_t key) {
+    int64_t low = 0, high = r.key_blocks - 1;  // blocks but the last end with one
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      r.key_offsets[middle + 1] <= key ? low = middle + 1 : high = middle;
+    }
+    return low < r.key_blocks - 1 && r.key_offsets[low + 1] - 1 == key;
+  }
+
   uint64_t same_document(int64_t token) const {
     uint64_t bits = ~whole;
     for (int lane = 0; lane < lanes; ++lane) {
@@ -218,7 +238,8 @@ struct ListTile : Lanes {
   }
 
   void push(int64_t from, int64_t to, int32_t slot, bool listed) {
-    runs[num_runs++] = {static_cast<int32_t>(from), static_cast<int32_t>(to), slot, listed, total};
+    runs[num_runs++] = {
+        static_cast<int32_t>(from), static_cast<int32_t>(to), slot, listed, total, false};
     total += to - from;
   }
 
@@ -338,16 +359,23 @@ struct ListWalk {
   }
 
   int64_t fill(int64_t from, int64_t to, int64_t capacity, KeyBlock<T>* block) const {
-    block->count = 0;
+    block->count = block->num_landmarks = 0;
     uint64_t all = ~uint64_t(0);
     int64_t pos = from;
     int64_t r = run_at(from);
     while (pos < to && block->count < capacity) {
       const Run& run = tile.runs[r];
+      if (run.landmark && block->count + run.end - run.begin > capacity) break;
+      const int64_t begin = block->count;
       const int64_t end = min64(run.at + run.end - run.begin, to);
       const int64_t n = min64(end - pos, capacity - block->count);
       all &= emit(run, run.begin + (pos - run.at), n, block);
       pos += n;
+      if (run.landmark && block->count == begin + n) {  // somebody sees past it
+        const int64_t known = block->num_landmarks++;
+        block->landmark_begin[known] = begin;
+        block->landmark_at[known] = block->count - 1;
+      }
       if (pos == run.at + run.end - run.begin) ++r;
     }
     block->masked = all != ~uint64_t(0);

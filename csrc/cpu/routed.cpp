@@ -29,7 +29,7 @@ struct Tiles {
   std::vector<Work> work;  // of one kv head
   bool shares = false;     // keys: whether it pays is seen chunk by chunk
   std::vector<int64_t> key_at, value_at;
-  bool serial;
+  bool serial, landmarks = false;
 
   explicit Tiles(const RoutedParams& r)
       : params(r), window(r.window), kernels(routed_kernels(r.window.dtype)) {
@@ -44,6 +44,10 @@ struct Tiles {
         view.most_slots = std::max(view.most_slots, at[i + 1] - at[i]);
       }
     }
+    for (int64_t h = 0; r.head_policy && h < window.heads; ++h) {
+      landmarks |= static_cast<HeadPolicy>(r.head_policy[h]) == HeadPolicy::kLandmark;
+    }
+    if (landmarks) view.most_slots = std::max(view.most_slots, r.key_blocks);
     view.bias_step = kernels.lanes;
     view.vectors = kernels.vectors;
     view.has_rules = r.causal || r.exclude_self || r.key_documents || r.key_lengths ||
@@ -58,9 +62,11 @@ struct Tiles {
       view.key_at = key_at.data();
       view.value_at = value_at.data();
     }
-    serial = double(r.entries) * r.batch_copies() * window.heads / r.list_heads *
-                 (window.head_dim + window.head_dim_v) <
-             kSerialWork / 64;
+    double pieces_of_work = double(r.entries) * r.batch_copies() * window.heads / r.list_heads;
+    if (r.head_policy || r.has_window) {  // keys besides those of lists: more than one a query
+      pieces_of_work += double(view.num_queries) * window.batch * window.heads;
+    }
+    serial = pieces_of_work * (window.head_dim + window.head_dim_v) < kSerialWork / 64;
   }
 
   int64_t per_kv_head() const { return static_cast<int64_t>(work.size()); }
@@ -165,7 +171,8 @@ void routed_forward(const RoutedParams& r) {
   // Few tiles with long walks (decoding): their keys are shared out.
   constexpr int64_t kManyItems = 16, kMinKeys = 512;
   int64_t most_splits = 1;
-  std::vector<int64_t> length(items < kManyItems && !tiles.serial && !tiles.shares ? items : 0);
+  std::vector<int64_t> length(
+      items < kManyItems && !tiles.serial && !tiles.shares && !tiles.landmarks ? items : 0);
   for (int64_t i = 0; i < static_cast<int64_t>(length.size()); ++i) {
     int64_t index[3];
     tiles.index(i, index);

@@ -136,6 +136,29 @@ class TileBackward : public Window<T, Keys> {
     }
   }
 
+  // What a block's keys got together is its landmark's; of it each key gives back its share.
+  void gather_at_landmarks(int v) {
+    const int ld = tile.lanes, shift = v * kLanes;
+    const Acc* w = this->s + shift;
+    Acc* dx = this->ds + shift;
+    for (int64_t n = 0; n < block.num_landmarks; ++n) {
+      const int64_t begin = block.landmark_begin[n], mark = block.landmark_at[n];
+      const uint64_t later = block.mask[mark] >> shift;
+      if (!(later & (tile.live >> shift) & ((uint64_t(1) << kLanes) - 1))) continue;
+      Vec share{}, total{};
+      for (int64_t j = begin; j < mark; ++j) {
+        share += load(w + j * ld);
+        total += load(dx + j * ld);
+      }
+      const Vec ratio = share == Vec{} ? Vec{} : total / share;
+      for (int64_t j = begin; j < mark; ++j) {
+        const Vec g = load(dx + j * ld);
+        store(dx + j * ld, select_bits<Acc>(later, g - load(w + j * ld) * ratio, g));
+      }
+      store(dx + mark * ld, select_bits<Acc>(later, total, Vec{}));
+    }
+  }
+
   // The gradient of a row's scale is sum dS (q k): before anything is rounded to bf16.
   void scale_gradient(int v) {
     const int ld = tile.lanes, shift = v * kLanes;
@@ -228,10 +251,15 @@ class TileBackward : public Window<T, Keys> {
       if (p.drow_scale.data) memcpy(this->raw, this->s, sizeof(Acc) * block.count * tile.lanes);
       this->block_scores(this->value_rows, p.head_dim_v, this->dot_t, this->ds);
       for (int v = 0; v < tile.vectors; ++v) {
-        const bool modified = p.softcap > 0 || bias;
-        if (modified) this->modify(v, bias, true);
+        const bool modified = p.softcap > 0 || bias || block.num_landmarks > 0;
+        if (block.num_landmarks > 0) {
+          this->divide_among_blocks(v);
+        } else if (modified) {
+          this->modify(v, bias, true);
+        }
         const Vec in_base_2 = this->logit_unit(v, modified);
         block.masked ? differentiate<true>(v, in_base_2) : differentiate<false>(v, in_base_2);
+        if (block.num_landmarks > 0) gather_at_landmarks(v);
         if (p.softcap > 0 || dbias) chain(v, dbias);
         if (p.drow_scale.data) scale_gradient(v);
       }

@@ -79,6 +79,8 @@ class Window {
     block.mask = arena.template take<uint64_t>(kBlock);
     block.bias = arena.template take<int64_t>(kBlock);
     block.row = arena.template take<int64_t>(kBlock);
+    block.landmark_begin = arena.template take<int64_t>(kBlock);
+    block.landmark_at = arena.template take<int64_t>(kBlock);
     zeros = arena.template take<T>(max64(dp, dvp) + kPad);
     no_bias = arena.template take<Acc>(kLanes);
     key_rows = arena.template take<const Elem*>(kBlock);
@@ -303,7 +305,7 @@ class Window {
   bool next_block(const Walk& walk, int64_t* from, int64_t to, bool backward) {
     do {
       if (*from >= to) return false;
-      *from = walk.fill(*from, to, kPairs ? kBlock - 1 : kBlock, &block);
+      *from = walk.fill(*from, to, kBlock, &block);  // an even number: an odd count has room
     } while (block.count == 0);
     if (kPairs) {
       if (block.count % 2) {  // pairs of keys: a last one that nobody attends
@@ -463,6 +465,38 @@ class Window {
       }
     }
   }
+  // Logits of vector v in base 2, where a landmark stands for its block: log of the share that the
+  // block's softmax gives a key, plus the landmark's own. The landmark itself gets none.
+  void divide_among_blocks(int v) {
+    const int ld = tile.lanes, shift = v * kLanes;
+    Acc* x = s + shift;
+    const Vec factor = load(unit + shift), lowest = broadcast(Acc(-INFINITY));
+    int64_t done = block.lo[v];
+    const auto plain_up_to = [&](int64_t end) {
+      for (; done < end; ++done) store(x + done * ld, load(x + done * ld) * factor);
+    };
+    for (int64_t n = 0; n < block.num_landmarks; ++n) {
+      const int64_t begin = block.landmark_begin[n], mark = block.landmark_at[n];
+      const uint64_t later = block.mask[mark] & tile.live;
+      if (!(later >> shift & ((uint64_t(1) << kLanes) - 1))) continue;
+      plain_up_to(begin);
+      Vec top = lowest, sum{};
+      for (int64_t j = begin; j < mark; ++j) top = max_or_second(load(x + j * ld), top);
+      for (int64_t j = begin; j < mark; ++j) sum += exp2((load(x + j * ld) - top) * factor);
+      alignas(64) Acc level[kLanes];
+      for (int l = 0; l < kLanes; ++l) level[l] = log2_of(sum[l]);
+      const Vec rest = load(x + mark * ld) * factor - load(level);
+      for (int64_t j = begin; j < mark; ++j) {
+        const Vec y = load(x + j * ld);
+        const Vec divided = (y - top) * factor + rest;
+        store(x + j * ld, select_bits<Acc>(block.mask[mark] >> shift, divided, y * factor));
+      }
+      store(x + mark * ld, lowest);
+      done = mark + 1;
+    }
+    plain_up_to(block.hi[v]);
+  }
+
   // Makes what is in `s` for vector v a logit in base 2.
   ATTNEXT_INLINE Vec logit_unit(int v, bool modified) const {
     return modified ? broadcast(Acc(1)) : load(unit + v * kLanes);
@@ -500,6 +534,8 @@ class Window {
 
   static float exp2_of(float x) { return ::exp2f(x); }
   static double exp2_of(double x) { return ::exp2(x); }
+  static float log2_of(float x) { return ::log2f(x); }
+  static double log2_of(double x) { return ::log2(x); }
 
   // ---- state -----------------------------------------------------------------------------------
 

@@ -126,8 +126,12 @@ class WindowForward : public Window<T, Keys> {
       this->query_scores();
       Vec factor[kMaxVectors];
       for (int v = 0; v < tile.vectors; ++v) {
-        const bool modified = p.softcap > 0 || bias;
-        if (modified) this->modify(v, bias, false);
+        const bool modified = p.softcap > 0 || bias || block.num_landmarks > 0;
+        if (block.num_landmarks > 0) {
+          this->divide_among_blocks(v);
+        } else if (modified) {
+          this->modify(v, bias, false);
+        }
         if (block.masked) {
           softmax<true>(v, this->logit_unit(v, modified), factor + v);
         } else {
