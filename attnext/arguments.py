@@ -281,6 +281,11 @@ def check_integer(name: str, x: Any, minimum: int | None = None) -> None:
         raise ValueError(f"{name} must be at least {minimum}, got {x}")
 
 
+def check_flag(name: str, x: Any) -> None:
+    if not isinstance(x, bool):
+        raise TypeError(f"{name} must be a bool, got {x!r}")
+
+
 def _per_axis(name: str, x: Any, rank: int, minimum: int | None = None) -> Sequence[int]:
     if _is_int(x):
         check_integer(name, x, minimum)

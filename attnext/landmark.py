@@ -12,15 +12,26 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .arguments import check_integer, check_scale, check_sequences, kind_of, under_autocast
+from .arguments import (
+    check_integer,
+    check_scale,
+    check_sequences,
+    kind_of,
+    under_autocast,
+    unit_stride,
+)
 from .functional import sliding_window_attention
+from .geometry import UNLIMITED
 from .merging import merge_attentions
 from .ops import accumulator_dtype
-from .plans import BlockPlan
+from .plans import BlockPlan, Blocks
 from .routed import routed_attention
+from .routed_ops import LANDMARK_POLICY, routed_op
 from .selection import select_topk
 
 _SLICE = 2**21  # logits in flight
+_QUERIES = 64  # of a work item
+_LONGEST = 64  # keys of a block, its landmark among them, that the CPU's kernels take
 
 
 def landmark_attention(
@@ -62,8 +73,9 @@ def landmark_attention(
         ValueError, TypeError or NotImplementedError, naming the argument.
 
     Complexity:
-        O(Nq Nk D) time, of which a part of the queries is held at a time, forward and backward;
-        with ``topk`` O(Nq (topk block + landmarks) D). How many landmarks there are is read on the
+        O(Nq Nk D) time; memory of the results on the CPU, where blocks hold at most 64 tokens with
+        their landmark, elsewhere a part of the queries' tables too. With ``topk``
+        O(Nq (topk block + landmarks) D) time. How many landmarks there are is read on the
         host, once; with ``topk`` a graph that is compiled breaks there.
 
     Source:
@@ -90,8 +102,11 @@ def landmark_attention(
     if topk is None:
         acc = accumulator_dtype(query.dtype)
         value = value.masked_fill(sections.is_landmark[..., None, None], 0.0)
-        with torch.autocast(query.device.type, enabled=False):
-            out, lse = _Dense.apply(query, key, value, sections, scale, acc)
+        if query.device.type == "cpu" and sections.longest() <= _LONGEST:
+            out, lse = _walked(query, key, value, is_landmark, scale)
+        else:
+            with torch.autocast(query.device.type, enabled=False):
+                out, lse = _Dense.apply(query, key, value, sections, scale, acc)
     else:
         out, lse = _retrieved(query, key, value, sections, topk, scale)
     return (out, lse) if return_lse else out
@@ -132,6 +147,37 @@ class _Sections:
         positions = torch.arange(num_queries, device=marks.device) + (num_keys - num_queries)
         own = before[:, positions.clamp(min=0)]
         return _Sections(marks, before, starts, ends, pasts, own, positions)
+
+    def longest(self) -> int:
+        """Tokens of the longest block that a landmark ends, with it."""
+        closed = self.ends < self.pasts
+        return int(torch.where(closed, self.pasts - self.starts, 0).max())
+
+
+# ---- all blocks, in one walk ---------------------------------------------------------------------
+
+
+def _walked(
+    query: Tensor, key: Tensor, value: Tensor, is_landmark: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    if is_landmark.dim() == 2:
+        items = [t.split(1) for t in (query, key, value)]
+        parts = [
+            _walked(q, k, v, marks, scale)
+            for q, k, v, marks in zip(*items, is_landmark, strict=True)
+        ]
+        outs, lses = zip(*parts, strict=True)
+        return torch.cat(outs), torch.cat(lses)
+    places = is_landmark.nonzero()[:, 0].int()
+    ends = places.new_tensor([0]), places + 1, places.new_tensor([key.shape[1]])
+    queries = Blocks.of(query.shape[1], _QUERIES)
+    return routed_op(
+        *(unit_stride(t) for t in (query, key, value)), None, None,
+        places.new_empty(1, 1, queries.num_blocks, 0), None, None,
+        queries.offsets, None, torch.cat(ends), None, None, None, None,
+        [LANDMARK_POLICY] * query.shape[2], [1, 0, UNLIMITED, UNLIMITED, 0, 0, 0, 0], [1, 1],
+        scale, 0.0,
+    )  # fmt: skip
 
 
 # ---- all blocks: a slice of the queries at a time ------------------------------------------------

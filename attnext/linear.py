@@ -13,6 +13,7 @@ from torch.compiler import is_compiling
 from .arguments import (
     DTYPE_NAMES,
     check_cu_seqlens,
+    check_flag,
     check_integer,
     check_scale,
     kind_of,
@@ -118,7 +119,7 @@ def linear_attention(
         ("reverse", reverse),
         ("return_denominator", return_denominator),
     ):
-        _check_flag(name, flag)
+        check_flag(name, flag)
     heads, number = _check_problem(query, key, value, feature_map, normalize, eps, scale)
     decay, beta = _check_gates(decay, beta, query, heads, is_causal, normalize, feature_map)
     if return_denominator and not normalize:
@@ -223,7 +224,7 @@ def linear_attention_step(
     """
     if torch._C._is_any_autocast_enabled():
         query, key, value = under_autocast(query, key, value)
-    _check_flag("in_place", in_place)
+    check_flag("in_place", in_place)
     heads, number = _check_problem(query, key, value, feature_map, normalize, eps, scale)
     decay, beta = _check_gates(decay, beta, query, heads, True, normalize, feature_map)
     _check_state("state", state, query, value, heads, feature_map, normalize)
@@ -342,11 +343,6 @@ def _plain_layout(
 # ---- checks
 
 
-def _check_flag(name: str, x: Any) -> None:
-    if not isinstance(x, bool):
-        raise TypeError(f"{name} must be a bool, got {x!r}")
-
-
 def _check_problem(
     query: Tensor,
     key: Tensor,
@@ -401,7 +397,7 @@ def _check_problem(
             )
     if feature_map not in FEATURE_MAPS:
         raise ValueError(f"feature_map must be one of {FEATURE_MAPS}, got {feature_map!r}")
-    _check_flag("normalize", normalize)
+    check_flag("normalize", normalize)
     if isinstance(eps, bool) or not isinstance(eps, int | float):
         raise TypeError(f"eps must be a number, got {eps!r}")
     if not 0 <= eps < math.inf:

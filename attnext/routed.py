@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .arguments import (
+    check_flag,
     check_integer,
     check_modifier,
     check_qkv,
@@ -114,8 +115,7 @@ def routed_attention(
         raise TypeError(f"plan must be a BlockPlan, got {type(plan).__name__}")
     _check_plan(plan, query, key)
     for name, flag in (("is_causal", is_causal), ("exclude_self", exclude_self)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} must be a bool, got {flag!r}")
+        check_flag(name, flag)
     check_integer("sinks", sinks, 0)
     left, right = _sides("within", within)
     if isinstance(window_size, int) and not isinstance(window_size, bool):

@@ -16,6 +16,7 @@ from .ops import LIBRARY, _where, accumulator_dtype, one_slice_at_a_time, transf
 from .routed_tables import Facts, Lists, ListTables, Remembered, facts, list_tables
 
 HEAD_POLICIES = ("list", "dense", "streaming", "off")  # in the order of HeadPolicy in params.h
+LANDMARK_POLICY = 4  # of landmark attention alone, on the CPU
 
 # Integers of `rules`: is_causal, exclude_self, left and right of `within`, whether there is a
 # window, left and right of it, sinks. `list_shape`: batch items and heads that have lists. Keys

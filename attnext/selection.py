@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -139,6 +139,7 @@ class _Problem:
     offset: int  # of the first query, in key tokens
     scores_per_row: int  # of all heads
     acc: torch.dtype
+    known: dict[Any, Tensor] = field(default_factory=dict)  # by device
 
     def select(self, query: Tensor, candidates: Tensor, weights: Any, lse: Any) -> Any:
         batch, device = query.shape[0], query.device
@@ -250,8 +251,11 @@ class _Problem:
     ) -> Tensor:  # fmt: skip
         """``[B, heads, rows, candidates]`` of the rows from ``low`` to ``high``."""
         acc = self.acc
-        wide = self.windows is not None
-        c = (candidates if wide else candidates[:, :seen]).to(acc)
+        if self.windows is not None:
+            seen_candidates = self._windows_seen(high, query.device)
+        else:
+            seen_candidates = seen
+        c = candidates[:, :seen_candidates].to(acc)
         size = self.query_blocks.size if self.score == "max_q" else 1
         q = query[:, low * size : high * size].to(acc)
         kv_heads = c.shape[2]
@@ -284,16 +288,33 @@ class _Problem:
         assert self.windows is not None
         lse = lse[:, low:high].to(s.dtype).transpose(1, 2)[..., None]
         if self.causal != "none":
-            end = self._seen(self.query_blocks, self.windows, "end", s.device)[low:high, None]
-            s = s.masked_fill(torch.arange(s.shape[-1], device=s.device) >= end, -math.inf)
-        p = torch.exp(s - torch.where(lse == -math.inf, math.inf, lse))
+            end = self._whole_windows(s.device)[low:high, None]
+            s = s.masked_fill_(torch.arange(s.shape[-1], device=s.device) >= end, -math.inf)
+        p = s.sub_(torch.where(lse == -math.inf, math.inf, lse)).exp_()  # of large tables, in place
         p = p.unflatten(1, (kv_heads, -1)).sum(2)
+        count = p.shape[-1]
+        p = torch.nn.functional.pad(p, (0, 1))  # of windows that no row sees
         index, share = overlaps(self.windows, self.candidate_blocks, s.device)
         result: Any = p.new_zeros(*p.shape[:-1], seen)
         for column in range(index.shape[1]):
-            part = p.index_select(-1, index[:seen, column])
+            part = p.index_select(-1, index[:seen, column].clamp(max=count))
             result = result + part * share[:seen, column].to(s.dtype)
         return result
+
+    def _whole_windows(self, device: Any) -> Tensor:
+        """How many windows, from the first, the queries of each row see whole."""
+        if is_compiling():
+            return self._seen(self.query_blocks, self.windows, "end", device)
+        if device not in self.known:
+            self.known[device] = self._seen(self.query_blocks, self.windows, "end", device)
+        return self.known[device]
+
+    def _windows_seen(self, high: int, device: torch.device) -> int:
+        """The most of any row below ``high``, if that is known without waiting."""
+        assert self.windows is not None
+        if self.causal == "none" or device.type != "cpu" or is_compiling():
+            return self.windows.num_blocks
+        return int(self._whole_windows(device)[high - 1])
 
 
 def overlaps(windows: Windows, blocks: Blocks | Windows, device: Any) -> tuple[Tensor, Tensor]:

@@ -296,6 +296,80 @@ ROUTED_CASES: tuple[Case, ...] = (
 
 
 @dataclass(frozen=True, kw_only=True)
+class RouterCase(Case):
+    """A routed method as its users call it, search included; ``options`` are those of its public
+    function. Which pairs are attended depends on the numbers, so that there are times alone."""
+
+    op: str = "router"
+    window: tuple[int, ...] | None = None
+    method: str
+    options: tuple[tuple[str, Any], ...] = ()
+    pairs: int = 0
+
+    @property
+    def is_causal(self) -> bool:
+        return self.rank == 1
+
+    def describe(self) -> str:
+        words = [self.method, "×".join(map(str, self.queries))]
+        words += [f"{name} {value}" for name, value in self.options]
+        heads = f"H{self.heads}" + (f"/{self.kv_heads}" if self.kv_heads else "")
+        return ", ".join([*words, f"B{self.batch} {heads} D{self.head_dim}"])
+
+
+def _router_cases() -> list[Case]:
+    cases: list[Case] = []
+
+    def router(
+        method: str, length: int | tuple[int, ...], group: str = "routers", heads: int = 4,
+        kv_heads: int = 0, modes: tuple[str, ...] = (FORWARD,), head_dim: int = 64, **options: Any,
+    ) -> None:  # fmt: skip
+        extents = (length,) if isinstance(length, int) else length
+        words = [method, "x".join(map(str, extents))]
+        cases.append(
+            RouterCase(
+                name="-".join(["smoke", method] if group == "smoke" else words), group=group,
+                queries=extents, method=method, options=tuple(options.items()), heads=heads,
+                kv_heads=kv_heads, modes=modes, head_dim=head_dim,
+            )
+        )  # fmt: skip
+
+    n = 16384
+    router("moba", n, modes=MODES, block_size=512, topk=3)
+    router("nsa", n, kv_heads=1, modes=MODES)
+    router("superlinear", n, modes=MODES)
+    router("hip", n)
+    router("infinite-hip", n)
+    router("longheads", n)
+    router("minference", n)
+    router("streaming", n, modes=MODES, sinks=4, window_size=512)
+    router("landmark", 4096, modes=MODES, period=64)
+    router("landmark", n, period=64, topk=4)
+    router("bilevel", (56, 56), head_dim=32, modes=MODES, region_size=8, topk=4)
+    for power in range(13, 18):
+        for method in ("hip", "infinite-hip", "superlinear"):
+            if 2**power != n:
+                router(method, 2**power, "router-length", heads=1)
+    smoke: dict[str, Any] = {"group": "smoke", "heads": 2, "head_dim": 16, "modes": MODES}
+    router("moba", 150, block_size=16, topk=3, **smoke)
+    router("hip", 150, mask_k=32, query_block=16, window_size=16, **smoke)
+    router("longheads", 150, chunk_size=16, num_chunks=4, **smoke)
+    router("streaming", 150, sinks=2, window_size=20, **smoke)
+    router("minference", 400, columns=30, diagonals=50, **smoke)
+    router("superlinear", 150, sw_index=5, **smoke)
+    router("landmark", 150, period=16, **smoke)
+    router("bilevel", (9, 10), region_size=4, topk=3, **smoke)
+    nsa: dict[str, Any] = {
+        "compress_size": 8,
+        "compress_stride": 4,
+        "block_size": 8,
+        "num_blocks": 5,
+    }
+    router("nsa", 150, kv_heads=1, window_size=20, **nsa, **smoke)
+    return cases
+
+
+@dataclass(frozen=True, kw_only=True)
 class LinearStepCase(LinearCase):
     """One token of each sequence of a batch against its state, which is updated."""
 
@@ -392,7 +466,9 @@ def _cases() -> list[Case]:
     return cases
 
 
-CASES: dict[str, Case] = {case.name: case for case in (*_cases(), *_linear_cases(), *ROUTED_CASES)}
+CASES: dict[str, Case] = {
+    case.name: case for case in (*_cases(), *_linear_cases(), *ROUTED_CASES, *_router_cases())
+}
 GROUPS: dict[str, str] = {
     "swa": "causal sliding windows of language models",
     "na": "neighborhood attention on images and video",
@@ -403,6 +479,8 @@ GROUPS: dict[str, str] = {
     "window": "time and memory against the window, at length 8192",
     "linear": "causal linear attention, and BASED's Taylor map",
     "routed": "lists of key blocks, in sequences and on maps",
+    "routers": "routed methods, their search included",
+    "router-length": "search and attention against length, one head",
     "linear-step": "decoding with linear attention: one token against a state",
     "linear-length": "time and memory of linear attention against length, one head",
     "call": "what a call costs when there is nothing to compute",

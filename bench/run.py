@@ -15,7 +15,7 @@ import torch
 from attnext import _C
 
 from . import environment, memory, timing
-from .cases import TRAINING, Case, LinearCase, RoutedCase
+from .cases import TRAINING, Case, LinearCase, RoutedCase, RouterCase
 from .gate import Reference
 from .linear_gate import LinearReference
 from .peers import contenders_for
@@ -23,6 +23,7 @@ from .peers.contender import Contender
 from .problem import Prepared, Problem, Unavailable
 from .roofline import Roof, higher, roof
 from .routed_gate import RoutedReference
+from .router_gate import RouterReference
 
 SCHEMA = 1
 
@@ -47,7 +48,7 @@ class Settings:
 
 
 Say = Callable[[str], None]
-AnyReference = Reference | LinearReference | RoutedReference
+AnyReference = Reference | LinearReference | RoutedReference | RouterReference
 
 
 def run(
@@ -194,6 +195,8 @@ def reference_for(problem: Problem, training: bool, windowed: bool = True) -> An
     case = problem.case
     if isinstance(case, LinearCase):
         return LinearReference(problem, training)
+    if isinstance(case, RouterCase):
+        return RouterReference(problem, training, windowed)
     if isinstance(case, RoutedCase):
         if not windowed:
             problem = replace(problem, case=case.over_all_blocks())

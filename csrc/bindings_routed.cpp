@@ -249,10 +249,20 @@ RoutedCall make_call(const py::tuple& problem, Device device) {
   r.key_lengths = key_lengths.data;
   if (const std::vector<int64_t> policy = integers(argument(kHeadPolicy)); !policy.empty()) {
     require(static_cast<int64_t>(policy.size()) == p.heads, "a policy per head");
+    bool landmarks = false;
     for (const int64_t which : policy) {
-      require(which >= 0 && which <= static_cast<int64_t>(HeadPolicy::kOff), "policy");
+      const HeadPolicy last = device == Device::kCpu ? HeadPolicy::kLandmark : HeadPolicy::kOff;
+      require(which >= 0 && which <= static_cast<int64_t>(last), "policy");
+      landmarks |= static_cast<HeadPolicy>(which) == HeadPolicy::kLandmark;
       call.policy.push_back(static_cast<int8_t>(which));
     }
+    for (int64_t k = 0; landmarks && k + 2 < key_offsets.count; ++k) {
+      const int64_t size = key_offsets.data[k + 1] - key_offsets.data[k];
+      require(size > 0 && size <= kMostLandmarkKeys, "a block with a landmark");
+    }
+    require(!landmarks || (r.causal && !r.key_order && !r.has_window && r.sinks == 0 &&
+                           p.softcap == 0 && !r.exclude_self && !r.entry_bias),
+            "landmarks beside other rules");
     r.head_policy = call.policy.data();  // stays where it is when the call is moved
   }
   if (device == Device::kCpu) {

@@ -42,7 +42,12 @@ struct WindowParams {
 };
 static_assert(std::is_trivially_copyable<WindowParams>::value, "crosses to kernels by memcpy");
 
-enum class HeadPolicy : int8_t { kList = 0, kDense = 1, kStreaming = 2, kOff = 3 };
+// Landmark: causal attention whose softmax has two levels. The last key of each key block but the
+// last is a landmark: to queries of later blocks its score is that of the block, whose other keys
+// share by a softmax among themselves what it gets. Blocks but the last hold at most
+// kMostLandmarkKeys. Not on CUDA.
+enum class HeadPolicy : int8_t { kList = 0, kDense = 1, kStreaming = 2, kOff = 3, kLandmark = 4 };
+constexpr int64_t kMostLandmarkKeys = 64;
 
 // Which keys may be attended, and which are without being listed. See routed_rules.h.
 struct RoutedRules {

@@ -70,4 +70,19 @@ ATTNEXT_RULE Reach queries_of(const RoutedRules& r, HeadPolicy policy, int64_t k
   return x;
 }
 
+// Where the slots of a query block are in the lists.
+ATTNEXT_RULE int64_t list_row(const RoutedParams& r, int64_t block, int64_t b, int64_t h) {
+  const int64_t lb = r.list_batch == 1 ? 0 : b, lh = h / (r.window.heads / r.list_heads);
+  const int64_t list = lb * r.list_heads + lh;
+  return list * (r.query_blocks + (r.indptr ? 1 : 0)) + block;
+}
+ATTNEXT_RULE int64_t first_entry(const RoutedParams& r, int64_t block, int64_t b, int64_t h) {
+  const int64_t row = list_row(r, block, b, h);
+  return r.indptr ? r.indptr[row] : row * r.slots;
+}
+ATTNEXT_RULE int64_t last_entry(const RoutedParams& r, int64_t block, int64_t b, int64_t h) {
+  const int64_t row = list_row(r, block, b, h);
+  return r.indptr ? r.indptr[row + 1] : (row + 1) * r.slots;
+}
+
 }  // namespace attnext

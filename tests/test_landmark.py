@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from attnext import landmark as module
 from attnext import landmark_attention, reference_methods, sliding_window_attention
+from attnext.testing import available_isas, isa, threads
 
 F64 = torch.float64
 
@@ -37,8 +38,8 @@ def close(a, b):
 @given(
     queries=st.integers(0, 12), keys=st.integers(0, 16), group=st.integers(1, 2),
     density=st.sampled_from((0.0, 0.2, 0.4, 1.0)), shared=st.booleans(),
-    topk=st.sampled_from((None, None, 1, 2, 9)), slice_size=st.sampled_from((1, 60, 10**6)),
-    seed=st.integers(0, 999),
+    topk=st.sampled_from((None, None, 1, 2, 9)),
+    slice_size=st.sampled_from((None, None, 1, 60, 10**6)), seed=st.integers(0, 999),
 )  # fmt: skip
 @settings(max_examples=120)
 def test_landmark_attention_is_its_definition(
@@ -49,7 +50,9 @@ def test_landmark_attention_is_its_definition(
     shape = (keys,) if shared else (2, keys)
     is_landmark = torch.rand(shape, generator=generator) < density
     leaves = inputs(queries, keys, heads=2 * group, seed=seed)
-    before, module._SLICE = module._SLICE, slice_size
+    before = module._SLICE, module._LONGEST
+    if slice_size is not None:  # in plain torch, as for long blocks
+        module._SLICE, module._LONGEST = slice_size, -1
     try:
         out, lse = landmark_attention(*leaves, is_landmark, topk=topk, return_lse=True)
         if queries:
@@ -70,7 +73,7 @@ def test_landmark_attention_is_its_definition(
                     close(a, b)
         assert out.shape == (2, queries, 2 * group, 3) and lse.shape == out.shape[:-1]
     finally:
-        module._SLICE = before
+        module._SLICE, module._LONGEST = before
 
 
 def test_weights_sum_to_one():
@@ -158,6 +161,7 @@ def test_large_logits_do_not_overflow():
 def test_memory_is_a_slice(monkeypatch):
     """No table is larger than a slice says, forward and backward."""
     monkeypatch.setattr(module, "_SLICE", 4096)
+    monkeypatch.setattr(module, "_LONGEST", -1)
     leaves = inputs(96, batch=1, dim=8, dim_v=8)
     largest = 0
 
@@ -173,6 +177,36 @@ def test_memory_is_a_slice(monkeypatch):
     with Watch():
         landmark_attention(*leaves, every(8, 96)).sum().backward()
     assert largest <= 4096  # a table of all pairs has 36,864 numbers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("period", [1, 2, 17, 64])
+def test_long_sequences_on_every_isa(dtype, period, monkeypatch):
+    """Many tiles and blocks of keys: as in float64, and the same bits for any thread count."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in inputs(300, 333, dim=16, dim_v=9)]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    marks = every(period, 333) if period > 1 else torch.rand(333) < 0.3
+    cotangents = normal(2, 300, 4, 9), normal(2, 300, 4, seed=9)
+
+    def run(x):
+        out, lse = landmark_attention(*x, marks, return_lse=True)
+        sent = [c.to(t.dtype) for c, t in zip(cotangents, (out, lse), strict=True)]
+        return [out, lse, *torch.autograd.grad((out, lse), x, sent)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_LONGEST", -1)  # plain torch
+        wanted = run(exact)
+    eps = max(torch.finfo(dtype).eps, 1e-13)
+    for level in available_isas():
+        with isa(level):
+            with threads(1):
+                got = run(leaves)
+            with threads(2):
+                again = run(leaves)
+        for name, a, b, c in zip(("out", "lse", "dq", "dk", "dv"), got, wanted, again, strict=True):
+            assert torch.equal(a, c), name
+            assert (a.double() - b).norm() <= 4 * eps * b.norm(), (level, name)
+        assert not got[4][:, marks].any()
 
 
 X = torch.zeros(2, 6, 2, 4)

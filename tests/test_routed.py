@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from routed_problems import Problem, attend, problems, specification
 from test_window import assert_same_bits
 
@@ -278,3 +279,101 @@ def test_one_query_over_many_blocks_is_shared_out():
     s = torch.einsum("hd,kd->hk", q[0, 0].double(), k[0, rows, 0].double()) / 4
     torch.testing.assert_close(lse[0, 0], s.logsumexp(-1).float())
     torch.testing.assert_close(out[0, 0], (s.softmax(-1) @ v[0, rows, 0].double()).float())
+
+
+# ---- lists of few queries ------------------------------------------------------------------------
+
+
+@st.composite
+def shared_problems(draw):
+    """Many queries with lists of their own, far more than a tile holds: keys are walked first."""
+    dtype = draw(st.sampled_from((torch.float32, torch.float64, torch.bfloat16, torch.float16)))
+    kv_heads, group = draw(st.sampled_from(((1, 1), (2, 1), (1, 3), (2, 2))))
+    per_head = draw(st.booleans())
+    queries, keys = draw(st.sampled_from(((300, 300), (200, 333), (260, 150))))
+    block = draw(st.sampled_from((1, 1, 2)))
+    heads, list_heads = kv_heads * group, kv_heads * group if per_head else kv_heads
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+
+    def integers(high, *size, low=0):
+        return torch.randint(low, high, size, generator=generator)
+
+    rows = (1, list_heads, -(-queries // block))
+    form = draw(st.sampled_from(("blocks", "short blocks", "spans")))
+    if form == "spans":
+        starts = integers(keys, *rows, 3)
+        ends = (starts + integers(60, *rows, 3, low=-4)).clamp(max=keys)
+        plan = BlockPlan.of_spans(starts, ends, queries, block, keys)
+    else:
+        size = 40 if form == "blocks" else 5
+        slots = 3 if form == "blocks" else 9
+        lists = integers(-(-keys // size), *rows, slots, low=-1)
+        plan = BlockPlan.of(lists, queries, block, keys, size)
+    acc = F64 if dtype == F64 else torch.float32
+    tensors = {
+        "query": normal(1, queries, heads, 16, dtype=dtype, seed=1),
+        "key": normal(1, keys, kv_heads, 16, dtype=dtype, seed=2),
+        "value": normal(1, keys, kv_heads, 9, dtype=dtype, seed=3),
+    }
+    options = {"softcap": draw(st.sampled_from((None, 3.0)))}
+    if draw(st.booleans()):
+        tensors["sink_logits"] = normal(heads, dtype=acc, seed=4)
+    if draw(st.booleans()):
+        options |= {
+            "is_causal": draw(st.booleans()),
+            "exclude_self": draw(st.booleans()),
+            "within": draw(st.sampled_from((None, (70, None)))),
+            "key_lengths": torch.tensor([keys - 20]),
+            "query_documents": integers(2, 1, queries),
+            "key_documents": integers(2, 1, keys),
+        }
+        if draw(st.booleans()):
+            del options["query_documents"], options["key_documents"]
+    cotangents = normal(1, queries, heads, 9, seed=5), normal(1, queries, heads, seed=6)
+    return Problem(tensors, plan, options, cotangents)
+
+
+@settings(max_examples=12)
+@given(shared_problems())
+def test_lists_of_few_queries(problem):
+    check(problem)
+
+
+@pytest.mark.heavy
+@settings(settings.get_profile("heavy"))
+@given(shared_problems())
+def test_many_lists_of_few_queries(problem):
+    check(problem)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_not_finite_stays_where_it_is_attended_by_few(dtype):
+    """Queries that share keys with others keep to their own."""
+    q, k, v = qkv(256, dtype=dtype)
+    lists = torch.stack([torch.arange(256) % 7, torch.arange(256) % 5 + 1], -1)[None, None]
+    plan = BlockPlan.of(lists, 256, 1, 256, 32)
+    expected = results(plan, q, k, v, is_causal=True)
+    k[0, 40, 0, 3] = torch.nan  # in block 1
+    v[0, 70, 1, 0] = torch.inf  # in block 2
+    q[0, 250, 0, 1] = torch.inf
+    got = results(plan, q, k, v, is_causal=True)
+    rows = torch.arange(256)
+    touched = torch.zeros(256, 2, dtype=torch.bool)
+    touched[:, 0] = ((lists[0, 0] == 1).any(-1) & (rows >= 40)) | (rows == 250)
+    touched[:, 1] = (lists[0, 0] == 2).any(-1) & (rows >= 70)
+    for name in ("out", "grad_query"):
+        assert torch.equal(~got[name][0].isfinite().all(-1), touched), name
+        clean = ~touched[None, :, :, None]
+        torch.testing.assert_close(
+            torch.where(clean, got[name], 0), torch.where(clean, expected[name], 0),
+            rtol=0.0, atol=0.0,
+        )  # fmt: skip
+
+    q, k, v = qkv(256, dtype=dtype)
+    q[0, 250, 0, 1] = torch.inf  # it lists blocks 5 and 1: no other key hears of it
+    got = results(plan, q, k, v, is_causal=True)
+    hears = torch.zeros(256, 2, dtype=torch.bool)
+    hears[:, 0] = (rows // 32 == 5) | (rows // 32 == 1)
+    for name in ("grad_key", "grad_value"):
+        assert torch.equal(~got[name][0].isfinite().all(-1), hears), name
+        assert torch.equal(got[name][0][~hears], expected[name][0][~hears]), name

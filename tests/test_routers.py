@@ -144,12 +144,14 @@ def test_moba_is_its_definition(queries, more, block_size, topk, group, tile, se
     options = {"block_size": block_size, "topk": topk}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(moba, "_TILE", tile)
+        patch.setattr(moba, "_SORTED_ON", ("cpu",))
         assert_agree(moba_attention, reference_methods.moba_attention, leaves, **options)
 
 
 @pytest.fixture(params=[4, 64], ids=["by sorting", "by lists"])
 def tile(request, monkeypatch):
     monkeypatch.setattr(moba, "_TILE", request.param)
+    monkeypatch.setattr(moba, "_SORTED_ON", ("cpu",))
 
 
 def test_moba_of_all_blocks_is_dense_attention(tile):

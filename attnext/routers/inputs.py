@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_integer, check_sequences, kind_of
+from ..arguments import check_flag, check_integer, check_sequences, kind_of
 from ..ops import accumulator_dtype
 
 # Entries of the largest temporary: routers go through their queries in steps that keep below it.
@@ -23,11 +23,6 @@ Rotary = Callable[[Tensor, Tensor], Tensor]
 def check_choice(name: str, x: Any, allowed: tuple[str, ...]) -> None:
     if x not in allowed:
         raise ValueError(f"{name} must be one of {allowed}, got {x!r}")
-
-
-def check_flag(name: str, x: Any) -> None:
-    if not isinstance(x, bool):
-        raise TypeError(f"{name} must be a bool, got {x!r}")
 
 
 def check_number(name: str, x: Any, low: float, high: float) -> None:

@@ -18,6 +18,9 @@ from ..routed import routed_attention
 from ..selection import select_topk
 
 _TILE = 64  # queries that are attended at a time
+# Where queries are brought together by the block they attend; the CPU's walk over lists does that
+# itself.
+_SORTED_ON = ("cuda",)
 
 
 def moba_plan(
@@ -104,14 +107,14 @@ def moba_attention(
 
     Numerics:
         Means and their products in float32 (float64 for float64); the choice passes no gradient.
-        Attention as :func:`routed_attention`, each block a part that is rounded to the dtype, and
-        the parts merged as by :func:`merge`.
+        Attention as :func:`routed_attention`; on a GPU each block is a part that is rounded to the
+        dtype, and the parts are merged as by :func:`merge`.
 
     Errors:
         ValueError, TypeError or NotImplementedError, naming the argument.
 
     Complexity:
-        O(Nq (topk block_size + Nk / block_size) D) time, O(N topk D) memory.
+        O(Nq (topk block_size + Nk / block_size) D) time; memory of the lists, on a GPU O(N topk D).
 
     Source:
         MoBA (arXiv 2502.13189).
@@ -125,7 +128,8 @@ def moba_attention(
     query, key, value = under_autocast(query, key, value)
     check_sequences(query, key, value)
     num_queries, num_keys = query.shape[1], key.shape[1]
-    if num_queries < _TILE or num_queries > num_keys:  # a few queries: lists are as good
+    apart = num_queries < _TILE or num_queries > num_keys  # a few queries: lists are as good
+    if apart or query.device.type not in _SORTED_ON:
         plan = moba_plan(query, key, block_size, topk, cu_seqlens=cu_seqlens)
         return routed_attention(
             query, key, value, plan, is_causal=True, scale=scale, return_lse=return_lse

@@ -10,7 +10,7 @@ from .linear import FastTransformers, TorchChunked, TorchStep
 from .naive import Gather
 from .own import Attnext
 from .packages import LocalAttention, Natten
-from .routed import FlexLists, GatherBlocks, SdpaAllBlocks
+from .routed import FlexLists, GatherBlocks, SdpaAllBlocks, SdpaMasked
 from .sdpa import SdpaDense, SdpaNoWindow
 from .swin import SwinRoll
 from .tiles import CompiledTiles, SdpaTiles
@@ -33,6 +33,7 @@ CONTENDERS: dict[str, Contender] = {
         FlexLists(),
         GatherBlocks(),
         SdpaAllBlocks(),
+        SdpaMasked(),
         FastTransformers(),
         TorchStep(),
     )

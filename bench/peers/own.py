@@ -9,15 +9,16 @@ from torch import Tensor
 
 import attnext
 
-from ..cases import LinearCase, LinearStepCase, RoutedCase
+from ..cases import LinearCase, LinearStepCase, RoutedCase, RouterCase
 from ..problem import AS_IS, Prepared, Problem, leaves_of
+from ..routers import method_of
 from .contender import Contender
 
 
 class Attnext(Contender):
     name = "attnext"
     about = "this library, heads last, no preparation"
-    ops = (*Contender.ops, "linear", "linear-step", "routed")
+    ops = (*Contender.ops, "linear", "linear-step", "routed", "router")
 
     def prepare(self, problem: Problem, training: bool) -> Prepared:
         case = problem.case
@@ -54,6 +55,12 @@ class Attnext(Contender):
             assert isinstance(case, RoutedCase)
             out: Tensor = attnext.routed_attention(q, k, v, case.plan, is_causal=case.is_causal)
             return out
+
+        if isinstance(case, RouterCase):
+            method = method_of(case)
+            searching = method.seconds_of_routing(problem.query, problem.key, problem.value)
+            detail = f"its search takes {searching * 1e3:.1f} ms" if searching else ""
+            return Prepared(lambda: method.whole(q, k, v), leaves, layouts, detail)
 
         state = problem.state if isinstance(case, LinearStepCase) else None
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from ..cases import RoutedCase
+from ..cases import RoutedCase, RouterCase
 from ..problem import Prepared, Problem, Unavailable, heads_first, leaves_of, permuted
+from ..routers import method_of
 from .contender import Contender
 
 
@@ -110,16 +111,45 @@ class GatherBlocks(Contender):
 class SdpaAllBlocks(Contender):
     name = "sdpa-all-blocks"
     about = "another problem: scaled_dot_product_attention over all blocks"
-    ops = ("routed",)
+    ops = ("routed", "router")
     windowed = False
 
     def prepare(self, problem: Problem, training: bool) -> Prepared:
-        case = _case(problem)
-        if training:
+        case = problem.case
+        if training and isinstance(case, RoutedCase):
             raise Unavailable("what the lists save is told by the forward pass")
         layout = heads_first(case.queries)
         leaves, layouts = leaves_of(problem, training, layout, layout)
-        call = partial(
-            sdpa, leaves["query"], leaves["key"], leaves["value"], is_causal=case.is_causal
-        )
+        q, k, v = leaves["query"], leaves["key"], leaves["value"]
+        grouped = case.key_heads != case.heads
+        call = partial(sdpa, q, k, v, is_causal=case.is_causal, enable_gqa=grouped)
+        return Prepared(call, leaves, layouts)
+
+
+class SdpaMasked(Contender):
+    name = "sdpa-masked"
+    about = "scaled_dot_product_attention with a mask of what is attended, its search not counted"
+    ops = ("router",)
+
+    def prepare(self, problem: Problem, training: bool) -> Prepared:
+        case = problem.case
+        assert isinstance(case, RouterCase)
+        method = method_of(case)
+        if method.keys is None:
+            raise Unavailable("the method is more than one softmax")
+        rows = torch.arange(case.num_queries)
+        cells = case.heads * case.num_queries * case.num_keys
+        problem.afford("its mask, and what scaled_dot_product_attention makes of it", 3 * cells)
+        found = None
+        if method.route is not None:
+            with torch.no_grad():
+                found = method.route(problem.query, problem.key, problem.value)
+        mask = torch.stack([method.keys(rows, found, h, case.num_keys) for h in range(case.heads)])[
+            None
+        ]
+        layout = heads_first(case.queries)
+        leaves, layouts = leaves_of(problem, training, layout, layout)
+        q, k, v = leaves["query"], leaves["key"], leaves["value"]
+        grouped = case.key_heads != case.heads
+        call = partial(sdpa, q, k, v, attn_mask=mask, enable_gqa=grouped)
         return Prepared(call, leaves, layouts)

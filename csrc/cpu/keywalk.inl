@@ -196,6 +196,9 @@ struct KeyBlock {
   int64_t* row;                              // accumulator row
   bool* fresh;                               // worth a prefetch
   int64_t lo[kMaxVectors], hi[kMaxVectors];  // keys outside do not concern the vector
+  // Where blocks with landmarks begin, and their landmarks, which the mask's lanes see past.
+  int64_t num_landmarks = 0;
+  int64_t *landmark_begin, *landmark_at;
 
   void fetch_rows(int64_t j, int64_t dim, int64_t dim_v) const {
     fetch(key[j], dim);

@@ -157,8 +157,9 @@ class LinearBackward : public LinearHead<T> {
                        this->step(p.query), count, p.head_dim, q_, ld);
   }
 
-  // dO as rows and lanes; the numbers by which outputs were divided, inverted, which take part where
-  // rounding does not add to that of bf16; and the gradients of the sums, dsum_ = inverse_ dmean_.
+  // dO as rows and lanes; the numbers by which outputs were divided, inverted, which take part
+  // where rounding does not add to that of bf16; and the gradients of the sums, dsum_ = inverse_
+  // dmean_.
   void pack_gradients(int64_t t, int64_t count) {
     const T* dout = this->template row<const T>(p.dout, t, p.heads) + item.column;
     pack_rows<T, Acc>(dout, this->step(p.dout), count, columns, dout_, width);

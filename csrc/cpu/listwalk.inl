@@ -2,6 +2,7 @@
 // The keys of routed attention: what a query block lists, and beside it a window and sinks. The
 // lists become disjoint runs in rising order here, so that what is listed twice, or listed and in
 // the window, counts once; the rules of routed.h then say which lanes attend which key of a run.
+// Or a tile walks one run of keys that its queries share, each a part of it: see ListChunk.
 #pragma once
 
 #include "../routed_rules.h"
@@ -12,30 +13,19 @@ namespace attnext {
 namespace cpu {
 namespace ATTNEXT_ISA {
 
-// Where the slots of a query block are in the lists.
-ATTNEXT_INLINE int64_t list_row(const RoutedParams& r, int64_t block, int64_t b, int64_t h) {
-  const int64_t lb = r.list_batch == 1 ? 0 : b, lh = h / (r.window.heads / r.list_heads);
-  const int64_t list = lb * r.list_heads + lh;
-  return list * (r.query_blocks + (r.indptr ? 1 : 0)) + block;
-}
-ATTNEXT_INLINE int64_t first_entry(const RoutedParams& r, int64_t block, int64_t b, int64_t h) {
-  const int64_t row = list_row(r, block, b, h);
-  return r.indptr ? r.indptr[row] : row * r.slots;
-}
-ATTNEXT_INLINE int64_t last_entry(const RoutedParams& r, int64_t block, int64_t b, int64_t h) {
-  const int64_t row = list_row(r, block, b, h);
-  return r.indptr ? r.indptr[row + 1] : (row + 1) * r.slots;
-}
-
 // Keys at places [begin, end): those before a tile's run number `at` slots of its walk.
 struct Run {
   int32_t begin, end;
   int32_t slot;  // the list's, which has the bias; -1: the window or the sinks alone
   bool listed;
   int64_t at;
+  bool landmark = false;  // the last key is one; walked in one piece
 };
 
 struct ListTile : Lanes {
+  const SharedKeys* shared = nullptr;  // null: the list of a piece
+  const Sharer* sharers = nullptr;     // of the chunk
+  int32_t place_of[kMaxLanes];         // in the order of queries
   Run* runs;
   int64_t num_runs, total;
   int32_t lo[kMaxLanes], hi[kMaxLanes];                // keys that the rules allow
@@ -47,6 +37,7 @@ struct ListTile : Lanes {
   int64_t full_lo, full_hi;  // keys that the rules allow to every lane
   int32_t bias_shift[kMaxVectors] = {};
   bool with_bias;
+  bool landmarks;
 
   void allocate(Arena& arena, const ListView& view, int64_t) {
     // A run of the window or the sinks lies between runs of the list, before or after them.
@@ -55,16 +46,26 @@ struct ListTile : Lanes {
   }
 
   void place(const ListView& view, const int64_t index[3], int kLanes) {
-    const RoutedParams& r = *view.params;
     const ListPiece& piece = view.pieces[index[0]];
-    const int count = piece.end - piece.begin;
-    vectors = (count * piece.heads + kLanes - 1) / kLanes;
+    place(*view.params, piece.heads, piece.end - piece.begin, kLanes,
+          [&](int i) { return piece.begin + i; });
+  }
+  void place_shared(const RoutedParams& r, int heads, int kLanes) {
+    const Sharer* own = sharers + shared->first;
+    place(r, heads, shared->count, kLanes, [&](int i) { return own[i].place; });
+  }
+  // `count` queries for each of the heads, a head after the other.
+  template <class F>
+  void place(const RoutedParams& r, int heads, int count, int kLanes, F place_at) {
+    vectors = (count * heads + kLanes - 1) / kLanes;
     lanes = vectors * kLanes;
     whole = 0;
     int lane = 0;
-    for (int g = 0; g < piece.heads; ++g) {
+    for (int g = 0; g < heads; ++g) {
       for (int i = 0; i < count; ++i, ++lane) {
-        const int32_t token = r.query_order ? r.query_order[piece.begin + i] : piece.begin + i;
+        const int32_t at_place = place_at(i);
+        const int32_t token = r.query_order ? r.query_order[at_place] : at_place;
+        place_of[lane] = at_place;
         raster[lane] = token;
         const int32_t n1 = static_cast<int32_t>(r.window.query_extent[1]);
         const int32_t n2 = static_cast<int32_t>(r.window.query_extent[2]);
@@ -77,6 +78,32 @@ struct ListTile : Lanes {
     }
   }
 
+  // A run that queries share. They have lists, and neither a window nor sinks nor biases.
+  void init_shared(const ListView& view, int64_t b, int heads, int kLanes) {
+    const RoutedParams& r = *view.params;
+    place_shared(r, heads, kLanes);
+    live = whole;
+    const int64_t num_keys = view.num_keys;
+    const int64_t allowed = r.key_lengths ? clamp64(r.key_lengths[b], 0, num_keys) : num_keys;
+    documents = r.key_documents ? r.key_documents + b * num_keys : nullptr;
+    full_lo = r.exclude_self ? num_keys : 0, full_hi = num_keys;
+    const Sharer* own = sharers + shared->first;
+    int64_t reach_lo = shared->end, reach_hi = shared->begin;
+    for (int lane = 0, i = 0; lane < shared->count * heads; ++lane) {
+      const Reach x = keys_of(r, HeadPolicy::kList, raster[lane] + view.offset, 0, allowed);
+      lo[lane] = static_cast<int32_t>(max64(x.lo, own[i].begin));
+      hi[lane] = static_cast<int32_t>(min64(x.hi, own[i].end));
+      self[lane] = static_cast<int32_t>(x.self);
+      document[lane] = documents ? r.query_documents[b * view.num_queries + raster[lane]] : 0;
+      reach_lo = min64(reach_lo, lo[lane]), reach_hi = max64(reach_hi, hi[lane]);
+      full_lo = max64(full_lo, lo[lane]), full_hi = min64(full_hi, hi[lane]);
+      if (++i == shared->count) i = 0;
+    }
+    with_bias = landmarks = false;
+    num_runs = total = 0;
+    if (reach_lo < reach_hi) push(reach_lo, reach_hi, -1, true);
+  }
+
   void init(const ListView& view, const int64_t index[3], int kLanes, int64_t) {
     place(view, index, kLanes);
     live = whole;
@@ -87,6 +114,7 @@ struct ListTile : Lanes {
         r.head_policy ? static_cast<HeadPolicy>(r.head_policy[h]) : HeadPolicy::kList;
     const int64_t allowed = r.key_lengths ? clamp64(r.key_lengths[b], 0, num_keys) : num_keys;
     documents = r.key_documents ? r.key_documents + b * num_keys : nullptr;
+    landmarks = policy == HeadPolicy::kLandmark;
     full_lo = r.exclude_self ? num_keys : 0, full_hi = num_keys;
     // Of all lanes: keys that one attends, and what the window and the sinks reach.
     int64_t reach_lo = num_keys, reach_hi = 0, near_lo = num_keys, near_hi = 0, sink_reach = 0;
@@ -97,13 +125,15 @@ struct ListTile : Lanes {
       const Reach x = keys_of(r, policy, position, 0, allowed);
       const bool has_sinks = x.sink_hi > x.lo;
       lo[lane] = static_cast<int32_t>(x.lo), hi[lane] = static_cast<int32_t>(x.hi);
+      // A landmark is not for its own block, nor for itself.
+      if (landmarks && x.hi == position + 1 && is_landmark(r, position)) --hi[lane];
       window_lo[lane] = static_cast<int32_t>(x.near_lo);
       window_hi[lane] = static_cast<int32_t>(x.near_hi);
       sink_hi[lane] = static_cast<int32_t>(has_sinks ? x.sink_hi : 0);
       self[lane] = static_cast<int32_t>(x.self);
       document[lane] = documents ? r.query_documents[b * view.num_queries + token] : 0;
       reach_lo = min64(reach_lo, x.lo), reach_hi = max64(reach_hi, x.hi);
-      full_lo = max64(full_lo, x.lo), full_hi = min64(full_hi, x.hi);
+      full_lo = max64(full_lo, x.lo), full_hi = min64(full_hi, hi[lane]);
       if (x.near_lo < x.near_hi) {
         near_lo = min64(near_lo, x.near_lo), near_hi = max64(near_hi, x.near_hi);
       }
@@ -116,6 +146,11 @@ struct ListTile : Lanes {
     } else if (policy == HeadPolicy::kList) {
       count = list(view, view.pieces[index[0]].block, b, h);
       with_bias = r.entry_bias != nullptr;
+    } else if (landmarks) {
+      for (int64_t k = 0; k < r.key_blocks && r.key_offsets[k] < reach_hi; ++k) {
+        sorted[count++] = {r.key_offsets[k],    r.key_offsets[k + 1], -1, true, 0,
+                           k + 1 < r.key_blocks};
+      }
     } else if (policy == HeadPolicy::kOff) {
       reach_hi = 0;
     }
@@ -140,6 +175,7 @@ struct ListTile : Lanes {
       if (from >= to) continue;
       besides_up_to(from);
       push(from, to, run.slot, true);
+      runs[num_runs - 1].landmark = run.landmark && to == run.end;
       done = to;
     }
     besides_up_to(num_keys);
@@ -184,6 +220,15 @@ struct ListTile : Lanes {
   Run* sorted;
   int32_t raster[kMaxLanes];
 
+  static bool is_landmark(const RoutedParams& r, int64_t key) {
+    int64_t low = 0, high = r.key_blocks - 1;  // blocks but the last end with one
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      r.key_offsets[middle + 1] <= key ? low = middle + 1 : high = middle;
+    }
+    return low < r.key_blocks - 1 && r.key_offsets[low + 1] - 1 == key;
+  }
+
   uint64_t same_document(int64_t token) const {
     uint64_t bits = ~whole;
     for (int lane = 0; lane < lanes; ++lane) {
@@ -193,7 +238,8 @@ struct ListTile : Lanes {
   }
 
   void push(int64_t from, int64_t to, int32_t slot, bool listed) {
-    runs[num_runs++] = {static_cast<int32_t>(from), static_cast<int32_t>(to), slot, listed, total};
+    runs[num_runs++] = {
+        static_cast<int32_t>(from), static_cast<int32_t>(to), slot, listed, total, false};
     total += to - from;
   }
 
@@ -313,16 +359,23 @@ struct ListWalk {
   }
 
   int64_t fill(int64_t from, int64_t to, int64_t capacity, KeyBlock<T>* block) const {
-    block->count = 0;
+    block->count = block->num_landmarks = 0;
     uint64_t all = ~uint64_t(0);
     int64_t pos = from;
     int64_t r = run_at(from);
     while (pos < to && block->count < capacity) {
       const Run& run = tile.runs[r];
+      if (run.landmark && block->count + run.end - run.begin > capacity) break;
+      const int64_t begin = block->count;
       const int64_t end = min64(run.at + run.end - run.begin, to);
       const int64_t n = min64(end - pos, capacity - block->count);
       all &= emit(run, run.begin + (pos - run.at), n, block);
       pos += n;
+      if (run.landmark && block->count == begin + n) {  // somebody sees past it
+        const int64_t known = block->num_landmarks++;
+        block->landmark_begin[known] = begin;
+        block->landmark_at[known] = block->count - 1;
+      }
       if (pos == run.at + run.end - run.begin) ++r;
     }
     block->masked = all != ~uint64_t(0);
@@ -341,7 +394,8 @@ struct ListWalk {
   }
 
   uint64_t emit(const Run& run, int64_t u, int64_t n, KeyBlock<T>* block) const {
-    const int32_t* order = view.params->key_order;
+    // Shared runs are of places; where these are not the keys' own, no rule speaks of keys.
+    const int32_t* order = tile.shared ? nullptr : view.params->key_order;
     const bool full = run.listed && (order ? !view.has_rules : tile.all_attend(u, u + n));
     const int64_t bias = tile.with_bias && run.slot >= 0 ? run.slot * view.bias_step : kNoBias;
     if (!full && !order) tile.masks(u, u + n, run.listed, scratch_mask);

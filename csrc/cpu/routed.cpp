@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Entry points of routed attention: cut the query blocks into tiles, hand them to threads.
+// Entry points of routed attention: cut the query blocks into tiles, hand them to threads. Work is
+// a tile, or the tiles of a chunk of blocks that may share keys.
 #include "routed.h"
 
 #include <algorithm>
@@ -9,6 +10,7 @@
 #include "isa.h"
 #include "memory.h"
 #include "parallel.h"
+#include "routed_chunks.h"
 
 namespace attnext {
 namespace cpu {
@@ -19,16 +21,19 @@ struct Tiles {
   const WindowParams& window;
   const RoutedKernels& kernels;
   ListView view{};
-  std::vector<ListPiece> pieces;  // of one kv head; `first_head` tells the tile's first head
-  std::vector<int32_t> first_head;
+  std::vector<ListPiece> pieces;  // of one kv head
+  struct Work {
+    BlockRange range;
+    int64_t first_piece, last_piece;
+  };
+  std::vector<Work> work;  // of one kv head
+  bool shares = false;     // keys: whether it pays is seen chunk by chunk
   std::vector<int64_t> key_at, value_at;
-  bool serial;
+  bool serial, landmarks = false;
 
   explicit Tiles(const RoutedParams& r)
       : params(r), window(r.window), kernels(routed_kernels(r.window.dtype)) {
-    cut();
     view.params = &r;
-    view.pieces = pieces.data();
     view.num_queries = product(window.query_extent);
     view.num_keys = product(window.key_extent);
     view.offset = view.num_keys - view.num_queries;
@@ -39,31 +44,64 @@ struct Tiles {
         view.most_slots = std::max(view.most_slots, at[i + 1] - at[i]);
       }
     }
+    for (int64_t h = 0; r.head_policy && h < window.heads; ++h) {
+      landmarks |= static_cast<HeadPolicy>(r.head_policy[h]) == HeadPolicy::kLandmark;
+    }
+    if (landmarks) view.most_slots = std::max(view.most_slots, r.key_blocks);
     view.bias_step = kernels.lanes;
     view.vectors = kernels.vectors;
     view.has_rules = r.causal || r.exclude_self || r.key_documents || r.key_lengths ||
                      r.within[0] < view.num_keys || r.within[1] < view.num_keys;
     view.key_step = window.key.token[2];
     view.value_step = window.value.token[2];
+    cut();
+    view.pieces = pieces.data();
     if (r.key_order || window.key_extent[0] * window.key_extent[1] > 1) {
       locate(window.key, &key_at);
       locate(window.value, &value_at);
       view.key_at = key_at.data();
       view.value_at = value_at.data();
     }
-    serial = double(r.entries) * r.batch_copies() * window.heads / r.list_heads *
-                 (window.head_dim + window.head_dim_v) <
-             kSerialWork / 64;
+    double pieces_of_work = double(r.entries) * r.batch_copies() * window.heads / r.list_heads;
+    if (r.head_policy || r.has_window) {  // keys besides those of lists: more than one a query
+      pieces_of_work += double(view.num_queries) * window.batch * window.heads;
+    }
+    serial = pieces_of_work * (window.head_dim + window.head_dim_v) < kSerialWork / 64;
   }
 
-  int64_t per_kv_head() const { return static_cast<int64_t>(pieces.size()); }
+  int64_t per_kv_head() const { return static_cast<int64_t>(work.size()); }
   int64_t items() const { return window.batch * window.kv_heads * per_kv_head(); }
-  // Item = (batch, kv head, piece).
+  // Item = (batch, kv head, work). The index of the first of its tiles.
   void index(int64_t item, int64_t out[3]) const {
-    out[0] = item % per_kv_head();
+    const Work& w = work[item % per_kv_head()];
     item /= per_kv_head();
+    out[0] = w.first_piece;
     out[1] = item / window.kv_heads;
-    out[2] = item % window.kv_heads * (window.heads / window.kv_heads) + first_head[out[0]];
+    out[2] = item % window.kv_heads * (window.heads / window.kv_heads) + w.range.head;
+  }
+  // Calls `tile(index)` for the tiles of an item, or `chunk(batch, head, chunk)` once.
+  template <class F, class G>
+  void run(int64_t item, F tile, G chunk) const {
+    const Work& w = work[item % per_kv_head()];
+    int64_t at[3];
+    index(item, at);
+    if (shares) {
+      thread_local SharePlan plan;
+      if (plan.make(view, kernels.lanes, w.range, at[1], at[2])) {
+        return chunk(at[1], at[2], plan.chunk);
+      }
+    }
+    for (; at[0] < w.last_piece; ++at[0]) tile(at);
+  }
+  int64_t states() const {  // bytes for a chunk
+    if (!shares) return 0;
+    int64_t most = 0;
+    for (const Work& w : work) {
+      const int64_t queries =
+          params.query_offsets[w.range.last] - params.query_offsets[w.range.first];
+      most = std::max(most, queries * w.range.heads);
+    }
+    return most * kernels.chunk_state(window) * acc_size(window.dtype);
   }
 
  private:
@@ -79,20 +117,37 @@ struct Tiles {
       shared &= r.head_policy[h] == r.head_policy[h / group * group];
     }
     const int32_t room = kernels.lanes * kernels.vectors;
+    const auto begin_of = [&](int32_t block) { return r.query_offsets[block]; };
+    int32_t largest = 0;
     for (int32_t block = 0; block < r.query_blocks; ++block) {
-      const int32_t begin = r.query_offsets[block], end = r.query_offsets[block + 1];
-      if (begin == end) continue;
-      const int32_t parts = (end - begin + room - 1) / room;
-      const int32_t most = shared ? std::clamp(room / (end - begin), 1, group) : 1;
+      largest = std::max(largest, begin_of(block + 1) - begin_of(block));
+    }
+    const int32_t together = shared ? group : 1;
+    shares = may_share(r, view, kernels.lanes, largest, together);
+    const int32_t blocks = shares ? chunk_blocks(view, largest, together) : 1;
+    for (int32_t first = 0; first < r.query_blocks; first += blocks) {
+      const int32_t last = std::min<int64_t>(first + blocks, r.query_blocks);
+      const int32_t size = shares ? largest : begin_of(last) - begin_of(first);
+      if (size == 0) continue;
+      const int32_t most = shared ? std::clamp(room / size, 1, group) : 1;
       for (int32_t head = 0; head < group; head += most) {
-        for (int32_t part = 0; part < parts; ++part) {
+        const int32_t heads = std::min(most, group - head);
+        const int64_t first_piece = static_cast<int64_t>(pieces.size());
+        for (int32_t block = first; block < last; ++block) {
           // Parts are whole vectors but for the last.
-          const int32_t from = begin + part * room, to = std::min(end, from + room);
-          pieces.push_back({block, from, to, std::min(most, group - head)});
-          first_head.push_back(head);
+          for (int32_t from = begin_of(block); from < begin_of(block + 1); from += room) {
+            pieces.push_back({block, from, std::min(begin_of(block + 1), from + room), heads});
+            if (!shares)
+              add_work({first, last, head, heads}, static_cast<int64_t>(pieces.size()) - 1);
+          }
         }
+        if (shares) add_work({first, last, head, heads}, first_piece);
       }
     }
+  }
+  void add_work(const BlockRange& range, int64_t first_piece) {
+    if (first_piece == static_cast<int64_t>(pieces.size())) return;  // no query
+    work.push_back({range, first_piece, static_cast<int64_t>(pieces.size())});
   }
 
   void locate(const TensorRef& t, std::vector<int64_t>* out) const {
@@ -116,7 +171,8 @@ void routed_forward(const RoutedParams& r) {
   // Few tiles with long walks (decoding): their keys are shared out.
   constexpr int64_t kManyItems = 16, kMinKeys = 512;
   int64_t most_splits = 1;
-  std::vector<int64_t> length(items < kManyItems && !tiles.serial ? items : 0);
+  std::vector<int64_t> length(
+      items < kManyItems && !tiles.serial && !tiles.shares && !tiles.landmarks ? items : 0);
   for (int64_t i = 0; i < static_cast<int64_t>(length.size()); ++i) {
     int64_t index[3];
     tiles.index(i, index);
@@ -126,16 +182,24 @@ void routed_forward(const RoutedParams& r) {
   }
   if (most_splits == 1) {
     const int64_t grain = std::clamp<int64_t>(items / (8 * max_threads()), 1, 16);
+    const int64_t states = tiles.states();
     parallel_for(items, grain, tiles.serial, [&](int64_t begin, int64_t end) {
       void* memory = thread_buffer(0, scratch);
+      void* resting = thread_buffer(1, states);
       for (int64_t i = begin; i < end; ++i) {
-        int64_t index[3], next[3];
-        tiles.index(i, index);
         if (i + 1 < end) {
+          int64_t next[3];
           tiles.index(i + 1, next);
           kernels.fetch_queries(r.window, view, next);
         }
-        kernels.forward(r, view, index, 0, INT64_MAX, memory, nullptr);
+        tiles.run(
+            i,
+            [&](const int64_t index[3]) {
+              kernels.forward(r, view, index, 0, INT64_MAX, memory, nullptr);
+            },
+            [&](int64_t b, int64_t h, const ListChunk& chunk) {
+              kernels.forward_chunk(r, view, chunk, b, h, memory, resting);
+            });
       }
     });
     return;
@@ -181,7 +245,9 @@ void routed_backward(const RoutedParams& r) {
   const int64_t row_bytes = kernels.accumulator_row(p) * acc;
   const int64_t rows_bytes = (view.num_keys + 1) * row_bytes;
   const int64_t scratch = kernels.backward_scratch(r, view), per_head = tiles.per_kv_head();
-  const int64_t wanted = std::min(kUnits / std::max<int64_t>(p.kv_heads, 1), per_head / 4);
+  const int64_t states = tiles.states();
+  const int64_t wanted =
+      std::min(kUnits / std::max<int64_t>(p.kv_heads, 1), tiles.shares ? per_head : per_head / 4);
   const int64_t parts = std::clamp<int64_t>(
       wanted, 1, std::max<int64_t>(2, kMostBytes / std::max<int64_t>(rows_bytes, 1)));
   const int64_t heads = p.batch * p.kv_heads;
@@ -202,14 +268,20 @@ void routed_backward(const RoutedParams& r) {
       dbias += (cb * r.head_copies() + ch) * r.entries * acc;
     }
     void* memory = thread_buffer(0, scratch);
+    void* resting = thread_buffer(1, states);
     for (int64_t t = per_head * part / parts; t < per_head * (part + 1) / parts; ++t) {
-      int64_t index[3];
-      tiles.index(head * per_head + t, index);
       char* dsink = nullptr;
       if (p.dsink_logits) {
-        dsink = sinks.get() + ((head * parts + part) * group + tiles.first_head[t]) * acc;
+        dsink = sinks.get() + ((head * parts + part) * group + tiles.work[t].range.head) * acc;
       }
-      kernels.backward(r, view, index, rows, dbias, dsink, memory);
+      tiles.run(
+          head * per_head + t,
+          [&](const int64_t index[3]) {
+            kernels.backward(r, view, index, rows, dbias, dsink, memory);
+          },
+          [&](int64_t batch, int64_t h, const ListChunk& chunk) {
+            kernels.backward_chunk(r, view, chunk, batch, h, rows, dsink, memory, resting);
+          });
     }
   };
   if (parts == 1) {

@@ -14,6 +14,23 @@ struct ListPiece {
   int32_t block, begin, end, heads;
 };
 
+// A query, by its place, and the places of keys that it lists among those that it shares.
+struct Sharer {
+  int32_t place, begin, end;
+};
+// Places [begin, end) of keys, and the queries that list some of them: sharers [first, first +
+// count) of a chunk, with all heads no more than a tile has lanes. None is there twice.
+struct SharedKeys {
+  int32_t begin, end, first, count;
+};
+// Queries at places [begin, end) for `heads` heads, as what they share: keys in rising order.
+struct ListChunk {
+  int32_t begin, end, heads;
+  int64_t num_shared;
+  const SharedKeys* shared;
+  const Sharer* sharers;
+};
+
 // A problem as the walk of a tile reads it. A tile's index is its piece, batch item and first head.
 struct ListView {
   const RoutedParams* params;
@@ -49,6 +66,14 @@ struct RoutedKernels {
   // keys may spoil, biases' gradients to `dbias` (as the lists) and those of the heads to `dsink`.
   void (*backward)(const RoutedParams&, const ListView&, const int64_t index[3], void* rows,
                    void* dbias, void* dsink, void* scratch);
+  // A chunk of queries, keys first: a tile for each SharedKeys takes up its queries' running
+  // results and lays them down again. `states`: so many numbers for each query and head of the
+  // chunk.
+  int64_t (*chunk_state)(const WindowParams&);
+  void (*forward_chunk)(const RoutedParams&, const ListView&, const ListChunk&, int64_t batch,
+                        int64_t head, void* scratch, void* states);
+  void (*backward_chunk)(const RoutedParams&, const ListView&, const ListChunk&, int64_t batch,
+                         int64_t head, void* rows, void* dsink, void* scratch, void* states);
   // Writes the sum of `count` sets of rows for places [from, to) of one batch item and kv head.
   void (*finish_keys)(const RoutedParams&, int64_t batch, int64_t kv_head, const void* const* rows,
                       int64_t count, int64_t from, int64_t to);

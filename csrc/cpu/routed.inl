@@ -49,6 +49,49 @@ struct SlotBias {
   }
 };
 
+// Where the lanes of a tile have their rows of a chunk's states.
+template <class Acc>
+struct ChunkRows {
+  const ListChunk& chunk;
+  Acc* states;
+  int64_t size;
+  Acc* of_lane[kMaxLanes];
+
+  void find(const ListTile& tile) {
+    for (uint64_t rest = tile.whole; rest; rest &= rest - 1) {
+      const int lane = __builtin_ctzll(rest);
+      const int64_t query = tile.place_of[lane] - chunk.begin;
+      of_lane[lane] = states + (query * chunk.heads + tile.head[lane]) * size;
+    }
+  }
+  // Places the chunk's queries in `tile`, as many at a time as it has lanes, and calls f.
+  template <class F>
+  void for_queries(ListTile& tile, const ListView& view, int kLanes, F f) {
+    const int room = view.vectors * kLanes / chunk.heads;
+    tile.shared = nullptr;
+    for (int32_t from = chunk.begin; from < chunk.end; from += room) {
+      const int count = static_cast<int>(min64(room, chunk.end - from));
+      tile.place(*view.params, chunk.heads, count, kLanes, [&](int i) { return from + i; });
+      tile.live = tile.whole;
+      find(tile);
+      f();
+    }
+  }
+  // The same with the queries of each run of shared keys.
+  template <class F>
+  void for_shared(ListTile& tile, const ListView& view, int64_t b, int kLanes, F f) {
+    tile.sharers = chunk.sharers;
+    for (int64_t i = 0; i < chunk.num_shared; ++i) {
+      tile.shared = chunk.shared + i;
+      tile.init_shared(view, b, chunk.heads, kLanes);
+      if (tile.total == 0) continue;
+      find(tile);
+      f();
+    }
+    tile.shared = nullptr;
+  }
+};
+
 template <class T>
 class RoutedForward : public WindowForward<T, Lists> {
  public:
@@ -62,6 +105,31 @@ class RoutedForward : public WindowForward<T, Lists> {
     const Acc* bias = slots.spread(this->plan, index);
     this->start_tile(index);
     this->forward(index[1], index[2], from, to, bias, partial);
+  }
+  void run_chunk(const ListChunk& chunk, int64_t b, int64_t h, Acc* states) {
+    auto& tile = this->tile;
+    ChunkRows<Acc> rows{chunk, states, Base::state_size(this->p), {}};
+    rows.for_queries(tile, this->plan, Base::kLanes, [&] {
+      this->start_lanes(h, true);
+      this->lay_down_states(rows.of_lane);
+    });
+    rows.for_shared(tile, this->plan, b, Base::kLanes, [&] {
+      this->tile_is_placed();
+      const auto walk = [&] {
+        this->take_up_states(rows.of_lane);
+        return this->walk_keys(b, h, 0, tile.total, nullptr);
+      };
+      if (walk()) return this->lay_down_states(rows.of_lane);
+      for (uint64_t rest = tile.whole; rest; rest &= rest - 1) {
+        tile.live = rest & -rest;
+        walk();
+        this->lay_down_states(rows.of_lane);
+      }
+    });
+    rows.for_queries(tile, this->plan, Base::kLanes, [&] {
+      this->take_up_states(rows.of_lane);
+      this->finish_forward(b, h);
+    });
   }
   int64_t walk_length(const int64_t index[3]) {
     this->start_tile(index);
@@ -88,6 +156,27 @@ class RoutedBackward : public TileBackward<T, Lists> {
     const Acc* bias = slots.spread(this->plan, index);
     this->tile_backward(index[1], index[2], index, local, bias, rows, slots.gradient, dsink);
     if (slots.gradient) slots.gather(this->plan, index, dbias);
+  }
+
+  void run_chunk(const ListChunk& chunk, int64_t b, int64_t h, Acc* accumulators, Acc* dsink,
+                 Acc* states) {
+    auto& tile = this->tile;
+    ChunkRows<Acc> rows{chunk, states, this->dp, {}};
+    LocalRows local{};
+    local.dump_row = this->plan.num_keys;
+    memset(states, 0, sizeof(Acc) * (chunk.end - chunk.begin) * chunk.heads * this->dp);
+    this->resting = rows.of_lane;
+    rows.for_shared(tile, this->plan, b, kLanes, [&] {
+      this->tile_is_placed();
+      this->placed_backward(b, h, local, nullptr, accumulators, nullptr, nullptr);
+    });
+    this->resting = nullptr;
+    rows.for_queries(tile, this->plan, kLanes, [&] {
+      this->load_tile(b, h);
+      this->add_sinks(dsink);
+      this->take_up(rows.of_lane, this->dp, this->ot);
+      this->finish_query(b, h);
+    });
   }
 
   static void finish_keys(const RoutedParams& r, int64_t b, int64_t h, const Acc* const* rows,
@@ -154,15 +243,29 @@ struct RoutedEntry {
     B(v, scratch)
         .run(index, static_cast<Acc*>(rows), static_cast<Acc*>(dbias), static_cast<Acc*>(dsink));
   }
+  static int64_t chunk_state(const WindowParams& p) {
+    return max64(F::state_size(p), B::padded(p.head_dim));
+  }
+  static void forward_chunk(const RoutedParams&, const ListView& v, const ListChunk& chunk,
+                            int64_t b, int64_t h, void* scratch, void* states) {
+    F(v, scratch).run_chunk(chunk, b, h, static_cast<Acc*>(states));
+  }
+  static void backward_chunk(const RoutedParams&, const ListView& v, const ListChunk& chunk,
+                             int64_t b, int64_t h, void* rows, void* dsink, void* scratch,
+                             void* states) {
+    B(v, scratch)
+        .run_chunk(chunk, b, h, static_cast<Acc*>(rows), static_cast<Acc*>(dsink),
+                   static_cast<Acc*>(states));
+  }
   static void finish_keys(const RoutedParams& r, int64_t b, int64_t h, const void* const* rows,
                           int64_t count, int64_t from, int64_t to) {
     B::finish_keys(r, b, h, reinterpret_cast<const Acc* const*>(rows), count, from, to);
   }
 
   static constexpr RoutedKernels table() {
-    return {F::kLanes,       ATTNEXT_TILE_VECTORS, forward_scratch, backward_scratch,
-            B::row_size,     walk_length,          fetch_queries,   forward,
-            F::partial_size, merge_partials,       backward,        finish_keys};
+    return {F::kLanes,   ATTNEXT_TILE_VECTORS, forward_scratch, backward_scratch, B::row_size,
+            walk_length, fetch_queries,        forward,         F::partial_size,  merge_partials,
+            backward,    chunk_state,          forward_chunk,   backward_chunk,   finish_keys};
   }
 };
 

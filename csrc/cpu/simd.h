@@ -292,15 +292,6 @@ struct Contraction<Pair> {
   }
 };
 
-ATTNEXT_INLINE VecOf<float> round_to_bf16(VecOf<float> v) {
-#if defined(__AVX512BF16__) && ATTNEXT_VECTOR_BYTES == 64
-  return (VecOf<float>)_mm512_slli_epi32(
-      _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v)), 16);
-#else
-  return (VecOf<float>)(bf16_bits(v) << 16);
-#endif
-}
-
 #if defined(__AVX512BF16__) && ATTNEXT_VECTOR_BYTES == 64
 ATTNEXT_INLINE __m512i interleave_halves() {
   typedef uint16_t Halves __attribute__((vector_size(64)));

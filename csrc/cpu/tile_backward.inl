@@ -152,6 +152,29 @@ class TileBackward : public Window<T, Keys> {
     }
   }
 
+  // What a block's keys got together is its landmark's; of it each key gives back its share.
+  void gather_at_landmarks(int v) {
+    const int ld = tile.lanes, shift = v * kLanes;
+    const Acc* w = this->s + shift;
+    Acc* dx = this->ds + shift;
+    for (int64_t n = 0; n < block.num_landmarks; ++n) {
+      const int64_t begin = block.landmark_begin[n], mark = block.landmark_at[n];
+      const uint64_t later = block.mask[mark] >> shift;
+      if (!(later & (tile.live >> shift) & ((uint64_t(1) << kLanes) - 1))) continue;
+      Vec share{}, total{};
+      for (int64_t j = begin; j < mark; ++j) {
+        share += load(w + j * ld);
+        total += load(dx + j * ld);
+      }
+      const Vec ratio = share == Vec{} ? Vec{} : total / share;
+      for (int64_t j = begin; j < mark; ++j) {
+        const Vec g = load(dx + j * ld);
+        store(dx + j * ld, select_bits<Acc>(later, g - load(w + j * ld) * ratio, g));
+      }
+      store(dx + mark * ld, select_bits<Acc>(later, total, Vec{}));
+    }
+  }
+
   // The gradient of a row's scale is sum dS (q k): before anything is rounded to bf16.
   void scale_gradient(int v) {
     const int ld = tile.lanes, shift = v * kLanes;
@@ -223,7 +246,11 @@ class TileBackward : public Window<T, Keys> {
   bool backward_lanes(int64_t b, int64_t h, const LocalRows& local, const Acc* bias,
                       Acc* accumulators, Acc* dbias) {
     const int64_t stride = row_size(p);
-    memset(this->ot, 0, sizeof(Acc) * this->dp * tile.lanes);
+    if (resting) {
+      this->take_up(resting, this->dp, this->ot);
+    } else {
+      memset(this->ot, 0, sizeof(Acc) * this->dp * tile.lanes);
+    }
     const Walk walk(p, plan, tile, this->zeros, this->walk_mask, &local, b,
                     h / (p.heads / p.kv_heads));
     for (int lane = 0; lane < tile.lanes; ++lane) dscale[lane] = 0;
@@ -240,10 +267,15 @@ class TileBackward : public Window<T, Keys> {
       if (p.drow_scale.data) memcpy(this->raw, this->s, sizeof(Acc) * block.count * tile.lanes);
       this->block_scores(this->value_rows, p.head_dim_v, this->dot_t, this->ds);
       for (int v = 0; v < tile.vectors; ++v) {
-        const bool modified = p.softcap > 0 || bias;
-        if (modified) this->modify(v, bias, true);
+        const bool modified = p.softcap > 0 || bias || block.num_landmarks > 0;
+        if (block.num_landmarks > 0) {
+          this->divide_among_blocks(v);
+        } else if (modified) {
+          this->modify(v, bias, true);
+        }
         const Vec in_base_2 = this->logit_unit(v, modified);
         block.masked ? differentiate<true>(v, in_base_2) : differentiate<false>(v, in_base_2);
+        if (block.num_landmarks > 0) gather_at_landmarks(v);
         if (p.softcap > 0 || dbias) chain(v, dbias);
         if (p.drow_scale.data) scale_gradient(v);
       }
@@ -252,7 +284,7 @@ class TileBackward : public Window<T, Keys> {
     }
     if (masked && (tile.live & (tile.live - 1)) && !this->output_is_finite(p.head_dim))
       return false;
-    finish_query(b, h);
+    resting ? this->lay_down(this->ot, this->dp, resting) : finish_query(b, h);
     return true;
   }
 
@@ -286,6 +318,10 @@ class TileBackward : public Window<T, Keys> {
   void tile_backward(int64_t b, int64_t h, const int64_t index[3], const LocalRows& local,
                      const Acc* bias, Acc* accumulators, Acc* dbias, Acc* dsink) {
     this->start_tile(index);
+    placed_backward(b, h, local, bias, accumulators, dbias, dsink);
+  }
+  void placed_backward(int64_t b, int64_t h, const LocalRows& local, const Acc* bias,
+                       Acc* accumulators, Acc* dbias, Acc* dsink) {
     if (load_tile(b, h) || !(tile.whole & (tile.whole - 1))) {
       add_sinks(dsink);
       if (backward_lanes(b, h, local, bias, accumulators, dbias)) return;
@@ -303,6 +339,9 @@ class TileBackward : public Window<T, Keys> {
       backward_lanes(b, h, local, bias, accumulators, dbias);
     }
   }
+
+  // A tile that walks a part of its queries' keys: where their gradients rest meanwhile, by lane.
+  Acc* const* resting = nullptr;
 
  private:
   Elem* pair_key = nullptr;

@@ -39,7 +39,7 @@ class Window {
   // Keys per block, at most: one softmax rescale per block; blocks that are widened first stay in
   // L1.
   static constexpr int64_t kBlock = kInPlace ? 160 : kPairs ? 128 : 64;
-  static constexpr int64_t kMost = (kPairs ? kBlock - 2 : kBlock) / kRows * kRows;
+  static constexpr int64_t kMost = kBlock / kRows * kRows;  // whole tiles of rows
   // Blocks that are kept for the heads that follow.
   static constexpr int64_t kKeptBlocks = 8;
   static constexpr int64_t kPad = kLanes;  // accumulator rows are whole vectors
@@ -61,6 +61,8 @@ class Window {
       blocks[k].mask = arena.template take<uint64_t>(kBlock);
       blocks[k].bias = arena.template take<int64_t>(kBlock);
       blocks[k].fresh = arena.template take<bool>(kBlock);
+      blocks[k].landmark_begin = arena.template take<int64_t>(kBlock);
+      blocks[k].landmark_at = arena.template take<int64_t>(kBlock);
       blocks[k].row = arena.template take<int64_t>(backward ? kBlock : 0);
     }
     zeros = arena.template take<T>(max64(dp, dvp) + kPad);
@@ -108,6 +110,9 @@ class Window {
 
   void start_tile(const int64_t index[3]) {
     tile.init(plan, index, kLanes, p.extra_keys);
+    tile_is_placed();
+  }
+  void tile_is_placed() {
     // A query that is redone alone must come out with the same bits.
     sparse = __builtin_popcountll(tile.whole) <= kFewQueries;
     kept = 0;
@@ -222,6 +227,33 @@ class Window {
     }
   }
 
+  // dst[column][lanes] = each live lane's own row, and back. Whole vectors of columns.
+  void take_up(Acc* const* src, int64_t num_columns, Acc* dst) const {
+    each_block(num_columns, [&](int lane, int64_t c, Vec* r) {
+      for (int i = 0; i < kLanes; ++i) {
+        r[i] = tile.live >> (lane + i) & 1 ? load(src[lane + i] + c) : Vec{};
+      }
+      transpose_vectors<Acc>(r);
+      for (int i = 0; i < kLanes; ++i) store(dst + (c + i) * tile.lanes + lane, r[i]);
+    });
+  }
+  void lay_down(const Acc* src, int64_t num_columns, Acc* const* dst) const {
+    each_block(num_columns, [&](int lane, int64_t c, Vec* r) {
+      for (int i = 0; i < kLanes; ++i) r[i] = load(src + (c + i) * tile.lanes + lane);
+      transpose_vectors<Acc>(r);
+      for (int i = 0; i < kLanes; ++i) {
+        if (tile.live >> (lane + i) & 1) store(dst[lane + i] + c, r[i]);
+      }
+    });
+  }
+  template <class F>
+  ATTNEXT_INLINE void each_block(int64_t num_columns, F f) const {
+    Vec r[kLanes];
+    for (int lane = 0; lane < tile.lanes; lane += kLanes) {
+      for (int64_t c = 0; c < num_columns; c += kLanes) f(lane, c, r);
+    }
+  }
+
   // ot[dim][lanes] * factor[lanes] -> the tensor's rows, rounded once.
   void store_rows(const TensorRef& t, int64_t dim, const Acc* factor, int64_t b, int64_t h) {
     T* row[kMaxLanes];
@@ -299,9 +331,12 @@ class Window {
       if (*from >= to) return false;
       block = blocks[kept];
       // What is left in blocks of about the same size: a short one costs nearly as much.
-      const int64_t left = to - *from, count = (left + kMost - 1) / kMost;
-      const int64_t keys = ((left + count - 1) / count + kRows - 1) / kRows * kRows;
-      *from = walk.fill(*from, to, keys, &block);
+      int64_t keys = kBlock;
+      if (Keys::kHeadsWalkAlike) {
+        const int64_t left = to - *from, count = (left + kMost - 1) / kMost;
+        keys = ((left + count - 1) / count + kRows - 1) / kRows * kRows;
+      }
+      *from = walk.fill(*from, to, keys, &block);  // an even number: an odd count has room
     } while (block.count == 0);
     if (kPairs) {
       if (block.count % 2) {  // pairs of keys: a last one that nobody attends
@@ -468,6 +503,38 @@ class Window {
       }
     }
   }
+  // Logits of vector v in base 2, where a landmark stands for its block: log of the share that the
+  // block's softmax gives a key, plus the landmark's own. The landmark itself gets none.
+  void divide_among_blocks(int v) {
+    const int ld = tile.lanes, shift = v * kLanes;
+    Acc* x = s + shift;
+    const Vec factor = load(unit + shift), lowest = broadcast(Acc(-INFINITY));
+    int64_t done = block.lo[v];
+    const auto plain_up_to = [&](int64_t end) {
+      for (; done < end; ++done) store(x + done * ld, load(x + done * ld) * factor);
+    };
+    for (int64_t n = 0; n < block.num_landmarks; ++n) {
+      const int64_t begin = block.landmark_begin[n], mark = block.landmark_at[n];
+      const uint64_t later = block.mask[mark] & tile.live;
+      if (!(later >> shift & ((uint64_t(1) << kLanes) - 1))) continue;
+      plain_up_to(begin);
+      Vec top = lowest, sum{};
+      for (int64_t j = begin; j < mark; ++j) top = max_or_second(load(x + j * ld), top);
+      for (int64_t j = begin; j < mark; ++j) sum += exp2((load(x + j * ld) - top) * factor);
+      alignas(64) Acc level[kLanes];
+      for (int l = 0; l < kLanes; ++l) level[l] = log2_of(sum[l]);
+      const Vec rest = load(x + mark * ld) * factor - load(level);
+      for (int64_t j = begin; j < mark; ++j) {
+        const Vec y = load(x + j * ld);
+        const Vec divided = (y - top) * factor + rest;
+        store(x + j * ld, select_bits<Acc>(block.mask[mark] >> shift, divided, y * factor));
+      }
+      store(x + mark * ld, lowest);
+      done = mark + 1;
+    }
+    plain_up_to(block.hi[v]);
+  }
+
   // Makes what is in `s` for vector v a logit in base 2.
   ATTNEXT_INLINE Vec logit_unit(int v, bool modified) const {
     return modified ? broadcast(Acc(1)) : load(unit + v * kLanes);
@@ -505,6 +572,8 @@ class Window {
 
   static float exp2_of(float x) { return ::exp2f(x); }
   static double exp2_of(double x) { return ::exp2(x); }
+  static float log2_of(float x) { return ::log2f(x); }
+  static double log2_of(double x) { return ::log2(x); }
 
   // ---- state -----------------------------------------------------------------------------------
 

@@ -126,11 +126,7 @@ class WindowForward : public Window<T, Keys> {
     return kShared;
   }
 
-  // Runs the live lanes of the current tile; false if something non-finite met a mask, in which
-  // case 0 * NaN may have reached a row that does not attend it.
-  bool forward_lanes(int64_t b, int64_t h, int64_t from, int64_t to, const Acc* bias,
-                     bool with_sink) {
-    this->load_queries(b, h);
+  void start_lanes(int64_t h, bool with_sink) {
     const bool sink = p.sink_logits && with_sink;
     for (int l = 0; l < tile.lanes; l += kLanes) {
       store(maximum + l, broadcast(Acc(-INFINITY)));
@@ -141,6 +137,16 @@ class WindowForward : public Window<T, Keys> {
       maximum[lane] = static_cast<const Acc*>(p.sink_logits)[h + tile.head[lane]] * Acc(kLog2E);
     }
     memset(ot, 0, sizeof(Acc) * dvp * tile.lanes);
+  }
+  // Runs the live lanes of the current tile; false if something non-finite met a mask, in which
+  // case 0 * NaN may have reached a row that does not attend it.
+  bool forward_lanes(int64_t b, int64_t h, int64_t from, int64_t to, const Acc* bias,
+                     bool with_sink) {
+    start_lanes(h, with_sink);
+    return walk_keys(b, h, from, to, bias);
+  }
+  bool walk_keys(int64_t b, int64_t h, int64_t from, int64_t to, const Acc* bias) {
+    this->load_queries(b, h);
     const Walk walk(p, plan, tile, this->zeros, this->walk_mask, nullptr, b,
                     h / (p.heads / p.kv_heads));
     const bool again = keep && kept > 0;
@@ -151,8 +157,12 @@ class WindowForward : public Window<T, Keys> {
       this->query_scores();
       Vec factor[kMaxVectors];
       for (int v = 0; v < tile.vectors; ++v) {
-        const bool modified = p.softcap > 0 || bias;
-        if (modified) this->modify(v, bias, false);
+        const bool modified = p.softcap > 0 || bias || block.num_landmarks > 0;
+        if (block.num_landmarks > 0) {
+          this->divide_among_blocks(v);
+        } else if (modified) {
+          this->modify(v, bias, false);
+        }
         if (block.masked) {
           softmax<true>(v, this->logit_unit(v, modified), factor + v);
         } else {
@@ -224,6 +234,29 @@ class WindowForward : public Window<T, Keys> {
       partial[dvp * max_lanes + lane] = maximum[lane];
       partial[(dvp + 1) * max_lanes + lane] = sum[lane];
       partial[(dvp + 2) * max_lanes + lane] = norm[lane];
+    }
+  }
+
+  // A running result at rest: [dvp] as a row, then maximum, sum and norm.
+  static int64_t state_size(const WindowParams& p) {
+    return Base::padded(p.head_dim_v) + Base::padded(3);
+  }
+  void take_up_states(Acc* const* rows) {
+    this->take_up(rows, dvp, ot);
+    for (int lane = 0; lane < tile.lanes; ++lane) {
+      const bool live = tile.live >> lane & 1;
+      maximum[lane] = live ? rows[lane][dvp] : Acc(-INFINITY);
+      sum[lane] = live ? rows[lane][dvp + 1] : 0;
+      norm[lane] = live ? rows[lane][dvp + 2] : 0;
+    }
+  }
+  void lay_down_states(Acc* const* rows) const {
+    this->lay_down(ot, dvp, rows);
+    for (uint64_t rest = tile.live; rest; rest &= rest - 1) {
+      const int lane = __builtin_ctzll(rest);
+      rows[lane][dvp] = maximum[lane];
+      rows[lane][dvp + 1] = sum[lane];
+      rows[lane][dvp + 2] = norm[lane];
     }
   }
   static int64_t partial_size(const WindowParams& p, const Plan& plan) {

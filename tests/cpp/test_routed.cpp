@@ -11,6 +11,7 @@
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/routed.h"
+#include "cpu/routed_chunks.h"
 #include "tensor.h"
 
 using namespace attnext;
@@ -196,6 +197,64 @@ void run(const Problem& c, DType type, const std::string& name, unsigned seed) {
   }
 }
 
+// Lists turned round name each query and key that is listed once, and no tile holds a query twice
+// or more of them than it has lanes.
+void share(int64_t block, int64_t key_block, bool spans, int heads, unsigned seed) {
+  const int64_t queries = 200, keys = 500, slots = 4;
+  const int lanes = 16;
+  std::mt19937 rng(seed);
+  const auto query_offsets = offsets_of(queries, block), key_offsets = offsets_of(keys, key_block);
+  RoutedParams r{};
+  r.query_blocks = static_cast<int64_t>(query_offsets.size()) - 1;
+  r.key_blocks = static_cast<int64_t>(key_offsets.size()) - 1;
+  r.list_batch = r.list_heads = 1;
+  r.slots = slots;
+  r.window.heads = r.window.kv_heads = heads;
+  r.query_offsets = query_offsets.data(), r.key_offsets = key_offsets.data();
+  r.within[0] = r.within[1] = kFar;
+  std::vector<int32_t> lists, ends;
+  for (int64_t e = 0; e < r.query_blocks * slots; ++e) {
+    lists.push_back(static_cast<int32_t>(rng() % (spans ? keys : r.key_blocks + 1)) - 1);
+    if (spans && lists.back() < 0) lists.back() = 0;
+    const int32_t past = lists.back() + static_cast<int32_t>(rng() % 150) - 5;
+    ends.push_back(std::min<int32_t>(past, keys));
+  }
+  r.lists = lists.data();
+  if (spans) r.ends = ends.data();
+  cpu::ListView view{};
+  view.params = &r;
+  view.num_queries = queries, view.num_keys = keys, view.offset = keys - queries;
+  view.vectors = 2;
+  const auto last = static_cast<int32_t>(r.query_blocks);
+  cpu::SharePlan plan;
+  plan.make(view, lanes, {1, last - 1, 0, heads}, 0, 0);
+  const cpu::ListChunk& chunk = plan.chunk;
+  std::vector<int> found(queries * keys), wanted(queries * keys);
+  for (int64_t i = 0; i < queries; ++i) {
+    const int64_t own = i / block;
+    if (own == 0 || own >= last - 1) continue;
+    for (int64_t e = own * slots; e < (own + 1) * slots; ++e) {
+      for (int64_t j = 0; j < keys; ++j) {
+        const bool listed = spans ? lists[e] <= j && j < ends[e] : lists[e] == j / key_block;
+        if (listed) wanted[i * keys + j] = 1;
+      }
+    }
+  }
+  const std::string name = "sharing " + std::to_string(seed);
+  for (int64_t n = 0; n < chunk.num_shared; ++n) {
+    const cpu::SharedKeys& s = chunk.shared[n];
+    expect(s.count > 0 && s.count * heads <= lanes * view.vectors, name + ": too many queries");
+    for (int32_t k = s.first; k < s.first + s.count; ++k) {
+      const cpu::Sharer& x = chunk.sharers[k];
+      const bool rises = k == s.first || chunk.sharers[k - 1].place < x.place;
+      expect(rises, name + ": a query is there twice");
+      expect(s.begin <= x.begin && x.end <= s.end, name + ": keys beyond the tile's");
+      for (int32_t j = x.begin; j < x.end; ++j) ++found[int64_t(x.place) * keys + j];
+    }
+  }
+  expect(found == wanted, name + ": not each listed key once");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -216,6 +275,20 @@ int main(int argc, char** argv) {
   add({2, 2, 17, 9, 24, 24, 6, 4, 3}).permuted = true;
   add({1, 1, 4, 4, 9, 9, 4, 4, 0});
   add({2, 1, 8, 8, 1, 1500, 1, 64, 20});
+  add({4, 2, 16, 9, 300, 310, 1, 40, 3}).causal = true;
+  add({2, 2, 8, 8, 200, 260, 2, 3, 9}).sink_logits = true;
+  Problem& few = add({3, 1, 12, 5, 150, 333, 1, 1, 4});
+  few.spans = true;
+  few.within = 200;
+  unsigned seed = 0;
+  for (const bool spans : {false, true}) {
+    for (const int64_t key_block : {3, 40}) {
+      for (const int heads : {1, 3}) {
+        share(1, key_block, spans, heads, seed++);
+        share(3, key_block, spans, heads, seed++);
+      }
+    }
+  }
   const char* dtypes[] = {"float32", "float64", "bfloat16", "float16"};
   for (const std::string& isa : cpu::available_isas()) {
     if (argc > 1 && isa != argv[1]) continue;
