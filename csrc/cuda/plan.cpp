@@ -322,9 +322,10 @@ constexpr int64_t kEnoughBlocks = 2 * 132;  // of the largest GPU, twice over
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int64_t rows_of(const WindowParams& p) {
-  return p.batch * p.heads * p.query_extent[0] * p.query_extent[1] * p.query_extent[2];
+int64_t queries_of(const WindowParams& p) {
+  return p.query_extent[0] * p.query_extent[1] * p.query_extent[2];
 }
+int64_t rows_of(const WindowParams& p) { return p.batch * p.heads * queries_of(p); }
 
 const char* suffix(DType dtype) {
   return dtype == DType::kFloat32 ? "_fp32" : dtype == DType::kBFloat16 ? "_bf16" : "_fp16";
@@ -407,6 +408,8 @@ int64_t statistics_size(const WindowParams& p) { return 4 * rows_of(p); }
 // As many threads a row as it has 16 bytes, up to a warp.
 Launch statistics_launch(const WindowParams& p, WindowLaunch params) {
   constexpr int32_t kThreads = 128;
+  narrow(queries_of(p), "queries of a batch item");
+  narrow(p.batch * p.heads, "batch times heads");
   int32_t lanes = 1;
   while (lanes < 32 && lanes * 16 < p.head_dim_v * elem_bytes(p)) lanes *= 2;
   const int32_t rows = kThreads / lanes;
@@ -548,8 +551,7 @@ int64_t routed_backward_workspace(const RoutedParams& r) {
 int64_t routed_forward_workspace(const RoutedParams& r, int64_t longest_walk) {
   const WindowParams p = with_bias(r);
   const KernelShape shape = routed_shape(p, Pass::kForward);
-  const int64_t queries = p.query_extent[0] * p.query_extent[1] * p.query_extent[2];
-  const int64_t blocks = p.batch * p.heads * ceil_div(queries, shape.rows());
+  const int64_t blocks = p.batch * p.heads * ceil_div(queries_of(p), shape.rows());
   WindowLaunch launch{};
   launch.splits = 1;
   split(blocks, longest_walk, shape, &launch);

@@ -20,8 +20,8 @@ struct alignas(16) Statistics {
   float rest;  // of lse
   float spare;
 
-  ATTNEXT_DEVICE static int64_t rows(const WindowParams& w) {
-    return w.batch * w.query_extent[0] * w.query_extent[1] * w.query_extent[2] * w.heads;
+  ATTNEXT_DEVICE static int64_t tokens(const WindowParams& w) {
+    return w.query_extent[0] * w.query_extent[1] * w.query_extent[2];
   }
   ATTNEXT_DEVICE static Statistics* of(const WindowLaunch& p) {
     return reinterpret_cast<Statistics*>(p.statistics);
@@ -40,25 +40,23 @@ ATTNEXT_DEVICE void find_statistics(const WindowLaunch& p) {
   const WindowParams& w = p.window;
   constexpr int kElems = 16 / static_cast<int>(sizeof(T));
   const int lanes = static_cast<int>(blockDim.x) / p.rows, lane = threadIdx.x % lanes;
-  const int64_t n = Statistics::rows(w);
+  const uint64_t tokens = Statistics::tokens(w);
   const int64_t index = int64_t(blockIdx.x) * p.rows + threadIdx.x / lanes;
-  const bool live = index < n;
+  const bool live = index < w.batch * w.heads * static_cast<int64_t>(tokens);
   int32_t x[3] = {0, 0, 0}, head = 0, batch = 0;
-  const auto locate = [&](auto at) {  // division of 64 bits is slow
-    using Int = decltype(at);
+  if (live) {
+    // Of the divisions only this one is of 64 bits, which are slow: the host sees to the others.
+    const uint32_t line = static_cast<uint32_t>(static_cast<uint64_t>(index) / tokens);
+    uint32_t at = static_cast<uint32_t>(index - line * tokens);
 #pragma unroll
-    for (int a = 2; a >= 0; --a) {
-      const Int extent = static_cast<Int>(w.query_extent[a]);
+    for (int a = 2; a > 0; --a) {
+      const uint32_t extent = static_cast<uint32_t>(w.query_extent[a]);
       x[a] = static_cast<int32_t>(at % extent);
       at /= extent;
     }
-    head = static_cast<int32_t>(at % static_cast<Int>(w.heads));
-    batch = static_cast<int32_t>(at / static_cast<Int>(w.heads));
-  };
-  if (live && n <= UINT32_MAX) {
-    locate(static_cast<uint32_t>(index));
-  } else if (live) {
-    locate(index);
+    x[0] = static_cast<int32_t>(at);
+    head = static_cast<int32_t>(line % static_cast<uint32_t>(w.heads));
+    batch = static_cast<int32_t>(line / static_cast<uint32_t>(w.heads));
   }
   const T* out = static_cast<const T*>(w.out.data) + offset_of(w.out, batch, x, head);
   const T* dout = static_cast<const T*>(w.dout.data) + offset_of(w.dout, batch, x, head);
@@ -103,7 +101,7 @@ template <int kThreads>
 ATTNEXT_DEVICE void sink_gradient(const WindowLaunch& p) {
   const WindowParams& w = p.window;
   const int32_t head = static_cast<int32_t>(blockIdx.x);
-  const int64_t tokens = w.query_extent[0] * w.query_extent[1] * w.query_extent[2];
+  const int64_t tokens = Statistics::tokens(w);
   const float sink = static_cast<const float*>(w.sink_logits)[head] * static_cast<float>(kLog2E);
   float sum = 0.f;
   for (int64_t batch = 0; batch < w.batch; ++batch) {

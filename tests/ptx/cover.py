@@ -105,6 +105,8 @@ PROBLEMS: dict[str, Maker] = {
     "far": lambda variant: variant.make("neighborhood_attention", [3, 5, 6], kernel_size=3,
                                         boundary="zero_pad", dim=10, dim_v=13, batch=2,
                                         extra=variant.lead),
+    # results of rows that end within 16 bytes, and are not shared by blocks in any bucket
+    "odd": _sliding([20], window_size=6, dim=3, dim_v=5, backward=False),
     # a row by a warp
     "alone": _sliding([12], window_size=6, sinks=2, sink_logits=True, heads=4, kv_heads=2, extra=1,
                       edit=packed_not_finite),

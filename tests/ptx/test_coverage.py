@@ -30,12 +30,6 @@ BF16, FP32 = torch.bfloat16, torch.float32
 SWEEP = [pytest.mark.heavy, pytest.mark.sweep]
 
 
-def least(kernel: str) -> float:
-    """A twentieth of the statistics' instructions are five divisions of 64 bits; no grid has rows
-    enough for the long form of all."""
-    return 0.96 if "statistics" in kernel else LEAST
-
-
 def count(executions: dict[str, Execution], report: Report) -> None:
     """Adds a launch to those of its kernel."""
     ran = report.execution
@@ -73,7 +67,7 @@ def test_nearly_every_instruction_is_executed(variant: Variant) -> None:
         print(f"{kernel:40} {len(execution.lanes):6} {execution.coverage():8.2%}")
     left = {k: unexplained(k, e) for k, e in executions.items()}
     assert not any(left.values()), "\n".join(f"{k}: {x}" for k, some in left.items() for x in some)
-    low = {k: e.coverage() for k, e in executions.items() if e.coverage() < least(k)}
+    low = {k: e.coverage() for k, e in executions.items() if e.coverage() < LEAST}
     assert not low
 
 

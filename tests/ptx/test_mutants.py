@@ -37,7 +37,6 @@ class Equivalent(NamedTuple):
 EQUIVALENT = (
     Equivalent("lanes past the row's end add zeros", "le for lt", "live && d < w.head_dim_v"),
     Equivalent("the rest of lse is below the rounding of 16 bits", "", "s.rest = isfinite(lse)"),
-    Equivalent("both branches find the same row", "operands swapped", "n <= UINT32_MAX"),
     Equivalent("a whole chunk may be stored by numbers", "literal off by one", "left >= L::kElems"),
     Equivalent("rows have whole numbers", "lt for le", "e * static_cast<int>(sizeof(T)) < bytes"),
     Equivalent(
