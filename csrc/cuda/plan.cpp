@@ -29,27 +29,29 @@ constexpr DType dtype_of() {
 constexpr bool is_routed(const char* name) { return name[0] == 'r'; }
 constexpr int warp_ints(const char* name) { return is_routed(name) ? kListWarpInts : kBoxWarpInts; }
 
-#define ATTNEXT_DESCRIBE(pass, held, numbers, name, T, dim, warps, frags, step, modified, slices) \
-  Kernel{#name,                                                                                   \
-         pass,                                                                                    \
-         dtype_of<T>(),                                                                           \
-         {dim, warps, frags, step, slices},                                                       \
-         modified,                                                                                \
-         SharedPlan<sizeof(T), dim, (warps) * (frags) * 16, step, held, numbers,                  \
-                    warp_ints(#name)>::kBytes,                                                    \
+#define ATTNEXT_DESCRIBE(pass, held, numbers, more, name, T, dim, warps, frags, step, modified, \
+                         slices)                                                                \
+  Kernel{#name,                                                                                 \
+         pass,                                                                                  \
+         dtype_of<T>(),                                                                         \
+         {dim, warps, frags, step, slices},                                                     \
+         modified,                                                                              \
+         SharedPlan<sizeof(T), dim, (warps) * (frags) * 16, step, held, numbers,                \
+                    warp_ints(#name)>::kBytes +                                                 \
+             (more),                                                                            \
          is_routed(#name)},
-#define ATTNEXT_DESCRIBE_FORWARD(name, T, dim, warps, frags, step, modified, slices)           \
-  ATTNEXT_DESCRIBE(Pass::kForward, 1, key_numbers(modified), name, T, dim, warps, frags, step, \
+#define ATTNEXT_DESCRIBE_FORWARD(name, T, dim, warps, frags, step, modified, slices)              \
+  ATTNEXT_DESCRIBE(Pass::kForward, 1, key_numbers(modified), 0, name, T, dim, warps, frags, step, \
                    modified, slices)
-#define ATTNEXT_DESCRIBE_QUERY(name, T, dim, warps, frags, step, modified, slices)             \
-  ATTNEXT_DESCRIBE(Pass::kQueryGradient, 2, key_numbers(modified), name, T, dim, warps, frags, \
+#define ATTNEXT_DESCRIBE_QUERY(name, T, dim, warps, frags, step, modified, slices)                \
+  ATTNEXT_DESCRIBE(Pass::kQueryGradient, 2, key_numbers(modified), 0, name, T, dim, warps, frags, \
                    step, modified, slices)
-#define ATTNEXT_DESCRIBE_KEY(name, T, dim, warps, frags, step, modified, slices)               \
-  ATTNEXT_DESCRIBE(Pass::kKeyGradient, 2, query_numbers(modified), name, T, dim, warps, frags, \
+#define ATTNEXT_DESCRIBE_KEY(name, T, dim, warps, frags, step, modified, slices)                  \
+  ATTNEXT_DESCRIBE(Pass::kKeyGradient, 2, query_numbers(modified), 0, name, T, dim, warps, frags, \
                    step, modified, slices)
-#define ATTNEXT_DESCRIBE_BIAS(name, T, dim, warps, frags, step, modified, slices)             \
-  ATTNEXT_DESCRIBE(Pass::kBiasGradient, 2, key_numbers(modified), name, T, dim, warps, frags, \
-                   step, modified, slices)
+#define ATTNEXT_DESCRIBE_BIAS(name, T, dim, warps, frags, step, modified, slices)                  \
+  ATTNEXT_DESCRIBE(Pass::kBiasGradient, 2, key_numbers(modified), bias_scratch(warps, step), name, \
+                   T, dim, warps, frags, step, modified, slices)
 #define ATTNEXT_DESCRIBE_ALL(bits, T, type)                                  \
   ATTNEXT_FORWARD_KERNELS_##bits(ATTNEXT_DESCRIBE_FORWARD, T, type)          \
       ATTNEXT_QUERY_GRADIENT_KERNELS_##bits(ATTNEXT_DESCRIBE_QUERY, T, type) \
@@ -74,14 +76,13 @@ bool is_modified(const WindowParams& p) {
 // The smallest bucket that holds both dims; kernels with modifiers serve any problem; large tiles
 // where there is a sequence to fill them.
 const Kernel& choose(const WindowParams& p, Pass pass, bool routed = false) {
-  constexpr int32_t kRows = 64;
   const int64_t dim = std::max(p.head_dim, p.head_dim_v);
-  const bool is_long = p.query_extent[0] * p.query_extent[1] == 1 && p.query_extent[2] > kRows;
+  const bool is_long = p.one_line && p.query_extent[2] > kBoxRows;
   const Kernel* best = nullptr;
   for (const Kernel& k : kKernels) {
     if (k.routed != routed || k.pass != pass || k.dtype != p.dtype || k.shape.dim < dim) continue;
     if (is_modified(p) && !k.modified) continue;
-    if (k.shape.rows() > kRows && !is_long) continue;
+    if (k.shape.rows() > kBoxRows && !is_long) continue;
     const auto rank = [](const Kernel& x) {
       return std::make_tuple(x.shape.dim, x.modified, -x.shape.rows());
     };
