@@ -201,6 +201,7 @@ Call make_call(const py::tuple& problem, Device device) {
     signature.insert(signature.end(), {rank, order[0], order[1], order[2], sinks});
   }
   call.geometry = shared_geometry(signature, tokens * num_rules, build);
+  p.one_line = call.geometry->one_line();
   const std::vector<int64_t> head_rule = integers(argument(kHeadRule));
   call.head_rule.assign(p.heads, 0);
   if (!head_rule.empty()) {

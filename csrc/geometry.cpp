@@ -397,6 +397,15 @@ void choose_slabs(const std::vector<AxisTable>& tables, int64_t independent_item
 
 }  // namespace
 
+bool Geometry::one_line() const {
+  for (size_t k = 0; k < tables_.size(); ++k) {
+    const AxisTable& t = tables_[k];
+    const bool one = t.num_queries == 1 && t.num_keys == 1 && t.begin[0] == 0 && t.end[0] == 1;
+    if (k % 3 != 2 && !one) return false;
+  }
+  return true;
+}
+
 std::shared_ptr<const Geometry::Plans> Geometry::plans(int32_t lanes, int32_t vectors,
                                                        int64_t independent_items) const {
   constexpr size_t kKept = 8;  // a few instruction sets, dtypes and batch sizes

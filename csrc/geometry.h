@@ -133,6 +133,8 @@ class Geometry {
  public:
   explicit Geometry(std::vector<AxisTable> tables) : tables_(std::move(tables)) {}
   const std::vector<AxisTable>& tables() const { return tables_; }
+  // Whether tokens lie along the last axis: on the others one query attends one key.
+  bool one_line() const;
 
   struct Plans {
     PlanOptions options;

@@ -21,6 +21,7 @@ struct WindowParams {
   DType dtype;
   int64_t batch, heads, kv_heads, head_dim, head_dim_v, extra_keys;
   int64_t query_extent[3], key_extent[3];
+  bool one_line;  // see Geometry::one_line
   TensorRef query, key, value;
   TensorRef extra_key, extra_value;  // [batch, extra_keys, kv_heads, dim], seen by every query
   TensorRef out, lse;                // lse in the accumulator type; its data may be null

@@ -269,7 +269,7 @@ struct Block {
       int32_t c[3];
       walk.place(slot + j, cursor, c);
       if (near) {
-        const int place = j % kAtOnce * kEach + j / kAtOnce;
+        const uint32_t place = uint32_t(j) % kAtOnce * kEach + uint32_t(j) / kAtOnce;
         places(buffer, 0)[place] = real ? finder(0)(c) : 0;
         places(buffer, 1)[place] = real ? finder(1)(c) : 0;
       }
@@ -341,8 +341,9 @@ struct Block {
   ATTNEXT_DEVICE void copy_far(int32_t slot, int stage, int operand, const TensorRef* t,
                                const TensorRef* extra, int bytes) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < kStep * kChunks; i += kThreads) {
-      const int r = i / kChunks, chunk = i % kChunks;
+    for (uint32_t i = threadIdx.x; i < kStep * kChunks; i += kThreads) {
+      const uint32_t r = i / kChunks;
+      const int chunk = i % kChunks;
       copy_chunk<T>(walk_tile(stage, operand) + Layout<T, kDim>::at(r, chunk),
                     slot_address(t, extra, walk.slot(slot + r)), chunk * 16,
                     min(max(bytes - chunk * 16, 0), 16), p.aligned);

@@ -142,6 +142,9 @@ namespace cuda {
   X(window_merge_bias, float)
 // clang-format on
 
+// Tiles of more rows are for sequences: problems whose walks are parts of one line.
+constexpr int kBoxRows = 64;
+
 // Blocks that an SM must have room for: the compiler then keeps to as many registers. Where shared
 // memory has room for no more than 12 warps, there are registers for 12.
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
@@ -160,9 +163,13 @@ constexpr int query_numbers(bool modified) { return modified ? 7 : 4; }
 // Ints of shared memory that a warp has of the walk: see BoxSteps and ListSteps.
 constexpr int kBoxWarpInts = 8, kListWarpInts = 16;
 
+// Bytes of shared memory that the gradient of the bias has besides: 8 rows of dS of each warp.
+constexpr int bias_scratch(int warps, int step) { return warps * 8 * step * 4; }
+
+constexpr int kMostShared = 99 * 1024;  // of compute capabilities 8.6, 8.9 and 12.0
+
 // Shared memory of a block: tiles of rows that stay, two stages of two operands of the walk, where
-// the rows of the walk are, and numbers of walked tokens. Shared memory of every kernel fits in the
-// 99 KB that compute capabilities 8.6, 8.9 and 12.0 give a block.
+// the rows of the walk are, and numbers of walked tokens.
 template <int kElem, int kDim, int kRows, int kStep, int kHeld, int kNumbers,
           int kWarpInts = kBoxWarpInts>
 struct SharedPlan {
@@ -176,7 +183,7 @@ struct SharedPlan {
   static constexpr int kOuter = kWarpInts;                           // of a walk's steps
   static constexpr int kBytes = kOuterAt + kRows / 16 * kOuter * 4;  // a warp has 16 rows at least
   static_assert(kRows * 8 <= 4 * kWalkTile, "addresses of rows lie where the walk will be");
-  static_assert(kBytes <= 99 * 1024, "some GPUs have no more");
+  static_assert(kBytes <= kMostShared, "some GPUs have no more");
 };
 
 }  // namespace cuda

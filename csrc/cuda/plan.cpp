@@ -29,27 +29,29 @@ constexpr DType dtype_of() {
 constexpr bool is_routed(const char* name) { return name[0] == 'r'; }
 constexpr int warp_ints(const char* name) { return is_routed(name) ? kListWarpInts : kBoxWarpInts; }
 
-#define ATTNEXT_DESCRIBE(pass, held, numbers, name, T, dim, warps, frags, step, modified, slices) \
-  Kernel{#name,                                                                                   \
-         pass,                                                                                    \
-         dtype_of<T>(),                                                                           \
-         {dim, warps, frags, step, slices},                                                       \
-         modified,                                                                                \
-         SharedPlan<sizeof(T), dim, (warps) * (frags) * 16, step, held, numbers,                  \
-                    warp_ints(#name)>::kBytes,                                                    \
+#define ATTNEXT_DESCRIBE(pass, held, numbers, more, name, T, dim, warps, frags, step, modified, \
+                         slices)                                                                \
+  Kernel{#name,                                                                                 \
+         pass,                                                                                  \
+         dtype_of<T>(),                                                                         \
+         {dim, warps, frags, step, slices},                                                     \
+         modified,                                                                              \
+         SharedPlan<sizeof(T), dim, (warps) * (frags) * 16, step, held, numbers,                \
+                    warp_ints(#name)>::kBytes +                                                 \
+             (more),                                                                            \
          is_routed(#name)},
-#define ATTNEXT_DESCRIBE_FORWARD(name, T, dim, warps, frags, step, modified, slices)           \
-  ATTNEXT_DESCRIBE(Pass::kForward, 1, key_numbers(modified), name, T, dim, warps, frags, step, \
+#define ATTNEXT_DESCRIBE_FORWARD(name, T, dim, warps, frags, step, modified, slices)              \
+  ATTNEXT_DESCRIBE(Pass::kForward, 1, key_numbers(modified), 0, name, T, dim, warps, frags, step, \
                    modified, slices)
-#define ATTNEXT_DESCRIBE_QUERY(name, T, dim, warps, frags, step, modified, slices)             \
-  ATTNEXT_DESCRIBE(Pass::kQueryGradient, 2, key_numbers(modified), name, T, dim, warps, frags, \
+#define ATTNEXT_DESCRIBE_QUERY(name, T, dim, warps, frags, step, modified, slices)                \
+  ATTNEXT_DESCRIBE(Pass::kQueryGradient, 2, key_numbers(modified), 0, name, T, dim, warps, frags, \
                    step, modified, slices)
-#define ATTNEXT_DESCRIBE_KEY(name, T, dim, warps, frags, step, modified, slices)               \
-  ATTNEXT_DESCRIBE(Pass::kKeyGradient, 2, query_numbers(modified), name, T, dim, warps, frags, \
+#define ATTNEXT_DESCRIBE_KEY(name, T, dim, warps, frags, step, modified, slices)                  \
+  ATTNEXT_DESCRIBE(Pass::kKeyGradient, 2, query_numbers(modified), 0, name, T, dim, warps, frags, \
                    step, modified, slices)
-#define ATTNEXT_DESCRIBE_BIAS(name, T, dim, warps, frags, step, modified, slices)             \
-  ATTNEXT_DESCRIBE(Pass::kBiasGradient, 2, key_numbers(modified), name, T, dim, warps, frags, \
-                   step, modified, slices)
+#define ATTNEXT_DESCRIBE_BIAS(name, T, dim, warps, frags, step, modified, slices)                  \
+  ATTNEXT_DESCRIBE(Pass::kBiasGradient, 2, key_numbers(modified), bias_scratch(warps, step), name, \
+                   T, dim, warps, frags, step, modified, slices)
 #define ATTNEXT_DESCRIBE_ALL(bits, T, type)                                  \
   ATTNEXT_FORWARD_KERNELS_##bits(ATTNEXT_DESCRIBE_FORWARD, T, type)          \
       ATTNEXT_QUERY_GRADIENT_KERNELS_##bits(ATTNEXT_DESCRIBE_QUERY, T, type) \
@@ -74,14 +76,13 @@ bool is_modified(const WindowParams& p) {
 // The smallest bucket that holds both dims; kernels with modifiers serve any problem; large tiles
 // where there is a sequence to fill them.
 const Kernel& choose(const WindowParams& p, Pass pass, bool routed = false) {
-  constexpr int32_t kRows = 64;
   const int64_t dim = std::max(p.head_dim, p.head_dim_v);
-  const bool is_long = p.query_extent[0] * p.query_extent[1] == 1 && p.query_extent[2] > kRows;
+  const bool is_long = p.one_line && p.query_extent[2] > kBoxRows;
   const Kernel* best = nullptr;
   for (const Kernel& k : kKernels) {
     if (k.routed != routed || k.pass != pass || k.dtype != p.dtype || k.shape.dim < dim) continue;
     if (is_modified(p) && !k.modified) continue;
-    if (k.shape.rows() > kRows && !is_long) continue;
+    if (k.shape.rows() > kBoxRows && !is_long) continue;
     const auto rank = [](const Kernel& x) {
       return std::make_tuple(x.shape.dim, x.modified, -x.shape.rows());
     };
@@ -322,9 +323,10 @@ constexpr int64_t kEnoughBlocks = 2 * 132;  // of the largest GPU, twice over
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int64_t rows_of(const WindowParams& p) {
-  return p.batch * p.heads * p.query_extent[0] * p.query_extent[1] * p.query_extent[2];
+int64_t queries_of(const WindowParams& p) {
+  return p.query_extent[0] * p.query_extent[1] * p.query_extent[2];
 }
+int64_t rows_of(const WindowParams& p) { return p.batch * p.heads * queries_of(p); }
 
 const char* suffix(DType dtype) {
   return dtype == DType::kFloat32 ? "_fp32" : dtype == DType::kBFloat16 ? "_bf16" : "_fp16";
@@ -407,6 +409,8 @@ int64_t statistics_size(const WindowParams& p) { return 4 * rows_of(p); }
 // As many threads a row as it has 16 bytes, up to a warp.
 Launch statistics_launch(const WindowParams& p, WindowLaunch params) {
   constexpr int32_t kThreads = 128;
+  narrow(queries_of(p), "queries of a batch item");
+  narrow(p.batch * p.heads, "batch times heads");
   int32_t lanes = 1;
   while (lanes < 32 && lanes * 16 < p.head_dim_v * elem_bytes(p)) lanes *= 2;
   const int32_t rows = kThreads / lanes;
@@ -548,8 +552,7 @@ int64_t routed_backward_workspace(const RoutedParams& r) {
 int64_t routed_forward_workspace(const RoutedParams& r, int64_t longest_walk) {
   const WindowParams p = with_bias(r);
   const KernelShape shape = routed_shape(p, Pass::kForward);
-  const int64_t queries = p.query_extent[0] * p.query_extent[1] * p.query_extent[2];
-  const int64_t blocks = p.batch * p.heads * ceil_div(queries, shape.rows());
+  const int64_t blocks = p.batch * p.heads * ceil_div(queries_of(p), shape.rows());
   WindowLaunch launch{};
   launch.splits = 1;
   split(blocks, longest_walk, shape, &launch);

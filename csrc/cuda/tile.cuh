@@ -32,9 +32,11 @@ struct Layout {
   static constexpr int kElems = 16 / static_cast<int>(sizeof(T));  // of a chunk
   static_assert(kChunks >= 4, "a row is shorter than 64 bytes");
 
-  static ATTNEXT_DEVICE int swizzle(int row) { return kChunks >= 8 ? row % 8 : row / 2 % 4; }
-  static ATTNEXT_DEVICE uint32_t at(int row, int chunk) {
-    return static_cast<uint32_t>(row * kRowBytes + (chunk ^ swizzle(row)) * 16);
+  static ATTNEXT_DEVICE uint32_t swizzle(uint32_t row) {
+    return kChunks >= 8 ? row % 8 : row / 2 % 4;
+  }
+  static ATTNEXT_DEVICE uint32_t at(uint32_t row, uint32_t chunk) {
+    return row * kRowBytes + (chunk ^ swizzle(row)) * 16;
   }
 };
 
@@ -62,6 +64,9 @@ ATTNEXT_DEVICE void wait_copies() {
 
 ATTNEXT_DEVICE void store_shared(uint32_t at, uint32_t x) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(x) : "memory");
+}
+ATTNEXT_DEVICE void store_shared(uint32_t at, uint32_t x, uint32_t y) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(at), "r"(x), "r"(y) : "memory");
 }
 ATTNEXT_DEVICE void store_shared(uint32_t at, const uint4& x) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x.x), "r"(x.y), "r"(x.z),

@@ -50,14 +50,18 @@ struct BoxRow {
   Interval window[3], sinks;
 };
 
-template <int kStep>
+template <class Walk, int kStep>
 struct BoxSteps;
 
-struct BoxWalk {
+// kOneLine: for problems in which every box is a part of one line, and in which the other axes have
+// one token that all attend. What lines ask for is then no part of the kernel.
+template <bool kOneLine>
+struct BoxWalkOf {
+  static constexpr int kFirstAxis = kOneLine ? 2 : 0;
   using Launch = WindowLaunch;
   using Row = BoxRow;
   template <int kStep>
-  using Steps = BoxSteps<kStep>;
+  using Steps = BoxSteps<BoxWalkOf, kStep>;
   struct Cursor {};  // what a thread keeps from one look-up to the next
   static constexpr int kWarpInts = kBoxWarpInts;
   static constexpr bool kRowsBias = true;  // where the bias of a key lies depends on the row
@@ -100,17 +104,20 @@ struct BoxWalk {
     rule_at = which * static_cast<int32_t>(sizeof(RuleTiles) / 4);
     if (index >= rule().num_tiles) return false;
 #pragma unroll
-    for (int a = 2; a >= 0; --a) {
+    for (int a = 2; a >= kFirstAxis; --a) {
       const AxisTiles& axis = rule().axis[a];
-      const int32_t mine = a > 0 ? index % axis.num_tiles : index;
+      const int32_t mine = a > kFirstAxis ? index % axis.num_tiles : index;
       tile_at[a] = axis.tiles + mine * kTileInts;
-      if (a > 0) index /= axis.num_tiles;
+      if (a > kFirstAxis) index /= axis.num_tiles;
     }
     extra = kOverKeys ? static_cast<int32_t>(p.window.extra_keys) : 0;
     lead = kOverKeys ? extra + tile(2).sink_end - tile(2).sink_begin : 0;
     width = tile(2).end - tile(2).begin;
-    lines1 = tile(1).end - tile(1).begin;
-    lines = lines1 * (tile(0).end - tile(0).begin);
+    lines = lines1 = 1;
+    if constexpr (!kOneLine) {
+      lines1 = tile(1).end - tile(1).begin;
+      lines = lines1 * (tile(0).end - tile(0).begin);
+    }
     if (width <= 0 || lines <= 0) width = 0, lines = lines1 = 1;
     total = lead + width * lines;
     return true;
@@ -118,18 +125,20 @@ struct BoxWalk {
 
   // Of a walked token's place in the box: coordinate first + dilation * place of extent.
   ATTNEXT_DEVICE uint32_t dilation(int a) const {
-    return static_cast<uint32_t>(rule().axis[a].dilation);
+    return a < kFirstAxis ? 1 : static_cast<uint32_t>(rule().axis[a].dilation);
   }
-  ATTNEXT_DEVICE uint32_t first(int a) const { return tile(a).first + dilation(a) * tile(a).begin; }
+  ATTNEXT_DEVICE uint32_t first(int a) const {
+    return a < kFirstAxis ? 0 : tile(a).first + dilation(a) * tile(a).begin;
+  }
   ATTNEXT_DEVICE uint32_t extent(int a) const {
-    return static_cast<uint32_t>(rule().axis[a].num_walked);
+    return a < kFirstAxis ? 1 : static_cast<uint32_t>(rule().axis[a].num_walked);
   }
 
   // Whether the box of the walk sticks out of the map: keys of zeros that take part (zero_pad).
   ATTNEXT_DEVICE bool has_phantoms() const {
     bool outside = false;
 #pragma unroll
-    for (int a = 0; a < 3; ++a) {
+    for (int a = kFirstAxis; a < 3; ++a) {
       const AxisTiles& axis = rule().axis[a];
       outside |= tile(a).first + axis.dilation * tile(a).begin < 0 ||
                  tile(a).first + axis.dilation * (tile(a).end - 1) >= axis.num_walked;
@@ -141,17 +150,22 @@ struct BoxWalk {
     BoxRow row;
     row.live = true;
 #pragma unroll
-    for (int a = 2; a >= 0; --a) {
+    for (int a = 0; a < kFirstAxis; ++a) {
+      row.token[a] = row.position[a] = 0;
+      row.window[a] = {0, 1};
+    }
+#pragma unroll
+    for (int a = 2; a >= kFirstAxis; --a) {
       const AxisTiles& axis = rule().axis[a];
-      const int32_t mine = a > 0 ? r % rule().box[a] : r;
-      if (a > 0) r /= rule().box[a];
+      const int32_t mine = a > kFirstAxis ? r % rule().box[a] : r;
+      if (a > kFirstAxis) r /= rule().box[a];
       row.live &= mine < tile(a).count;
       row.token[a] = tile(a).row + mine * axis.dilation;
       row.position[a] = tile(a).position + mine;
     }
     row.sinks = {0, 0};
 #pragma unroll
-    for (int a = 0; a < 3; ++a) {
+    for (int a = kFirstAxis; a < 3; ++a) {
       const AxisTiles& axis = rule().axis[a];
       row.window[a] = {0, 0};
       if (!row.live) continue;
@@ -193,7 +207,9 @@ struct BoxWalk {
     if (over_keys && s < extra) at.kind = Slot::kExtra;
     place(s, at.index);
 #pragma unroll
-    for (int a = 0; a < 3; ++a) {
+    for (int a = 0; a < kFirstAxis; ++a) at.token[a] = 0;
+#pragma unroll
+    for (int a = kFirstAxis; a < 3; ++a) {
       const AxisTiles& axis = rule().axis[a];
       at.index[a] += tile(a).begin;
       at.token[a] = tile(a).first + axis.dilation * at.index[a];
@@ -249,10 +265,16 @@ struct BoxWalk {
   }
 };
 
+using BoxWalk = BoxWalkOf<false>;
+using LineWalk = BoxWalkOf<true>;
+// Of tiles of so many rows: larger ones are for sequences.
+template <int kRows>
+using WalkOf = BoxWalkOf<(kRows > kBoxRows)>;
+
 // Walks in steps of kStep slots and tells, for the rows of a warp, what a step holds.
 enum class Step { kSkip, kFull, kEdge };
 
-template <int kStep>
+template <class Walk, int kStep>
 struct BoxSteps {
   static constexpr int kWords = (kStep + 31) / 32;
 
@@ -265,7 +287,7 @@ struct BoxSteps {
   bool any_row;     // rows that are not live may hold anything
 
   // `count` rows of a warp lie in its first lanes.
-  ATTNEXT_DEVICE void start(const BoxWalk& walk, const BoxRow& row, bool counts, int32_t from,
+  ATTNEXT_DEVICE void start(const Walk& walk, const BoxRow& row, bool counts, int32_t from,
                             Interval* shared) {
     const bool use = counts && row.live;
     any_row = __any_sync(~0u, use);
@@ -282,7 +304,7 @@ struct BoxSteps {
     one_line = true;
     __syncwarp();
 #pragma unroll
-    for (int a = 0; a < 2; ++a) {
+    for (int a = Walk::kFirstAxis; a < 2; ++a) {
       Interval all, each;
       over(a, all, each);
       one_line &= each.contains(0);
@@ -301,7 +323,7 @@ struct BoxSteps {
 
   // What the step at `slot` holds; goes on to the next. Of an edge, `bits` tell which slots the
   // lane's row attends. Extra keys and sinks are left to them.
-  ATTNEXT_DEVICE Step look(const BoxWalk& walk, const BoxRow& row, int32_t slot,
+  ATTNEXT_DEVICE Step look(const Walk& walk, const BoxRow& row, int32_t slot,
                            uint32_t (&bits)[kWords]) {
     BoxSteps next = *this;
     next.column += kStep;
@@ -322,7 +344,7 @@ struct BoxSteps {
   }
 
  private:
-  ATTNEXT_DEVICE Step kind(const BoxWalk& walk, int32_t slot, const BoxSteps& next) const {
+  ATTNEXT_DEVICE Step kind(const Walk& walk, int32_t slot, const BoxSteps& next) const {
     if (walk.over_keys && column < 0) return Step::kEdge;
     if (!any_row) return Step::kSkip;
     if (walk.lines == 1) {
@@ -346,7 +368,7 @@ struct BoxSteps {
     return full ? Step::kFull : Step::kEdge;
   }
 
-  ATTNEXT_DEVICE void mask(const BoxWalk& walk, const BoxRow& row, int32_t slot,
+  ATTNEXT_DEVICE void mask(const Walk& walk, const BoxRow& row, int32_t slot,
                            uint32_t (&bits)[kWords]) const {
 #pragma unroll
     for (int w = 0; w < kWords; ++w) bits[w] = 0;
@@ -365,7 +387,8 @@ struct BoxSteps {
       add_sinks(row.window[2]);
       add_sinks(row.sinks);
     }
-    const int32_t begin0 = walk.tile(0).begin, begin1 = walk.tile(1).begin;
+    const bool lines = Walk::kFirstAxis == 0;
+    const int32_t begin0 = lines ? walk.tile(0).begin : 0, begin1 = lines ? walk.tile(1).begin : 0;
     const int32_t begin2 = walk.tile(2).begin;
     const bool has_sinks = walk.has_sinks();
     int32_t c = column, l1 = line1, l0 = line0;

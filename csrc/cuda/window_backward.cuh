@@ -9,120 +9,10 @@
 
 #include "block.cuh"
 #include "list_walk.cuh"
+#include "window_sums.cuh"
 
 namespace attnext {
 namespace cuda {
-
-// What the backward pass knows of a query row; rows in the order [batch, heads, tokens].
-struct alignas(16) Statistics {
-  float lse;  // log-sum-exp in base 2
-  float delta;
-  float rest;  // of lse
-  float spare;
-
-  ATTNEXT_DEVICE static int64_t rows(const WindowParams& w) {
-    return w.batch * w.query_extent[0] * w.query_extent[1] * w.query_extent[2] * w.heads;
-  }
-  ATTNEXT_DEVICE static Statistics* of(const WindowLaunch& p) {
-    return reinterpret_cast<Statistics*>(p.statistics);
-  }
-  ATTNEXT_DEVICE static int64_t index(const WindowParams& w, int32_t batch, const int32_t (&x)[3],
-                                      int32_t head) {
-    const int64_t line = (batch * w.heads + head) * w.query_extent[0] + x[0];
-    return (line * w.query_extent[1] + x[1]) * w.query_extent[2] + x[2];
-  }
-  ATTNEXT_DEVICE static Statistics none() { return {INFINITY, 0.f, 0.f, 0.f}; }  // weights of 0
-};
-
-// As many lanes a row as it has chunks of 16 bytes, up to a warp: a block has p.rows rows.
-template <class T>
-ATTNEXT_DEVICE void find_statistics(const WindowLaunch& p) {
-  const WindowParams& w = p.window;
-  constexpr int kElems = 16 / static_cast<int>(sizeof(T));
-  const int lanes = static_cast<int>(blockDim.x) / p.rows, lane = threadIdx.x % lanes;
-  const int64_t n = Statistics::rows(w);
-  const int64_t index = int64_t(blockIdx.x) * p.rows + threadIdx.x / lanes;
-  const bool live = index < n;
-  int32_t x[3] = {0, 0, 0}, head = 0, batch = 0;
-  const auto locate = [&](auto at) {  // division of 64 bits is slow
-    using Int = decltype(at);
-#pragma unroll
-    for (int a = 2; a >= 0; --a) {
-      const Int extent = static_cast<Int>(w.query_extent[a]);
-      x[a] = static_cast<int32_t>(at % extent);
-      at /= extent;
-    }
-    head = static_cast<int32_t>(at % static_cast<Int>(w.heads));
-    batch = static_cast<int32_t>(at / static_cast<Int>(w.heads));
-  };
-  if (live && n <= UINT32_MAX) {
-    locate(static_cast<uint32_t>(index));
-  } else if (live) {
-    locate(index);
-  }
-  const T* out = static_cast<const T*>(w.out.data) + offset_of(w.out, batch, x, head);
-  const T* dout = static_cast<const T*>(w.dout.data) + offset_of(w.dout, batch, x, head);
-  const bool aligned = p.aligned && p.aligned_out;
-  float delta = 0.f;
-  for (int64_t d = lane * kElems; live && d < w.head_dim_v; d += lanes * kElems) {
-    T a[kElems], b[kElems];
-    if (aligned && d + kElems <= w.head_dim_v) {
-      *reinterpret_cast<uint4*>(a) = *reinterpret_cast<const uint4*>(out + d);
-      *reinterpret_cast<uint4*>(b) = *reinterpret_cast<const uint4*>(dout + d);
-    } else {
-#pragma unroll
-      for (int e = 0; e < kElems; ++e) {
-        const bool real = d + e < w.head_dim_v;
-        a[e] = real ? out[d + e] : T{}, b[e] = real ? dout[d + e] : T{};
-      }
-    }
-#pragma unroll
-    for (int e = 0; e < kElems; ++e) {
-      delta = fmaf(Number<T>::widen(a[e]), Number<T>::widen(b[e]), delta);
-    }
-  }
-  for (int step = lanes / 2; step > 0; step /= 2) delta += __shfl_xor_sync(~0u, delta, step);
-  if (!live || lane != 0) return;
-  const float lse = static_cast<const float*>(w.lse.data)[offset_of(w.lse, batch, x, head)];
-  Statistics s = Statistics::none();
-  if (lse != -INFINITY) {
-    if (w.dlse.data) {
-      delta -= static_cast<const float*>(w.dlse.data)[offset_of(w.dlse, batch, x, head)];
-    }
-    constexpr float kHigh = static_cast<float>(kLog2E);
-    constexpr float kLow = static_cast<float>(kLog2E - kHigh);
-    s.lse = lse * kHigh;
-    s.rest = isfinite(lse) ? fmaf(lse, kLow, fmaf(lse, kHigh, -s.lse)) : 0.f;
-  }
-  s.delta = delta;
-  Statistics::of(p)[index] = s;
-}
-
-// The gradient of a head's sink: one block a head, sums in one order.
-template <int kThreads>
-ATTNEXT_DEVICE void sink_gradient(const WindowLaunch& p) {
-  const WindowParams& w = p.window;
-  const int32_t head = static_cast<int32_t>(blockIdx.x);
-  const int64_t tokens = w.query_extent[0] * w.query_extent[1] * w.query_extent[2];
-  const float sink = static_cast<const float*>(w.sink_logits)[head] * static_cast<float>(kLog2E);
-  float sum = 0.f;
-  for (int64_t batch = 0; batch < w.batch; ++batch) {
-    const int64_t first = (batch * w.heads + head) * tokens;
-    for (int64_t token = threadIdx.x; token < tokens; token += blockDim.x) {
-      const Statistics s = Statistics::of(p)[first + token];
-      if (s.lse != INFINITY) sum -= exp2_approx(sink - s.lse - s.rest) * s.delta;
-    }
-  }
-  __shared__ float of_warp[kThreads / 32];
-  sum = warp_sum(sum);
-  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = sum;
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  float total = 0.f;
-#pragma unroll
-  for (int i = 0; i < kThreads / 32; ++i) total += of_warp[i];
-  static_cast<float*>(w.dsink_logits)[head] = total;
-}
 
 // What both gradients do with one product of a query and a key.
 template <bool kModified>
@@ -155,7 +45,7 @@ struct QueryGradient
   using Base::batch, Base::head, Base::kv_head, Base::lane, Base::p, Base::w, Base::walk,
       Base::warp;
   using Base::kColumns, Base::kMine, Base::kRows, Base::kWarpRows;
-  using typename Base::Cursor, typename Base::Mask, typename Base::Row;
+  using typename Base::Cursor, typename Base::Mask, typename Base::Row, typename Base::S;
   static constexpr bool kReadsBias = kModified;
   static constexpr bool kExact = sizeof(T) == 4;  // the rest of lse tells only in fp32
   using Rows = LeftRows<T, kDim, kFrags, false>;
@@ -278,15 +168,16 @@ struct QueryGradient
     head = block % static_cast<uint32_t>(w.heads);
     batch = block / static_cast<uint32_t>(w.heads);
     if (!start(index)) return;
-    const Row row = walk.row(warp * kWarpRows + lane % kWarpRows);
     clear(dquery);
 #pragma unroll
     for (int f = 0; f < kFrags; ++f) dscale[f][0] = dscale[f][1] = 0.f;
-    const bool masked = walk_tile_of(row);
+    const bool masked = walk_tile_of(walk.row(warp * kWarpRows + lane % kWarpRows));
     if ((masked || sizeof(T) == 4) && !__all_sync(~0u, is_finite(dquery))) {
       for (int r = 0; r < kWarpRows; ++r) attend_alone(warp * kWarpRows + r);
       return;
     }
+    // Not kept over the walk: that would take registers.
+    const Row row = walk.row(warp * kWarpRows + lane % kWarpRows);
     const bool mine = row.live && lane < kWarpRows;
     float factor[kFrags][2];
     spread<kFrags>(row.live ? scale_of<kModified>(w, batch, row.token, head) : 0.f, factor);
@@ -355,32 +246,38 @@ struct QueryGradient
   ATTNEXT_DEVICE float* table() const {
     return p.partial + (int64_t(blockIdx.x) * kWarps + warp) * w.bias_head_stride;
   }
+  static constexpr int kScratchEnd = S::kBytes + bias_scratch(kWarps, kStep);
+  static_assert(kWanted == Wanted::kQuery || kScratchEnd <= kMostShared, "some GPUs have no more");
+  // Eight rows of dS at a time, in chunks of eight slots that lie where stores meet no conflict.
+  ATTNEXT_DEVICE uint32_t turned(uint32_t r, uint32_t n) const {
+    const uint32_t row = this->shared + S::kBytes + (warp * 8 + r) * kStep * 4;
+    return row + (n ^ (r / (32 / kStep) % kColumns)) * 32;
+  }
   ATTNEXT_DEVICE void add_bias(const float (&ds)[kFrags][kColumns][4], int numbers) {
-    // The held dO of the warp's rows has room for a row of dS: but it is still needed, so numbers
-    // travel by shuffles: row r lies in the quad of lanes 4 (r % 8).
-    float* const mine = table();
+    static_assert(kStep <= 32, "a lane has one slot");
+    const uint32_t g = lane / 4, t = lane % 4, slot = lane % kStep;
+    const int32_t key = lane < kStep ? this->integer(numbers, 0)[slot] : kNoBias;
+    float* const of_key = table() + key;
 #pragma unroll
     for (int f = 0; f < kFrags; ++f) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        for (int g = 0; g < 8; ++g) {
-          const int32_t origin = __shfl_sync(~0u, row_bias[f][half], g * 4);
 #pragma unroll
-          for (int n0 = 0; n0 < kColumns; n0 += 4) {  // 32 slots: slot 8 n + 2 t + e
-            float x = 0.f;
+        for (int n = 0; n < kColumns; ++n) {
+          const float* const two = &ds[f][n][2 * half];
+          store_shared(turned(g, n) + t * 8, __float_as_uint(two[0]), __float_as_uint(two[1]));
+        }
+        __syncwarp();
+        float x[8];
 #pragma unroll
-            for (int n = n0; n < n0 + 4 && n < kColumns; ++n) {
+        for (int r = 0; r < 8; ++r) {
+          x[r] = load_shared_float(turned(r, slot / 8) + slot % 8 * 4);
+        }
 #pragma unroll
-              for (int e = 0; e < 2; ++e) {
-                const float here = __shfl_sync(~0u, ds[f][n][2 * half + e], g * 4 + lane % 8 / 2);
-                if (lane / 8 == n - n0 && lane % 2 == e) x = here;
-              }
-            }
-            const int slot = n0 * 8 + lane;
-            const int32_t key = slot < kStep ? this->integer(numbers, 0)[slot] : kNoBias;
-            if (x != 0.f && key != kNoBias) mine[key - origin] += x;
-            __syncwarp();
-          }
+        for (int r = 0; r < 8; ++r) {
+          const int32_t to_origin = -__shfl_sync(~0u, row_bias[f][half], r * 4);
+          if (x[r] != 0.f && key != kNoBias) of_key[to_origin] += x[r];
+          __syncwarp();
         }
       }
     }
@@ -400,21 +297,6 @@ struct QueryGradient
     }
   }
 };
-
-// Adds up the tables of a head's blocks, always in the same order. Heads have blocks of their own.
-ATTNEXT_DEVICE void merge_bias(const WindowLaunch& p) {
-  const WindowParams& w = p.window;
-  const uint32_t blocks = gridDim.x / static_cast<uint32_t>(w.heads);
-  const int64_t head = blockIdx.x / blocks;
-  const int64_t entry = int64_t(blockIdx.x % blocks) * blockDim.x + threadIdx.x;
-  if (entry >= w.bias_head_stride) return;
-  const int64_t tables = int64_t(p.splits) * p.rows;  // warps of a block
-  float sum = 0.f;
-  for (int64_t i = 0; i < tables; ++i) {
-    sum += p.partial[(head * tables + i) * w.bias_head_stride + entry];
-  }
-  static_cast<float*>(w.dbias)[head * w.bias_head_stride + entry] = sum;
-}
 
 // dK and dV of a tile of keys, of kDim / kSlices columns: those that fit in registers.
 template <class Walk, class T, int kDim, int kWarps, int kFrags, int kStep, bool kModified,
@@ -576,6 +458,7 @@ struct KeyGradient : Block<KeyGradient<Walk, T, kDim, kWarps, kFrags, kStep, kMo
       for (int r = 0; r < kWarpRows; ++r) attend_alone(warp * kWarpRows + r, group);
       return;
     }
+    row = walk.row(warp * kWarpRows + lane % kWarpRows);  // not kept: that would take registers
     float factor_key[kFrags][2], factor_value[kFrags][2];
 #pragma unroll
     for (int f = 0; f < kFrags; ++f) {
@@ -638,32 +521,34 @@ struct KeyGradient : Block<KeyGradient<Walk, T, kDim, kWarps, kFrags, kStep, kMo
 
 extern __shared__ __align__(1024) uint8_t shared_memory[];
 
-#define ATTNEXT_KERNEL(name, threads) \
-  extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ WindowLaunch p)
-#define ATTNEXT_QUERY_GRADIENT(name, T, dim, warps, frags, step, modified, slices)                 \
-  ATTNEXT_KERNEL(name, (warps) * 32) {                                                             \
-    QueryGradient<BoxWalk, T, dim, warps, frags, step, modified, Wanted::kQuery>(p, shared_memory) \
-        .run();                                                                                    \
+// `blocks`: of an SM, 0 for what the compiler thinks best. It spills to make room for three where
+// shared memory has room for two.
+#define ATTNEXT_GRADIENT(name, threads, blocks, Launch)         \
+  extern "C" __global__ void __launch_bounds__(threads, blocks) \
+      name(const __grid_constant__ Launch p)
+#define ATTNEXT_QUERY_GRADIENT(name, T, dim, warps, frags, step, modified, slices)      \
+  ATTNEXT_GRADIENT(name, (warps) * 32, (frags) == 1 ? 2 : 0, WindowLaunch) {            \
+    QueryGradient<WalkOf<(warps) * (frags) * 16>, T, dim, warps, frags, step, modified, \
+                  Wanted::kQuery>(p, shared_memory)                                     \
+        .run();                                                                         \
   }
 #define ATTNEXT_BIAS_GRADIENT(name, T, dim, warps, frags, step, modified, slices)                 \
-  ATTNEXT_KERNEL(name, (warps) * 32) {                                                            \
+  ATTNEXT_GRADIENT(name, (warps) * 32, 0, WindowLaunch) {                                         \
     QueryGradient<BoxWalk, T, dim, warps, frags, step, modified, Wanted::kBias>(p, shared_memory) \
         .run_bias();                                                                              \
   }
 #define ATTNEXT_KEY_GRADIENT(name, T, dim, warps, frags, step, modified, slices)                \
-  ATTNEXT_KERNEL(name, (warps) * 32) {                                                          \
+  ATTNEXT_GRADIENT(name, (warps) * 32, 0, WindowLaunch) {                                       \
     KeyGradient<BoxWalk, T, dim, warps, frags, step, modified, slices>(p, shared_memory).run(); \
   }
-#define ATTNEXT_ROUTED_KERNEL(name, threads) \
-  extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ RoutedLaunch p)
 #define ATTNEXT_ROUTED_QUERY_GRADIENT(name, T, dim, warps, frags, step, modified, slices) \
-  ATTNEXT_ROUTED_KERNEL(name, (warps) * 32) {                                             \
+  ATTNEXT_GRADIENT(name, (warps) * 32, (frags) == 1 ? 2 : 0, RoutedLaunch) {              \
     QueryGradient<ListWalk<false, modified>, T, dim, warps, frags, step, modified,        \
                   Wanted::kQuery>(p, shared_memory)                                       \
         .run();                                                                           \
   }
 #define ATTNEXT_ROUTED_KEY_GRADIENT(name, T, dim, warps, frags, step, modified, slices)  \
-  ATTNEXT_ROUTED_KERNEL(name, (warps) * 32) {                                            \
+  ATTNEXT_GRADIENT(name, (warps) * 32, 0, RoutedLaunch) {                                \
     KeyGradient<ListWalk<true, modified>, T, dim, warps, frags, step, modified, slices>( \
         p, shared_memory)                                                                \
         .run();                                                                          \

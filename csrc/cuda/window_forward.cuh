@@ -357,11 +357,13 @@ ATTNEXT_DEVICE void merge_parts(const typename Walk::Launch& p, int rows) {
 
 extern __shared__ __align__(1024) uint8_t shared_memory[];
 
-#define ATTNEXT_FORWARD(name, T, dim, warps, frags, step, modified, slices)         \
-  extern "C" __global__ void __launch_bounds__(                                     \
-      (warps) * 32, least_blocks(dim, warps, frags, (modified) || sizeof(T) == 4))  \
-      name(const __grid_constant__ WindowLaunch p) {                                \
-    Forward<BoxWalk, T, dim, warps, frags, step, modified>(p, shared_memory).run(); \
+#define ATTNEXT_FORWARD(name, T, dim, warps, frags, step, modified, slices)                      \
+  extern "C" __global__ void __launch_bounds__(                                                  \
+      (warps) * 32, least_blocks(dim, warps, frags, (modified) || sizeof(T) == 4))               \
+      name(const __grid_constant__ WindowLaunch p) {                                             \
+    Forward<WalkOf<(warps) * (frags) * 16>, T, dim, warps, frags, step, modified>(p,             \
+                                                                                  shared_memory) \
+        .run();                                                                                  \
   }
 #define ATTNEXT_ROUTED_FORWARD(name, T, dim, warps, frags, step, modified, slices)             \
   extern "C" __global__ void __launch_bounds__(                                                \

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Gradients that sum over rows of all tiles, whatever the dtype: of sinks and of the bias.
-#include "window_backward.cuh"
+#include "window_sums.cuh"
 
 namespace attnext {
 namespace cuda {

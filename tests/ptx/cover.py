@@ -34,6 +34,11 @@ class Variant(NamedTuple):
         """Additional keys for more than two steps of the widest kernel, and no walk in parts."""
         return 140 if self.dtype.itemsize == 2 else 70
 
+    @property
+    def has_long(self) -> bool:
+        """Whether sequences of more than 64 queries have kernels of their own."""
+        return self.dtype.itemsize == 2 and not self.modified and self.bucket in (64, 128)
+
     def make(
         self, op: str, queries: list[int], keys: list[int] | None = None, **more: Any
     ) -> Problem:
@@ -47,10 +52,15 @@ class Variant(NamedTuple):
         return make(op, queries, keys, dim=dim, dim_v=dim_v, dtype=self.dtype, **more)
 
 
-def not_finite(tensors: dict[str, Tensor]) -> None:
-    """A key and a value of those that some queries attend, and an additional one."""
+def keys_not_finite(tensors: dict[str, Tensor]) -> None:
+    """A key and a value of those that some queries attend."""
     tensors["key"].flatten(1, -3)[:, 1] = torch.nan
     tensors["value"].flatten(1, -3)[:, 3] = torch.inf
+
+
+def not_finite(tensors: dict[str, Tensor]) -> None:
+    """An additional value too."""
+    keys_not_finite(tensors)
     if "additional_values" in tensors:
         tensors["additional_values"][:, -1, :1] = -torch.inf
 
@@ -76,7 +86,18 @@ def nobody(tensors: dict[str, Tensor]) -> None:
     tensors["cu_seqlens_k"] = torch.tensor([0, 0, 64, 70], dtype=torch.int32)
 
 
+def none_of_the_first(tensors: dict[str, Tensor]) -> None:
+    """Two sequences, of which the first has no keys."""
+    tensors["cu_seqlens_q"] = torch.tensor([0, 50, 60], dtype=torch.int32)
+    tensors["cu_seqlens_k"] = torch.tensor([0, 0, 70], dtype=torch.int32)
+
+
 Maker = Callable[[Variant], Problem]
+
+
+def problems_of(variant: Variant) -> dict[str, Maker]:
+    """Those that reach all kernels of the variant."""
+    return {**PROBLEMS, **(LENGTHS if variant.has_long else {})}
 
 
 def _sliding(*shape: list[int], **options: Any) -> Maker:
@@ -97,6 +118,7 @@ PROBLEMS: dict[str, Maker] = {
                                                   extra=variant.lead, sink_logits=True, batch=2),
     "boxes": lambda variant: variant.make("window_attention", [2, 8, 8], window_size=(2, 4, 8),
                                           dim=8, dim_v=16, spare=16, batch=2),
+    "more boxes": _neighborhood([2, 9, 8], kernel_size=(2, 5, 8)),
     "no step": _sliding([70], [70], window_size=30, edit=nobody),
     # weights that would overflow: logits of one row are hundreds apart
     "large logits": _sliding([70], [128], window_size=None, is_causal=False, edit=large,
@@ -105,17 +127,40 @@ PROBLEMS: dict[str, Maker] = {
     "far": lambda variant: variant.make("neighborhood_attention", [3, 5, 6], kernel_size=3,
                                         boundary="zero_pad", dim=10, dim_v=13, batch=2,
                                         extra=variant.lead),
+    # results of rows that end within 16 bytes, and are not shared by blocks in any bucket
+    "odd": _sliding([64], window_size=6, dim=3, dim_v=5),
+    "far boxes": _neighborhood([3, 6, 6], kernel_size=3, dilation=(1, 2, 2), dim=10, dim_v=13),
+    # keys outside of the map, in a walk that is copied from its places
+    "phantoms": _neighborhood([2, 5, 6], kernel_size=3, boundary="zero_pad", dim=8),
     # a row by a warp
     "alone": _sliding([12], window_size=6, sinks=2, sink_logits=True, heads=4, kv_heads=2, extra=1,
                       edit=packed_not_finite),
     "alone, boxes": _neighborhood([2, 2, 5], kernel_size=2, boundary="zero_pad", dim=8, extra=1,
-                                  dilation=(1, 1, 2),
-                                  batch=2, edit=not_finite),
+                                  dilation=(1, 1, 2), batch=2, edit=keys_not_finite),
     # a walk by several blocks
     "parts": _sliding([1], [1100], window_size=None, backward=False),
     "parts, alone": _sliding([1], [900], window_size=None, sink_logits=True, extra=2,
                              edit=not_finite, backward=False),
     "parts of boxes": _neighborhood([24, 24], kernel_size=24, backward=False),
+}  # fmt: skip
+
+# What of the above is a long sequence as a short one, and the other way round.
+LENGTHS: dict[str, Maker] = {
+    "short": _sliding([60], [140], window_size=70, heads=2, kv_heads=1, sinks=3, extra=2),
+    "short, part of a row": lambda variant: variant.make(
+        "sliding_window_attention", [60], sinks=3, window_size=50, dim=8, dim_v=16,
+        extra=variant.lead, backward=False),
+    "short, no step": _sliding([60], [70], window_size=30, edit=none_of_the_first),
+    "short, large logits": _sliding([60], [128], window_size=None, is_causal=False, edit=large,
+                                    backward=False),
+    "long, part of a row": _sliding([70], window_size=30, dim=8, dim_v=16),
+    "long, far": lambda variant: variant.make("sliding_window_attention", [140], window_size=60,
+                                              dim=10, dim_v=13, extra=variant.lead),
+    "long, alone": _sliding([140], window_size=70, sinks=2, sink_logits=True, extra=1,
+                            heads=2, edit=packed_not_finite),
+    "long, parts": _sliding([70], [1100], window_size=None, backward=False),
+    "long, parts, alone": _sliding([70], [900], window_size=None, sink_logits=True, extra=2,
+                                   edit=not_finite, backward=False),
 }  # fmt: skip
 
 
@@ -129,7 +174,7 @@ class Reason(NamedTuple):
 
 
 REASONS = (
-    Reason("for numbers of more than 32 bits, which the compiler's code asks for first", ".s64 %"),
+    Reason("for numbers of more than 32 bits, which the compiler's code asks for first", "div.s64"),
     Reason(
         "in a copy of the loop for lines after the first: sinks are keys of one line",
         "if (has_sinks) add_window(row.sinks);",

@@ -72,6 +72,8 @@ def variants(instruction: Instruction) -> Iterator[tuple[str, Instruction]]:
         swapped = (*args[:first], args[first + 1], args[first], *args[first + 2 :])
         yield "operands swapped", replace(instruction, args=swapped)
     for i, arg in enumerate(args):
+        if op == "shr" and "s32" in mods and arg == Imm(31):
+            continue  # the sign, as any larger shift
         if isinstance(arg, Imm) and not arg.float_bits and op not in ("cp", "shfl", "lop3", "bar"):
             yield "literal off by one", _with_argument(instruction, i, Imm(arg.value + 1))
         if op == "cp" and "wait_group" in mods and isinstance(arg, Imm):

@@ -21,6 +21,7 @@ WRONG = "wrong result"
 CONFLICTS = "bank conflicts"
 BLOCK, TILE, WALK, ROWS = "block.cuh", "tile.cuh", "walk.cuh", "rows.cuh"
 FORWARD, BACKWARD = "window_forward.cuh", "window_backward.cuh"
+SUMS = "window_sums.cuh"
 
 
 @functools.cache
@@ -276,7 +277,7 @@ BUGS = [
          (BACKWARD, "Statistics::of(p) + Statistics::index(w, batch, {0, 0, 0}, head);",
           "Statistics::of(p) + Statistics::index(w, batch, {0, 0, 0}, kv_head * (w.heads / w.kv_heads));")),
     _bug("gradient of lse missing", "statistics_bf16", "sliding", WRONG,
-         (BACKWARD, "delta -= static_cast<const float*>(w.dlse.data)", "(void)static_cast<const float*>(w.dlse.data)")),
+         (SUMS, "delta -= static_cast<const float*>(w.dlse.data)", "(void)static_cast<const float*>(w.dlse.data)")),
     _bug("mask missing, dQ", "query_gradient_bf16_32", "sliding", WRONG,
          (BACKWARD, "g *= weight;\n", "g *= exp2_approx(y);\n")),
     _bug("dK without the scale", "key_gradient_bf16_32", "sliding", WRONG,
@@ -285,12 +286,17 @@ BUGS = [
          (BACKWARD, "(int64_t(blockIdx.x) * kWarps + warp) * w.bias", "(int64_t(blockIdx.x) * kWarps) * w.bias")),
     _bug("no order between rows of a table", "bias_gradient_bf16_32", "long bias",
          "global read-write race",
-         (BACKWARD, "mine[key - origin] += x;\n            __syncwarp();\n", "mine[key - origin] += x;\n")),
+         (BACKWARD, "of_key[to_origin] += x[r];\n          __syncwarp();\n", "of_key[to_origin] += x[r];\n")),
+    _bug("rows of dS read before they are stored", "bias_gradient_bf16_32", "bias", "read-write race",
+         (BACKWARD, "__syncwarp();\n        float x[8];", "float x[8];")),
+    _bug("rows of dS in another order than they were stored", "bias_gradient_bf16_32", "bias",
+         "global write-write race",
+         (BACKWARD, "load_shared_float(turned(r, slot / 8) +", "load_shared_float(turned(r ^ 1, slot / 8) +")),
     _bug("tables of one warp only", "merge_bias", "bias", WRONG,
-         (BACKWARD, "const int64_t tables = int64_t(p.splits) * p.rows;", "const int64_t tables = p.splits;")),
+         (SUMS, "const int64_t tables = int64_t(p.splits) * p.rows;", "const int64_t tables = p.splits;")),
     _bug("sums of warps read too early", "sink_gradient", "sinks", "read-write race",
-         (BACKWARD, "= sum;\n  __syncthreads();\n", "= sum;\n")),
+         (SUMS, "= sum;\n  __syncthreads();\n", "= sum;\n")),
     _bug("rows without keys in the sink's gradient", "sink_gradient", "sinks", WRONG,
-         (BACKWARD, "sum -= exp2_approx(sink - s.lse - s.rest) * s.delta;",
+         (SUMS, "sum -= exp2_approx(sink - s.lse - s.rest) * s.delta;",
           "sum += exp2_approx(sink - s.lse - s.rest) * s.delta;")),
 ]  # fmt: skip

@@ -16,7 +16,7 @@ from torch import Tensor
 from attnext import _C
 
 from . import problems
-from .cover import PROBLEMS, Variant, unexplained
+from .cover import Variant, problems_of, unexplained
 from .executor import Report
 from .memory import Buffer, Memory
 from .metrics import Execution
@@ -28,12 +28,6 @@ BF16, FP32 = torch.bfloat16, torch.float32
 
 
 SWEEP = [pytest.mark.heavy, pytest.mark.sweep]
-
-
-def least(kernel: str) -> float:
-    """A twentieth of the statistics' instructions are five divisions of 64 bits; no grid has rows
-    enough for the long form of all."""
-    return 0.96 if "statistics" in kernel else LEAST
 
 
 def count(executions: dict[str, Execution], report: Report) -> None:
@@ -60,7 +54,7 @@ def count(executions: dict[str, Execution], report: Report) -> None:
 )
 def test_nearly_every_instruction_is_executed(variant: Variant) -> None:
     executions: dict[str, Execution] = {}
-    for name, make in PROBLEMS.items():
+    for name, make in problems_of(variant).items():
         wrong, reports = problems.run(make(variant), metrics=False)
         assert not wrong, name
         for report in reports:
@@ -73,7 +67,7 @@ def test_nearly_every_instruction_is_executed(variant: Variant) -> None:
         print(f"{kernel:40} {len(execution.lanes):6} {execution.coverage():8.2%}")
     left = {k: unexplained(k, e) for k, e in executions.items()}
     assert not any(left.values()), "\n".join(f"{k}: {x}" for k, some in left.items() for x in some)
-    low = {k: e.coverage() for k, e in executions.items() if e.coverage() < least(k)}
+    low = {k: e.coverage() for k, e in executions.items() if e.coverage() < LEAST}
     assert not low
 
 

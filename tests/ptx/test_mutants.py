@@ -37,7 +37,6 @@ class Equivalent(NamedTuple):
 EQUIVALENT = (
     Equivalent("lanes past the row's end add zeros", "le for lt", "live && d < w.head_dim_v"),
     Equivalent("the rest of lse is below the rounding of 16 bits", "", "s.rest = isfinite(lse)"),
-    Equivalent("both branches find the same row", "operands swapped", "n <= UINT32_MAX"),
     Equivalent("a whole chunk may be stored by numbers", "literal off by one", "left >= L::kElems"),
     Equivalent("rows have whole numbers", "lt for le", "e * static_cast<int>(sizeof(T)) < bytes"),
     Equivalent(
@@ -59,6 +58,26 @@ EQUIVALENT = (
         "operands swapped: selp",
         "each.begin = __reduce_max_sync(~0u, use ? begin : INT32_MIN);",
     ),
+    Equivalent("all lanes have the same", "", "if (threadIdx.x % 32 == 0) outer[2 * a] = all"),
+    Equivalent("only whether it is finite is asked", "sub for add", "bad += (x[f][n][0]"),
+    Equivalent("beside the row's end is a factor of 0", "literal off by one", "elems[e] = T{};"),
+    Equivalent(
+        "a chunk has no more", "literal off by one: min", "min(max(bytes - chunk * 16, 0), 16)"
+    ),
+    Equivalent(
+        "rows without phantoms may be copied one by one",
+        "guard",
+        "tile(a).first + axis.dilation * (tile(a).end - 1) >= axis.num_walked",
+    ),
+    Equivalent("the formulas of tanh meet there", "ge for gt: setp.ge.f32", "tanhf(x)"),
+    Equivalent("any lane of a quad may have it", "literal off by one", "lane % 4 == 0 ? 1.f : 0.f"),
+    Equivalent(
+        "rows that start at multiples of 16 bytes end there",
+        "operands swapped",
+        "aligned && left >= L::kElems",
+    ),
+    Equivalent("a slot without a token gets any row", "ge for gt", "slot + j < walk.total"),
+    Equivalent("64 bits divide what 32 do", "dropped: setp.eq.s64", "w.heads / w.kv_heads"),
     Equivalent(
         "bits below 0 are no bits",
         "dropped: max",
@@ -92,7 +111,11 @@ def test_mutants_are_caught() -> None:
         ("window_forward_bf16_32", False),
         ("window_query_gradient_bf16_32", False),
         ("window_key_gradient_bf16_32", False),
+        ("window_merge_bf16", False),
         ("window_forward_bf16_32_modified", True),
+        ("window_query_gradient_bf16_32_modified", True),
+        ("window_key_gradient_bf16_32_modified", True),
+        ("window_bias_gradient_bf16_32", True),
     ],
 )
 def test_more_mutants_are_caught(kernel: str, modified: bool) -> None:

@@ -117,6 +117,14 @@ def test_boxes(extents: tuple[int, ...]) -> None:
     check("neighborhood_attention", qkv(extents, 32), {"kernel_size": kernel})
 
 
+@pytest.mark.parametrize(("kernel", "is_line"), [((1, 5), True), ((3, 5), False)])
+def test_sequences_with_an_axis_to_spare(kernel: tuple[int, int], is_line: bool) -> None:
+    """Of one token; keys of zeros beside it make several lines of the walk."""
+    options = {"kernel_size": kernel, "boundary": "zero_pad"}
+    reports = check("neighborhood_attention", qkv((1, 70)), options)
+    assert reports[0].kernel == "window_forward_bf16_64" + ("_long" if is_line else "")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("dim", "dim_v"), [(16, 16), (30, 53), (64, 64), (128, 80), (256, 256)])
 def test_every_bucket(dim: int, dim_v: int, dtype: torch.dtype) -> None:
