@@ -33,13 +33,15 @@ def slack(dtype: torch.dtype, normalize: bool) -> dict[str, float]:
     return {"grad_decay": 5.0 if half else 3.0, "grad_query": mean, "grad_key": mean}
 
 
-_call: Any = linear.linear_attention  # its options come as a mapping
+_call: Any = linear.linear_attention  # options come as a mapping
+_step: Any = linear.linear_attention_step
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearProblem:
     """A call of :func:`attnext.linear_attention` on random numbers. ``heads``: of query, key and
-    value. ``decay``: None, "head" or "token". ``beta``: the delta rule, forward only."""
+    value. ``decay``: None, "head" or "token". ``beta``: the delta rule. ``steps``: of
+    :func:`attnext.linear_attention_step` on the state instead."""
 
     name: str
     tokens: int
@@ -50,6 +52,7 @@ class LinearProblem:
     decay: str | None = None
     beta: bool = False
     state: bool = True
+    steps: bool = False
     ends: tuple[int, ...] = ()
     layout: str = "whole"
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -92,16 +95,18 @@ class LinearProblem:
     ) -> dict[str, Tensor]:
         """Results and gradients; ``wide``: in float64, of the same numbers and cotangents."""
         leaves = {
-            name: (x.double() if wide else x).requires_grad_(not self.beta)
+            name: (x.double() if wide else x).requires_grad_(not self.steps)
             for name, x in self.tensors(dtype, device).items()
         }
+        if self.steps:
+            state = leaves.pop("initial_state")
+            out, last = _step(**leaves, state=state, **self.options, in_place=False)
+            return {"out": out.cpu(), "final_state": last.cpu()}
         options = {**self.options, "output_final_state": self.state}
         if self.ends:
             options["cu_seqlens"] = torch.tensor(self.ends, dtype=torch.int32)
         found = _call(**leaves, **options)
         named = dict(zip(("out", "final_state"), found if self.state else (found,), strict=False))
-        if self.beta:
-            return {name: x.cpu() for name, x in named.items()}
         generator = torch.Generator().manual_seed(1)
         cotangents = [
             torch.randn(x.shape, generator=generator, dtype=torch.float64)
@@ -146,6 +151,13 @@ def _problems() -> list[LinearProblem]:
             head_dim=16,
             options={**taylor, "is_causal": False},
         ),
+        LinearProblem(name="delta-packed", tokens=1500, ends=ends, beta=True, decay="token"),
+        LinearProblem(name="delta-shared", tokens=200, beta=True, heads=(2, 1, 6), head_dim=128),
+        LinearProblem(name="step", tokens=1, batch=33, decay="token", steps=True),
+        LinearProblem(name="step-taylor", tokens=3, head_dim=16, options=taylor, steps=True),
+        LinearProblem(name="step-taylor-wide", tokens=1, head_dim=64, options=taylor, steps=True),
+        LinearProblem(name="step-delta", tokens=10, beta=True, decay="token", steps=True),
+        LinearProblem(name="step-wide", tokens=2, head_dim_v=200, options=elu, steps=True),
         LinearProblem(name="relu", tokens=300, options={"feature_map": "relu"}),
         LinearProblem(name="blocks", tokens=300, options={"window_size": 90}, state=False),
         LinearProblem(name="packed", tokens=1500, ends=ends, decay="token", options=elu),

@@ -11,9 +11,10 @@ namespace cuda {
 // What is compiled in. Plain: products, and the normaliser of outputs. Gated: decays and other
 // numbers of tokens too, further entries of b, features' slopes. Taylor: as gated, of features that
 // are all products of two of 16 entries, with them and 1. Delta: as gated, with values that the
-// state has not told yet. Fold: c has Taylor features, from whose gradient that of the entries
-// comes.
-enum class ScanKind { kPlain, kGated, kTaylor, kDelta, kFold };
+// state has not told yet. DeltaBack: as gated, and outputs are gradients of such values, of which
+// some come from those of the tokens before (in the order of the scan). Fold: c has Taylor
+// features, from whose gradient that of the entries comes.
+enum class ScanKind { kPlain, kGated, kTaylor, kDelta, kDeltaBack, kFold };
 constexpr int kTaylorEntries = 16;
 
 // clang-format off
@@ -21,24 +22,30 @@ constexpr int kTaylorEntries = 16;
   X(linear_scan_##type##_32, T, 32, 4, kPlain) \
   X(linear_scan_##type##_32_gated, T, 32, 4, kGated) \
   X(linear_scan_##type##_32_delta, T, 32, 4, kDelta) \
+  X(linear_scan_##type##_32_delta_back, T, 32, 4, kDeltaBack) \
   X(linear_scan_##type##_64, T, 64, 4, kPlain) \
   X(linear_scan_##type##_64_gated, T, 64, 4, kGated) \
   X(linear_scan_##type##_64_delta, T, 64, 4, kDelta) \
+  X(linear_scan_##type##_64_delta_back, T, 64, 4, kDeltaBack) \
   X(linear_scan_##type##_128, T, 128, 4, kPlain) \
   X(linear_scan_##type##_128_gated, T, 128, 4, kGated) \
   X(linear_scan_##type##_128_delta, T, 128, 4, kDelta) \
+  X(linear_scan_##type##_128_delta_back, T, 128, 4, kDeltaBack) \
   X(linear_scan_##type##_taylor, T, 160, 4, kTaylor) \
   X(linear_scan_##type##_fold, T, 64, 4, kFold)
 #define ATTNEXT_SCAN_KERNELS_32(X, T, type) \
   X(linear_scan_##type##_32, T, 32, 2, kPlain) \
   X(linear_scan_##type##_32_gated, T, 32, 2, kGated) \
   X(linear_scan_##type##_32_delta, T, 32, 2, kDelta) \
+  X(linear_scan_##type##_32_delta_back, T, 32, 2, kDeltaBack) \
   X(linear_scan_##type##_64, T, 64, 2, kPlain) \
   X(linear_scan_##type##_64_gated, T, 64, 2, kGated) \
   X(linear_scan_##type##_64_delta, T, 64, 2, kDelta) \
+  X(linear_scan_##type##_64_delta_back, T, 64, 2, kDeltaBack) \
   X(linear_scan_##type##_128, T, 128, 2, kPlain) \
   X(linear_scan_##type##_128_gated, T, 128, 2, kGated) \
   X(linear_scan_##type##_128_delta, T, 128, 2, kDelta) \
+  X(linear_scan_##type##_128_delta_back, T, 128, 2, kDeltaBack) \
   X(linear_scan_##type##_taylor, T, 160, 2, kTaylor) \
   X(linear_scan_##type##_fold, T, 64, 2, kFold)
 #define ATTNEXT_ALL_LINEAR_KERNELS(X)         \
@@ -53,7 +60,16 @@ constexpr int kTaylorEntries = 16;
   X(linear_fold_fp32, float)                  \
   X(linear_combine, float)                    \
   X(linear_decay_gradient, float)
+#define ATTNEXT_STEP_KERNELS(X) \
+  X(linear_step_bf16, bf16)     \
+  X(linear_step_fp16, fp16)     \
+  X(linear_step_fp32, float)
 // clang-format on
+
+// A step's block: its threads; of each, the numbers of the state that it has at once; how many
+// threads share a column, at most; columns, and tokens, that it has at once.
+constexpr int kStepThreads = 256, kStepHeld = 32, kStepGroups = 8;
+constexpr int kStepColumns = 96, kStepTokens = 8;
 
 // Blocks that an SM must have room for: the compiler then keeps to as many registers.
 constexpr int least_scan_blocks(int elem, int dim, ScanKind kind) {

@@ -26,6 +26,7 @@ template <class T, int kDim, int kWarps, ScanKind kKind>
 struct Scan {
   using S = ScanShared<sizeof(T), kDim, kWarps, kKind>;
   static constexpr bool kGated = kKind != ScanKind::kPlain, kDelta = kKind == ScanKind::kDelta;
+  static constexpr bool kDeltaBack = kKind == ScanKind::kDeltaBack;
   static constexpr bool kFolded = S::kFolded;
   static constexpr int kEntries = kTaylorEntries;
   using P = Products<T>;
@@ -128,15 +129,15 @@ struct Scan {
         expand(c * kChunk, stage);
         __syncthreads();
       }
-      if constexpr (kDelta) replace_values(stage);
+      if constexpr (kDelta) replace_values(c * kChunk, stage);
       if constexpr (kFolded) {
         expand_slice(c * kChunk, stage);
         __syncthreads();
       }
-      if (p.outputs) attend(c * kChunk, stage);
+      if (p.outputs && !solves()) attend(c * kChunk, stage);
       const bool sums = p.sums && (more || p.after || (kGated && p.boundaries));
       if (kGated && p.meetings) meet(c);
-      if (sums) add_chunk(stage);
+      if (sums && !kDeltaBack) add_chunk(stage);
       if (kGated && p.boundaries && !p.meetings) leave(c);
       if (sums && p.outputs) {
         __syncthreads();  // the copy of the state has been read
@@ -164,6 +165,8 @@ struct Scan {
 
   ATTNEXT_DEVICE bool decays() const { return kGated && p.decay.data; }
   ATTNEXT_DEVICE bool is_further() const { return kGated && p.extension == Extension::kFeature; }
+  // The delta rule's values are all that is wanted.
+  ATTNEXT_DEVICE bool solves() const { return kDelta && p.written.rows.data; }
   ATTNEXT_DEVICE bool is_token(int row) const { return row < count && first + row >= 0; }
 
   // ---- rows ------------------------------------------------------------------------------------
@@ -201,7 +204,7 @@ struct Scan {
     });
   }
   ATTNEXT_DEVICE void copy_chunk_rows(int at, int stage) const {
-    if (p.outputs) copy_rows_of<kRaw>(p.a, at, 0, tile(stage, 0));
+    if (p.outputs && !solves()) copy_rows_of<kRaw>(p.a, at, 0, tile(stage, 0));
     if (p.sums) copy_rows_of<kRaw>(p.b, at, 0, tile(stage, 1));
     if constexpr (kFolded) {
       copy_rows_of<32>(p.raw, at, 0, entries_tile(stage, 0));
@@ -236,7 +239,7 @@ struct Scan {
   }
   ATTNEXT_DEVICE void map_chunk(int at, int stage) const {
     if constexpr (kExpanded || kFolded) return;
-    if (p.outputs) map_rows<kRaw>(p.a, at, 0, tile(stage, 0));
+    if (p.outputs && !solves()) map_rows<kRaw>(p.a, at, 0, tile(stage, 0));
     if (p.sums) {
       map_rows<kRaw>(p.b, at, 0, tile(stage, 1));
       map_rows<kColumns>(p.c, at, slice * kColumns, tile(stage, 2));
@@ -244,29 +247,16 @@ struct Scan {
   }
 
   ATTNEXT_DEVICE void expand(int at, int stage) const;
-  // Feature f > kEntries is x_a x_b.
-  ATTNEXT_DEVICE static void pair_of(int f, int& a, int& b) {
-    a = 0, b = f - 1 - kEntries;
-    while (a < kEntries && b >= kEntries - a) b -= kEntries - a, ++a;
-    b += a;
-  }
-  // Its place in a tensor of states, where entries may be fewer; -1: none.
-  ATTNEXT_DEVICE static int place_of(int f, int dim) {
-    if (f <= kEntries) return f <= dim ? f : -1;
-    int a, b;
-    pair_of(f, a, b);
-    return b < dim ? 1 + dim + a * dim - a * (a - 1) / 2 + b - a : -1;
-  }
   ATTNEXT_DEVICE int state_row(int f) const {
     if constexpr (kExpanded) {
-      return place_of(f, p.b.dim);
+      return place_of_feature(f, p.b.dim);
     } else {
       return f < p.b.dim ? f : -1;
     }
   }
   ATTNEXT_DEVICE int state_column(int f) const {
     if constexpr (kFolded) {
-      return place_of(f, p.c.dim);
+      return place_of_feature(f, p.c.dim);
     } else {
       return f < p.c.dim ? f : -1;
     }
@@ -280,65 +270,23 @@ struct Scan {
   };
   // The first warp reads them for all, a chunk ahead.
   ATTNEXT_DEVICE bool notes() const { return kGated && warp == 0; }
-  ATTNEXT_DEVICE void look_at(int at, Next& next) const {
-#pragma unroll
-    for (int i = 0; i < kPer; ++i) {
-      const int row = at + lane * kPer + i;
-      next.decay[i] = 0.f;
-      next.number[i] = make_float2(0.f, 0.f);
-      if (!is_token(row)) continue;
-      if (decays()) {
-        next.decay[i] =
-            static_cast<const float*>(p.decay.data)[tokens.offset(p.decay, 1, first + row)];
-      }
-      if constexpr (kDelta) {
-        next.number[i].y =
-            static_cast<const float*>(p.beta.data)[tokens.offset(p.beta, 1, first + row)];
-      } else if (p.side != Side::kNone) {
-        next.number[i] = reinterpret_cast<const float2*>(p.numbers)[tokens.index(p, first + row)];
-      }
-    }
-  }
-  // In double: a difference of two sums is exact beside fp32, whatever has gone by before.
-  ATTNEXT_DEVICE void note(const Next& next, int buffer) {
-    constexpr float kLeast = -1000.f;  // its exponential is 0; -inf would leave NaN
-    double until[kPer], sum = 0.;
-    float top = 0.f;
-#pragma unroll
-    for (int i = 0; i < kPer; ++i) {
-      const double own = (next.decay[i] < kLeast ? kLeast : next.decay[i]) * kLog2E;
-      sum += own;
-      until[i] = p.exclusive ? sum - own : sum;
-      top = fmaxf(top, fabsf(next.number[i].x));
-    }
-    double all = sum;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const double other = __shfl_up_sync(~0u, all, step);
-      if (lane >= step) all += other;
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-    }
-    const double before = all - sum, total = __shfl_sync(~0u, all, 31);
-    float unit = 1.f, inverse = 1.f;
-    if (p.side == Side::kB) unit_of(top, 0, unit, inverse);
-#pragma unroll
-    for (int i = 0; i < kPer; ++i) {
-      const double decay = before + until[i];
-      const float high = static_cast<float>(decay);
-      numbers(buffer, lane * kPer + i) = {high, static_cast<float>(decay - high),
-                                          next.number[i].x * inverse, next.number[i].y};
-    }
-    if (lane == 0) {
-      const float high = static_cast<float>(total);
-      totals(buffer) = {high, static_cast<float>(total - high), unit, power(high)};
-    }
-  }
+  ATTNEXT_DEVICE void look_at(int at, Next& next) const;
+  ATTNEXT_DEVICE void note(const Next& next, int buffer);
 
   // ---- the delta rule --------------------------------------------------------------------------
 
-  ATTNEXT_DEVICE void replace_values(int stage);
+  ATTNEXT_DEVICE void replace_values(int at, int stage);
+  ATTNEXT_DEVICE void replace_gradients(int at, int stage, const Rows& rows,
+                                        float (&out)[1][kColumns / 8][4]);
+  ATTNEXT_DEVICE void find_key_products(int stage, int operand, const Rows& rows,
+                                        float (&by_key)[1][kChunk / 8][4]) const;
+  ATTNEXT_DEVICE void solve(int stage, const float (&by_key)[1][kChunk / 8][4],
+                            float (&u)[1][kColumns / 8][4]) const;
   ATTNEXT_DEVICE void substitute(const float (&low)[4], const float (&high)[4],
                                  float (&u)[kColumns / 8][4]) const;
+  ATTNEXT_DEVICE float beta_of(int stage, int half) const {
+    return numbers(stage, warp * 16 + half * 8 + g).entry;
+  }
   ATTNEXT_DEVICE T& value(int stage, int row, int column) const {
     using Narrow = Layout<T, kColumns>;
     uint8_t* const from = memory + stage * S::kStage + 2 * S::kWide;
@@ -348,9 +296,36 @@ struct Scan {
 
   // ---- outputs ---------------------------------------------------------------------------------
 
+  // A product with a masked score of 0 still takes over a value that is not finite. Where outputs
+  // are not, it is done again, token by token in the warp's own rows.
   ATTNEXT_DEVICE void attend(int at, int stage) {
-    const int buffer = stage, walked = warp * 16 + 16;
     Rows rows;
+    float out[1][kColumns / 8][4], factor[1][2];
+#pragma unroll 1
+    for (bool apart = false;; apart = true) {
+      find_outputs(at, stage, apart, rows, out, factor);
+      if constexpr (kFolded) return;
+      if (!p.sums || apart || are_finite(out[0])) break;
+    }
+    if constexpr (kDeltaBack) {
+      replace_gradients(at, stage, rows, out);
+    } else {
+      finish(at, stage, out, factor);
+    }
+  }
+  // Of the first eight of the warp's rows: what is not finite is there too.
+  ATTNEXT_DEVICE static bool are_finite(const float (&out)[kColumns / 8][4]) {
+    float x = 0.f;
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n) x = fmaf(out[n][0], 0.f, fmaf(out[n][1], 0.f, x));
+    return !__any_sync(~0u, x != 0.f);
+  }
+  ATTNEXT_DEVICE void add_own_rows(int stage, const float (&scores)[kChunk / 8][4],
+                                   float (&out)[kColumns / 8][4]) const;
+
+  ATTNEXT_DEVICE void find_outputs(int at, int stage, bool apart, Rows& rows,
+                                   float (&out)[1][kColumns / 8][4], float (&factor)[1][2]) {
+    const int buffer = stage, walked = warp * 16 + 16;
     rows.load(tile(stage, 0), warp * 16);
     Numbers mine[2] = {{0.f, 0.f, 1.f, 1.f}, {0.f, 0.f, 1.f, 1.f}};
     float unit = 1.f;
@@ -371,7 +346,6 @@ struct Scan {
       if constexpr (kFolded) times_slope(scores, stage, walked);
     }
 
-    float out[1][kColumns / 8][4], factor[1][2];
     float by_z[2] = {0.f, 0.f};
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n) {
@@ -412,14 +386,16 @@ struct Scan {
       return;
     }
     if (p.sums) {
-      accumulate<T, kColumns, kColumns, 1, kChunk>(out, scores, narrow, tile(stage, 2), 0, walked);
+      accumulate<T, kColumns, kColumns, 1, kChunk>(out, scores, narrow, tile(stage, 2), 0,
+                                                   apart ? warp * 16 : walked);
+      if (apart) add_own_rows(stage, scores[0], out[0]);
     }
-    finish(at, stage, out, factor);
   }
 
   ATTNEXT_DEVICE void finish_scores(float (&scores)[kChunk / 8][4], int buffer,
                                     const Numbers (&mine)[2], int walked, float (&sum)[2]) const {
     const float scale = p.scale * p.inner_scale;
+    const int own = warp * 16 + g - (kGated && p.strict ? 1 : 0);
 #pragma unroll
     for (int n = 0; n < kChunk / 8; ++n) {
       if (n * 8 >= walked) break;
@@ -445,7 +421,7 @@ struct Scan {
             x *= power((mine[half].decay - other.decay) + (mine[half].rest - other.rest));
           }
           if constexpr (!kScaledLate) x *= scale * other.factor;
-          score = j <= warp * 16 + half * 8 + g ? x : 0.f;
+          score = j <= own + half * 8 ? x : 0.f;
           sum[half] += score;
         }
       }
@@ -498,11 +474,11 @@ struct Scan {
     }
     const int dim = p.out.dim - slice * kColumns;
     if (kGated && p.out_fp32) {
-      store_numbers<float>(at, out[0], factor[0]);
+      store_numbers<float>(p.out, at, out[0], factor[0]);
       return;
     }
     if constexpr (kExpanded) {
-      store_numbers<T>(at, out[0], factor[0]);
+      store_numbers<T>(p.out, at, out[0], factor[0]);
       return;
     }
     const int row = at + warp * 16 + lane;
@@ -520,20 +496,21 @@ struct Scan {
 
   // As they lie in the accumulators.
   template <class Out>
-  ATTNEXT_DEVICE void store_numbers(int at, const float (&out)[kColumns / 8][4],
+  ATTNEXT_DEVICE void store_numbers(const ScanRows& rows, int at,
+                                    const float (&out)[kColumns / 8][4],
                                     const float (&factor)[2]) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = at + warp * 16 + half * 8 + g;
       if (!is_token(row)) continue;
-      Out* to = static_cast<Out*>(p.out.rows.data) + tokens.offset(p.out.rows, 1, first + row) +
+      Out* to = static_cast<Out*>(rows.rows.data) + tokens.offset(rows.rows, 1, first + row) +
                 slice * kColumns;
 #pragma unroll
       for (int n = 0; n < kColumns / 8; ++n) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int column = n * 8 + 2 * t + e;
-          if (slice * kColumns + column < p.out.dim) {
+          if (slice * kColumns + column < rows.dim) {
             to[column] = Number<Out>::narrow(out[n][2 * half + e] * factor[half]);
           }
         }
@@ -542,34 +519,13 @@ struct Scan {
   }
 
   // From a row's gradient of features to that of what they are features of.
-  ATTNEXT_DEVICE void pull_back(int row, int half, float factor, float (&out)[kColumns / 8][4]) {
-    const bool live = is_token(row);
-    const int dim = p.out.dim - slice * kColumns;
-    const T* raw = static_cast<const T*>(p.raw.rows.data) + slice * kColumns;
-    if (live) raw += tokens.offset(p.raw.rows, p.raw.group, first + row);
-    float dot = 0.f;
-#pragma unroll
-    for (int n = 0; n < kColumns / 8; ++n) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int column = n * 8 + 2 * t + e;
-        float& x = out[n][2 * half + e];
-        x *= factor;
-        if (!live || column >= dim) continue;
-        const float f = feature(p.raw.map, Number<T>::widen(raw[column]));
-        dot = fmaf(x, Number<T>::widen(Number<T>::narrow(f)), dot);  // as the products have it
-        x *= feature_slope(p.raw.map, f);
-      }
-    }
-    dot = quad_sum(dot);
-    if (p.dots && live && t == 0) {
-      p.dots[slice * p.batch * p.tokens * p.heads + tokens.index(p, first + row)] = dot;
-    }
-  }
+  ATTNEXT_DEVICE void pull_back(int row, int half, float factor, float (&out)[kColumns / 8][4]);
 
   // ---- the state -------------------------------------------------------------------------------
 
   ATTNEXT_DEVICE void add_chunk(int stage);
+  // Of the features of an operand, times `unit`, to what is `kept`.
+  ATTNEXT_DEVICE void add_products(int stage, int operand, float kept, float unit);
 
   // The decays of a chunk's tokens scale, besides what passes between the tokens, all that the
   // state after it means for later ones: its product with its gradient. In the order of tokens

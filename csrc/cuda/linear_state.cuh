@@ -8,11 +8,17 @@ namespace attnext {
 namespace cuda {
 
 ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::add_chunk(int stage) {
+  float kept = 1.f, unit = p.inner_scale;
+  if constexpr (kGated) kept = totals(stage).kept, unit *= totals(stage).unit;
+  kept_all *= kept;
+  add_products(stage, 1, kept, unit);
+}
+
+ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::add_products(int stage, int operand,
+                                                                    float kept, float unit) {
   const int buffer = stage;
   typename P::Left c[kSteps];
-  float w[kSteps][kMine], more[2] = {0.f, 0.f}, kept = 1.f, unit = p.inner_scale;
-  if constexpr (kGated) kept = totals(buffer).kept, unit *= totals(buffer).unit;
-  kept_all *= kept;
+  float w[kSteps][kMine], more[2] = {0.f, 0.f};
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
     c[k] = TransposedLeft<T, kColumns>::load(c_tile(stage), k * kDepth,
@@ -21,11 +27,12 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::add_chunk(int stage) {
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
       w[k][i] = entry[i] = 1.f;
-      if constexpr (!kGated) continue;
-      const Numbers known = numbers(buffer, k * kDepth + contraction_row<T>(i));
-      const Totals all = totals(buffer);
-      if (decays()) w[k][i] = power((all.decay - known.decay) + (all.rest - known.rest));
-      if (p.side == Side::kB) w[k][i] *= known.factor, entry[i] = known.entry;
+      if constexpr (kGated) {
+        const Numbers known = numbers(buffer, k * kDepth + contraction_row<T>(i));
+        const Totals all = totals(buffer);
+        if (decays()) w[k][i] = power((all.decay - known.decay) + (all.rest - known.rest));
+        if (p.side == Side::kB) w[k][i] *= known.factor, entry[i] = known.entry;
+      }
     }
     if (is_further()) {
       visit_left<true, T>(c[k], [&](int half, int i, float x) {
@@ -52,7 +59,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::add_chunk(int stage) {
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       const auto b = P::template load_right_transposed<kPanel>(
-          features(stage, 1, n * 16 / kPanel) + wide.transposed, k * kDepth,
+          features(stage, operand, n * 16 / kPanel) + wide.transposed, k * kDepth,
           n * 16 % kPanel / Wide::kElems);
       P::multiply(part[0], part[1], c[k], b);
       if (mine) {

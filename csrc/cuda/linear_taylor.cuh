@@ -63,7 +63,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::expand_slice(int at, int 
   const int row = threadIdx.x % kChunk, column0 = threadIdx.x / kChunk * kEach;
   const float by = p.weighted_b ? p.polynomial_scale : 1.f, square = p.weighted_b ? 0.5f : 1.f;
   int a = 0, b = 0, f = slice * kColumns + column0;
-  if (f > kEntries) pair_of(f, a, b);
+  if (f > kEntries) pair_of_feature(f, a, b);
 #pragma unroll 1
   for (int column = column0; column < column0 + kEach; column += kElems) {
     T elems[kElems];
