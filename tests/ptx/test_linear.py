@@ -39,7 +39,7 @@ def check(tensors: dict[str, Tensor], options: dict[str, Any], grads: bool = Tru
         got,
         expect(tensors, options, grads),
         BUDGET[dtype],
-        slack(dtype, bool(options.get("normalize"))),
+        slack(dtype, bool(options.get("normalize")), "beta" in tensors),
     )
     return recorder.reports
 

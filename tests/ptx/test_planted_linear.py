@@ -180,7 +180,7 @@ def symptoms(name: str, bug: Bug | None = None) -> set[str]:
         assert any(r.kernel == bug.kernel for r in recorder.reports)
     if got is not None:
         dtype = tensors["query"].dtype
-        more_budget = slack(dtype, bool(options.get("normalize")))
+        more_budget = slack(dtype, bool(options.get("normalize")), "beta" in tensors)
         right = {n: x.masked_fill(~x.isfinite(), 0.0) for n, x in expected(name).items()}
         for n, x in expected(name).items():
             got[n] = got[n].masked_fill(~x.isfinite() & ~got[n].isfinite(), 0.0)
