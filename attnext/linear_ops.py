@@ -191,7 +191,7 @@ def _slot_list(slots: Tensor, count: int) -> list[int]:
 # ---- CUDA ----------------------------------------------------------------------------------------
 
 _TABLES = DeviceTables()
-_MAX_HEAD_DIM, _MAX_TAYLOR_DIM, _MAX_TAYLOR_DIM_V = 128, 16, 64
+_MAX_HEAD_DIM, _MAX_TAYLOR_DIM, _MAX_TAYLOR_DIM_V = 128, 64, 64
 
 
 @dataclass(frozen=True, eq=False)

@@ -102,6 +102,25 @@ LINEAR_KERNELS: tuple[Kernel, ...] = tuple(
     for facts in _C.cuda_linear_kernels()
 )
 
+# Those of them that most calls run, and decoding, which has no products.
+LINEAR_MAIN: tuple[Kernel, ...] = (
+    *(
+        kernel
+        for kernel in LINEAR_KERNELS
+        if kernel.name.removeprefix("linear_scan_bf16_")
+        in ("64", "64_gated", "64_delta", "64_delta_back", "128", "taylor", "fold")
+    ),
+    Kernel(
+        "linear_step_bf16",
+        _alone("linear_step.cuh", "ATTNEXT_STEP(linear_step_bf16, bf16)"),
+        "linear_step_bf16",
+        256,
+        0,
+        (),
+        include=(CSRC,),
+    ),
+)
+
 # What the tools that find the figures are tested with.
 _FOLDER = ROOT / "tests" / "ptx" / "kernels"
 _GEMM_SHARED = 2 * 2 * 64 * 32 * 2  # stages, operands, tile, bytes
@@ -117,11 +136,11 @@ SAMPLES: tuple[Kernel, ...] = (
 def select(patterns: Sequence[str]) -> list[Kernel]:
     """Kernels by name or pattern, the library's if none is given. Errors: ValueError if one fits
     none."""
-    known = (*KERNELS, *ROUTED_KERNELS, *LINEAR_KERNELS, *SAMPLES)
+    known = (*KERNELS, *ROUTED_KERNELS, *LINEAR_KERNELS, LINEAR_MAIN[-1], *SAMPLES)
     for pattern in patterns:
         if not any(fnmatch(kernel.name, pattern) for kernel in known):
             names = ", ".join(kernel.name for kernel in known)
             raise ValueError(f"no kernel is called {pattern!r}; there are {names}")
     if not patterns:
-        return list(KERNELS)
+        return [*KERNELS, *LINEAR_MAIN]
     return [k for k in known if any(fnmatch(k.name, p) for p in patterns)]

@@ -128,17 +128,17 @@ ATTNEXT_DEVICE void unit_of(float top, int most, float& unit, float& inverse) {
   inverse = __uint_as_float(static_cast<uint32_t>(127 - e) << 23);
 }
 
-// Taylor feature f > kTaylorEntries is x_a x_b.
-ATTNEXT_DEVICE void pair_of_feature(int f, int& a, int& b) {
-  a = 0, b = f - 1 - kTaylorEntries;
-  while (a < kTaylorEntries && b >= kTaylorEntries - a) b -= kTaylorEntries - a, ++a;
+// Taylor feature f > dim is x_a x_b.
+ATTNEXT_DEVICE void pair_of_feature(int f, int dim, int& a, int& b) {
+  a = 0, b = f - 1 - dim;
+  while (a < dim && b >= dim - a) b -= dim - a, ++a;
   b += a;
 }
-// Its place in a tensor of states, where entries may be fewer; -1: none.
+// Of kTaylorEntries, a feature's place in a tensor of states, where entries may be fewer; -1: none.
 ATTNEXT_DEVICE int place_of_feature(int f, int dim) {
   if (f <= kTaylorEntries) return f <= dim ? f : -1;
   int a, b;
-  pair_of_feature(f, a, b);
+  pair_of_feature(f, kTaylorEntries, a, b);
   return b < dim ? 1 + dim + a * dim - a * (a - 1) / 2 + b - a : -1;
 }
 

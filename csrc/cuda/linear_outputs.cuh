@@ -8,6 +8,46 @@
 namespace attnext {
 namespace cuda {
 
+// Scaled, decayed and masked.
+ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::finish_scores(float (&scores)[kChunk / 8][4],
+                                                                     int buffer,
+                                                                     const Numbers (&mine)[2],
+                                                                     int walked,
+                                                                     float (&sum)[2]) const {
+  const float scale = p.scale * p.inner_scale;
+  const int own = warp * 16 + g - (kGated && p.strict ? 1 : 0);
+#pragma unroll
+  for (int n = 0; n < kChunk / 8; ++n) {
+    if (n * 8 >= walked) break;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int j = n * 8 + 2 * t + e;
+      Numbers other = {0.f, 0.f, 1.f, 1.f};
+      if constexpr (kGated) {
+        const Numbers known = numbers(buffer, j);
+        other.decay = known.decay, other.rest = known.rest;
+        if (p.side == Side::kB) other.factor = known.factor, other.entry = known.entry;
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float& score = scores[n][2 * half + e];
+        float x = score;
+        if (is_further()) x += mine[half].entry * other.entry;
+        if constexpr (kExpanded) {
+          x *= p.polynomial_scale;
+          x = fmaf(fmaf(x, 0.5f, 1.f), x, 1.f);
+        }
+        if (decays()) {
+          x *= power((mine[half].decay - other.decay) + (mine[half].rest - other.rest));
+        }
+        if constexpr (!kScaledLate) x *= scale * other.factor;
+        score = j <= own + half * 8 ? x : 0.f;
+        sum[half] += score;
+      }
+    }
+  }
+}
+
 ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::pull_back(int row, int half, float factor,
                                                                  float (&out)[kColumns / 8][4]) {
   const bool live = is_token(row);
@@ -34,15 +74,37 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::pull_back(int row, int ha
   }
 }
 
+ATTNEXT_SCAN_MEMBER bool Scan<T, kDim, kWarps, kKind>::are_own_rows_finite(int stage) const {
+  float x[2][4] = {};  // sums of values times 0
+  if constexpr (sizeof(T) == 4) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) x[0][0] = fmaf(value(stage, warp * 16 + i, lane), 0.f, x[0][0]);
+  } else {
+    const typename P::Left zeros = {{0, 0, 0, 0}};
+#pragma unroll
+    for (int d = 0; d < kColumns / 16; ++d) {
+      const auto b = P::template load_right_transposed<kColumns>(
+          tile(stage, 2) + narrow.transposed, warp * 16, d * 16 / Layout<T, kColumns>::kElems);
+      P::multiply(x[0], x[1], zeros, b);
+    }
+  }
+  const float sum = (x[0][0] + x[0][1]) + (x[1][0] + x[1][1]);  // all rows are the same
+  return !__any_sync(~0u, sum != 0.f);
+}
+
 // The warp's own rows of a chunk: each value counts only where the mask lets it.
 ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::add_own_rows(
     int stage, const float (&scores)[kChunk / 8][4], float (&out)[kColumns / 8][4]) const {
   float own[2][4];
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    if (w != warp) continue;
+  for (int half = 0; half < 2; ++half) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) own[0][e] = scores[2 * w][e], own[1][e] = scores[2 * w + 1][e];
+    for (int e = 0; e < 4; ++e) {
+      float x = 0.f;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) x += w == warp ? scores[2 * w + half][e] : 0.f;
+      own[half][e] = x;
+    }
   }
   const int last = g - (kGated && p.strict ? 1 : 0);
 #pragma unroll 1

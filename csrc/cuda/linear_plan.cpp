@@ -38,12 +38,14 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 const ScanFacts& scan_of(DType dtype, int64_t dim, ScanKind kind) {
   for (const ScanFacts& k : kScans) {
-    const int64_t most = kind == ScanKind::kTaylor ? kTaylorEntries : k.dim;
+    const int64_t most = kind == ScanKind::kTaylor       ? kTaylorEntries
+                         : kind == ScanKind::kTaylorWide ? kWideEntries
+                                                         : k.dim;
     if (k.dtype == dtype && most >= dim && k.kind == kind) return k;
   }
   throw std::invalid_argument(
       "attnext: linear attention on CUDA has head_dim up to 128, Taylor "
-      "features up to 16, in float32, bfloat16 or float16");
+      "features up to 64, in float32, bfloat16 or float16");
 }
 
 std::string suffix(DType dtype) {
@@ -88,6 +90,7 @@ class Plan {
   float* take_states() { return take(p.num_sequences * p.heads * state_size_); }
   int64_t chunks() const { return segments_ * segment_ / chunk_; }  // of a sequence, at most
   bool taylor() const { return p.feature_map == FeatureMap::kTaylor2; }
+  bool wide() const { return taylor() && p.head_dim > kTaylorEntries; }
   int64_t rows() const { return p.batch * p.tokens * p.heads; }
 
   ScanRows rows_of(const TensorRef& t, int64_t heads, int64_t dim,
@@ -143,7 +146,8 @@ class Plan {
   void add_scan(LinearLaunch l) {
     const bool gated = l.decay.data || l.side != Side::kNone || l.raw.rows.data ||
                        l.extension == Extension::kFeature || l.out_fp32 || l.inner_scale == 0;
-    const ScanKind kind = l.folds     ? ScanKind::kFold
+    const ScanKind kind = l.folds     ? wide() ? ScanKind::kFoldWide : ScanKind::kFold
+                          : wide()    ? ScanKind::kTaylorWide
                           : taylor()  ? ScanKind::kTaylor
                           : p.delta() ? ScanKind::kDelta
                           : gated     ? ScanKind::kGated
@@ -153,11 +157,19 @@ class Plan {
   void add_scan(ScanKind kind, LinearLaunch l) {
     const ScanFacts& scan = scan_of(p.dtype, l.b.dim, kind);
     l.slices = static_cast<int32_t>(l.folds ? fold_slices() : slices(l.c.dim));
-    const int64_t blocks = p.num_sequences * p.heads * segments_ * l.slices;
+    l.parts = kind == ScanKind::kTaylorWide ? static_cast<int32_t>(parts()) : 1;
+    const int64_t blocks = p.num_sequences * p.heads * segments_ * l.slices * l.parts;
     add(scan.name, blocks, 32 * scan.warps, scan.shared_bytes, l);
   }
   int64_t slices(int64_t dim) const { return ceil_div(dim, p.dtype == DType::kFloat32 ? 32 : 64); }
-  int64_t fold_slices() const { return slices(num_features(FeatureMap::kTaylor2, kTaylorEntries)); }
+  int64_t fold_slices() const {
+    return slices(
+        num_features(FeatureMap::kTaylor2, std::max<int64_t>(p.head_dim, kTaylorEntries)));
+  }
+  int64_t fold_width() const { return wide() ? p.head_dim : kTaylorEntries; }
+  int64_t parts() const {
+    return ceil_div(p.features(), scan_of(p.dtype, p.head_dim, ScanKind::kTaylorWide).dim);
+  }
   void add(const std::string& name, int64_t blocks, int32_t threads, int32_t shared,
            const LinearLaunch& l) {
     if (blocks > INT32_MAX) throw std::invalid_argument("attnext: grid: more than 2^31 blocks");
@@ -207,7 +219,23 @@ class Plan {
     l.before = from.before;
     l.before_segments = from.segments;
     if (!from.ends) l.after = after;
+    if (!wide() || l.folds) return add_scan(l);
+    // In parts, which are added up.
+    LinearLaunch sum = l;
+    l.out = {rows_at(take(parts() * rows() * l.out.dim), l.out.dim), 1, l.out.dim};
+    l.out_fp32 = 1;
+    if (l.extension == Extension::kColumn) l.part_sums = take(parts() * rows());
     add_scan(l);
+    sum.part_sums = l.part_sums;
+    add_fold(sum, static_cast<float*>(l.out.rows.data), parts(), l.out.dim);
+  }
+  // The sum of `parts` that lie one after the other, of rows `dim` wide.
+  void add_fold(LinearLaunch l, float* folded, int64_t parts, int64_t dim) {
+    l.folded = folded;
+    l.slices = static_cast<int32_t>(parts);
+    l.width = static_cast<int32_t>(dim);
+    constexpr int kThreads = 256;
+    add("linear_fold" + suffix(p.dtype), ceil_div(rows() * dim, kThreads), kThreads, 0, l);
   }
 
   const LinearParams& p;
@@ -281,16 +309,6 @@ struct OfDecay {
               ceil_div(p.num_sequences * p.heads * plan->chunks(), kThreads / 32), kThreads, 0, d);
   }
 };
-
-// The sum of `parts` that lie one after the other, of rows `dim` wide.
-void add_fold(Plan* plan, LinearLaunch l, float* folded, int64_t parts, int64_t dim) {
-  l.folded = folded;
-  l.slices = static_cast<int32_t>(parts);
-  l.width = static_cast<int32_t>(dim);
-  constexpr int kThreads = 256;
-  plan->add("linear_fold" + suffix(plan->p.dtype), ceil_div(plan->rows() * dim, kThreads), kThreads,
-            0, l);
-}
 
 // Where a gradient goes.
 void set_result(const Plan& plan, LinearLaunch* l, const TensorRef& t, int64_t heads, int64_t dim) {
@@ -376,11 +394,11 @@ void plan_delta_backward(Plan* plan) {
 
   l = plan->start(false);
   set_result(*plan, &l, p.dkey, p.key_heads, p.head_dim);
-  add_fold(plan, l, dkeys, 3, p.head_dim);
+  plan->add_fold(l, dkeys, 3, p.head_dim);
   if (p.dbeta.data) {
     l.out = plan->rows_of(p.dbeta, p.heads, 1);
     l.out_fp32 = 1;
-    add_fold(plan, l, dbeta, plan->slices(p.head_dim_v), 1);
+    plan->add_fold(l, dbeta, plan->slices(p.head_dim_v), 1);
   }
   of_decay.add(plan);
 }
@@ -411,13 +429,16 @@ void plan_backward(Plan* plan) {
     l->scale = l->inner_scale = 1;  // in the factors
   };
   float* folded = nullptr;
-  if (plan->taylor()) folded = plan->take(plan->fold_slices() * plan->rows() * kTaylorEntries);
+  if (plan->taylor()) {
+    folded = plan->take(plan->fold_slices() * plan->rows() * plan->fold_width());
+  }
   const auto fold = [&](LinearLaunch* l) {
     l->folds = plan->taylor();
     l->folded = folded;
+    l->width = static_cast<int32_t>(plan->fold_width());
   };
   const auto finish_fold = [&](const LinearLaunch& l) {
-    if (plan->taylor()) add_fold(plan, l, folded, plan->fold_slices(), kTaylorEntries);
+    if (plan->taylor()) plan->add_fold(l, folded, plan->fold_slices(), plan->fold_width());
   };
   const bool curved = p.feature_map != FeatureMap::kIdentity || p.ddecay.data;
   const OfDecay of_decay(plan, 1);

@@ -66,9 +66,12 @@ struct LinearLaunch {
   float eps;
   int32_t weighted_b;  // Taylor: the weights of the polynomial are b's or c's, not a's or raw's
   // linear_fold: [slices, batch, tokens, heads, width], of which `out` is the sum over slices. A
-  // fold scan makes it, of 16 entries: what the features of each slice make of their gradient.
+  // fold scan makes it, of the entries: what the features of each slice make of their gradient.
+  // Beside outputs, `part_sums`: the parts of the normaliser's, [slices, batch, tokens, heads].
   float* folded;
+  float* part_sums;
   int32_t folds, width;
+  int32_t parts;  // blocks that share features
   Extension extension;
   Side side;
   float* numbers;  // [batch, tokens, heads] of {factor, further entry}, for `side`

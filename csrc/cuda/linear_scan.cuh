@@ -28,7 +28,8 @@ struct Scan {
   static constexpr bool kGated = kKind != ScanKind::kPlain, kDelta = kKind == ScanKind::kDelta;
   static constexpr bool kDeltaBack = kKind == ScanKind::kDeltaBack;
   static constexpr bool kFolded = S::kFolded;
-  static constexpr int kEntries = kTaylorEntries;
+  static constexpr bool kIsWide = is_wide(kKind);
+  static constexpr int kEntries = kTaylorEntries, kEntryWidth = S::kEntryWidth;
   using P = Products<T>;
   static constexpr bool kExpanded = S::kExpanded;
   static constexpr int kRaw = S::kRaw, kPanel = S::kPanel;
@@ -59,10 +60,10 @@ struct Scan {
   int lane, warp, g, t;
   WalkLanes<T, kPanel> wide;
   WalkLanes<T, kColumns> narrow;
-  WalkLanes<T, 32> entries;  // fold: of raw and c
+  WalkLanes<T, kEntryWidth> entries;  // fold: of raw and c
   Tokens tokens;
   int64_t sequence;
-  int32_t head, segment, slice;
+  int32_t head, segment, slice, part = 0;
   int32_t first, count;      // of the segment's tokens, the first perhaps before the sequence
   int32_t skipped, chunks;   // chunks without tokens at its start; its chunks, with these
   float state[kDim / 8][4];  // transposed: rows are columns of S
@@ -151,6 +152,9 @@ struct Scan {
   ATTNEXT_DEVICE void locate() {
     uint32_t block = blockIdx.x;
     slice = block % static_cast<uint32_t>(p.slices), block /= static_cast<uint32_t>(p.slices);
+    if constexpr (kIsWide && kExpanded) {
+      part = block % static_cast<uint32_t>(p.parts), block /= static_cast<uint32_t>(p.parts);
+    }
     segment = block % static_cast<uint32_t>(p.segments), block /= static_cast<uint32_t>(p.segments);
     head = block % static_cast<uint32_t>(p.heads);
     sequence = block / static_cast<uint32_t>(p.heads);
@@ -207,8 +211,8 @@ struct Scan {
     if (p.outputs && !solves()) copy_rows_of<kRaw>(p.a, at, 0, tile(stage, 0));
     if (p.sums) copy_rows_of<kRaw>(p.b, at, 0, tile(stage, 1));
     if constexpr (kFolded) {
-      copy_rows_of<32>(p.raw, at, 0, entries_tile(stage, 0));
-      if (p.sums) copy_rows_of<32>(p.c, at, 0, entries_tile(stage, 1));
+      copy_rows_of<kEntryWidth>(p.raw, at, 0, entries_tile(stage, 0));
+      if (p.sums) copy_rows_of<kEntryWidth>(p.c, at, 0, entries_tile(stage, 1));
     } else if (p.sums) {
       copy_rows_of<kColumns>(p.c, at, slice * kColumns, tile(stage, 2));
     }
@@ -246,16 +250,34 @@ struct Scan {
     }
   }
 
-  ATTNEXT_DEVICE void expand(int at, int stage) const;
+  ATTNEXT_DEVICE void expand(int at, int stage) const {
+    if constexpr (kIsWide) {
+      expand_part(at, stage);
+    } else {
+      expand_whole(at, stage);
+    }
+  }
+  ATTNEXT_DEVICE void expand_whole(int at, int stage) const;
+  ATTNEXT_DEVICE void expand_part(int at, int stage) const;
+  template <class Store>
+  ATTNEXT_DEVICE void make_features(uint32_t tile_at, int row, bool token, int f, int pieces,
+                                    int dim, bool weighted, Store store) const;
+  ATTNEXT_DEVICE static int wide_place(int f, int dim) {
+    return f < 1 + dim * (dim + 3) / 2 ? f : -1;
+  }
   ATTNEXT_DEVICE int state_row(int f) const {
-    if constexpr (kExpanded) {
+    if constexpr (kExpanded && kIsWide) {
+      return wide_place(part * kDim + f, p.b.dim);
+    } else if constexpr (kExpanded) {
       return place_of_feature(f, p.b.dim);
     } else {
       return f < p.b.dim ? f : -1;
     }
   }
   ATTNEXT_DEVICE int state_column(int f) const {
-    if constexpr (kFolded) {
+    if constexpr (kFolded && kIsWide) {
+      return wide_place(f, p.c.dim);
+    } else if constexpr (kFolded) {
       return place_of_feature(f, p.c.dim);
     } else {
       return f < p.c.dim ? f : -1;
@@ -296,36 +318,17 @@ struct Scan {
 
   // ---- outputs ---------------------------------------------------------------------------------
 
-  // A product with a masked score of 0 still takes over a value that is not finite. Where outputs
-  // are not, it is done again, token by token in the warp's own rows.
-  ATTNEXT_DEVICE void attend(int at, int stage) {
-    Rows rows;
-    float out[1][kColumns / 8][4], factor[1][2];
-#pragma unroll 1
-    for (bool apart = false;; apart = true) {
-      find_outputs(at, stage, apart, rows, out, factor);
-      if constexpr (kFolded) return;
-      if (!p.sums || apart || are_finite(out[0])) break;
-    }
-    if constexpr (kDeltaBack) {
-      replace_gradients(at, stage, rows, out);
-    } else {
-      finish(at, stage, out, factor);
-    }
-  }
-  // Of the first eight of the warp's rows: what is not finite is there too.
-  ATTNEXT_DEVICE static bool are_finite(const float (&out)[kColumns / 8][4]) {
-    float x = 0.f;
-#pragma unroll
-    for (int n = 0; n < kColumns / 8; ++n) x = fmaf(out[n][0], 0.f, fmaf(out[n][1], 0.f, x));
-    return !__any_sync(~0u, x != 0.f);
-  }
+  // Whether products within the chunk are the block's.
+  ATTNEXT_DEVICE bool is_within() const { return p.sums && part == 0; }
+  // A product with a masked score of 0 takes over a value that is not finite. Where there are such
+  // values in a warp's own rows, it adds these up one by one.
+  ATTNEXT_DEVICE bool are_own_rows_finite(int stage) const;
   ATTNEXT_DEVICE void add_own_rows(int stage, const float (&scores)[kChunk / 8][4],
                                    float (&out)[kColumns / 8][4]) const;
 
-  ATTNEXT_DEVICE void find_outputs(int at, int stage, bool apart, Rows& rows,
-                                   float (&out)[1][kColumns / 8][4], float (&factor)[1][2]) {
+  ATTNEXT_DEVICE void attend(int at, int stage) {
     const int buffer = stage, walked = warp * 16 + 16;
+    Rows rows;
     rows.load(tile(stage, 0), warp * 16);
     Numbers mine[2] = {{0.f, 0.f, 1.f, 1.f}, {0.f, 0.f, 1.f, 1.f}};
     float unit = 1.f;
@@ -340,12 +343,13 @@ struct Scan {
     }
 
     float scores[1][kChunk / 8][4], sum[2] = {0.f, 0.f};
-    if (p.sums) {
+    if (is_within()) {
       product<T, kRaw, 1, kChunk, kKept>(scores, rows, wide, tile(stage, 1), walked);
       finish_scores(scores[0], buffer, mine, walked, sum);
       if constexpr (kFolded) times_slope(scores, stage, walked);
     }
 
+    float out[1][kColumns / 8][4], factor[1][2];
     float by_z[2] = {0.f, 0.f};
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n) {
@@ -365,7 +369,8 @@ struct Scan {
       if (p.extension == Extension::kColumn) {
         const float total = quad_sum(fmaf(by, by_z[half], sum[half]));
         const float late = kScaledLate ? factor[0][half] : 1.f;
-        factor[0][half] = late * divide_by(total * late, at + warp * 16 + half * 8 + g);
+        const int row = at + warp * 16 + half * 8 + g;
+        factor[0][half] = late * (kIsWide ? store_part(total, row) : divide_by(total * late, row));
       }
       if constexpr (kGated) by /= unit;
 #pragma unroll
@@ -382,58 +387,35 @@ struct Scan {
       }
     }
     if constexpr (kFolded) {
-      fold(at, stage, out[0], scores, factor[0], walked);
+      if constexpr (kIsWide) {
+        fold_wide(at, stage, out[0], scores, factor[0], walked);
+      } else {
+        fold(at, stage, out[0], scores, factor[0], walked);
+      }
       return;
     }
-    if (p.sums) {
+    if (is_within()) {
+      const bool apart = !are_own_rows_finite(stage);
       accumulate<T, kColumns, kColumns, 1, kChunk>(out, scores, narrow, tile(stage, 2), 0,
                                                    apart ? warp * 16 : walked);
       if (apart) add_own_rows(stage, scores[0], out[0]);
     }
+    if constexpr (kDeltaBack) {
+      replace_gradients(at, stage, rows, out);
+    } else {
+      finish(at, stage, out, factor);
+    }
   }
 
   ATTNEXT_DEVICE void finish_scores(float (&scores)[kChunk / 8][4], int buffer,
-                                    const Numbers (&mine)[2], int walked, float (&sum)[2]) const {
-    const float scale = p.scale * p.inner_scale;
-    const int own = warp * 16 + g - (kGated && p.strict ? 1 : 0);
-#pragma unroll
-    for (int n = 0; n < kChunk / 8; ++n) {
-      if (n * 8 >= walked) break;
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int j = n * 8 + 2 * t + e;
-        Numbers other = {0.f, 0.f, 1.f, 1.f};
-        if constexpr (kGated) {
-          const Numbers known = numbers(buffer, j);
-          other.decay = known.decay, other.rest = known.rest;
-          if (p.side == Side::kB) other.factor = known.factor, other.entry = known.entry;
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float& score = scores[n][2 * half + e];
-          float x = score;
-          if (is_further()) x += mine[half].entry * other.entry;
-          if constexpr (kExpanded) {
-            x *= p.polynomial_scale;
-            x = fmaf(fmaf(x, 0.5f, 1.f), x, 1.f);
-          }
-          if (decays()) {
-            x *= power((mine[half].decay - other.decay) + (mine[half].rest - other.rest));
-          }
-          if constexpr (!kScaledLate) x *= scale * other.factor;
-          score = j <= own + half * 8 ? x : 0.f;
-          sum[half] += score;
-        }
-      }
-    }
-  }
+                                    const Numbers (&mine)[2], int walked, float (&sum)[2]) const;
 
   // ---- gradients of Taylor features ----
 
   ATTNEXT_DEVICE void expand_slice(int at, int stage) const;
-  ATTNEXT_DEVICE float entry(int stage, int operand, int row, int i) const {
-    using Raw = Layout<T, 32>;
-    const uint8_t* from = memory + (entries_tile(stage, operand) - shared);
+  ATTNEXT_DEVICE float entry(uint32_t tile_at, int row, int i) const {
+    using Raw = Layout<T, kEntryWidth>;
+    const uint8_t* from = memory + (tile_at - shared);
     return Number<T>::widen(
         reinterpret_cast<const T*>(from + Raw::at(row, i / Raw::kElems))[i % Raw::kElems]);
   }
@@ -443,6 +425,12 @@ struct Scan {
   ATTNEXT_DEVICE void fold(int at, int stage, const float (&out)[kColumns / 8][4],
                            const float (&scores)[1][kChunk / 8][4], const float (&factor)[2],
                            int walked) const;
+  ATTNEXT_DEVICE void fold_wide(int at, int stage, const float (&out)[kColumns / 8][4],
+                                const float (&scores)[1][kChunk / 8][4], const float (&factor)[2],
+                                int walked) const;
+  ATTNEXT_DEVICE void add_within(int stage, const float (&scores)[1][kChunk / 8][4],
+                                 const float (&factor)[2], int walked, float* room,
+                                 float (&sum)[kEntryWidth / 2]) const;
 
   // ---- the normaliser ----
 
@@ -463,6 +451,14 @@ struct Scan {
     return 1.f / moved;
   }
 
+  // Of several blocks' sum: nothing is divided yet.
+  ATTNEXT_DEVICE float store_part(float total, int row) const {
+    if (t == 0 && slice == 0 && is_token(row)) {
+      p.part_sums[part * p.batch * p.tokens * p.heads + tokens.index(p, first + row)] = total;
+    }
+    return 1.f;
+  }
+
   ATTNEXT_DEVICE void finish(int at, int stage, float (&out)[1][kColumns / 8][4],
                              float (&factor)[1][2]) {
     if (kGated && p.raw.rows.data) {
@@ -474,10 +470,15 @@ struct Scan {
     }
     const int dim = p.out.dim - slice * kColumns;
     if (kGated && p.out_fp32) {
-      store_numbers<float>(p.out, at, out[0], factor[0]);
+      ScanRows to = p.out;
+      if constexpr (kIsWide) {
+        to.rows.data = static_cast<float*>(to.rows.data) +
+                       part * p.batch * p.tokens * p.heads * static_cast<int64_t>(p.out.dim);
+      }
+      store_numbers<float>(to, at, out[0], factor[0]);
       return;
     }
-    if constexpr (kExpanded) {
+    if constexpr (kExpanded && !kIsWide) {
       store_numbers<T>(p.out, at, out[0], factor[0]);
       return;
     }

@@ -192,7 +192,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::store_state() const {
       if (column >= 0) to[column * p.z_stride] = z[0][half];
     }
   }
-  if (p.factors && slice == 0 && threadIdx.x == 0) {
+  if (p.factors && slice == 0 && part == 0 && threadIdx.x == 0) {
     p.factors[(sequence * p.segments + segment) * p.heads + head] = kept_all;
   }
 }

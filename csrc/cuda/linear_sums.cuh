@@ -66,6 +66,18 @@ ATTNEXT_DEVICE void fold_slices(const LinearLaunch& p) {
   if (index >= rows || entry >= p.out.dim) return;
   float sum = 0.f;
   for (int64_t s = 0; s < p.slices; ++s) sum += p.folded[s * rows * p.width + number];
+  if (p.part_sums) {
+    float total = 0.f;
+    for (int64_t s = 0; s < p.slices; ++s) total += p.part_sums[s * rows + index];
+    const float moved = total < 0.f ? total - p.eps : total + p.eps;
+    sum /= moved;
+    const TensorRef& d = p.denominator;
+    if (entry == 0) {
+      static_cast<float*>(
+          d.data)[index / p.heads / p.tokens * d.batch + index / p.heads % p.tokens * d.token[2] +
+                  index % p.heads * d.head] = moved;
+    }
+  }
   const TensorRef& out = p.out.rows;
   const int64_t at = index / p.heads / p.tokens * out.batch +
                      index / p.heads % p.tokens * out.token[2] + index % p.heads * out.head + entry;

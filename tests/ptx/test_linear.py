@@ -134,6 +134,28 @@ def test_taylor_features(dim: int, dtype: torch.dtype) -> None:
     check(*form("identity", tokens=65, **more))
 
 
+@pytest.mark.parametrize(
+    ("dim", "dtype"),
+    [
+        (17, BF16),
+        pytest.param(33, torch.float16, marks=pytest.mark.heavy),
+        pytest.param(64, BF16, marks=pytest.mark.heavy),
+        pytest.param(20, torch.float32, marks=pytest.mark.heavy),
+    ],
+)
+def test_taylor_features_of_many_entries(dim: int, dtype: torch.dtype) -> None:
+    more = {"feature_map": "taylor2", "dim": dim, "dim_v": 24, "dtype": dtype}
+    check(*form("identity", tokens=66, **more, decay="token", normalize=True), grads=False)
+    check(*form("reverse", tokens=66, **more, decay=None, normalize=dim > 17))
+
+
+@pytest.mark.heavy
+def test_taylor_features_of_many_entries_in_segments() -> None:
+    more = {"feature_map": "taylor2", "normalize": True, "dim": 17, "dim_v": 8}
+    check(*form("identity", tokens=270, dtype=torch.float32, **more))
+    check(*form("identity", tokens=70, **more, is_causal=False))
+
+
 @pytest.mark.parametrize(("dim", "dtype"), [(20, torch.float32), (64, BF16), (20, torch.float16)])
 def test_delta_rule(dim: int, dtype: torch.dtype) -> None:
     more = {"beta": True, "dim": dim, "dim_v": 40, "dtype": dtype}
@@ -219,6 +241,30 @@ def test_many_heads_are_not_cut_into_segments() -> None:
     assert few[0]["grid"] == 64  # 16 segments of 4 chunks
 
 
+# ---- what it costs -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["identity", "elu, normalized, decayed", "taylor"])
+def test_rows_are_moved_once(name: str) -> None:
+    """Sectors, bank conflicts, and bytes beside those of the tensors."""
+    more: dict[str, Any] = {"dim": 64}
+    if name == "taylor":
+        name, more = "identity", {"dim": 16, "feature_map": "taylor2", "normalize": True}
+    tensors, options = form(name, tokens=448, dim_v=64, state=False, **more)
+    with on_executor(metrics=True) as recorder:
+        out = linear_attention(**tensors, **options)
+    (report,) = recorder.reports
+    counts = report.traffic.counts.values()
+    moved = 32 * sum(c.actual for c in counts if c.space == "global")
+    least = sum(x.nbytes for x in (*tensors.values(), out))
+    print(f"{report.kernel}: {moved / least:.3f} of the bytes, "
+          f"{report.traffic.ratio('global'):.3f} of the sectors, "
+          f"{report.traffic.ratio('shared'):.3f} of the wavefronts")  # fmt: skip
+    assert report.traffic.ratio("global") <= 1.05
+    assert moved <= 1.15 * least
+    assert report.traffic.ratio("shared") <= 1.1
+
+
 # ---- what inputs may be --------------------------------------------------------------------------
 
 
@@ -288,7 +334,7 @@ def test_nothing_but_outputs() -> None:
 def test_what_is_missing_is_said() -> None:
     more: dict[str, Any]
     for more, what in (
-        ({"feature_map": "taylor2", "dim": 17}, "taylor2"),
+        ({"feature_map": "taylor2", "dim": 65}, "taylor2"),
         ({"dtype": torch.float64}, "float64"),
         ({"dim": 129}, "head_dim above 128"),
     ):

@@ -20,6 +20,7 @@ from .test_linear import assert_close, evaluate, expect, form
 
 linear_attention: Any = attnext.linear_attention
 SCAN, STATE, SUMS = "linear_scan.cuh", "linear_state.cuh", "linear_sums.cuh"
+OUTPUTS = "linear_outputs.cuh"
 DELTA, TAYLOR, NUMBERS = "linear_delta.cuh", "linear_taylor.cuh", "linear_numbers.cuh"
 
 
@@ -41,6 +42,10 @@ PROBLEMS: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "fold": (
         "identity", True, {"tokens": 70, "feature_map": "taylor2", "dim": 16, "normalize": True}
     ),
+    "entries": (
+        "identity", False, {"tokens": 70, "feature_map": "taylor2", "dim": 20, "normalize": True}
+    ),
+    "entries fold": ("identity", True, {"tokens": 70, "feature_map": "taylor2", "dim": 36}),
     "taylor": (
         "identity", False, {"tokens": 70, "feature_map": "taylor2", "dim": 16, "decay": "head"}
     ),
@@ -67,9 +72,9 @@ BUGS = [
          "read-write race", (DELTA, "    __syncthreads();  // the next warp reads them\n", "")),
     # ---- tokens ----
     _bug("mask lost", "scan_bf16_32", "plain", WRONG,
-         (SCAN, "score = j <= own + half * 8 ? x : 0.f;", "score = x;")),
+         (OUTPUTS, "score = j <= own + half * 8 ? x : 0.f;", "score = x;")),
     _bug("a token is not its own past", "scan_bf16_32", "plain", WRONG,
-         (SCAN, "score = j <= own", "score = j < own")),
+         (OUTPUTS, "score = j <= own", "score = j < own")),
     _bug("tail is read", "scan_bf16_32", "plain", "global read out of bounds",
          (SCAN, "const int bytes = is_token(at + row) ? min", "const int bytes = true ? min")),
     _bug("tail is stored", "scan_bf16_32", "plain", "global write out of bounds",
@@ -81,9 +86,9 @@ BUGS = [
     _bug("short chunk at the other end", "scan_fp32_32_gated", "exact", WRONG,
          (SCAN, "(p.exclusive ? whole - tokens.count() : 0)", "0")),
     _bug("a value counts before its token", "scan_bf16_32", "not finite", WRONG,
-         ("linear_outputs.cuh", "        if (j > last + half * 8) continue;\n", "")),
+         (OUTPUTS, "        if (j > last + half * 8) continue;\n", "")),
     _bug("values that are not finite are not looked for", "scan_bf16_32", "not finite", WRONG,
-         (SCAN, "if (!p.sums || apart || are_finite(out[0])) break;", "break;")),
+         (SCAN, "apart = !are_own_rows_finite(stage);", "apart = false;")),
     # ---- decays ----
     _bug("decay of the token before", "scan_bf16_32_gated", "gated", WRONG,
          (NUMBERS, "p.exclusive ? sum - own : sum;", "sum - own;")),
@@ -120,8 +125,23 @@ BUGS = [
          (TAYLOR, "  __syncwarp();\n  // Two lanes a row", "  // Two lanes a row")),
     # ---- gradients of the delta rule ----
     _bug("outputs' gradients overwritten too early", "scan_bf16_32_delta_back", "delta gradients",
-         "read-write race",
+         "write-read race",
          (DELTA, "  __syncthreads();  // outputs' gradients have been read\n", "")),
+    _bug("tokens read themselves", "scan_bf16_32_gated", "delta gradients", WRONG,
+         (OUTPUTS, "warp * 16 + g - (kGated && p.strict ? 1 : 0)", "warp * 16 + g")),
+    # ---- values ----
+    _bug("unit of the state's copy forgotten", "scan_fp16_32", "large", WRONG,
+         (SCAN, "kUnits ? by * units()[n / 2] : by;", "by;")),
+    _bug("every slice stores the denominator", "scan_bf16_32", "wide", "global write-write race",
+         (SCAN, "if (slice == 0 && t == 0 && is_token(row)) {", "if (t == 0 && is_token(row)) {")),
+    _bug("gradient of features taken for that of entries", "scan_bf16_32_gated", "gradients", WRONG,
+         (OUTPUTS, "p.raw.map, f);", "FeatureMap::kIdentity, f);")),
+    _bug("squares counted twice", "scan_bf16_taylor", "taylor", WRONG,
+         (TAYLOR, "    put(x[a] * x[a] * square);", "    put(x[a] * x[a]);")),
+]  # fmt: skip
+
+# Of kernels that take long to compile.
+SLOW_BUGS = [
     _bug("what comes from outputs with the wrong sign", "scan_bf16_32_delta_back",
          "delta gradients", WRONG, (DELTA, "= -out[0][n][e];", "= out[0][n][e];")),
     _bug("keys as readers have no part in the state", "scan_bf16_32_delta_back", "delta gradients",
@@ -133,23 +153,49 @@ BUGS = [
     _bug("what is lacking already times beta", "scan_bf16_32_delta", "delta gradients", WRONG,
          (DELTA, "store_numbers<T>(p.lacking, at, e[0], one);",
           "store_numbers<T>(p.lacking, at, e[0], beta);")),
-    _bug("tokens read themselves", "scan_bf16_32_gated", "delta gradients", WRONG,
-         (SCAN, "(kGated && p.strict ? 1 : 0)", "0")),
     _bug("states met by one of two gradients", "decay_gradient", "delta gradients", WRONG,
          (SUMS, "s < p.sets * p.slices; ++s) {\n    const int64_t of_set",
           "s < p.slices; ++s) {\n    const int64_t of_set")),
     _bug("a part of the keys' gradients too few", "fold_bf16", "delta gradients", WRONG,
          (SUMS, "s < p.slices; ++s) sum +=", "s < p.slices - 1; ++s) sum +=")),
-    # ---- values ----
-    _bug("unit of the state's copy forgotten", "scan_fp16_32", "large", WRONG,
-         (SCAN, "kUnits ? by * units()[n / 2] : by;", "by;")),
-    _bug("every slice stores the denominator", "scan_bf16_32", "wide", "global write-write race",
-         (SCAN, "if (slice == 0 && t == 0 && is_token(row)) {", "if (t == 0 && is_token(row)) {")),
-    _bug("gradient of features taken for that of entries", "scan_bf16_32_gated", "gradients", WRONG,
-         ("linear_outputs.cuh", "p.raw.map, f);", "FeatureMap::kIdentity, f);")),
-    _bug("squares counted twice", "scan_bf16_taylor", "taylor", WRONG,
-         (TAYLOR, "square = weighted ? 0.5f : 1.f;", "square = 1.f;")),
+    # ---- Taylor features of many entries ----
+    _bug("parts read while they are made", "scan_bf16_taylor_wide", "entries", "read-write race",
+         (SCAN, "        expand(c * kChunk, stage);\n        __syncthreads();\n",
+          "        expand(c * kChunk, stage);\n")),
+    _bug("products within the chunk in every part", "scan_bf16_taylor_wide", "entries", WRONG,
+         (SCAN, "return p.sums && part == 0;", "return p.sums;")),
+    _bug("every part has the first features", "scan_bf16_taylor_wide", "entries", WRONG,
+         (TAYLOR, "is_token(at + row), part * kDim,", "is_token(at + row), 0,")),
+    _bug("parts written to one place", "scan_bf16_taylor_wide", "entries",
+         "global write-write race",
+         (SCAN, "part * p.batch * p.tokens * p.heads * static_cast<int64_t>(p.out.dim);", "0;")),
+    _bug("sums written to one place", "scan_bf16_taylor_wide", "entries",
+         "global write-write race",
+         (SCAN, "p.part_sums[part * p.batch * p.tokens * p.heads + tokens", "p.part_sums[tokens")),
+    _bug("more features than there are", "scan_bf16_taylor_wide", "entries",
+         "global write out of bounds",
+         (SCAN, "return f < 1 + dim * (dim + 3) / 2 ? f : -1;", "return f;")),
+    _bug("squares of many counted twice", "scan_bf16_taylor_wide", "entries", WRONG,
+         (TAYLOR, "        if (a == b) x *= square;\n", "")),
+    _bug("a part too few in the denominator", "fold_bf16", "entries", WRONG,
+         (SUMS, "s < p.slices; ++s) total +=", "s < p.slices - 1; ++s) total +=")),
+    _bug("slice after slice in every slice", "scan_bf16_fold_wide", "entries fold", WRONG,
+         (TAYLOR, "  if (p.sums && slice == 0) add_within", "  if (p.sums) add_within")),
+    _bug("later entries of one lane", "scan_bf16_fold_wide", "entries fold", WRONG,
+         (TAYLOR, "    own += __shfl_xor_sync(~0u, own, 16);\n", "")),
+    _bug("no order before entries fold", "scan_bf16_fold_wide", "entries fold", "read-write race",
+         (TAYLOR, "  __syncwarp();\n  const float* const mine", "  const float* const mine")),
+    _bug("room overwritten while it is read", "scan_bf16_fold_wide", "entries fold",
+         "write-read race",
+         (TAYLOR, "from += kAtOnce) {\n    __syncwarp();\n", "from += kAtOnce) {\n")),
+    _bug("slopes of squares halved", "scan_bf16_fold_wide", "entries fold", WRONG,
+         (TAYLOR, "c == a ? other * square : other", "other")),
+    _bug("runs of features too short", "scan_bf16_fold_wide", "entries fold", WRONG,
+         (TAYLOR, "start += dim - a, ++a", "start += dim - a - 1, ++a")),
+    _bug("features of the next slice", "scan_bf16_fold_wide", "entries fold", WRONG,
+         (TAYLOR, "0 <= f && f < kColumns ? mine[f] : 0.f;", "f < kColumns ? mine[abs(f)] : 0.f;")),
 ]  # fmt: skip
+_WIDE = ("entries", "entries fold")
 
 
 def make(name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -198,17 +244,22 @@ def expected(name: str) -> dict[str, Any]:
 
 
 def test_the_list_fits_the_sources() -> None:
-    assert len({bug.name for bug in BUGS}) == len(BUGS)
-    for bug in BUGS:
+    every = [*BUGS, *SLOW_BUGS]
+    assert len({bug.name for bug in every}) == len(every)
+    for bug in every:
         for edit in bug.edits:
             header_with(edit)
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+def _slow(items: list[Any], wide: Any) -> list[Any]:
+    return [*items, *(pytest.param(x, marks=pytest.mark.heavy) for x in wide)]
+
+
+@pytest.mark.parametrize("name", _slow([n for n in PROBLEMS if n not in _WIDE], _WIDE))
 def test_nothing_is_said_without_a_bug(name: str) -> None:
     assert not symptoms(name)
 
 
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+@pytest.mark.parametrize("bug", _slow(BUGS, SLOW_BUGS), ids=lambda bug: bug.name)
 def test_planted_bug_is_caught(bug: Bug) -> None:
     assert bug.symptom in symptoms(bug.problem, bug)
