@@ -108,7 +108,7 @@ LINEAR_MAIN: tuple[Kernel, ...] = (
         kernel
         for kernel in LINEAR_KERNELS
         if kernel.name.removeprefix("linear_scan_bf16_")
-        in ("64", "64_gated", "64_delta", "64_delta_back", "128", "taylor", "fold")
+        in ("64", "64_gated", "64_delta_back", "taylor")
     ),
     Kernel(
         "linear_step_bf16",

@@ -215,6 +215,15 @@ CASES: list[
     (8, 1024, 8, 64, {}),
     (1, 16384, 16, 128, {}),
     (8, 4096, 16, 16, {"feature_map": "taylor2", "normalize": True}),  # values of 64
+    (8, 4096, 16, 64, {"decay": "token", "beta": True}),
+    (2, 4096, 8, 64, {"feature_map": "taylor2", "normalize": True}),
+]
+STEPS: list[tuple[int, int, int, Mapping[str, Any]]] = [  # batch, heads, head_dim, options
+    (1, 16, 64, {}),
+    (128, 16, 64, {}),
+    (8, 16, 16, {"feature_map": "taylor2", "normalize": True}),  # values of 64
+    (128, 16, 16, {"feature_map": "taylor2", "normalize": True}),
+    (128, 32, 128, {"beta": True}),
 ]
 
 
@@ -232,6 +241,10 @@ def time_case(
         decay = -torch.rand(batch, tokens, heads, device=device) / 8
         options["decay"] = decay.requires_grad_()
         leaves.append(options["decay"])
+    if options.pop("beta", None):
+        options["beta"] = torch.rand(batch, tokens, heads, device=device).requires_grad_()
+        leaves.append(options["beta"])
+        leaves[1] = torch.nn.functional.normalize(leaves[1].detach(), dim=-1).requires_grad_()
     dout = torch.randn((*rows, dim_v), device=device, dtype=torch.bfloat16)
 
     def forward() -> Any:
@@ -261,6 +274,35 @@ def time_case(
     return " ".join(words)
 
 
+@torch.no_grad()
+def time_step(
+    device: torch.device, batch: int, heads: int, dim: int, given: Mapping[str, Any]
+) -> str:
+    """Microseconds of one token in place, bfloat16, median of 50; the state's traffic a second."""
+    options = dict(given)
+    dim_v = max(dim, 64)
+    leaves = [
+        torch.randn((batch, 1, heads, d), device=device, dtype=torch.bfloat16)
+        for d in (dim, dim, dim_v)
+    ]
+    if options.pop("beta", None):
+        options["beta"] = torch.rand(batch, 1, heads, device=device)
+    rows = num_features(options.get("feature_map", "identity"), dim)
+    columns = dim_v + bool(options.get("normalize"))
+    state = torch.rand(batch, heads, rows, columns, device=device)
+    times = []
+    for _ in range(53):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        _step(*leaves, state, **options)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    median = sorted(times[3:])[25]
+    moved = 2 * state.nbytes / median / 1e9
+    return f"step B{batch} H{heads} D{dim} {dict(given)}: {1e3 * median:.1f} us ({moved:.2f} TB/s)"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 every check passed, 1 one failed, 2 no GPU."""
     parser = argparse.ArgumentParser(prog="python -m attnext.gpu_check.linear")
@@ -285,6 +327,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.no_timing:
         for case in CASES:
             print(time_case(device, *case), flush=True)
+        for step in STEPS:
+            print(time_step(device, *step), flush=True)
     print(f"{failed} failed")
     return int(failed > 0)
 

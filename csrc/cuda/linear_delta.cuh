@@ -89,7 +89,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::replace_gradients(
 // them, which knows of them what is not multiplied by it yet.
 ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::find_key_products(
     int stage, int operand, const Rows& rows, float (&by_key)[1][kChunk / 8][4]) const {
-  product<T, kRaw, 1, kChunk, kKept>(by_key, rows, wide, tile(stage, operand), warp * 16 + 16);
+  walked_product<T, kRaw, kChunk, kKept>(by_key, rows, wide, tile(stage, operand), warp * 16 + 16);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = warp * 16 + half * 8 + g;

@@ -87,9 +87,7 @@ constexpr int kStepColumns = 96, kStepTokens = 8;
 
 // Blocks that an SM must have room for: the compiler then keeps to as many registers.
 constexpr int least_scan_blocks(int elem, int dim, ScanKind kind) {
-  const bool many =
-      kind == ScanKind::kFold || kind == ScanKind::kDelta || kind == ScanKind::kDeltaBack;
-  return elem == 4 || dim > 64 || is_wide(kind) ? 1 : many ? 2 : 3;
+  return elem == 4 || dim > 64 || is_wide(kind) ? 1 : kind == ScanKind::kPlain ? 3 : 2;
 }
 
 // Shared memory of a scan: two stages of a, b and c, the features of a and b where they are more

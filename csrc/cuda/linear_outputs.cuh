@@ -102,7 +102,10 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::add_own_rows(
     for (int e = 0; e < 4; ++e) {
       float x = 0.f;
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) x += w == warp ? scores[2 * w + half][e] : 0.f;
+      for (int w = 0; w < kWarps; ++w) {
+        const float score = in_register(scores[2 * w + half][e]);
+        x = w == warp ? score : x;
+      }
       own[half][e] = x;
     }
   }

@@ -157,6 +157,7 @@ class Plan {
   void add_scan(ScanKind kind, LinearLaunch l) {
     const ScanFacts& scan = scan_of(p.dtype, l.b.dim, kind);
     l.slices = static_cast<int32_t>(l.folds ? fold_slices() : slices(l.c.dim));
+    l.outer_scale = 1 / l.inner_scale;
     l.parts = kind == ScanKind::kTaylorWide ? static_cast<int32_t>(parts()) : 1;
     const int64_t blocks = p.num_sequences * p.heads * segments_ * l.slices * l.parts;
     add(scan.name, blocks, 32 * scan.warps, scan.shared_bytes, l);

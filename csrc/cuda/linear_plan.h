@@ -62,6 +62,7 @@ struct LinearLaunch {
   TensorRef denominator;   // Extension::kColumn divides by it where there are outputs
   float scale;             // on outputs
   float inner_scale;       // on what enters S
+  float outer_scale;       // its inverse
   float polynomial_scale;  // of Taylor features: on products of entries
   float eps;
   int32_t weighted_b;  // Taylor: the weights of the polynomial are b's or c's, not a's or raw's

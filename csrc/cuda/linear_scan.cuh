@@ -62,6 +62,7 @@ struct Scan {
   WalkLanes<T, kColumns> narrow;
   WalkLanes<T, kEntryWidth> entries;  // fold: of raw and c
   Tokens tokens;
+  uint64_t next_a, next_b, next_c, next_raw;  // addresses of the chunk that is copied next
   int64_t sequence;
   int32_t head, segment, slice, part = 0;
   int32_t first, count;      // of the segment's tokens, the first perhaps before the sequence
@@ -164,6 +165,10 @@ struct Scan {
     first = static_cast<int32_t>(from);
     count = static_cast<int32_t>(max(min(from + p.segment, tokens.count()) - from, int64_t(0)));
     skipped = max(-first, 0) / kChunk;
+    next_a = row_at(p.a, skipped * kChunk, 0);
+    next_b = row_at(p.b, skipped * kChunk, 0);
+    next_c = row_at(p.c, skipped * kChunk, kFolded ? 0 : slice * kColumns);
+    if constexpr (kFolded) next_raw = row_at(p.raw, skipped * kChunk, 0);
     chunks = (count + kChunk - 1) / kChunk;
   }
 
@@ -183,38 +188,44 @@ struct Scan {
 #pragma unroll
     for (int i = 0; i < kChunk / kAtOnce; ++i) visit(row0 + i * kAtOnce, chunk);
   }
+  // Where a chunk's first row starts, from a column on.
+  ATTNEXT_DEVICE uint64_t row_at(const ScanRows& x, int at, int column) const {
+    const int64_t offset = tokens.offset(x.rows, x.group, first + at) + column;
+    return reinterpret_cast<uint64_t>(static_cast<const T*>(x.rows.data) + offset);
+  }
+  // Copies it, and goes on to the next one. `whole`: all its rows are tokens'.
   template <int kD>
-  ATTNEXT_DEVICE void copy_rows_of(const ScanRows& x, int at, int column, uint32_t to) const {
-    constexpr int kBytes = sizeof(T);
-    const uint64_t start = reinterpret_cast<uint64_t>(
-        static_cast<const T*>(x.rows.data) + tokens.offset(x.rows, x.group, first + at) + column);
+  ATTNEXT_DEVICE void copy_rows_of(const ScanRows& x, uint64_t& start, int at, bool whole,
+                                   int column, uint32_t to) const {
+    constexpr int kBytes = sizeof(T), kAtOnce = kThreads / Layout<T, kD>::kChunks;
     const int64_t step = tokens.step(x.rows) * kBytes;
     const int row_bytes = (x.dim - column) * kBytes;
-    if (x.aligned && row_bytes >= Layout<T, kD>::kRowBytes && is_token(at) &&
-        is_token(at + kChunk - 1)) {
+    if (whole && x.aligned && row_bytes >= Layout<T, kD>::kRowBytes) {
       const char* from = reinterpret_cast<const char*>(start) +
                          threadIdx.x / Layout<T, kD>::kChunks * step +
                          threadIdx.x % Layout<T, kD>::kChunks * 16;
       each_chunk<kD>([&](int row, int chunk) {
         copy_chunk_async(to + Layout<T, kD>::at(row, chunk), from);
-        from += kThreads / Layout<T, kD>::kChunks * step;
+        from += kAtOnce * step;
       });
-      return;
+    } else {
+      each_chunk<kD>([&](int row, int chunk) {
+        const int bytes = is_token(at + row) ? min(max(row_bytes - chunk * 16, 0), 16) : 0;
+        copy_chunk<T>(to + Layout<T, kD>::at(row, chunk), bytes > 0 ? start + row * step : 0,
+                      chunk * 16, bytes, x.aligned);
+      });
     }
-    each_chunk<kD>([&](int row, int chunk) {
-      const int bytes = is_token(at + row) ? min(max(row_bytes - chunk * 16, 0), 16) : 0;
-      copy_chunk<T>(to + Layout<T, kD>::at(row, chunk), bytes > 0 ? start + row * step : 0,
-                    chunk * 16, bytes, x.aligned);
-    });
+    start += kChunk * step;
   }
-  ATTNEXT_DEVICE void copy_chunk_rows(int at, int stage) const {
-    if (p.outputs && !solves()) copy_rows_of<kRaw>(p.a, at, 0, tile(stage, 0));
-    if (p.sums) copy_rows_of<kRaw>(p.b, at, 0, tile(stage, 1));
+  ATTNEXT_DEVICE void copy_chunk_rows(int at, int stage) {
+    const bool whole = is_token(at) && is_token(at + kChunk - 1);
+    if (p.outputs && !solves()) copy_rows_of<kRaw>(p.a, next_a, at, whole, 0, tile(stage, 0));
+    if (p.sums) copy_rows_of<kRaw>(p.b, next_b, at, whole, 0, tile(stage, 1));
     if constexpr (kFolded) {
-      copy_rows_of<kEntryWidth>(p.raw, at, 0, entries_tile(stage, 0));
-      if (p.sums) copy_rows_of<kEntryWidth>(p.c, at, 0, entries_tile(stage, 1));
+      copy_rows_of<kEntryWidth>(p.raw, next_raw, at, whole, 0, entries_tile(stage, 0));
+      if (p.sums) copy_rows_of<kEntryWidth>(p.c, next_c, at, whole, 0, entries_tile(stage, 1));
     } else if (p.sums) {
-      copy_rows_of<kColumns>(p.c, at, slice * kColumns, tile(stage, 2));
+      copy_rows_of<kColumns>(p.c, next_c, at, whole, slice * kColumns, tile(stage, 2));
     }
     commit_copies();
   }
@@ -344,7 +355,7 @@ struct Scan {
 
     float scores[1][kChunk / 8][4], sum[2] = {0.f, 0.f};
     if (is_within()) {
-      product<T, kRaw, 1, kChunk, kKept>(scores, rows, wide, tile(stage, 1), walked);
+      walked_product<T, kRaw, kChunk, kKept>(scores, rows, wide, tile(stage, 1), walked);
       finish_scores(scores[0], buffer, mine, walked, sum);
       if constexpr (kFolded) times_slope(scores, stage, walked);
     }
@@ -363,7 +374,7 @@ struct Scan {
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float by = kScaledLate ? 1.f / p.inner_scale : p.scale;
+      float by = kScaledLate ? p.outer_scale : p.scale;
       if (decays()) by *= power(mine[half].decay);
       factor[0][half] = kScaledLate ? p.scale * p.inner_scale : mine[half].factor * unit;
       if (p.extension == Extension::kColumn) {
@@ -410,8 +421,6 @@ struct Scan {
   ATTNEXT_DEVICE void finish_scores(float (&scores)[kChunk / 8][4], int buffer,
                                     const Numbers (&mine)[2], int walked, float (&sum)[2]) const;
 
-  // ---- gradients of Taylor features ----
-
   ATTNEXT_DEVICE void expand_slice(int at, int stage) const;
   ATTNEXT_DEVICE float entry(uint32_t tile_at, int row, int i) const {
     using Raw = Layout<T, kEntryWidth>;
@@ -431,8 +440,6 @@ struct Scan {
   ATTNEXT_DEVICE void add_within(int stage, const float (&scores)[1][kChunk / 8][4],
                                  const float (&factor)[2], int walked, float* room,
                                  float (&sum)[kEntryWidth / 2]) const;
-
-  // ---- the normaliser ----
 
   ATTNEXT_DEVICE void add_products_with_z(const Rows& rows, int first_feature,
                                           float (&by_z)[2]) const {
@@ -527,6 +534,8 @@ struct Scan {
   ATTNEXT_DEVICE void add_chunk(int stage);
   // Of the features of an operand, times `unit`, to what is `kept`.
   ATTNEXT_DEVICE void add_products(int stage, int operand, float kept, float unit);
+  ATTNEXT_DEVICE void add_sums(int stage, int operand, const float (&w)[kSteps][kMine], float kept,
+                               float unit);
 
   // The decays of a chunk's tokens scale, besides what passes between the tokens, all that the
   // state after it means for later ones: its product with its gradient. In the order of tokens

@@ -54,18 +54,13 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::add_products(int stage, i
   }
 #pragma unroll
   for (int n = 0; n < kDim / 16; ++n) {
-    const bool mine = p.extension == Extension::kColumn && n % kWarps == warp;
-    float part[2][4] = {}, sum[2] = {0.f, 0.f};
+    float part[2][4] = {};
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       const auto b = P::template load_right_transposed<kPanel>(
           features(stage, operand, n * 16 / kPanel) + wide.transposed, k * kDepth,
           n * 16 % kPanel / Wide::kElems);
       P::multiply(part[0], part[1], c[k], b);
-      if (mine) {
-        visit_right<T>(b,
-                       [&](int half, int i, float x) { sum[half] = fmaf(x, w[k][i], sum[half]); });
-      }
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -74,10 +69,30 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::add_products(int stage, i
         float& x = state[2 * n + half][e];
         x = fmaf(part[half][e], unit, kGated ? x * kept : x);
       }
-      if (mine) {
-        float& x = z[n / kWarps][half];
-        x = fmaf(x, kept, quad_sum(sum[half]) * unit);
-      }
+    }
+  }
+  if (p.extension == Extension::kColumn) add_sums(stage, operand, w, kept, unit);
+}
+
+// To the normaliser's: of some of the features by each warp, weighted.
+ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::add_sums(int stage, int operand,
+                                                                const float (&w)[kSteps][kMine],
+                                                                float kept, float unit) {
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    const int n = i * kWarps + warp;
+    if (n * 16 >= kDim) break;
+    float sum[2] = {0.f, 0.f};
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      const auto b = P::template load_right_transposed<kPanel>(
+          features(stage, operand, n * 16 / kPanel) + wide.transposed, k * kDepth,
+          n * 16 % kPanel / Wide::kElems);
+      visit_right<T>(b, [&](int half, int j, float x) { sum[half] = fmaf(x, w[k][j], sum[half]); });
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      z[i][half] = fmaf(z[i][half], kept, quad_sum(sum[half]) * unit);
     }
   }
 }
