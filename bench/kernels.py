@@ -102,23 +102,24 @@ LINEAR_KERNELS: tuple[Kernel, ...] = tuple(
     for facts in _C.cuda_linear_kernels()
 )
 
-# Those of them that most calls run, and decoding, which has no products.
-LINEAR_MAIN: tuple[Kernel, ...] = (
-    *(
-        kernel
-        for kernel in LINEAR_KERNELS
-        if kernel.name.removeprefix("linear_scan_bf16_")
-        in ("64", "64_gated", "64_delta_back", "taylor")
-    ),
+# Those of them that most calls run.
+LINEAR_MAIN: tuple[Kernel, ...] = tuple(
+    kernel
+    for kernel in LINEAR_KERNELS
+    if kernel.name.removeprefix("linear_scan_bf16_") in ("64", "128", "taylor")
+)
+
+# Decoding: it has no tensor instructions.
+STEP_KERNELS: tuple[Kernel, ...] = tuple(
     Kernel(
-        "linear_step_bf16",
-        _alone("linear_step.cuh", "ATTNEXT_STEP(linear_step_bf16, bf16)"),
-        "linear_step_bf16",
+        f"linear_step_{name}",
+        _alone("linear_step.cuh", f"ATTNEXT_STEP(linear_step_{name}, {kind})"),
+        f"linear_step_{name}",
         256,
-        0,
-        (),
+        paths=(),
         include=(CSRC,),
-    ),
+    )
+    for name, kind in (("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "float"))
 )
 
 # What the tools that find the figures are tested with.
@@ -136,7 +137,7 @@ SAMPLES: tuple[Kernel, ...] = (
 def select(patterns: Sequence[str]) -> list[Kernel]:
     """Kernels by name or pattern, the library's if none is given. Errors: ValueError if one fits
     none."""
-    known = (*KERNELS, *ROUTED_KERNELS, *LINEAR_KERNELS, LINEAR_MAIN[-1], *SAMPLES)
+    known = (*KERNELS, *ROUTED_KERNELS, *LINEAR_KERNELS, *STEP_KERNELS, *SAMPLES)
     for pattern in patterns:
         if not any(fnmatch(kernel.name, pattern) for kernel in known):
             names = ", ".join(kernel.name for kernel in known)
