@@ -216,5 +216,20 @@ class CudaLinearBackward:
         grads: tuple[Tensor | None, ...],
     ) -> None: ...
 
+def cuda_linear_step_launches(
+    slots: int,
+    query: Any,
+    key: Any,
+    value: Any,
+    state: Any,
+    decay: Any,
+    beta: Any,
+    feature_map: int,
+    normalize: bool,
+    scale: float,
+    eps: float,
+    out: Any,
+) -> list[dict[str, Any]]: ...
+def cuda_linear_step(device: int, stream: int, slots: int, /, *arguments: Any) -> None: ...
 def cuda_linear_kernels() -> list[dict[str, Any]]: ...
 def cuda_kernels() -> list[dict[str, Any]]: ...

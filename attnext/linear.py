@@ -198,7 +198,8 @@ def linear_attention_step(
 
     Args:
         slots: int32 or int64 ``[B]``: which of the states of a larger ``[S, H, F, V]`` each batch
-            item has. None twice; -1: none at all, for padding, whose result is 0.
+            item has. None twice; -1: none at all, for padding, whose result is 0. On a GPU they
+            are not looked at before: one that there is not gives NaN.
         in_place: updates ``state`` and returns the result alone; otherwise leaves it and returns
             ``(result, new state)``.
         feature_map, decay, beta, normalize, eps, scale: see :func:`linear_attention`.

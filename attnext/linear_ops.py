@@ -191,7 +191,7 @@ def _slot_list(slots: Tensor, count: int) -> list[int]:
 # ---- CUDA ----------------------------------------------------------------------------------------
 
 _TABLES = DeviceTables()
-_MAX_HEAD_DIM, _MAX_TAYLOR_DIM, _MAX_TAYLOR_DIM_V = 128, 16, 64
+_MAX_HEAD_DIM, _MAX_TAYLOR_DIM, _MAX_TAYLOR_DIM_V = 128, 64, 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,13 +209,11 @@ _sequences = functools.lru_cache(maxsize=64)(_Sequences)
 
 def check_cuda(problem: tuple[Any, ...], grads: bool, of_decay: bool = False) -> None:
     """Errors: NotImplementedError for what the CUDA kernels lack."""
-    query, value, beta = problem[0], problem[2], problem[_BETA]
+    query, value = problem[0], problem[2]
     feature_map = problem[_FEATURE_MAP]
     what = ""
     if query.dtype == torch.float64:
         what = "float64"
-    elif beta is not None and grads:
-        what = "gradients of the delta rule (beta)"
     elif FEATURE_MAPS[feature_map] == "taylor2" and query.shape[-1] > _MAX_TAYLOR_DIM:
         what = f"feature_map 'taylor2' with a head_dim above {_MAX_TAYLOR_DIM}"
     elif FEATURE_MAPS[feature_map] == "taylor2" and grads and value.shape[-1] > _MAX_TAYLOR_DIM_V:
@@ -258,8 +256,31 @@ def _backward_cuda(*args: Any) -> tuple[Tensor, ...]:
         return _shared(grads, problem)
 
 
-def _step_cuda(*args: Any) -> Tensor:
-    raise NotImplementedError("linear_attention_step has no CUDA kernel yet: query is on a GPU")
+def check_step_cuda(query: Tensor, beta: Tensor | None) -> None:
+    """Errors: NotImplementedError for what the CUDA kernels lack."""
+    if query.dtype == torch.float64:
+        raise NotImplementedError("linear_attention_step on a GPU does not have float64 yet")
+    if beta is not None and query.shape[-1] > _MAX_HEAD_DIM:
+        raise NotImplementedError(
+            f"linear_attention_step on a GPU does not have the delta rule (beta) with a head_dim "
+            f"above {_MAX_HEAD_DIM} yet"
+        )
+
+
+def _step_cuda(
+    query: Tensor, key: Tensor, value: Tensor, state: Tensor, slots: Tensor | None, *rest: Any
+) -> Tensor:
+    """Slots are not looked at: that would wait for the GPU. One out of range gives NaN."""
+    check_step_cuda(query, rest[1])
+    with torch.cuda.device(query.device):
+        out = _step_fake(query, key, value)
+        chosen = None if slots is None else slots.to(query.device, torch.int64).contiguous()
+        stream = torch.cuda.current_stream(query.device).cuda_stream
+        address = 0 if chosen is None else chosen.data_ptr()
+        _C.cuda_linear_step(
+            query.get_device(), stream, address, query, key, value, state, *rest, out
+        )
+    return out
 
 
 for _name, _cpu, _cuda, _fake in (

@@ -210,7 +210,11 @@ def static_(
             click.echo("\n" + static.markdown(table[0], table[1:]))
         if write_budget:
             static.write_budget(
-                figures, [kernel.name for kernel in (*kernels.KERNELS, *kernels.SAMPLES)]
+                figures,
+                [
+                    kernel.name
+                    for kernel in (*kernels.KERNELS, *kernels.LINEAR_MAIN, *kernels.SAMPLES)
+                ],
             )
         budget = static.load_budget() if check else {}
         worse = [s for f in figures if check for s in static.over_budget(f, budget)]

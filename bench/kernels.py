@@ -102,6 +102,26 @@ LINEAR_KERNELS: tuple[Kernel, ...] = tuple(
     for facts in _C.cuda_linear_kernels()
 )
 
+# Those of them that most calls run.
+LINEAR_MAIN: tuple[Kernel, ...] = tuple(
+    kernel
+    for kernel in LINEAR_KERNELS
+    if kernel.name.removeprefix("linear_scan_bf16_") in ("64", "128", "taylor")
+)
+
+# Decoding: it has no tensor instructions.
+STEP_KERNELS: tuple[Kernel, ...] = tuple(
+    Kernel(
+        f"linear_step_{name}",
+        _alone("linear_step.cuh", f"ATTNEXT_STEP(linear_step_{name}, {kind})"),
+        f"linear_step_{name}",
+        256,
+        paths=(),
+        include=(CSRC,),
+    )
+    for name, kind in (("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "float"))
+)
+
 # What the tools that find the figures are tested with.
 _FOLDER = ROOT / "tests" / "ptx" / "kernels"
 _GEMM_SHARED = 2 * 2 * 64 * 32 * 2  # stages, operands, tile, bytes
@@ -117,11 +137,11 @@ SAMPLES: tuple[Kernel, ...] = (
 def select(patterns: Sequence[str]) -> list[Kernel]:
     """Kernels by name or pattern, the library's if none is given. Errors: ValueError if one fits
     none."""
-    known = (*KERNELS, *ROUTED_KERNELS, *LINEAR_KERNELS, *SAMPLES)
+    known = (*KERNELS, *ROUTED_KERNELS, *LINEAR_KERNELS, *STEP_KERNELS, *SAMPLES)
     for pattern in patterns:
         if not any(fnmatch(kernel.name, pattern) for kernel in known):
             names = ", ".join(kernel.name for kernel in known)
             raise ValueError(f"no kernel is called {pattern!r}; there are {names}")
     if not patterns:
-        return list(KERNELS)
+        return [*KERNELS, *LINEAR_MAIN]
     return [k for k in known if any(fnmatch(k.name, p) for p in patterns)]

@@ -199,15 +199,16 @@ void linear_backward(const py::tuple& problem, py::handle out, py::handle denomi
   cpu::linear_backward(call.params);
 }
 
-void linear_step(py::handle query, py::handle key, py::handle value, py::handle state,
-                 py::handle slots, py::handle decay, py::handle beta, int64_t map, bool normalize,
-                 double scale, double eps, py::handle out) {
+// A step's tensors; slots, if any, are for the caller to set.
+LinearStepParams make_step(Device device, py::handle query, py::handle key, py::handle value,
+                           py::handle state, bool has_slots, py::handle decay, py::handle beta,
+                           int64_t map, bool normalize, double scale, double eps, py::handle out) {
   LinearCall call;
+  call.device = device;
   LinearParams& p = call.params;
-  const Shape q = read_tensor(query, call.device);
+  const Shape q = read_tensor(query, device);
   p.dtype = q.dtype;
-  set_sizes(&p, q, read_tensor(key, p.dtype, call.device),
-            read_tensor(value, p.dtype, call.device));
+  set_sizes(&p, q, read_tensor(key, p.dtype, device), read_tensor(value, p.dtype, device));
   p.query = call.tokens(query, p.dtype, p.query_heads, p.head_dim);
   p.key = call.tokens(key, p.dtype, p.key_heads, p.head_dim);
   p.value = call.tokens(value, p.dtype, p.value_heads, p.head_dim_v);
@@ -221,23 +222,32 @@ void linear_step(py::handle query, py::handle key, py::handle value, py::handle 
   require(!p.delta() || (!p.normalize && p.feature_map != FeatureMap::kTaylor2), "delta rule");
   p.out = call.tokens(out, p.dtype, p.heads, p.head_dim_v);
 
-  const Shape s = read_tensor(state, accumulator(p.dtype), call.device);
+  const Shape s = read_tensor(state, accumulator(p.dtype), device);
   require(s.rank == 4 && s.size[1] == p.heads && s.size[2] == p.features() &&
               s.size[3] == p.state_columns() && (s.stride[3] == 1 || s.size[3] == 1),
           "state");
+  require(has_slots || s.size[0] == p.batch, "a state per batch item");
   LinearStepParams params{};
   params.problem = p;
   params.state = s.data;
+  params.num_states = s.size[0];
   params.slot_stride = s.stride[0];
   params.head_stride = s.stride[1];
   params.feature_stride = s.stride[2];
+  return params;
+}
+
+void linear_step(py::handle query, py::handle key, py::handle value, py::handle state,
+                 py::handle slots, py::handle decay, py::handle beta, int64_t map, bool normalize,
+                 double scale, double eps, py::handle out) {
+  LinearStepParams params = make_step(Device::kCpu, query, key, value, state, !slots.is_none(),
+                                      decay, beta, map, normalize, scale, eps, out);
   std::vector<int64_t> slot_list;
-  if (slots.is_none()) {
-    require(s.size[0] == p.batch, "a state per batch item");
-  } else {
+  if (!slots.is_none()) {
     slot_list = integers(slots);
-    require(static_cast<int64_t>(slot_list.size()) == p.batch, "a slot per batch item");
-    for (const int64_t slot : slot_list) require(slot >= -1 && slot < s.size[0], "slot");
+    require(static_cast<int64_t>(slot_list.size()) == params.problem.batch,
+            "a slot per batch item");
+    for (const int64_t slot : slot_list) require(slot >= -1 && slot < params.num_states, "slot");
     params.slots = slot_list.data();
   }
   const py::gil_scoped_release release;
@@ -262,6 +272,17 @@ struct CudaLinear {
     if (call.packed) call.params.sequences = reinterpret_cast<const LinearSequence*>(address);
   }
 };
+
+// `slots`: the address of an int64 for each batch item, or 0.
+std::vector<cuda::Launch> prepare_step(uintptr_t slots, py::handle query, py::handle key,
+                                       py::handle value, py::handle state, py::handle decay,
+                                       py::handle beta, int64_t map, bool normalize, double scale,
+                                       double eps, py::handle out) {
+  LinearStepParams params = make_step(Device::kCuda, query, key, value, state, slots != 0, decay,
+                                      beta, map, normalize, scale, eps, out);
+  params.slots = reinterpret_cast<const int64_t*>(slots);
+  return cuda::linear_step_launches(params);
+}
 
 struct CudaLinearForward : CudaLinear {
   using CudaLinear::CudaLinear;
@@ -307,6 +328,22 @@ void bind_linear(py::module_& m) {
   m.def("linear_forward", &linear_forward);
   m.def("linear_backward", &linear_backward);
   m.def("linear_step", &linear_step);
+  m.def("cuda_linear_step_launches",
+        [](uintptr_t slots, py::handle query, py::handle key, py::handle value, py::handle state,
+           py::handle decay, py::handle beta, int64_t map, bool normalize, double scale, double eps,
+           py::handle out) {
+          return describe(prepare_step(slots, query, key, value, state, decay, beta, map, normalize,
+                                       scale, eps, out));
+        });
+  m.def("cuda_linear_step", [](int device, uintptr_t stream, uintptr_t slots, py::handle query,
+                               py::handle key, py::handle value, py::handle state, py::handle decay,
+                               py::handle beta, int64_t map, bool normalize, double scale,
+                               double eps, py::handle out) {
+    const auto launches =
+        prepare_step(slots, query, key, value, state, decay, beta, map, normalize, scale, eps, out);
+    const py::gil_scoped_release release;
+    cuda::launch(launches, device, stream, "linear_step");
+  });
   py::class_<CudaLinearForward>(m, "CudaLinearForward")
       .def(py::init<const py::tuple&>())
       .def_property_readonly("sequences", &CudaLinearForward::sequences)

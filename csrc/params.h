@@ -153,6 +153,7 @@ struct LinearStepParams {
   void* state;           // accumulator type; columns have unit stride
   int64_t slot_stride, head_stride, feature_stride;
   const int64_t* slots;  // [batch], which state; null: the batch item's own; -1: none, out is 0
+  int64_t num_states;
 };
 static_assert(std::is_trivially_copyable<LinearStepParams>::value, "crosses to kernels by memcpy");
 

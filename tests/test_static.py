@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 from bench import model, sass, static, toolkit
 from bench.cli import cli
-from bench.kernels import KERNELS, SAMPLES, Kernel, select
+from bench.kernels import KERNELS, LINEAR_MAIN, SAMPLES, Kernel, select
 from bench.occupancy import LIMITS, occupancy
 
 
@@ -465,14 +465,23 @@ WIDE = [k for k in KERNELS if "bf16" in k.name and k.name.split("_bf16_")[1] in 
 
 def test_the_budget_names_the_kernels_there_are() -> None:
     budget = static.load_budget()["kernels"]
-    assert set(budget) == {kernel.name for kernel in (*MAIN, *WIDE, *SAMPLES)}
+    assert set(budget) == {kernel.name for kernel in (*MAIN, *WIDE, *LINEAR_MAIN, *SAMPLES)}
+    linear = {kernel.name for kernel in LINEAR_MAIN}
     for name, architectures in budget.items():
-        assert list(architectures) == [str(a) for a in static.ARCHITECTURES], name
+        known = static.ARCHITECTURES[: 1 if name in linear else None]
+        assert list(architectures) == [str(a) for a in known], name
 
 
 @pytest.mark.parametrize("kernel", [*MAIN, *WIDE, *SAMPLES], ids=lambda kernel: kernel.name)
 def test_kernels_keep_their_budget(kernel: Kernel) -> None:
     """All figures; each path is a build of its own."""
+    worse = static.over_budget(static.measure(kernel, 80), static.load_budget())
+    assert not worse, "\n".join(worse)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("kernel", LINEAR_MAIN, ids=lambda kernel: kernel.name)
+def test_linear_kernels_keep_their_budget(kernel: Kernel) -> None:
     worse = static.over_budget(static.measure(kernel, 80), static.load_budget())
     assert not worse, "\n".join(worse)
 

@@ -25,6 +25,8 @@ ATTNEXT_ALL_KERNELS(ATTNEXT_DECLARE)
 ATTNEXT_ALL_ROUTED_KERNELS(ATTNEXT_DECLARE_ROUTED)
 #define ATTNEXT_DECLARE_LINEAR(name, ...) extern "C" void name(LinearLaunch);
 ATTNEXT_ALL_LINEAR_KERNELS(ATTNEXT_DECLARE_LINEAR)
+#define ATTNEXT_DECLARE_STEP(name, ...) extern "C" void name(LinearStepLaunch);
+ATTNEXT_STEP_KERNELS(ATTNEXT_DECLARE_STEP)
 
 namespace {
 
@@ -32,7 +34,7 @@ const void* find(const std::string& name) {
   static const std::unordered_map<std::string, const void*> known = {
 #define ATTNEXT_ENTRY(name, ...) {#name, reinterpret_cast<const void*>(&name)},
       ATTNEXT_ALL_KERNELS(ATTNEXT_ENTRY) ATTNEXT_ALL_ROUTED_KERNELS(ATTNEXT_ENTRY)
-          ATTNEXT_ALL_LINEAR_KERNELS(ATTNEXT_ENTRY)};
+          ATTNEXT_ALL_LINEAR_KERNELS(ATTNEXT_ENTRY) ATTNEXT_STEP_KERNELS(ATTNEXT_ENTRY)};
   return known.at(name);
 }
 

@@ -100,6 +100,31 @@ ATTNEXT_DEVICE int contraction_row(int i) {
   return sizeof(T) == 4 ? 2 * t + i : i / 2 * 8 + 2 * t + i % 2;
 }
 
+// s = rows x walk^T as far as it is walked, 16 rows of the walk after 16: one question for each.
+template <class T, int kDim, int kWalk, bool kKept>
+ATTNEXT_DEVICE void walked_product(float (&s)[1][kWalk / 8][4],
+                                   const LeftRows<T, kDim, 1, kKept>& rows,
+                                   const WalkLanes<T, kDim>& lanes, uint32_t walk_tile,
+                                   int walked) {
+  if constexpr (!kKept) {  // they would be read again for each
+    product<T, kDim, 1, kWalk, kKept>(s, rows, lanes, walk_tile, walked);
+    return;
+  }
+#pragma unroll
+  for (int n = 0; n < kWalk / 8; ++n) s[0][n][0] = s[0][n][1] = s[0][n][2] = s[0][n][3] = 0.f;
+  const uint32_t at = walk_tile + lanes.right;
+#pragma unroll
+  for (int n = 0; n < kWalk / 16; ++n) {
+    if (n * 16 >= walked) break;
+#pragma unroll
+    for (int k = 0; k < LeftRows<T, kDim, 1, kKept>::kSteps; ++k) {
+      const auto b = Products<T>::load_right((at ^ static_cast<uint32_t>(k * 32)) +
+                                             n * 16 * Layout<T, kDim>::kRowBytes);
+      Products<T>::multiply(s[0][2 * n], s[0][2 * n + 1], rows(0, k), b);
+    }
+  }
+}
+
 // ---- numbers -----------------------------------------------------------------------------------
 
 // 2^x with nothing beyond the largest power; NaN stays.
@@ -128,6 +153,20 @@ ATTNEXT_DEVICE void unit_of(float top, int most, float& unit, float& inverse) {
   inverse = __uint_as_float(static_cast<uint32_t>(127 - e) << 23);
 }
 
+// Taylor feature f > dim is x_a x_b.
+ATTNEXT_DEVICE void pair_of_feature(int f, int dim, int& a, int& b) {
+  a = 0, b = f - 1 - dim;
+  while (a < dim && b >= dim - a) b -= dim - a, ++a;
+  b += a;
+}
+// Of kTaylorEntries, a feature's place in a tensor of states, where entries may be fewer; -1: none.
+ATTNEXT_DEVICE int place_of_feature(int f, int dim) {
+  if (f <= kTaylorEntries) return f <= dim ? f : -1;
+  int a, b;
+  pair_of_feature(f, kTaylorEntries, a, b);
+  return b < dim ? 1 + dim + a * dim - a * (a - 1) / 2 + b - a : -1;
+}
+
 // ---- tokens ------------------------------------------------------------------------------------
 
 // The tokens of one sequence in the order in which they are walked.
@@ -152,8 +191,10 @@ struct Tokens {
     return backwards ? end - 1 - position : begin + position;
   }
   // Elements from the start of a tensor to the row of a position.
-  ATTNEXT_DEVICE int64_t offset(const TensorRef& t, int64_t group, int64_t position) const {
-    return batch * t.batch + token(position) * t.token[2] + head / group * t.head;
+  ATTNEXT_DEVICE int64_t offset(const TensorRef& t, int32_t group, int64_t position) const {
+    const auto h = static_cast<uint32_t>(head);  // 32 bits are enough, and divided quickly
+    return batch * t.batch + (group > 1 ? h / static_cast<uint32_t>(group) : h) * t.head +
+           token(position) * t.token[2];
   }
   ATTNEXT_DEVICE int64_t step(const TensorRef& t) const {
     return backwards ? -t.token[2] : t.token[2];

@@ -3,6 +3,8 @@
 #pragma once
 
 #include "linear_delta.cuh"
+#include "linear_numbers.cuh"
+#include "linear_outputs.cuh"
 #include "linear_state.cuh"
 #include "linear_taylor.cuh"
 

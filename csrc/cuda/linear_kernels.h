@@ -11,36 +11,57 @@ namespace cuda {
 // What is compiled in. Plain: products, and the normaliser of outputs. Gated: decays and other
 // numbers of tokens too, further entries of b, features' slopes. Taylor: as gated, of features that
 // are all products of two of 16 entries, with them and 1. Delta: as gated, with values that the
-// state has not told yet. Fold: c has Taylor features, from whose gradient that of the entries
-// comes.
-enum class ScanKind { kPlain, kGated, kTaylor, kDelta, kFold };
-constexpr int kTaylorEntries = 16;
+// state has not told yet. DeltaBack: as gated, and outputs are gradients of such values, of which
+// some come from those of the tokens before (in the order of the scan). Fold: c has Taylor
+// features, from whose gradient that of the entries comes. Wide: of up to 64 entries, whose
+// features blocks share; each has a part of an output.
+enum class ScanKind { kPlain, kGated, kTaylor, kDelta, kDeltaBack, kFold, kTaylorWide, kFoldWide };
+constexpr bool is_expanded(ScanKind kind) {
+  return kind == ScanKind::kTaylor || kind == ScanKind::kTaylorWide;
+}
+constexpr bool is_folded(ScanKind kind) {
+  return kind == ScanKind::kFold || kind == ScanKind::kFoldWide;
+}
+constexpr bool is_wide(ScanKind kind) {
+  return kind == ScanKind::kTaylorWide || kind == ScanKind::kFoldWide;
+}
+constexpr int kTaylorEntries = 16, kWideEntries = 64;
 
 // clang-format off
 #define ATTNEXT_SCAN_KERNELS_16(X, T, type) \
   X(linear_scan_##type##_32, T, 32, 4, kPlain) \
   X(linear_scan_##type##_32_gated, T, 32, 4, kGated) \
   X(linear_scan_##type##_32_delta, T, 32, 4, kDelta) \
+  X(linear_scan_##type##_32_delta_back, T, 32, 4, kDeltaBack) \
   X(linear_scan_##type##_64, T, 64, 4, kPlain) \
   X(linear_scan_##type##_64_gated, T, 64, 4, kGated) \
   X(linear_scan_##type##_64_delta, T, 64, 4, kDelta) \
+  X(linear_scan_##type##_64_delta_back, T, 64, 4, kDeltaBack) \
   X(linear_scan_##type##_128, T, 128, 4, kPlain) \
   X(linear_scan_##type##_128_gated, T, 128, 4, kGated) \
   X(linear_scan_##type##_128_delta, T, 128, 4, kDelta) \
+  X(linear_scan_##type##_128_delta_back, T, 128, 4, kDeltaBack) \
   X(linear_scan_##type##_taylor, T, 160, 4, kTaylor) \
-  X(linear_scan_##type##_fold, T, 64, 4, kFold)
+  X(linear_scan_##type##_fold, T, 64, 4, kFold) \
+  X(linear_scan_##type##_taylor_wide, T, 128, 4, kTaylorWide) \
+  X(linear_scan_##type##_fold_wide, T, 64, 4, kFoldWide)
 #define ATTNEXT_SCAN_KERNELS_32(X, T, type) \
   X(linear_scan_##type##_32, T, 32, 2, kPlain) \
   X(linear_scan_##type##_32_gated, T, 32, 2, kGated) \
   X(linear_scan_##type##_32_delta, T, 32, 2, kDelta) \
+  X(linear_scan_##type##_32_delta_back, T, 32, 2, kDeltaBack) \
   X(linear_scan_##type##_64, T, 64, 2, kPlain) \
   X(linear_scan_##type##_64_gated, T, 64, 2, kGated) \
   X(linear_scan_##type##_64_delta, T, 64, 2, kDelta) \
+  X(linear_scan_##type##_64_delta_back, T, 64, 2, kDeltaBack) \
   X(linear_scan_##type##_128, T, 128, 2, kPlain) \
   X(linear_scan_##type##_128_gated, T, 128, 2, kGated) \
   X(linear_scan_##type##_128_delta, T, 128, 2, kDelta) \
+  X(linear_scan_##type##_128_delta_back, T, 128, 2, kDeltaBack) \
   X(linear_scan_##type##_taylor, T, 160, 2, kTaylor) \
-  X(linear_scan_##type##_fold, T, 64, 2, kFold)
+  X(linear_scan_##type##_fold, T, 64, 2, kFold) \
+  X(linear_scan_##type##_taylor_wide, T, 128, 2, kTaylorWide) \
+  X(linear_scan_##type##_fold_wide, T, 64, 2, kFoldWide)
 #define ATTNEXT_ALL_LINEAR_KERNELS(X)         \
   ATTNEXT_SCAN_KERNELS_16(X, bf16, bf16)      \
   ATTNEXT_SCAN_KERNELS_16(X, fp16, fp16)      \
@@ -53,11 +74,20 @@ constexpr int kTaylorEntries = 16;
   X(linear_fold_fp32, float)                  \
   X(linear_combine, float)                    \
   X(linear_decay_gradient, float)
+#define ATTNEXT_STEP_KERNELS(X) \
+  X(linear_step_bf16, bf16)     \
+  X(linear_step_fp16, fp16)     \
+  X(linear_step_fp32, float)
 // clang-format on
+
+// A step's block: its threads; of each, the numbers of the state that it has at once; how many
+// threads share a column, at most; columns, and tokens, that it has at once.
+constexpr int kStepThreads = 256, kStepHeld = 32, kStepGroups = 8;
+constexpr int kStepColumns = 96, kStepTokens = 8;
 
 // Blocks that an SM must have room for: the compiler then keeps to as many registers.
 constexpr int least_scan_blocks(int elem, int dim, ScanKind kind) {
-  return elem == 4 || dim > 64 ? 1 : kind == ScanKind::kFold ? 2 : 3;
+  return elem == 4 || dim > 64 || is_wide(kind) ? 1 : kind == ScanKind::kPlain ? 3 : 2;
 }
 
 // Shared memory of a scan: two stages of a, b and c, the features of a and b where they are more
@@ -66,12 +96,13 @@ constexpr int least_scan_blocks(int elem, int dim, ScanKind kind) {
 // in panels, whose rows have a power of two of bytes.
 template <int kElem, int kDim, int kWarps, ScanKind kKind>
 struct ScanShared {
-  static constexpr bool kExpanded = kKind == ScanKind::kTaylor, kFolded = kKind == ScanKind::kFold;
+  static constexpr bool kExpanded = is_expanded(kKind), kFolded = is_folded(kKind);
+  static constexpr int kEntryWidth = is_wide(kKind) ? kWideEntries : 32;  // of a tile of entries
   static constexpr int kChunk = 16 * kWarps, kColumns = 16 * kWarps;
-  static constexpr int kRaw = kExpanded ? 32 : kDim, kPanel = kRaw;
+  static constexpr int kRaw = kExpanded ? kEntryWidth : kDim, kPanel = kRaw;
   static constexpr int kPanels = kDim / kPanel, kPanelTile = kChunk * kPanel * kElem;
   static constexpr int kWide = kChunk * kRaw * kElem, kNarrow = kChunk * kColumns * kElem;
-  static constexpr int kEntriesTile = kChunk * 32 * kElem;  // of Taylor entries, padded
+  static constexpr int kEntriesTile = kChunk * kEntryWidth * kElem;
   static constexpr int kStage = 2 * kWide + (kFolded ? 2 * kEntriesTile : kNarrow);
   static constexpr int kFeaturesAt = 2 * kStage;
   static constexpr int kStateAt = kFeaturesAt + (kExpanded ? 2 * kPanels * kPanelTile

@@ -38,12 +38,14 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 const ScanFacts& scan_of(DType dtype, int64_t dim, ScanKind kind) {
   for (const ScanFacts& k : kScans) {
-    const int64_t most = kind == ScanKind::kTaylor ? kTaylorEntries : k.dim;
+    const int64_t most = kind == ScanKind::kTaylor       ? kTaylorEntries
+                         : kind == ScanKind::kTaylorWide ? kWideEntries
+                                                         : k.dim;
     if (k.dtype == dtype && most >= dim && k.kind == kind) return k;
   }
   throw std::invalid_argument(
       "attnext: linear attention on CUDA has head_dim up to 128, Taylor "
-      "features up to 16, in float32, bfloat16 or float16");
+      "features up to 64, in float32, bfloat16 or float16");
 }
 
 std::string suffix(DType dtype) {
@@ -75,9 +77,20 @@ class Plan {
     used_ += ceil_div(numbers * int64_t(sizeof(float)), 256) * 256;
     return reinterpret_cast<float*>(at);
   }
+  // Rows of the elements' type for each token and head.
+  TensorRef take_rows(int64_t dim) {
+    const int64_t elem = p.dtype == DType::kFloat32 ? 4 : 2;
+    float* const data = take(ceil_div(rows() * dim * elem, int64_t(sizeof(float))));
+    return rows_at(data, dim);
+  }
+  // Laid out as a tensor of its own.
+  TensorRef rows_at(void* data, int64_t dim) const {
+    return {data, p.tokens * p.heads * dim, {0, 0, p.heads * dim}, dim};
+  }
   float* take_states() { return take(p.num_sequences * p.heads * state_size_); }
   int64_t chunks() const { return segments_ * segment_ / chunk_; }  // of a sequence, at most
   bool taylor() const { return p.feature_map == FeatureMap::kTaylor2; }
+  bool wide() const { return taylor() && p.head_dim > kTaylorEntries; }
   int64_t rows() const { return p.batch * p.tokens * p.heads; }
 
   ScanRows rows_of(const TensorRef& t, int64_t heads, int64_t dim,
@@ -133,18 +146,31 @@ class Plan {
   void add_scan(LinearLaunch l) {
     const bool gated = l.decay.data || l.side != Side::kNone || l.raw.rows.data ||
                        l.extension == Extension::kFeature || l.out_fp32 || l.inner_scale == 0;
-    const ScanKind kind = l.folds     ? ScanKind::kFold
+    const ScanKind kind = l.folds     ? wide() ? ScanKind::kFoldWide : ScanKind::kFold
+                          : wide()    ? ScanKind::kTaylorWide
                           : taylor()  ? ScanKind::kTaylor
                           : p.delta() ? ScanKind::kDelta
                           : gated     ? ScanKind::kGated
                                       : ScanKind::kPlain;
+    add_scan(kind, l);
+  }
+  void add_scan(ScanKind kind, LinearLaunch l) {
     const ScanFacts& scan = scan_of(p.dtype, l.b.dim, kind);
     l.slices = static_cast<int32_t>(l.folds ? fold_slices() : slices(l.c.dim));
-    const int64_t blocks = p.num_sequences * p.heads * segments_ * l.slices;
+    l.outer_scale = 1 / l.inner_scale;
+    l.parts = kind == ScanKind::kTaylorWide ? static_cast<int32_t>(parts()) : 1;
+    const int64_t blocks = p.num_sequences * p.heads * segments_ * l.slices * l.parts;
     add(scan.name, blocks, 32 * scan.warps, scan.shared_bytes, l);
   }
   int64_t slices(int64_t dim) const { return ceil_div(dim, p.dtype == DType::kFloat32 ? 32 : 64); }
-  int64_t fold_slices() const { return slices(num_features(FeatureMap::kTaylor2, kTaylorEntries)); }
+  int64_t fold_slices() const {
+    return slices(
+        num_features(FeatureMap::kTaylor2, std::max<int64_t>(p.head_dim, kTaylorEntries)));
+  }
+  int64_t fold_width() const { return wide() ? p.head_dim : kTaylorEntries; }
+  int64_t parts() const {
+    return ceil_div(p.features(), scan_of(p.dtype, p.head_dim, ScanKind::kTaylorWide).dim);
+  }
   void add(const std::string& name, int64_t blocks, int32_t threads, int32_t shared,
            const LinearLaunch& l) {
     if (blocks > INT32_MAX) throw std::invalid_argument("attnext: grid: more than 2^31 blocks");
@@ -194,7 +220,23 @@ class Plan {
     l.before = from.before;
     l.before_segments = from.segments;
     if (!from.ends) l.after = after;
+    if (!wide() || l.folds) return add_scan(l);
+    // In parts, which are added up.
+    LinearLaunch sum = l;
+    l.out = {rows_at(take(parts() * rows() * l.out.dim), l.out.dim), 1, l.out.dim};
+    l.out_fp32 = 1;
+    if (l.extension == Extension::kColumn) l.part_sums = take(parts() * rows());
     add_scan(l);
+    sum.part_sums = l.part_sums;
+    add_fold(sum, static_cast<float*>(l.out.rows.data), parts(), l.out.dim);
+  }
+  // The sum of `parts` that lie one after the other, of rows `dim` wide.
+  void add_fold(LinearLaunch l, float* folded, int64_t parts, int64_t dim) {
+    l.folded = folded;
+    l.slices = static_cast<int32_t>(parts);
+    l.width = static_cast<int32_t>(dim);
+    constexpr int kThreads = 256;
+    add("linear_fold" + suffix(p.dtype), ceil_div(rows() * dim, kThreads), kThreads, 0, l);
   }
 
   const LinearParams& p;
@@ -231,9 +273,140 @@ void plan_forward(Plan* plan) {
   plan->add_outputs(l, states, last);
 }
 
+// What gradients of decays need: products of the gradients with what they belong to, and states to
+// meet their gradients; `sets` of either.
+struct OfDecay {
+  float *dots = nullptr, *dots_key = nullptr, *boundaries = nullptr, *meetings = nullptr;
+  int64_t slices, of_set = 0;  // numbers of a set of meetings
+  int32_t num_meetings, chunk, sets;
+
+  OfDecay(Plan* plan, int32_t of_sets) : slices(plan->slices(plan->p.head_dim)), sets(of_sets) {
+    const LinearParams& p = plan->p;
+    const ScanFacts& scan = scan_of(p.dtype, p.head_dim_v, ScanKind::kGated);  // of dq and dk
+    num_meetings = scan.warps;
+    chunk = 16 * scan.warps;
+    if (!p.ddecay.data) return;
+    const int64_t states = p.num_sequences * p.heads * slices * plan->chunks();
+    of_set = states * num_meetings;
+    dots = plan->take(sets * slices * plan->rows());
+    dots_key = plan->take(sets * slices * plan->rows());
+    boundaries = plan->take(states * (scan.dim / 8 + 1) * 4 * 32 * scan.warps);
+    meetings = plan->take(sets * of_set);
+  }
+  void add(Plan* plan) const {
+    const LinearParams& p = plan->p;
+    if (!p.ddecay.data) return;
+    LinearLaunch d = plan->start(false);
+    d.dots = dots;
+    d.dots_key = dots_key;
+    d.slices = static_cast<int32_t>(slices);
+    d.meetings = meetings;
+    d.num_meetings = num_meetings;
+    d.sets = sets;
+    d.chunk = chunk;
+    d.ddecay = p.ddecay;
+    constexpr int kThreads = 128;
+    plan->add("linear_decay_gradient",
+              ceil_div(p.num_sequences * p.heads * plan->chunks(), kThreads / 32), kThreads, 0, d);
+  }
+};
+
+// Where a gradient goes.
+void set_result(const Plan& plan, LinearLaunch* l, const TensorRef& t, int64_t heads, int64_t dim) {
+  l->out = plan.rows_of(t, plan.p.heads, dim);
+  l->out_fp32 = heads != plan.p.heads && plan.p.dtype != DType::kFloat32;
+}
+
+// The delta rule: what tokens write is linear attention's value, once it is known. So u is found in
+// order, and against it h, which keys get for what they have read; see linear_delta.cuh. Then
+//   dq: (dO, u, k)   dk: (u, dO, q), and of what keys have read (h, u, k) and (u, h, k),
+// where no token meets itself.
+void plan_delta_backward(Plan* plan) {
+  const LinearParams& p = plan->p;
+  const auto rows_of = [&](const TensorRef& t) { return plan->rows_of(t, p.heads, p.head_dim_v); };
+  const ScanRows u = rows_of(plan->take_rows(p.head_dim_v));
+  const ScanRows e = rows_of(plan->take_rows(p.head_dim_v));
+  const ScanRows h = rows_of(plan->take_rows(p.head_dim_v));
+  float* const dbeta = plan->take(plan->slices(p.head_dim_v) * plan->rows());
+  const int64_t part = plan->rows() * p.head_dim;
+  float* const dkeys = plan->take(3 * part);
+  const OfDecay of_decay(plan, 2);
+  const auto* const initial = static_cast<const float*>(p.initial_state);
+  const auto* const dfinal = static_cast<const float*>(p.dfinal_state);
+  const bool curved = p.feature_map != FeatureMap::kIdentity || p.ddecay.data;
+  const auto start = [&](bool against, const ScanRows& b, const ScanRows& c, const float* before) {
+    LinearLaunch l = plan->start(against);
+    l.outputs = l.sums = 1;
+    l.b = b;
+    l.c = c;
+    l.before = before;
+    return l;
+  };
+
+  LinearLaunch l = start(false, plan->key(), plan->value(), initial);
+  l.written = u;
+  l.lacking = e;
+  plan->add_scan(ScanKind::kDelta, l);
+
+  l = start(false, u, plan->key(), initial);
+  l.a = plan->dout();
+  plan->set_layout(&l, true);
+  set_result(*plan, &l, p.dquery, p.query_heads, p.head_dim);
+  if (curved) l.raw = plan->query();
+  l.dots = of_decay.dots;
+  l.boundaries = of_decay.boundaries;
+  plan->add_scan(ScanKind::kGated, l);
+
+  l = start(true, plan->query(), plan->dout(), dfinal);
+  l.a = plan->key();
+  set_result(*plan, &l, p.dvalue, p.value_heads, p.head_dim_v);
+  l.written = h;
+  l.lacking = e;
+  if (p.dbeta.data) l.dots = dbeta;
+  l.after = static_cast<float*>(p.dinitial_state);
+  plan->add_scan(ScanKind::kDeltaBack, l);
+
+  const auto add_part = [&](int64_t number, LinearLaunch of, const ScanRows& a, const ScanRows& raw,
+                            float* dots) {
+    of.a = a;
+    plan->set_layout(&of, true);
+    of.out = plan->rows_of(plan->rows_at(dkeys + number * part, p.head_dim), p.heads, p.head_dim);
+    of.out_fp32 = 1;
+    if (curved) of.raw = raw;
+    of.dots = dots;
+    plan->add_scan(ScanKind::kGated, of);
+  };
+  const int64_t of_set = of_decay.slices * plan->rows();
+  const auto second = [&](float* set, int64_t numbers) { return set ? set + numbers : nullptr; };
+  l = start(false, u, plan->key(), initial);
+  l.scale = 1;
+  l.strict = 1;
+  add_part(0, l, h, plan->key(), second(of_decay.dots, of_set));
+  l = start(true, plan->dout(), plan->query(), dfinal);
+  l.boundaries = of_decay.boundaries;
+  l.meetings = of_decay.meetings;
+  add_part(1, l, u, plan->key(), of_decay.dots_key);
+  l = start(true, h, plan->key(), nullptr);
+  l.inner_scale = 1;
+  l.strict = 1;
+  l.boundaries = of_decay.boundaries;
+  l.meetings = second(of_decay.meetings, of_decay.of_set);
+  add_part(2, l, u, plan->key(), second(of_decay.dots_key, of_set));
+
+  l = plan->start(false);
+  set_result(*plan, &l, p.dkey, p.key_heads, p.head_dim);
+  plan->add_fold(l, dkeys, 3, p.head_dim);
+  if (p.dbeta.data) {
+    l.out = plan->rows_of(p.dbeta, p.heads, 1);
+    l.out_fp32 = 1;
+    plan->add_fold(l, dbeta, plan->slices(p.head_dim_v), 1);
+  }
+  of_decay.add(plan);
+}
+
 void plan_backward(Plan* plan) {
   const LinearParams& p = plan->p;
-  if (p.delta()) throw std::invalid_argument("attnext: no gradients of the delta rule on CUDA");
+  if (p.delta()) return plan_delta_backward(plan);
   if (plan->taylor() && (p.ddecay.data || p.head_dim_v > 64)) {
     throw std::invalid_argument(
         "attnext: gradients of Taylor features on CUDA have a head_dim_v up "
@@ -256,35 +429,20 @@ void plan_backward(Plan* plan) {
     l->numbers = numbers;
     l->scale = l->inner_scale = 1;  // in the factors
   };
-  const auto result = [&](LinearLaunch* l, const TensorRef& t, int64_t heads, int64_t dim) {
-    l->out = plan->rows_of(t, p.heads, dim);
-    l->out_fp32 = heads != p.heads && p.dtype != DType::kFloat32;
-  };
   float* folded = nullptr;
-  if (plan->taylor()) folded = plan->take(plan->fold_slices() * plan->rows() * kTaylorEntries);
+  if (plan->taylor()) {
+    folded = plan->take(plan->fold_slices() * plan->rows() * plan->fold_width());
+  }
   const auto fold = [&](LinearLaunch* l) {
     l->folds = plan->taylor();
     l->folded = folded;
+    l->width = static_cast<int32_t>(plan->fold_width());
   };
-  const auto add_fold = [&](LinearLaunch l) {
-    if (!plan->taylor()) return;
-    constexpr int kThreads = 256;
-    l.slices = static_cast<int32_t>(plan->fold_slices());
-    plan->add("linear_fold" + suffix(p.dtype), ceil_div(plan->rows() * kTaylorEntries, kThreads),
-              kThreads, 0, l);
+  const auto finish_fold = [&](const LinearLaunch& l) {
+    if (plan->taylor()) plan->add_fold(l, folded, plan->fold_slices(), plan->fold_width());
   };
-  const bool of_decay = p.ddecay.data;
-  const bool curved = p.feature_map != FeatureMap::kIdentity;
-  const int64_t key_slices = plan->slices(p.head_dim);
-  float *dots = nullptr, *dots_key = nullptr, *boundaries = nullptr, *meetings = nullptr;
-  const ScanFacts& scan = scan_of(p.dtype, p.head_dim_v, ScanKind::kGated);  // of dq and dk
-  if (of_decay) {
-    const int64_t states = p.num_sequences * p.heads * key_slices * plan->chunks();
-    dots = plan->take(key_slices * plan->rows());
-    dots_key = plan->take(key_slices * plan->rows());
-    boundaries = plan->take(states * (scan.dim / 8 + 1) * 4 * 32 * scan.warps);
-    meetings = plan->take(states * scan.warps);
-  }
+  const bool curved = p.feature_map != FeatureMap::kIdentity || p.ddecay.data;
+  const OfDecay of_decay(plan, 1);
 
   const auto* const initial = static_cast<const float*>(p.initial_state);
   const auto* const dfinal = static_cast<const float*>(p.dfinal_state);
@@ -296,13 +454,13 @@ void plan_backward(Plan* plan) {
     l.c = plan->key();
     use_numbers(&l, Side::kA, Extension::kFeature);
     plan->set_layout(&l, true);
-    result(&l, p.dquery, p.query_heads, p.head_dim);
-    if (curved || of_decay) l.raw = plan->query();
-    l.dots = dots;
-    l.boundaries = boundaries;
+    set_result(*plan, &l, p.dquery, p.query_heads, p.head_dim);
+    if (curved) l.raw = plan->query();
+    l.dots = of_decay.dots;
+    l.boundaries = of_decay.boundaries;
     fold(&l);
     plan->add_outputs(l, states, nullptr);
-    add_fold(l);
+    finish_fold(l);
   }
   auto* const dinitial = static_cast<float*>(p.dinitial_state);
   LinearLaunch l = plan->start(true);
@@ -312,7 +470,7 @@ void plan_backward(Plan* plan) {
   const auto states = plan->add_states(l, dfinal, dinitial);
   use_numbers(&l, Side::kB, Extension::kNone);
   l.a = plan->key();
-  result(&l, p.dvalue, p.value_heads, p.head_dim_v);
+  set_result(*plan, &l, p.dvalue, p.value_heads, p.head_dim_v);
   plan->add_outputs(l, states, nullptr);
 
   l.a = plan->value();
@@ -320,28 +478,16 @@ void plan_backward(Plan* plan) {
   l.c = plan->query();
   use_numbers(&l, Side::kB, Extension::kFeature);
   plan->set_layout(&l, true);
-  result(&l, p.dkey, p.key_heads, p.head_dim);
-  if (curved || of_decay) l.raw = plan->key();
-  l.dots = dots_key;
-  l.boundaries = boundaries;
-  l.meetings = meetings;
+  set_result(*plan, &l, p.dkey, p.key_heads, p.head_dim);
+  if (curved) l.raw = plan->key();
+  l.dots = of_decay.dots_key;
+  l.boundaries = of_decay.boundaries;
+  l.meetings = of_decay.meetings;
   fold(&l);
   plan->add_outputs(l, states, dinitial);
-  add_fold(l);
+  finish_fold(l);
 
-  if (of_decay) {
-    LinearLaunch d = plan->start(false);
-    d.dots = dots;
-    d.dots_key = dots_key;
-    d.slices = static_cast<int32_t>(key_slices);
-    d.meetings = meetings;
-    d.num_meetings = scan.warps;
-    d.chunk = 16 * scan.warps;
-    d.ddecay = p.ddecay;
-    constexpr int kThreads = 128;
-    plan->add("linear_decay_gradient",
-              ceil_div(p.num_sequences * p.heads * plan->chunks(), kThreads / 32), kThreads, 0, d);
-  }
+  of_decay.add(plan);
 }
 
 }  // namespace
@@ -370,6 +516,35 @@ std::vector<Launch> linear_backward_launches(const LinearParams& params, int64_t
   Plan plan(params, length, workspace);
   plan_backward(&plan);
   return plan.launches;
+}
+
+std::vector<Launch> linear_step_launches(const LinearStepParams& params) {
+  const LinearParams& p = params.problem;
+  LinearStepLaunch l{};
+  l.step = params;
+  const int64_t features = p.features(), columns = p.state_columns();
+  // The rows of the delta rule are held at once.
+  const int64_t most = p.delta() ? kStepThreads / (kStepGroups / 2) : kStepColumns;
+  if (p.delta() && features > kStepHeld * kStepGroups / 2) {
+    throw std::invalid_argument("attnext: a step of the delta rule on CUDA has head_dim up to 128");
+  }
+  if (p.dtype == DType::kFloat64 || features > INT32_MAX / 2 || columns > INT32_MAX / 2) {
+    throw std::invalid_argument("attnext: a step on CUDA has float32, bfloat16 or float16");
+  }
+  l.features = static_cast<int32_t>(features);
+  l.columns = static_cast<int32_t>(columns);
+  // By the columns alone: one item's result does not depend on others.
+  l.tiles = static_cast<int32_t>(ceil_div(columns, most));
+  l.width = static_cast<int32_t>(ceil_div(columns, l.tiles));
+  l.groups = std::min(kStepGroups, kStepThreads / l.width);
+  const int64_t blocks = p.batch * p.heads * (p.normalize ? 1 : l.tiles);
+  if (blocks > INT32_MAX) throw std::invalid_argument("attnext: grid: more than 2^31 blocks");
+  std::vector<Launch> launches;
+  if (blocks > 0 && p.tokens > 0) {
+    const auto threads = static_cast<int32_t>(ceil_div(l.width * l.groups, 32) * 32);
+    launches.emplace_back("linear_step" + suffix(p.dtype), blocks, threads, 0, l);
+  }
+  return launches;
 }
 
 }  // namespace cuda

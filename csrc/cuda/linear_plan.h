@@ -48,22 +48,31 @@ struct LinearLaunch {
   int32_t exclusive;  // decays count after their token instead of before it
   int32_t outputs;    // or just the state
   int32_t sums;       // tokens enter the state; or outputs read the one at the start
+  int32_t strict;     // a token's output does not read what it has itself put into the state
 
   ScanRows a, b, c, out;
   int32_t out_fp32;
   ScanRows raw;  // `out` is a gradient of features; of what they are features, or no data
   TensorRef decay, beta;
+  // The delta rule. `written`: what tokens put into the state, or its gradient, in the elements'
+  // type; `lacking`: the same before beta, written by the scan in order (which then has no other
+  // outputs) and read by the one against it, whose `dots` are the gradient of beta. Or no data.
+  ScanRows written, lacking;
   TensorRef ddenominator;  // its own gradient; may be null
   TensorRef denominator;   // Extension::kColumn divides by it where there are outputs
   float scale;             // on outputs
   float inner_scale;       // on what enters S
+  float outer_scale;       // its inverse
   float polynomial_scale;  // of Taylor features: on products of entries
   float eps;
   int32_t weighted_b;  // Taylor: the weights of the polynomial are b's or c's, not a's or raw's
-  // Fold: [slices, batch, tokens, heads, 16], what the features of each slice make of the gradient
-  // of the entries.
+  // linear_fold: [slices, batch, tokens, heads, width], of which `out` is the sum over slices. A
+  // fold scan makes it, of the entries: what the features of each slice make of their gradient.
+  // Beside outputs, `part_sums`: the parts of the normaliser's, [slices, batch, tokens, heads].
   float* folded;
-  int32_t folds;
+  float* part_sums;
+  int32_t folds, width;
+  int32_t parts;  // blocks that share features
   Extension extension;
   Side side;
   float* numbers;  // [batch, tokens, heads] of {factor, further entry}, for `side`
@@ -88,7 +97,7 @@ struct LinearLaunch {
   ScanRows dout, result;  // linear_numbers: of -dO.o
   const float* dots_key;  // linear_decay_gradient: those of queries less those of keys
   TensorRef ddecay;
-  int32_t chunk, num_meetings;  // tokens; numbers a chunk
+  int32_t chunk, num_meetings, sets;  // tokens; numbers a chunk; how many scans have left such
 };
 
 // `params.sequences` is an address on the device, or null for sequences of `length` tokens; where
@@ -99,6 +108,14 @@ std::vector<Launch> linear_forward_launches(const LinearParams& params, int64_t 
                                             void* workspace);
 std::vector<Launch> linear_backward_launches(const LinearParams& params, int64_t length,
                                              void* workspace);
+
+// A few tokens of decoding.
+struct LinearStepLaunch {
+  LinearStepParams step;
+  int32_t features, columns;     // of a state
+  int32_t tiles, width, groups;  // of its columns: how many, how wide, threads a column
+};
+std::vector<Launch> linear_step_launches(const LinearStepParams& params);
 
 // Every scan kernel, for those who look at what was compiled.
 struct ScanFacts {

@@ -26,8 +26,10 @@ template <class T, int kDim, int kWarps, ScanKind kKind>
 struct Scan {
   using S = ScanShared<sizeof(T), kDim, kWarps, kKind>;
   static constexpr bool kGated = kKind != ScanKind::kPlain, kDelta = kKind == ScanKind::kDelta;
+  static constexpr bool kDeltaBack = kKind == ScanKind::kDeltaBack;
   static constexpr bool kFolded = S::kFolded;
-  static constexpr int kEntries = kTaylorEntries;
+  static constexpr bool kIsWide = is_wide(kKind);
+  static constexpr int kEntries = kTaylorEntries, kEntryWidth = S::kEntryWidth;
   using P = Products<T>;
   static constexpr bool kExpanded = S::kExpanded;
   static constexpr int kRaw = S::kRaw, kPanel = S::kPanel;
@@ -58,10 +60,11 @@ struct Scan {
   int lane, warp, g, t;
   WalkLanes<T, kPanel> wide;
   WalkLanes<T, kColumns> narrow;
-  WalkLanes<T, 32> entries;  // fold: of raw and c
+  WalkLanes<T, kEntryWidth> entries;  // fold: of raw and c
   Tokens tokens;
+  uint64_t next_a, next_b, next_c, next_raw;  // addresses of the chunk that is copied next
   int64_t sequence;
-  int32_t head, segment, slice;
+  int32_t head, segment, slice, part = 0;
   int32_t first, count;      // of the segment's tokens, the first perhaps before the sequence
   int32_t skipped, chunks;   // chunks without tokens at its start; its chunks, with these
   float state[kDim / 8][4];  // transposed: rows are columns of S
@@ -128,15 +131,15 @@ struct Scan {
         expand(c * kChunk, stage);
         __syncthreads();
       }
-      if constexpr (kDelta) replace_values(stage);
+      if constexpr (kDelta) replace_values(c * kChunk, stage);
       if constexpr (kFolded) {
         expand_slice(c * kChunk, stage);
         __syncthreads();
       }
-      if (p.outputs) attend(c * kChunk, stage);
+      if (p.outputs && !solves()) attend(c * kChunk, stage);
       const bool sums = p.sums && (more || p.after || (kGated && p.boundaries));
       if (kGated && p.meetings) meet(c);
-      if (sums) add_chunk(stage);
+      if (sums && !kDeltaBack) add_chunk(stage);
       if (kGated && p.boundaries && !p.meetings) leave(c);
       if (sums && p.outputs) {
         __syncthreads();  // the copy of the state has been read
@@ -150,6 +153,9 @@ struct Scan {
   ATTNEXT_DEVICE void locate() {
     uint32_t block = blockIdx.x;
     slice = block % static_cast<uint32_t>(p.slices), block /= static_cast<uint32_t>(p.slices);
+    if constexpr (kIsWide && kExpanded) {
+      part = block % static_cast<uint32_t>(p.parts), block /= static_cast<uint32_t>(p.parts);
+    }
     segment = block % static_cast<uint32_t>(p.segments), block /= static_cast<uint32_t>(p.segments);
     head = block % static_cast<uint32_t>(p.heads);
     sequence = block / static_cast<uint32_t>(p.heads);
@@ -159,11 +165,17 @@ struct Scan {
     first = static_cast<int32_t>(from);
     count = static_cast<int32_t>(max(min(from + p.segment, tokens.count()) - from, int64_t(0)));
     skipped = max(-first, 0) / kChunk;
+    next_a = row_at(p.a, skipped * kChunk, 0);
+    next_b = row_at(p.b, skipped * kChunk, 0);
+    next_c = row_at(p.c, skipped * kChunk, kFolded ? 0 : slice * kColumns);
+    if constexpr (kFolded) next_raw = row_at(p.raw, skipped * kChunk, 0);
     chunks = (count + kChunk - 1) / kChunk;
   }
 
   ATTNEXT_DEVICE bool decays() const { return kGated && p.decay.data; }
   ATTNEXT_DEVICE bool is_further() const { return kGated && p.extension == Extension::kFeature; }
+  // The delta rule's values are all that is wanted.
+  ATTNEXT_DEVICE bool solves() const { return kDelta && p.written.rows.data; }
   ATTNEXT_DEVICE bool is_token(int row) const { return row < count && first + row >= 0; }
 
   // ---- rows ------------------------------------------------------------------------------------
@@ -176,38 +188,44 @@ struct Scan {
 #pragma unroll
     for (int i = 0; i < kChunk / kAtOnce; ++i) visit(row0 + i * kAtOnce, chunk);
   }
+  // Where a chunk's first row starts, from a column on.
+  ATTNEXT_DEVICE uint64_t row_at(const ScanRows& x, int at, int column) const {
+    const int64_t offset = tokens.offset(x.rows, x.group, first + at) + column;
+    return reinterpret_cast<uint64_t>(static_cast<const T*>(x.rows.data) + offset);
+  }
+  // Copies it, and goes on to the next one. `whole`: all its rows are tokens'.
   template <int kD>
-  ATTNEXT_DEVICE void copy_rows_of(const ScanRows& x, int at, int column, uint32_t to) const {
-    constexpr int kBytes = sizeof(T);
-    const uint64_t start = reinterpret_cast<uint64_t>(
-        static_cast<const T*>(x.rows.data) + tokens.offset(x.rows, x.group, first + at) + column);
+  ATTNEXT_DEVICE void copy_rows_of(const ScanRows& x, uint64_t& start, int at, bool whole,
+                                   int column, uint32_t to) const {
+    constexpr int kBytes = sizeof(T), kAtOnce = kThreads / Layout<T, kD>::kChunks;
     const int64_t step = tokens.step(x.rows) * kBytes;
     const int row_bytes = (x.dim - column) * kBytes;
-    if (x.aligned && row_bytes >= Layout<T, kD>::kRowBytes && is_token(at) &&
-        is_token(at + kChunk - 1)) {
+    if (whole && x.aligned && row_bytes >= Layout<T, kD>::kRowBytes) {
       const char* from = reinterpret_cast<const char*>(start) +
                          threadIdx.x / Layout<T, kD>::kChunks * step +
                          threadIdx.x % Layout<T, kD>::kChunks * 16;
       each_chunk<kD>([&](int row, int chunk) {
         copy_chunk_async(to + Layout<T, kD>::at(row, chunk), from);
-        from += kThreads / Layout<T, kD>::kChunks * step;
+        from += kAtOnce * step;
       });
-      return;
+    } else {
+      each_chunk<kD>([&](int row, int chunk) {
+        const int bytes = is_token(at + row) ? min(max(row_bytes - chunk * 16, 0), 16) : 0;
+        copy_chunk<T>(to + Layout<T, kD>::at(row, chunk), bytes > 0 ? start + row * step : 0,
+                      chunk * 16, bytes, x.aligned);
+      });
     }
-    each_chunk<kD>([&](int row, int chunk) {
-      const int bytes = is_token(at + row) ? min(max(row_bytes - chunk * 16, 0), 16) : 0;
-      copy_chunk<T>(to + Layout<T, kD>::at(row, chunk), bytes > 0 ? start + row * step : 0,
-                    chunk * 16, bytes, x.aligned);
-    });
+    start += kChunk * step;
   }
-  ATTNEXT_DEVICE void copy_chunk_rows(int at, int stage) const {
-    if (p.outputs) copy_rows_of<kRaw>(p.a, at, 0, tile(stage, 0));
-    if (p.sums) copy_rows_of<kRaw>(p.b, at, 0, tile(stage, 1));
+  ATTNEXT_DEVICE void copy_chunk_rows(int at, int stage) {
+    const bool whole = is_token(at) && is_token(at + kChunk - 1);
+    if (p.outputs && !solves()) copy_rows_of<kRaw>(p.a, next_a, at, whole, 0, tile(stage, 0));
+    if (p.sums) copy_rows_of<kRaw>(p.b, next_b, at, whole, 0, tile(stage, 1));
     if constexpr (kFolded) {
-      copy_rows_of<32>(p.raw, at, 0, entries_tile(stage, 0));
-      if (p.sums) copy_rows_of<32>(p.c, at, 0, entries_tile(stage, 1));
+      copy_rows_of<kEntryWidth>(p.raw, next_raw, at, whole, 0, entries_tile(stage, 0));
+      if (p.sums) copy_rows_of<kEntryWidth>(p.c, next_c, at, whole, 0, entries_tile(stage, 1));
     } else if (p.sums) {
-      copy_rows_of<kColumns>(p.c, at, slice * kColumns, tile(stage, 2));
+      copy_rows_of<kColumns>(p.c, next_c, at, whole, slice * kColumns, tile(stage, 2));
     }
     commit_copies();
   }
@@ -236,37 +254,42 @@ struct Scan {
   }
   ATTNEXT_DEVICE void map_chunk(int at, int stage) const {
     if constexpr (kExpanded || kFolded) return;
-    if (p.outputs) map_rows<kRaw>(p.a, at, 0, tile(stage, 0));
+    if (p.outputs && !solves()) map_rows<kRaw>(p.a, at, 0, tile(stage, 0));
     if (p.sums) {
       map_rows<kRaw>(p.b, at, 0, tile(stage, 1));
       map_rows<kColumns>(p.c, at, slice * kColumns, tile(stage, 2));
     }
   }
 
-  ATTNEXT_DEVICE void expand(int at, int stage) const;
-  // Feature f > kEntries is x_a x_b.
-  ATTNEXT_DEVICE static void pair_of(int f, int& a, int& b) {
-    a = 0, b = f - 1 - kEntries;
-    while (a < kEntries && b >= kEntries - a) b -= kEntries - a, ++a;
-    b += a;
+  ATTNEXT_DEVICE void expand(int at, int stage) const {
+    if constexpr (kIsWide) {
+      expand_part(at, stage);
+    } else {
+      expand_whole(at, stage);
+    }
   }
-  // Its place in a tensor of states, where entries may be fewer; -1: none.
-  ATTNEXT_DEVICE static int place_of(int f, int dim) {
-    if (f <= kEntries) return f <= dim ? f : -1;
-    int a, b;
-    pair_of(f, a, b);
-    return b < dim ? 1 + dim + a * dim - a * (a - 1) / 2 + b - a : -1;
+  ATTNEXT_DEVICE void expand_whole(int at, int stage) const;
+  ATTNEXT_DEVICE void expand_part(int at, int stage) const;
+  template <class Store>
+  ATTNEXT_DEVICE void make_features(uint32_t tile_at, int row, bool token, int f, int pieces,
+                                    int dim, bool weighted, Store store) const;
+  ATTNEXT_DEVICE static int wide_place(int f, int dim) {
+    return f < 1 + dim * (dim + 3) / 2 ? f : -1;
   }
   ATTNEXT_DEVICE int state_row(int f) const {
-    if constexpr (kExpanded) {
-      return place_of(f, p.b.dim);
+    if constexpr (kExpanded && kIsWide) {
+      return wide_place(part * kDim + f, p.b.dim);
+    } else if constexpr (kExpanded) {
+      return place_of_feature(f, p.b.dim);
     } else {
       return f < p.b.dim ? f : -1;
     }
   }
   ATTNEXT_DEVICE int state_column(int f) const {
-    if constexpr (kFolded) {
-      return place_of(f, p.c.dim);
+    if constexpr (kFolded && kIsWide) {
+      return wide_place(f, p.c.dim);
+    } else if constexpr (kFolded) {
+      return place_of_feature(f, p.c.dim);
     } else {
       return f < p.c.dim ? f : -1;
     }
@@ -280,65 +303,23 @@ struct Scan {
   };
   // The first warp reads them for all, a chunk ahead.
   ATTNEXT_DEVICE bool notes() const { return kGated && warp == 0; }
-  ATTNEXT_DEVICE void look_at(int at, Next& next) const {
-#pragma unroll
-    for (int i = 0; i < kPer; ++i) {
-      const int row = at + lane * kPer + i;
-      next.decay[i] = 0.f;
-      next.number[i] = make_float2(0.f, 0.f);
-      if (!is_token(row)) continue;
-      if (decays()) {
-        next.decay[i] =
-            static_cast<const float*>(p.decay.data)[tokens.offset(p.decay, 1, first + row)];
-      }
-      if constexpr (kDelta) {
-        next.number[i].y =
-            static_cast<const float*>(p.beta.data)[tokens.offset(p.beta, 1, first + row)];
-      } else if (p.side != Side::kNone) {
-        next.number[i] = reinterpret_cast<const float2*>(p.numbers)[tokens.index(p, first + row)];
-      }
-    }
-  }
-  // In double: a difference of two sums is exact beside fp32, whatever has gone by before.
-  ATTNEXT_DEVICE void note(const Next& next, int buffer) {
-    constexpr float kLeast = -1000.f;  // its exponential is 0; -inf would leave NaN
-    double until[kPer], sum = 0.;
-    float top = 0.f;
-#pragma unroll
-    for (int i = 0; i < kPer; ++i) {
-      const double own = (next.decay[i] < kLeast ? kLeast : next.decay[i]) * kLog2E;
-      sum += own;
-      until[i] = p.exclusive ? sum - own : sum;
-      top = fmaxf(top, fabsf(next.number[i].x));
-    }
-    double all = sum;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const double other = __shfl_up_sync(~0u, all, step);
-      if (lane >= step) all += other;
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-    }
-    const double before = all - sum, total = __shfl_sync(~0u, all, 31);
-    float unit = 1.f, inverse = 1.f;
-    if (p.side == Side::kB) unit_of(top, 0, unit, inverse);
-#pragma unroll
-    for (int i = 0; i < kPer; ++i) {
-      const double decay = before + until[i];
-      const float high = static_cast<float>(decay);
-      numbers(buffer, lane * kPer + i) = {high, static_cast<float>(decay - high),
-                                          next.number[i].x * inverse, next.number[i].y};
-    }
-    if (lane == 0) {
-      const float high = static_cast<float>(total);
-      totals(buffer) = {high, static_cast<float>(total - high), unit, power(high)};
-    }
-  }
+  ATTNEXT_DEVICE void look_at(int at, Next& next) const;
+  ATTNEXT_DEVICE void note(const Next& next, int buffer);
 
   // ---- the delta rule --------------------------------------------------------------------------
 
-  ATTNEXT_DEVICE void replace_values(int stage);
+  ATTNEXT_DEVICE void replace_values(int at, int stage);
+  ATTNEXT_DEVICE void replace_gradients(int at, int stage, const Rows& rows,
+                                        float (&out)[1][kColumns / 8][4]);
+  ATTNEXT_DEVICE void find_key_products(int stage, int operand, const Rows& rows,
+                                        float (&by_key)[1][kChunk / 8][4]) const;
+  ATTNEXT_DEVICE void solve(int stage, const float (&by_key)[1][kChunk / 8][4],
+                            float (&u)[1][kColumns / 8][4]) const;
   ATTNEXT_DEVICE void substitute(const float (&low)[4], const float (&high)[4],
                                  float (&u)[kColumns / 8][4]) const;
+  ATTNEXT_DEVICE float beta_of(int stage, int half) const {
+    return numbers(stage, warp * 16 + half * 8 + g).entry;
+  }
   ATTNEXT_DEVICE T& value(int stage, int row, int column) const {
     using Narrow = Layout<T, kColumns>;
     uint8_t* const from = memory + stage * S::kStage + 2 * S::kWide;
@@ -347,6 +328,14 @@ struct Scan {
   }
 
   // ---- outputs ---------------------------------------------------------------------------------
+
+  // Whether products within the chunk are the block's.
+  ATTNEXT_DEVICE bool is_within() const { return p.sums && part == 0; }
+  // A product with a masked score of 0 takes over a value that is not finite. Where there are such
+  // values in a warp's own rows, it adds these up one by one.
+  ATTNEXT_DEVICE bool are_own_rows_finite(int stage) const;
+  ATTNEXT_DEVICE void add_own_rows(int stage, const float (&scores)[kChunk / 8][4],
+                                   float (&out)[kColumns / 8][4]) const;
 
   ATTNEXT_DEVICE void attend(int at, int stage) {
     const int buffer = stage, walked = warp * 16 + 16;
@@ -365,8 +354,8 @@ struct Scan {
     }
 
     float scores[1][kChunk / 8][4], sum[2] = {0.f, 0.f};
-    if (p.sums) {
-      product<T, kRaw, 1, kChunk, kKept>(scores, rows, wide, tile(stage, 1), walked);
+    if (is_within()) {
+      walked_product<T, kRaw, kChunk, kKept>(scores, rows, wide, tile(stage, 1), walked);
       finish_scores(scores[0], buffer, mine, walked, sum);
       if constexpr (kFolded) times_slope(scores, stage, walked);
     }
@@ -385,13 +374,14 @@ struct Scan {
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float by = kScaledLate ? 1.f / p.inner_scale : p.scale;
+      float by = kScaledLate ? p.outer_scale : p.scale;
       if (decays()) by *= power(mine[half].decay);
       factor[0][half] = kScaledLate ? p.scale * p.inner_scale : mine[half].factor * unit;
       if (p.extension == Extension::kColumn) {
         const float total = quad_sum(fmaf(by, by_z[half], sum[half]));
         const float late = kScaledLate ? factor[0][half] : 1.f;
-        factor[0][half] = late * divide_by(total * late, at + warp * 16 + half * 8 + g);
+        const int row = at + warp * 16 + half * 8 + g;
+        factor[0][half] = late * (kIsWide ? store_part(total, row) : divide_by(total * late, row));
       }
       if constexpr (kGated) by /= unit;
 #pragma unroll
@@ -408,56 +398,33 @@ struct Scan {
       }
     }
     if constexpr (kFolded) {
-      fold(at, stage, out[0], scores, factor[0], walked);
+      if constexpr (kIsWide) {
+        fold_wide(at, stage, out[0], scores, factor[0], walked);
+      } else {
+        fold(at, stage, out[0], scores, factor[0], walked);
+      }
       return;
     }
-    if (p.sums) {
-      accumulate<T, kColumns, kColumns, 1, kChunk>(out, scores, narrow, tile(stage, 2), 0, walked);
+    if (is_within()) {
+      const bool apart = !are_own_rows_finite(stage);
+      accumulate<T, kColumns, kColumns, 1, kChunk>(out, scores, narrow, tile(stage, 2), 0,
+                                                   apart ? warp * 16 : walked);
+      if (apart) add_own_rows(stage, scores[0], out[0]);
     }
-    finish(at, stage, out, factor);
+    if constexpr (kDeltaBack) {
+      replace_gradients(at, stage, rows, out);
+    } else {
+      finish(at, stage, out, factor);
+    }
   }
 
   ATTNEXT_DEVICE void finish_scores(float (&scores)[kChunk / 8][4], int buffer,
-                                    const Numbers (&mine)[2], int walked, float (&sum)[2]) const {
-    const float scale = p.scale * p.inner_scale;
-#pragma unroll
-    for (int n = 0; n < kChunk / 8; ++n) {
-      if (n * 8 >= walked) break;
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int j = n * 8 + 2 * t + e;
-        Numbers other = {0.f, 0.f, 1.f, 1.f};
-        if constexpr (kGated) {
-          const Numbers known = numbers(buffer, j);
-          other.decay = known.decay, other.rest = known.rest;
-          if (p.side == Side::kB) other.factor = known.factor, other.entry = known.entry;
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float& score = scores[n][2 * half + e];
-          float x = score;
-          if (is_further()) x += mine[half].entry * other.entry;
-          if constexpr (kExpanded) {
-            x *= p.polynomial_scale;
-            x = fmaf(fmaf(x, 0.5f, 1.f), x, 1.f);
-          }
-          if (decays()) {
-            x *= power((mine[half].decay - other.decay) + (mine[half].rest - other.rest));
-          }
-          if constexpr (!kScaledLate) x *= scale * other.factor;
-          score = j <= warp * 16 + half * 8 + g ? x : 0.f;
-          sum[half] += score;
-        }
-      }
-    }
-  }
-
-  // ---- gradients of Taylor features ----
+                                    const Numbers (&mine)[2], int walked, float (&sum)[2]) const;
 
   ATTNEXT_DEVICE void expand_slice(int at, int stage) const;
-  ATTNEXT_DEVICE float entry(int stage, int operand, int row, int i) const {
-    using Raw = Layout<T, 32>;
-    const uint8_t* from = memory + (entries_tile(stage, operand) - shared);
+  ATTNEXT_DEVICE float entry(uint32_t tile_at, int row, int i) const {
+    using Raw = Layout<T, kEntryWidth>;
+    const uint8_t* from = memory + (tile_at - shared);
     return Number<T>::widen(
         reinterpret_cast<const T*>(from + Raw::at(row, i / Raw::kElems))[i % Raw::kElems]);
   }
@@ -467,8 +434,12 @@ struct Scan {
   ATTNEXT_DEVICE void fold(int at, int stage, const float (&out)[kColumns / 8][4],
                            const float (&scores)[1][kChunk / 8][4], const float (&factor)[2],
                            int walked) const;
-
-  // ---- the normaliser ----
+  ATTNEXT_DEVICE void fold_wide(int at, int stage, const float (&out)[kColumns / 8][4],
+                                const float (&scores)[1][kChunk / 8][4], const float (&factor)[2],
+                                int walked) const;
+  ATTNEXT_DEVICE void add_within(int stage, const float (&scores)[1][kChunk / 8][4],
+                                 const float (&factor)[2], int walked, float* room,
+                                 float (&sum)[kEntryWidth / 2]) const;
 
   ATTNEXT_DEVICE void add_products_with_z(const Rows& rows, int first_feature,
                                           float (&by_z)[2]) const {
@@ -487,6 +458,14 @@ struct Scan {
     return 1.f / moved;
   }
 
+  // Of several blocks' sum: nothing is divided yet.
+  ATTNEXT_DEVICE float store_part(float total, int row) const {
+    if (t == 0 && slice == 0 && is_token(row)) {
+      p.part_sums[part * p.batch * p.tokens * p.heads + tokens.index(p, first + row)] = total;
+    }
+    return 1.f;
+  }
+
   ATTNEXT_DEVICE void finish(int at, int stage, float (&out)[1][kColumns / 8][4],
                              float (&factor)[1][2]) {
     if (kGated && p.raw.rows.data) {
@@ -498,11 +477,16 @@ struct Scan {
     }
     const int dim = p.out.dim - slice * kColumns;
     if (kGated && p.out_fp32) {
-      store_numbers<float>(at, out[0], factor[0]);
+      ScanRows to = p.out;
+      if constexpr (kIsWide) {
+        to.rows.data = static_cast<float*>(to.rows.data) +
+                       part * p.batch * p.tokens * p.heads * static_cast<int64_t>(p.out.dim);
+      }
+      store_numbers<float>(to, at, out[0], factor[0]);
       return;
     }
-    if constexpr (kExpanded) {
-      store_numbers<T>(at, out[0], factor[0]);
+    if constexpr (kExpanded && !kIsWide) {
+      store_numbers<T>(p.out, at, out[0], factor[0]);
       return;
     }
     const int row = at + warp * 16 + lane;
@@ -520,20 +504,21 @@ struct Scan {
 
   // As they lie in the accumulators.
   template <class Out>
-  ATTNEXT_DEVICE void store_numbers(int at, const float (&out)[kColumns / 8][4],
+  ATTNEXT_DEVICE void store_numbers(const ScanRows& rows, int at,
+                                    const float (&out)[kColumns / 8][4],
                                     const float (&factor)[2]) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = at + warp * 16 + half * 8 + g;
       if (!is_token(row)) continue;
-      Out* to = static_cast<Out*>(p.out.rows.data) + tokens.offset(p.out.rows, 1, first + row) +
+      Out* to = static_cast<Out*>(rows.rows.data) + tokens.offset(rows.rows, 1, first + row) +
                 slice * kColumns;
 #pragma unroll
       for (int n = 0; n < kColumns / 8; ++n) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int column = n * 8 + 2 * t + e;
-          if (slice * kColumns + column < p.out.dim) {
+          if (slice * kColumns + column < rows.dim) {
             to[column] = Number<Out>::narrow(out[n][2 * half + e] * factor[half]);
           }
         }
@@ -542,34 +527,15 @@ struct Scan {
   }
 
   // From a row's gradient of features to that of what they are features of.
-  ATTNEXT_DEVICE void pull_back(int row, int half, float factor, float (&out)[kColumns / 8][4]) {
-    const bool live = is_token(row);
-    const int dim = p.out.dim - slice * kColumns;
-    const T* raw = static_cast<const T*>(p.raw.rows.data) + slice * kColumns;
-    if (live) raw += tokens.offset(p.raw.rows, p.raw.group, first + row);
-    float dot = 0.f;
-#pragma unroll
-    for (int n = 0; n < kColumns / 8; ++n) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int column = n * 8 + 2 * t + e;
-        float& x = out[n][2 * half + e];
-        x *= factor;
-        if (!live || column >= dim) continue;
-        const float f = feature(p.raw.map, Number<T>::widen(raw[column]));
-        dot = fmaf(x, Number<T>::widen(Number<T>::narrow(f)), dot);  // as the products have it
-        x *= feature_slope(p.raw.map, f);
-      }
-    }
-    dot = quad_sum(dot);
-    if (p.dots && live && t == 0) {
-      p.dots[slice * p.batch * p.tokens * p.heads + tokens.index(p, first + row)] = dot;
-    }
-  }
+  ATTNEXT_DEVICE void pull_back(int row, int half, float factor, float (&out)[kColumns / 8][4]);
 
   // ---- the state -------------------------------------------------------------------------------
 
   ATTNEXT_DEVICE void add_chunk(int stage);
+  // Of the features of an operand, times `unit`, to what is `kept`.
+  ATTNEXT_DEVICE void add_products(int stage, int operand, float kept, float unit);
+  ATTNEXT_DEVICE void add_sums(int stage, int operand, const float (&w)[kSteps][kMine], float kept,
+                               float unit);
 
   // The decays of a chunk's tokens scale, besides what passes between the tokens, all that the
   // state after it means for later ones: its product with its gradient. In the order of tokens

@@ -8,11 +8,17 @@ namespace attnext {
 namespace cuda {
 
 ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::add_chunk(int stage) {
+  float kept = 1.f, unit = p.inner_scale;
+  if constexpr (kGated) kept = totals(stage).kept, unit *= totals(stage).unit;
+  kept_all *= kept;
+  add_products(stage, 1, kept, unit);
+}
+
+ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::add_products(int stage, int operand,
+                                                                    float kept, float unit) {
   const int buffer = stage;
   typename P::Left c[kSteps];
-  float w[kSteps][kMine], more[2] = {0.f, 0.f}, kept = 1.f, unit = p.inner_scale;
-  if constexpr (kGated) kept = totals(buffer).kept, unit *= totals(buffer).unit;
-  kept_all *= kept;
+  float w[kSteps][kMine], more[2] = {0.f, 0.f};
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
     c[k] = TransposedLeft<T, kColumns>::load(c_tile(stage), k * kDepth,
@@ -21,11 +27,12 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::add_chunk(int stage) {
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
       w[k][i] = entry[i] = 1.f;
-      if constexpr (!kGated) continue;
-      const Numbers known = numbers(buffer, k * kDepth + contraction_row<T>(i));
-      const Totals all = totals(buffer);
-      if (decays()) w[k][i] = power((all.decay - known.decay) + (all.rest - known.rest));
-      if (p.side == Side::kB) w[k][i] *= known.factor, entry[i] = known.entry;
+      if constexpr (kGated) {
+        const Numbers known = numbers(buffer, k * kDepth + contraction_row<T>(i));
+        const Totals all = totals(buffer);
+        if (decays()) w[k][i] = power((all.decay - known.decay) + (all.rest - known.rest));
+        if (p.side == Side::kB) w[k][i] *= known.factor, entry[i] = known.entry;
+      }
     }
     if (is_further()) {
       visit_left<true, T>(c[k], [&](int half, int i, float x) {
@@ -47,18 +54,13 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::add_chunk(int stage) {
   }
 #pragma unroll
   for (int n = 0; n < kDim / 16; ++n) {
-    const bool mine = p.extension == Extension::kColumn && n % kWarps == warp;
-    float part[2][4] = {}, sum[2] = {0.f, 0.f};
+    float part[2][4] = {};
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       const auto b = P::template load_right_transposed<kPanel>(
-          features(stage, 1, n * 16 / kPanel) + wide.transposed, k * kDepth,
+          features(stage, operand, n * 16 / kPanel) + wide.transposed, k * kDepth,
           n * 16 % kPanel / Wide::kElems);
       P::multiply(part[0], part[1], c[k], b);
-      if (mine) {
-        visit_right<T>(b,
-                       [&](int half, int i, float x) { sum[half] = fmaf(x, w[k][i], sum[half]); });
-      }
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -67,10 +69,30 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::add_chunk(int stage) {
         float& x = state[2 * n + half][e];
         x = fmaf(part[half][e], unit, kGated ? x * kept : x);
       }
-      if (mine) {
-        float& x = z[n / kWarps][half];
-        x = fmaf(x, kept, quad_sum(sum[half]) * unit);
-      }
+    }
+  }
+  if (p.extension == Extension::kColumn) add_sums(stage, operand, w, kept, unit);
+}
+
+// To the normaliser's: of some of the features by each warp, weighted.
+ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::add_sums(int stage, int operand,
+                                                                const float (&w)[kSteps][kMine],
+                                                                float kept, float unit) {
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    const int n = i * kWarps + warp;
+    if (n * 16 >= kDim) break;
+    float sum[2] = {0.f, 0.f};
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      const auto b = P::template load_right_transposed<kPanel>(
+          features(stage, operand, n * 16 / kPanel) + wide.transposed, k * kDepth,
+          n * 16 % kPanel / Wide::kElems);
+      visit_right<T>(b, [&](int half, int j, float x) { sum[half] = fmaf(x, w[k][j], sum[half]); });
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      z[i][half] = fmaf(z[i][half], kept, quad_sum(sum[half]) * unit);
     }
   }
 }
@@ -185,7 +207,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::store_state() const {
       if (column >= 0) to[column * p.z_stride] = z[0][half];
     }
   }
-  if (p.factors && slice == 0 && threadIdx.x == 0) {
+  if (p.factors && slice == 0 && part == 0 && threadIdx.x == 0) {
     p.factors[(sequence * p.segments + segment) * p.heads + head] = kept_all;
   }
 }

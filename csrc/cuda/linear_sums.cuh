@@ -57,15 +57,27 @@ ATTNEXT_DEVICE void find_numbers(const LinearLaunch& p) {
   reinterpret_cast<float2*>(p.numbers)[index] = make_float2(p.scale / by, -dot);
 }
 
-// Gradients of entries, summed over slices of their features.
+// Parts of gradients, summed in their order.
 template <class T>
 ATTNEXT_DEVICE void fold_slices(const LinearLaunch& p) {
   const int64_t number = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int64_t index = number / kTaylorEntries, entry = number % kTaylorEntries;
+  const int64_t index = number / p.width, entry = number % p.width;
   const int64_t rows = p.batch * p.tokens * p.heads;
   if (index >= rows || entry >= p.out.dim) return;
   float sum = 0.f;
-  for (int64_t s = 0; s < p.slices; ++s) sum += p.folded[s * rows * kTaylorEntries + number];
+  for (int64_t s = 0; s < p.slices; ++s) sum += p.folded[s * rows * p.width + number];
+  if (p.part_sums) {
+    float total = 0.f;
+    for (int64_t s = 0; s < p.slices; ++s) total += p.part_sums[s * rows + index];
+    const float moved = total < 0.f ? total - p.eps : total + p.eps;
+    sum /= moved;
+    const TensorRef& d = p.denominator;
+    if (entry == 0) {
+      static_cast<float*>(
+          d.data)[index / p.heads / p.tokens * d.batch + index / p.heads % p.tokens * d.token[2] +
+                  index % p.heads * d.head] = moved;
+    }
+  }
   const TensorRef& out = p.out.rows;
   const int64_t at = index / p.heads / p.tokens * out.batch +
                      index / p.heads % p.tokens * out.token[2] + index % p.heads * out.head + entry;
@@ -91,8 +103,9 @@ ATTNEXT_DEVICE void find_decay_gradient(const LinearLaunch& p) {
   if (chunk * p.chunk >= tokens.count()) return;
   const int lane = threadIdx.x % 32, per = p.chunk / 32;
   double sum = 0.;
-  for (int64_t s = 0; s < p.slices; ++s) {
-    const int64_t at = ((sequence * p.heads + head) * p.slices + s) * p.chunks + chunk;
+  for (int64_t s = 0; s < p.sets * p.slices; ++s) {
+    const int64_t of_set = s / p.slices * p.num_sequences + sequence;
+    const int64_t at = ((of_set * p.heads + head) * p.slices + s % p.slices) * p.chunks + chunk;
     const float* meetings = p.meetings + at * p.num_meetings;
     for (int i = 0; i < p.num_meetings; ++i) sum += meetings[i];
   }
@@ -103,7 +116,7 @@ ATTNEXT_DEVICE void find_decay_gradient(const LinearLaunch& p) {
     if (live) {
       const int64_t index = tokens.index(p, position);
       const int64_t rows = p.batch * p.tokens * p.heads;
-      for (int64_t s = 0; s < p.slices; ++s) {
+      for (int64_t s = 0; s < p.sets * p.slices; ++s) {
         mine += double(p.dots[s * rows + index]) - p.dots_key[s * rows + index];
       }
     }

@@ -9,7 +9,7 @@ namespace cuda {
 
 // Taylor features: 1, x_a, and x_a x_b for a <= b; those of a carry the polynomial's weights.
 // Half of the threads have a row of a each, half one of b.
-ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::expand(int at, int stage) const {
+ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::expand_whole(int at, int stage) const {
   using Raw = Layout<T, kRaw>;
   static_assert(kThreads == 2 * kChunk && 1 + kEntries * (kEntries + 3) / 2 <= kDim, "features");
   constexpr int kElems = Raw::kElems;
@@ -55,43 +55,70 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::expand(int at, int stage)
   for (int i = 1 + kEntries * (kEntries + 3) / 2; i < kDim; ++i) put(0.f);
 }
 
-// The features of c that are the slice's columns.
-ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::expand_slice(int at, int stage) const {
-  if (!p.sums) return;
-  using Narrow = Layout<T, kColumns>;
-  constexpr int kElems = Narrow::kElems, kEach = kColumns / 2;
-  const int row = threadIdx.x % kChunk, column0 = threadIdx.x / kChunk * kEach;
-  const float by = p.weighted_b ? p.polynomial_scale : 1.f, square = p.weighted_b ? 0.5f : 1.f;
-  int a = 0, b = 0, f = slice * kColumns + column0;
-  if (f > kEntries) pair_of(f, a, b);
+// Features from f on of `dim` entries in a tile's row, 16 bytes after 16: store(piece, elements).
+template <class T, int kDim, int kWarps, ScanKind kKind>
+template <class Store>
+ATTNEXT_DEVICE void Scan<T, kDim, kWarps, kKind>::make_features(uint32_t tile_at, int row,
+                                                                bool token, int f, int pieces,
+                                                                int dim, bool weighted,
+                                                                Store store) const {
+  constexpr int kElems = 16 / static_cast<int>(sizeof(T));
+  const float by = weighted ? p.polynomial_scale : 1.f, square = weighted ? 0.5f : 1.f;
+  int a = 0, b = 0;
+  if (f > dim) pair_of_feature(f, dim, a, b);
 #pragma unroll 1
-  for (int column = column0; column < column0 + kEach; column += kElems) {
+  for (int piece = 0; piece < pieces; ++piece) {
     T elems[kElems];
 #pragma unroll
     for (int e = 0; e < kElems; ++e, ++f) {
-      float x = f == 0 && is_token(at + row) ? 1.f : 0.f;
-      if (f > 0 && f <= kEntries) {
-        x = by * entry(stage, 1, row, f - 1);
-      } else if (f > 0 && a < kEntries) {
-        x = by * entry(stage, 1, row, a) * (by * entry(stage, 1, row, b));
+      float x = f == 0 && token ? 1.f : 0.f;
+      if (f > 0 && f <= dim) {
+        x = by * entry(tile_at, row, f - 1);
+      } else if (f > 0 && a < dim) {
+        x = by * entry(tile_at, row, a) * (by * entry(tile_at, row, b));
         if (a == b) x *= square;
-        if (++b == kEntries) b = ++a;
+        if (++b == dim) b = ++a;
       }
       elems[e] = Number<T>::narrow(x);
     }
     uint4 whole;
     memcpy(&whole, elems, 16);
-    store_shared(c_tile(stage) + Narrow::at(row, column / kElems), whole);
+    store(piece, whole);
   }
+}
+
+// The features of c that are the slice's columns.
+ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::expand_slice(int at, int stage) const {
+  if (!p.sums) return;
+  using Narrow = Layout<T, kColumns>;
+  constexpr int kPieces = Narrow::kChunks / 2;  // two threads a row
+  const int row = threadIdx.x % kChunk, piece0 = threadIdx.x / kChunk * kPieces;
+  make_features(entries_tile(stage, 1), row, is_token(at + row),
+                slice * kColumns + piece0 * Narrow::kElems, kPieces, kIsWide ? p.c.dim : kEntries,
+                p.weighted_b, [&](int piece, const uint4& whole) {
+                  store_shared(c_tile(stage) + Narrow::at(row, piece0 + piece), whole);
+                });
+}
+
+// The block's features, of many. Half of the threads have a row of a each, half one of b.
+ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::expand_part(int at, int stage) const {
+  const int operand = threadIdx.x / kChunk, row = threadIdx.x % kChunk;
+  if (operand == 0 ? !p.outputs : !p.sums) return;
+  make_features(tile(stage, operand), row, is_token(at + row), part * kDim,
+                S::kPanels * Wide::kChunks, p.b.dim, operand == p.weighted_b,
+                [&](int piece, const uint4& whole) {
+                  const uint32_t to = features(stage, operand, piece / Wide::kChunks);
+                  store_shared(to + Wide::at(row, piece % Wide::kChunks), whole);
+                });
 }
 
 // The polynomial's slope by the entries of raw, less those of c.
 ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::times_slope(
     float (&scores)[1][kChunk / 8][4], int stage, int walked) const {
-  LeftRows<T, 32, 1, false> raw;
+  LeftRows<T, kEntryWidth, 1, false> raw;
   raw.load(entries_tile(stage, 0), warp * 16);
   float s[1][kChunk / 8][4];
-  product<T, 32, 1, kChunk, false>(s, raw, entries, entries_tile(stage, 1), walked);
+  product<T, kEntryWidth, 1, kChunk, false>(s, raw, entries, entries_tile(stage, 1), walked);
 #pragma unroll
   for (int n = 0; n < kChunk / 8; ++n) {
 #pragma unroll
@@ -126,7 +153,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::fold(int at, int stage,
   const float by = p.weighted_b ? 1.f : p.polynomial_scale, square = p.weighted_b ? 2.f : 1.f;
   float x[kEntries], sum[kHalf];
 #pragma unroll
-  for (int i = 0; i < kEntries; ++i) x[i] = by * entry(stage, 0, warp * 16 + row, i);
+  for (int i = 0; i < kEntries; ++i) x[i] = by * entry(entries_tile(stage, 0), warp * 16 + row, i);
   const auto of_feature = [&](int f) {
     return low <= f && f < low + kColumns ? room[row * kColumns + f - low] : 0.f;
   };
@@ -158,6 +185,94 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::fold(int at, int stage,
     for (int i = 0; i < kHalf; ++i) {
       to[i] = fmaf(sum[i], by, room[row * kColumns + first_entry + i]);
     }
+  }
+}
+
+// As fold. A slice's features are the products of few entries with later ones, run after run.
+ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::fold_wide(
+    int at, int stage, const float (&out)[kColumns / 8][4], const float (&scores)[1][kChunk / 8][4],
+    const float (&factor)[2], int walked) const {
+  constexpr int kHalf = kEntryWidth / 2;  // entries of a lane, two lanes a row
+  float* const room = reinterpret_cast<float*>(memory + S::kOutAt) + warp * 16 * kColumns;
+  const uint32_t raw = entries_tile(stage, 0);
+  const int row = lane % 16, first_entry = lane / 16 * kHalf, low = slice * kColumns;
+  const int dim = p.c.dim;
+  const float by = p.weighted_b ? 1.f : p.polynomial_scale, square = p.weighted_b ? 2.f : 1.f;
+#pragma unroll
+  for (int n = 0; n < kColumns / 8; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      room[(e / 2 * 8 + g) * kColumns + n * 8 + 2 * t + e % 2] = out[n][e] * factor[e / 2];
+    }
+  }
+  __syncwarp();
+  const float* const mine = room + row * kColumns;
+  float x[kHalf], sum[kHalf];
+#pragma unroll
+  for (int i = 0; i < kHalf; ++i) {
+    const int f = 1 + first_entry + i - low;
+    x[i] = by * entry(raw, warp * 16 + row, first_entry + i);
+    sum[i] = first_entry + i < dim && 0 <= f && f < kColumns ? mine[f] : 0.f;
+  }
+  int a = 0, b = 0;
+  pair_of_feature(max(low, 1 + dim), dim, a, b);
+  // Feature low + start is x_a x_a.
+  int start = 1 + dim + a * dim - a * (a - 1) / 2 - low;
+#pragma unroll 1
+  for (; a < dim && start < kColumns; start += dim - a, ++a) {
+    const float other = by * entry(raw, warp * 16 + row, a);
+    float own = 0.f;
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      const int c = first_entry + i, f = start + c - a;
+      if (c < a || c >= dim || f < 0 || f >= kColumns) continue;
+      sum[i] = fmaf(mine[f], c == a ? other * square : other, sum[i]);
+      if (c > a) own = fmaf(mine[f], x[i], own);
+    }
+    own += __shfl_xor_sync(~0u, own, 16);
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      if (first_entry + i == a) sum[i] += own;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kHalf; ++i) sum[i] *= by;
+  if (p.sums && slice == 0) add_within(stage, scores, factor, walked, room, sum);
+  const int token = at + warp * 16 + row;
+  if (!is_token(token)) return;
+  float* to = p.folded +
+              (slice * p.batch * p.tokens * p.heads + tokens.index(p, first + token)) * p.width +
+              first_entry;
+#pragma unroll
+  for (int i = 0; i < kHalf; ++i) {
+    if (first_entry + i < p.width) to[i] = sum[i];
+  }
+}
+
+// The products within the chunk, by way of shared memory.
+ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::add_within(
+    int stage, const float (&scores)[1][kChunk / 8][4], const float (&factor)[2], int walked,
+    float* room, float (&sum)[kEntryWidth / 2]) const {
+  constexpr int kHalf = kEntryWidth / 2, kAtOnce = kColumns < kEntryWidth ? kColumns : kEntryWidth;
+  float inner[1][kEntryWidth / 8][4] = {};
+  accumulate<T, kEntryWidth, kEntryWidth, 1, kChunk>(inner, scores, entries, entries_tile(stage, 1),
+                                                     0, walked);
+#pragma unroll
+  for (int from = 0; from < kEntryWidth; from += kAtOnce) {
+    __syncwarp();
+#pragma unroll
+    for (int n = 0; n < kAtOnce / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        room[(e / 2 * 8 + g) * kColumns + n * 8 + 2 * t + e % 2] =
+            inner[0][from / 8 + n][e] * factor[e / 2];
+      }
+    }
+    __syncwarp();
+    const int first_entry = lane / 16 * kHalf - from;
+    if (first_entry < 0 || first_entry >= kAtOnce) continue;
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) sum[i] += room[lane % 16 * kColumns + first_entry + i];
   }
 }
 

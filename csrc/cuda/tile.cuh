@@ -108,6 +108,12 @@ ATTNEXT_DEVICE float exp2_approx(float x) {
   return y;
 }
 
+// The same, in a register: the compiler would look for the right one of an array in memory.
+ATTNEXT_DEVICE float in_register(float x) {
+  asm("" : "+f"(x));
+  return x;
+}
+
 template <class T>
 struct Number;
 template <>

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from attnext import _C, linear_ops
+from attnext import _C, linear, linear_ops
 
 from .memory import Memory
 from .window import Output, Recorder, put
@@ -78,14 +79,35 @@ def backward(recorder: Recorder, *args: Any) -> tuple[Tensor, ...]:
     return linear_ops._shared(results, problem)
 
 
+def step(
+    recorder: Recorder, query: Tensor, key: Tensor, value: Tensor, state: Tensor, *rest: Any
+) -> Tensor:
+    slots, decay, beta, *options = rest
+    linear_ops.check_step_cuda(query, beta)
+    memory = Memory()
+    out = Output.like(memory, "out", linear_ops._step_fake(query, key, value))
+    tensors = {"query": query, "key": key, "value": value, "state": state}
+    given: list[Any] = [put(memory, n, x, writable=n == "state") for n, x in tensors.items()]
+    states = memory.buffers[-1]
+    given += [put(memory, n, x) for n, x in (("decay", decay), ("beta", beta))]
+    chosen = 0
+    if slots is not None:
+        chosen = memory.buffer("slots", slots.long().numpy(), writable=False).address
+    recorder.carry_out(memory, _C.cuda_linear_step_launches(chosen, *given, *options, out.tensor))
+    storage = torch.empty(0, dtype=torch.uint8).set_(state.untyped_storage())
+    storage.copy_(torch.from_numpy(states.array()))
+    return out.get()
+
+
 @contextlib.contextmanager
 def on_executor(**options: Any) -> Iterator[Recorder]:
     """Runs linear attention on the executor; the recorder has the reports."""
     recorder = Recorder(**options)
-    kept = linear_ops._forward, linear_ops._backward
+    kept = linear_ops._forward, linear_ops._backward, linear.step_op
     linear_ops._forward = functools.partial(forward, recorder)  # type: ignore[assignment]
     linear_ops._backward = functools.partial(backward, recorder)
+    linear.step_op = functools.partial(step, recorder)
     try:
         yield recorder
     finally:
-        linear_ops._forward, linear_ops._backward = kept
+        linear_ops._forward, linear_ops._backward, linear.step_op = kept

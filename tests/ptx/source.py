@@ -39,7 +39,9 @@ def source_of(kernel: str) -> str:
         return "window_sums.cu"
     if kernel.startswith("linear_"):
         scan = re.match(r"linear_scan_(bf16|fp16|fp32)", kernel)
-        return f"{scan.group()}.cu" if scan else "linear_sums.cu"
+        if scan:
+            return f"{scan.group()}.cu"
+        return "linear_step.cu" if kernel.startswith("linear_step") else "linear_sums.cu"
     found = re.match(r"(window|routed)_(.*?)_(bf16|fp16|fp32)", kernel)
     assert found, kernel
     family, part, dtype = found.groups()

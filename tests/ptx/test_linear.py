@@ -39,7 +39,7 @@ def check(tensors: dict[str, Tensor], options: dict[str, Any], grads: bool = Tru
         got,
         expect(tensors, options, grads),
         BUDGET[dtype],
-        slack(dtype, bool(options.get("normalize"))),
+        slack(dtype, bool(options.get("normalize")), "beta" in tensors),
     )
     return recorder.reports
 
@@ -134,17 +134,53 @@ def test_taylor_features(dim: int, dtype: torch.dtype) -> None:
     check(*form("identity", tokens=65, **more))
 
 
+@pytest.mark.parametrize(
+    ("dim", "dtype"),
+    [
+        (17, BF16),
+        pytest.param(33, torch.float16, marks=pytest.mark.heavy),
+        pytest.param(64, BF16, marks=pytest.mark.heavy),
+        pytest.param(20, torch.float32, marks=pytest.mark.heavy),
+    ],
+)
+def test_taylor_features_of_many_entries(dim: int, dtype: torch.dtype) -> None:
+    more = {"feature_map": "taylor2", "dim": dim, "dim_v": 24, "dtype": dtype}
+    check(*form("identity", tokens=66, **more, decay="token", normalize=True), grads=False)
+    check(*form("reverse", tokens=66, **more, decay=None, normalize=dim > 17))
+
+
+@pytest.mark.heavy
+def test_taylor_features_of_many_entries_in_segments() -> None:
+    more = {"feature_map": "taylor2", "normalize": True, "dim": 17, "dim_v": 8}
+    check(*form("identity", tokens=270, dtype=torch.float32, **more))
+    check(*form("identity", tokens=70, **more, is_causal=False))
+
+
 @pytest.mark.parametrize(("dim", "dtype"), [(20, torch.float32), (64, BF16), (20, torch.float16)])
 def test_delta_rule(dim: int, dtype: torch.dtype) -> None:
     more = {"beta": True, "dim": dim, "dim_v": 40, "dtype": dtype}
-    check(*form("identity", tokens=97, **more), grads=False)
-    check(*form("reverse", tokens=20, **more), grads=False)
+    check(*form("identity", tokens=97, **more))
+    check(*form("reverse", tokens=20, **more))
 
 
 def test_delta_rule_of_packed_sequences() -> None:
     ends = torch.tensor([0, 0, 66, 67, 90], dtype=torch.int32)
     more = {"beta": True, "states": 4, "cu_seqlens": ends, "feature_map": "relu"}
-    check(*form("reverse", tokens=90, **more), grads=False)
+    check(*form("reverse", tokens=90, **more))
+
+
+@pytest.mark.parametrize("heads", [(1, 1, 3), (4, 2, 1)])
+def test_delta_rule_of_heads_that_share_tensors(heads: tuple[int, int, int]) -> None:
+    check(*form("reverse", tokens=20, heads=heads, batch=2, dim=8, dim_v=8, beta=True))
+
+
+def test_delta_rule_where_nothing_is_written() -> None:
+    """beta of 0 and of 1, and decays that let nothing through."""
+    tensors, options = form("reverse", tokens=70, beta=True, dtype=torch.float32, dim=8, dim_v=40)
+    tensors["beta"][:, ::3] = 0.0
+    tensors["beta"][:, 1::3] = 1.0
+    tensors["decay"][:, ::7] = -50.0
+    check(tensors, options)
 
 
 def test_taylor_features_in_segments() -> None:
@@ -205,6 +241,30 @@ def test_many_heads_are_not_cut_into_segments() -> None:
     assert few[0]["grid"] == 64  # 16 segments of 4 chunks
 
 
+# ---- what it costs -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["identity", "elu, normalized, decayed", "taylor"])
+def test_rows_are_moved_once(name: str) -> None:
+    """Sectors, bank conflicts, and bytes beside those of the tensors."""
+    more: dict[str, Any] = {"dim": 64}
+    if name == "taylor":
+        name, more = "identity", {"dim": 16, "feature_map": "taylor2", "normalize": True}
+    tensors, options = form(name, tokens=448, dim_v=64, state=False, **more)
+    with on_executor(metrics=True) as recorder:
+        out = linear_attention(**tensors, **options)
+    (report,) = recorder.reports
+    counts = report.traffic.counts.values()
+    moved = 32 * sum(c.actual for c in counts if c.space == "global")
+    least = sum(x.nbytes for x in (*tensors.values(), out))
+    print(f"{report.kernel}: {moved / least:.3f} of the bytes, "
+          f"{report.traffic.ratio('global'):.3f} of the sectors, "
+          f"{report.traffic.ratio('shared'):.3f} of the wavefronts")  # fmt: skip
+    assert report.traffic.ratio("global") <= 1.05
+    assert moved <= 1.15 * least
+    assert report.traffic.ratio("shared") <= 1.1
+
+
 # ---- what inputs may be --------------------------------------------------------------------------
 
 
@@ -233,6 +293,23 @@ def test_a_large_decay_does_not_blur_the_small_ones_after_it() -> None:
     check(tensors, options)
 
 
+@pytest.mark.parametrize("name", ["identity", "delta", "taylor"])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+def test_what_is_not_finite_reaches_later_tokens_only(dtype: torch.dtype, name: str) -> None:
+    """And no other column."""
+    more = {"delta": {"beta": True}, "taylor": {"feature_map": "taylor2", "dim": 5}}.get(name, {})
+    tensors, options = form("identity", tokens=70, dtype=dtype, **more)
+    whole = linear_attention(**tensors, **options)
+    tensors["value"][:, 21, :, 3] = torch.nan
+    tensors["value"][:, 40, :, 5] = torch.inf
+    with on_executor():
+        out = linear_attention(**tensors, **options)
+    clean = torch.ones_like(out, dtype=torch.bool)
+    clean[:, 21:, :, 3] = clean[:, 40:, :, 5] = False
+    assert out[:, 21:, :, 3].isnan().all() and not out[:, 40:, :, 5].isfinite().any()
+    assert_close({"out": out[clean]}, {"out": whole[clean]}, 2 * BUDGET[dtype])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_states(dtype: torch.dtype) -> None:
     """Beyond what fp16 can hold."""
@@ -257,24 +334,23 @@ def test_nothing_but_outputs() -> None:
 def test_what_is_missing_is_said() -> None:
     more: dict[str, Any]
     for more, what in (
-        ({"feature_map": "taylor2", "dim": 17}, "taylor2"),
+        ({"feature_map": "taylor2", "dim": 65}, "taylor2"),
         ({"dtype": torch.float64}, "float64"),
         ({"dim": 129}, "head_dim above 128"),
     ):
         tensors, options = form("identity", **{"tokens": 3, "state": False, **more})
         with on_executor(), pytest.raises(NotImplementedError, match=what):
             linear_attention(**tensors, **options)
-    for more, what in (
-        ({"feature_map": "taylor2", "dim": 4, "dim_v": 65}, "taylor2"),
-        ({"beta": True}, "delta"),
-    ):
+    for more, what in (({"feature_map": "taylor2", "dim": 4, "dim_v": 65}, "taylor2"),):
         tensors, options = form("identity", tokens=3, state=False, **more)
         tensors["query"].requires_grad_()
         with on_executor(), pytest.raises(NotImplementedError, match=f"gradients of .*{what}"):
             linear_attention(**tensors, **options).sum().backward()
 
 
-def test_a_check_for_gpus() -> None:
-    with on_executor():
-        results = PROBLEMS["length-65"].results(BF16, "cpu")
-    compare(PROBLEMS["length-65"], BF16, results)
+@pytest.mark.parametrize("name", ["length-65", "step-wide"])
+def test_a_check_for_gpus(name: str) -> None:
+    with on_executor() as recorder:
+        results = PROBLEMS[name].results(BF16, "cpu")
+    assert recorder.reports
+    compare(PROBLEMS[name], BF16, results)

@@ -42,12 +42,14 @@ class DeviceTensor:
         return self.strides
 
 
-def put(memory: Memory, name: str, tensor: Tensor | None) -> DeviceTensor | None:
+def put(
+    memory: Memory, name: str, tensor: Tensor | None, writable: bool = False
+) -> DeviceTensor | None:
     """Copies a tensor with all its storage; what the tensor does not show counts as unwritten."""
     if tensor is None:
         return None
     storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
-    buffer = memory.buffer(name, storage.view(torch.uint8).numpy(), writable=False)
+    buffer = memory.buffer(name, storage.view(torch.uint8).numpy(), writable=writable)
     shown = torch.zeros(storage.numel(), dtype=torch.uint8)
     shown.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(1)
     buffer.set_written(shown.repeat_interleave(tensor.element_size()).numpy())

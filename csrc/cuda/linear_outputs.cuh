@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+// What becomes of a scan's outputs beside products: gradients on their way back through feature
+// maps, and rows whose values are not finite.
+#pragma once
+
+#include "linear_scan.cuh"
+
+namespace attnext {
+namespace cuda {
+
+// Scaled, decayed and masked.
+ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::finish_scores(float (&scores)[kChunk / 8][4],
+                                                                     int buffer,
+                                                                     const Numbers (&mine)[2],
+                                                                     int walked,
+                                                                     float (&sum)[2]) const {
+  const float scale = p.scale * p.inner_scale;
+  const int own = warp * 16 + g - (kGated && p.strict ? 1 : 0);
+#pragma unroll
+  for (int n = 0; n < kChunk / 8; ++n) {
+    if (n * 8 >= walked) break;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int j = n * 8 + 2 * t + e;
+      Numbers other = {0.f, 0.f, 1.f, 1.f};
+      if constexpr (kGated) {
+        const Numbers known = numbers(buffer, j);
+        other.decay = known.decay, other.rest = known.rest;
+        if (p.side == Side::kB) other.factor = known.factor, other.entry = known.entry;
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float& score = scores[n][2 * half + e];
+        float x = score;
+        if (is_further()) x += mine[half].entry * other.entry;
+        if constexpr (kExpanded) {
+          x *= p.polynomial_scale;
+          x = fmaf(fmaf(x, 0.5f, 1.f), x, 1.f);
+        }
+        if (decays()) {
+          x *= power((mine[half].decay - other.decay) + (mine[half].rest - other.rest));
+        }
+        if constexpr (!kScaledLate) x *= scale * other.factor;
+        score = j <= own + half * 8 ? x : 0.f;
+        sum[half] += score;
+      }
+    }
+  }
+}
+
+ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::pull_back(int row, int half, float factor,
+                                                                 float (&out)[kColumns / 8][4]) {
+  const bool live = is_token(row);
+  const int dim = p.out.dim - slice * kColumns;
+  const T* raw = static_cast<const T*>(p.raw.rows.data) + slice * kColumns;
+  if (live) raw += tokens.offset(p.raw.rows, p.raw.group, first + row);
+  float dot = 0.f;
+#pragma unroll
+  for (int n = 0; n < kColumns / 8; ++n) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int column = n * 8 + 2 * t + e;
+      float& x = out[n][2 * half + e];
+      x *= factor;
+      if (!live || column >= dim) continue;
+      const float f = feature(p.raw.map, Number<T>::widen(raw[column]));
+      dot = fmaf(x, Number<T>::widen(Number<T>::narrow(f)), dot);  // as the products have it
+      x *= feature_slope(p.raw.map, f);
+    }
+  }
+  dot = quad_sum(dot);
+  if (p.dots && live && t == 0) {
+    p.dots[slice * p.batch * p.tokens * p.heads + tokens.index(p, first + row)] = dot;
+  }
+}
+
+ATTNEXT_SCAN_MEMBER bool Scan<T, kDim, kWarps, kKind>::are_own_rows_finite(int stage) const {
+  float x[2][4] = {};  // sums of values times 0
+  if constexpr (sizeof(T) == 4) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) x[0][0] = fmaf(value(stage, warp * 16 + i, lane), 0.f, x[0][0]);
+  } else {
+    const typename P::Left zeros = {{0, 0, 0, 0}};
+#pragma unroll
+    for (int d = 0; d < kColumns / 16; ++d) {
+      const auto b = P::template load_right_transposed<kColumns>(
+          tile(stage, 2) + narrow.transposed, warp * 16, d * 16 / Layout<T, kColumns>::kElems);
+      P::multiply(x[0], x[1], zeros, b);
+    }
+  }
+  const float sum = (x[0][0] + x[0][1]) + (x[1][0] + x[1][1]);  // all rows are the same
+  return !__any_sync(~0u, sum != 0.f);
+}
+
+// The warp's own rows of a chunk: each value counts only where the mask lets it.
+ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::add_own_rows(
+    int stage, const float (&scores)[kChunk / 8][4], float (&out)[kColumns / 8][4]) const {
+  float own[2][4];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      float x = 0.f;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        const float score = in_register(scores[2 * w + half][e]);
+        x = w == warp ? score : x;
+      }
+      own[half][e] = x;
+    }
+  }
+  const int last = g - (kGated && p.strict ? 1 : 0);
+#pragma unroll 1
+  for (int from = 0; from < 4; ++from) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int j = i / 2 * 8 + 2 * from + i % 2;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float score = __shfl_sync(~0u, own[i / 2][2 * half + i % 2], lane / 4 * 4 + from);
+        const float weight = Number<T>::widen(Number<T>::narrow(score));
+        if (j > last + half * 8) continue;
+#pragma unroll
+        for (int n = 0; n < kColumns / 8; ++n) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            float& x = out[n][2 * half + e];
+            x = fmaf(weight, Number<T>::widen(value(stage, warp * 16 + j, n * 8 + 2 * t + e)), x);
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace cuda
+}  // namespace attnext
