@@ -365,9 +365,10 @@ struct LinearHead {
     return static_cast<U*>(ref.data) + s.batch * ref.batch + token * ref.token[2] + head * ref.head;
   }
   // Starts loading rows of the chunk after the one at t, if there is one: as many as a tile has,
-  // since more at once would wait for each other. Inlined, for a call would be thought to be without
-  // effect, and go.
-  ATTNEXT_INLINE void fetch_next(const TensorRef& ref, int64_t t, int64_t i, int64_t heads, int64_t dim) const {
+  // since more at once would wait for each other. Inlined, for a call would be thought to be
+  // without effect, and go.
+  ATTNEXT_INLINE void fetch_next(const TensorRef& ref, int64_t t, int64_t i, int64_t heads,
+                                 int64_t dim) const {
     const int64_t next = t + chunk + i;
     if (next >= item.end) return;
     fetch_rows<0>(row<const T>(ref, next, heads), step(ref), min64(kRows, item.end - next), dim);
@@ -378,7 +379,8 @@ struct LinearHead {
     if (t == item.begin) return;
     fetch_rows<0>(row<const T>(ref, t - chunk + i, heads), step(ref), kRows, dim);
   }
-  ATTNEXT_INLINE void fetch_out(const TensorRef& ref, int64_t t, int64_t i, int64_t heads, int64_t dim) const {
+  ATTNEXT_INLINE void fetch_out(const TensorRef& ref, int64_t t, int64_t i, int64_t heads,
+                                int64_t dim) const {
     fetch_rows<1>(row<const T>(ref, t + i, heads), step(ref), min64(kRows, item.end - t - i), dim);
   }
   int64_t step(const TensorRef& ref) const { return p.reverse ? -ref.token[2] : ref.token[2]; }

@@ -149,7 +149,8 @@ void product_lower(int64_t first, int64_t rows, int64_t columns, const Elem* a, 
                            Mix<AccOf<Elem>>{add});
 }
 
-// ---- operands: numbers as they are, or pairs of bf16 ---------------------------------------------
+// ---- operands: numbers as they are, or pairs of bf16
+// ---------------------------------------------
 
 template <class Elem>
 ATTNEXT_INLINE constexpr int64_t elements(int64_t numbers) {

@@ -52,11 +52,13 @@ struct LinearEntry {
   }
   static void sum_keys(const LinearParams& p, const LinearItem& item, void* local, bool fresh,
                        void* scratch) {
-    with<LinearForward>(p, item, scratch, [&](auto pass) { pass.sum_keys(static_cast<Acc*>(local), fresh); });
+    with<LinearForward>(p, item, scratch,
+                        [&](auto pass) { pass.sum_keys(static_cast<Acc*>(local), fresh); });
   }
   static void sum_queries(const LinearParams& p, const LinearItem& item, void* local, bool fresh,
                           void* scratch) {
-    with<LinearBackward>(p, item, scratch, [&](auto pass) { pass.sum_queries(static_cast<Acc*>(local), fresh); });
+    with<LinearBackward>(p, item, scratch,
+                         [&](auto pass) { pass.sum_queries(static_cast<Acc*>(local), fresh); });
   }
   static void forward(const LinearParams& p, const LinearItem& item, const void* carry, void* local,
                       bool fresh, bool keep, void* scratch) {
