@@ -144,7 +144,7 @@ def test_head_dims(dim, dim_v, gate):
 
 
 @pytest.mark.parametrize(
-    "tokens, dim, dim_v", [(1, 1, 1), (15, 7, 17), (33, 17, 33), (70, 40, 100)]
+    "tokens, dim, dim_v", [(1, 9, 15), (15, 7, 17), (33, 17, 33), (70, 40, 100)]
 )
 def test_pairs_that_are_not_full(tokens, dim, dim_v):
     """Of tokens, entries, columns and features."""
