@@ -90,7 +90,9 @@ def linear_attention(
     Numerics:
         float32, float64, bfloat16, float16 in and out. Products, sums, states and the division in
         float32 (float64 for float64), one rounding at the store: the error does not grow with the
-        length. The bits do not depend on the number of threads or on other batch items.
+        length. A CPU that multiplies pairs of bfloat16 does so: features, scores and what is read
+        of a state are then rounded as they enter a product, sums and states are float32 as ever.
+        The bits do not depend on the number of threads or on other batch items.
 
     Errors:
         ValueError, TypeError or NotImplementedError, naming the argument.

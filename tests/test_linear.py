@@ -143,6 +143,17 @@ def test_head_dims(dim, dim_v, gate):
     check(*problem(**shape, state=True, dtype=torch.float32, **gates[gate]))
 
 
+@pytest.mark.parametrize(
+    "tokens, dim, dim_v", [(1, 9, 15), (15, 7, 17), (33, 17, 33), (70, 40, 100)]
+)
+def test_pairs_that_are_not_full(tokens, dim, dim_v):
+    """Of tokens, entries, columns and features."""
+    shape = {"tokens": tokens, "dim_v": dim_v, "state": True, "dtype": torch.bfloat16}
+    for feature_map in ("identity", "elu", "taylor2"):
+        entries = min(dim, 15) if feature_map == "taylor2" else dim
+        check(*problem(dim=entries, feature_map=feature_map, **shape), budget=5e-3)
+
+
 def test_taylor_of_an_odd_and_a_large_head_dim():
     for dim in (15, 33):
         check(
@@ -373,9 +384,10 @@ def test_sums_that_a_half_cannot_hold():
     assert state[..., 0, -1].item() == 4096  # a stored half would have stalled at 2048
 
 
-def test_nan_reaches_only_what_attends_it():
+@pytest.mark.parametrize("dtype", [F64, torch.bfloat16], ids=str)
+def test_nan_reaches_only_what_attends_it(dtype):
     for name in ("identity", "taylor2, normalized", "relu, decayed", "delta"):
-        tensors, options = form(name, tokens=50)
+        tensors, options = form(name, tokens=50, dtype=dtype)
         clean = linear_attention(**tensors, **options)
         for which in ("key", "value"):
             spoilt = {**tensors, which: tensors[which].clone()}

@@ -279,19 +279,13 @@ class LinearBackward : public LinearHead<T> {
     }
     unpack_lanes<Acc, Acc>(dp_, ld, count, count, dp_lanes_, ld);
     clear_lanes(dp_lanes_, count, count, lanes);
-    // The gradients of a vector of queries are sums over the keys up to its last, those of a vector
-    // of keys over the queries from its first.
-    const Elem* const keys = along_lanes(k_, dim, ld, lanes, key_lanes_);
-    const Elem* const queries = along_lanes(q_, dim, ld, lanes, query_lanes_);
-    const Elem* const pairs = along_rows(dp_, count, ld, lanes, pair_rows_);
-    const Elem* const columns_of_pairs = along_rows(dp_lanes_, count, ld, lanes, pair_columns_);
-    for (int64_t i = 0; i < lanes; i += 2 * kLanes) {
-      const int64_t more = min64(2 * kLanes, lanes - i), to = min64(i + more, count);
-      product<By::kRows>(dim, more, elements<Elem>(to), keys, ld / kDepth, columns_of_pairs + i, ld,
-                         dq_ + i, ld, false);
-      product<By::kRows, false>(dim, more, elements<Elem>(count - i), queries + i / kDepth,
-                                ld / kDepth, pairs + i / kDepth * ld + i, ld, dk_ + i, ld,
-                                Mix<Acc>{false, 1, Acc(p.scale)});
+    if (rounds_once()) {
+      entry_gradients(along_lanes(q_, dim, ld, lanes, query_lanes_),
+                      along_lanes(k_, dim, ld, lanes, key_lanes_),
+                      along_rows(dp_, count, ld, lanes, pair_rows_),
+                      along_rows(dp_lanes_, count, ld, lanes, pair_columns_), count);
+    } else {
+      entry_gradients(q_, k_, dp_, dp_lanes_, count);
     }
     const Elem* const scores = along_rows(s_, count, ld, lanes, score_rows_);
     const Elem* const dout_by_rows = along_rows(dout_, count, width, width, dout_room_);
@@ -302,6 +296,23 @@ class LinearBackward : public LinearHead<T> {
                                    scores + j / kDepth * ld + j, ld,
                                    dout_by_rows + j / kDepth * width, width, dv_ + j * width, width,
                                    Mix<Acc>{false, 1, this->outer_scale()});
+    }
+  }
+  // Whether gradients in a chunk are sums of rounded numbers times exact ones.
+  bool rounds_once() const { return p.feature_map != FeatureMap::kElu && !decays(); }
+  // dq_ and dk_. A vector of queries has the keys up to its last, one of keys the queries from its
+  // first on.
+  template <class E>
+  void entry_gradients(const E* q, const E* k, const E* dp, const E* dp_lanes, int64_t count) {
+    constexpr int64_t depth = Contraction<E>::kDepth;
+    const int64_t lanes = whole_vectors<Acc>(count), dim = p.head_dim;
+    for (int64_t i = 0; i < lanes; i += 2 * kLanes) {
+      const int64_t more = min64(2 * kLanes, lanes - i), to = min64(i + more, count);
+      product<By::kRows>(dim, more, elements<E>(to), k, ld / depth, dp_lanes + i, ld, dq_ + i, ld,
+                         false);
+      product<By::kRows, false>(dim, more, elements<E>(count - i), q + i / depth, ld / depth,
+                                dp + i / depth * ld + i, ld, dk_ + i, ld,
+                                Mix<Acc>{false, 1, Acc(p.scale)});
     }
   }
   void clear_lanes(Acc* x, int64_t rows, int64_t from, int64_t to) {
