@@ -333,7 +333,7 @@ def shared_problems(draw):
     return Problem(tensors, plan, options, cotangents)
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(shared_problems())
 def test_lists_of_few_queries(problem):
     check(problem)
