@@ -8,6 +8,7 @@
 #pragma once
 
 #include "block.cuh"
+#include "entry_bias.cuh"
 #include "list_walk.cuh"
 
 namespace attnext {
@@ -158,6 +159,8 @@ struct QueryGradient
   using typename Base::Cursor, typename Base::Mask, typename Base::Row;
   static constexpr bool kReadsBias = kModified;
   static constexpr bool kExact = sizeof(T) == 4;  // the rest of lse tells only in fp32
+  // The gradient of biases that lists have: numbers of slots are their entries.
+  static constexpr bool kByEntry = kWanted == Wanted::kBias && !Walk::kRowsBias;
   using Rows = LeftRows<T, kDim, kFrags, false>;
 
   float dquery[kFrags][kDim / 8][4];
@@ -168,7 +171,9 @@ struct QueryGradient
   Chain<kModified> chain;
 
   ATTNEXT_DEVICE void note(int j, int32_t slot, Cursor cursor, int32_t, int numbers) {
-    if constexpr (kModified) {
+    if constexpr (kByEntry) {
+      this->integer(numbers, 0)[j] = Walk::entry_of(walk.slot(slot, cursor));
+    } else if constexpr (kModified) {
       this->integer(numbers, 0)[j] = w.bias ? walk.bias_entry(w, walk.slot(slot, cursor)) : kNoBias;
     }
   }
@@ -195,6 +200,7 @@ struct QueryGradient
       for (int e = 0; e < 2; ++e) {
         int32_t key = kNoBias;
         if constexpr (kModified) key = this->integer(numbers, 0)[n * 8 + 2 * t + e];
+        if constexpr (kByEntry) key = walk.bias_of_entry(key);
 #pragma unroll
         for (int f = 0; f < kFrags; ++f) {
 #pragma unroll
@@ -224,6 +230,8 @@ struct QueryGradient
     if constexpr (kWanted == Wanted::kQuery) {
       accumulate<T, kDim, kDim, kFrags, kStep>(dquery, ds, this->lanes, this->walk_tile(stage, 0),
                                                0);
+    } else if constexpr (kByEntry) {
+      add_to_entries(*this, ds, numbers);
     } else {
       add_bias(ds, numbers);
     }
@@ -661,6 +669,12 @@ extern __shared__ __align__(1024) uint8_t shared_memory[];
     QueryGradient<ListWalk<false, modified>, T, dim, warps, frags, step, modified,        \
                   Wanted::kQuery>(p, shared_memory)                                       \
         .run();                                                                           \
+  }
+#define ATTNEXT_ROUTED_BIAS_GRADIENT(name, T, dim, warps, frags, step, modified, slices)          \
+  ATTNEXT_ROUTED_KERNEL(name, (warps) * 32) {                                                     \
+    QueryGradient<ListWalk<false, modified>, T, dim, warps, frags, step, modified, Wanted::kBias> \
+        kernel(p, shared_memory);                                                                 \
+    entry_bias_gradient(kernel);                                                                  \
   }
 #define ATTNEXT_ROUTED_KEY_GRADIENT(name, T, dim, warps, frags, step, modified, slices)  \
   ATTNEXT_ROUTED_KERNEL(name, (warps) * 32) {                                            \
