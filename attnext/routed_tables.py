@@ -77,9 +77,10 @@ class ListTables:
         self, address: Callable[[str, Tensor], int] = lambda name, x: x.data_ptr()
     ) -> tuple[int, int, int, int, int, int]:
         """What the binary takes; `address` says where a tensor is on the device."""
-        found = {n: 0 if x is None else address(n, x) for n, x in self.tensors.items()}
-        tile_ptr, entries, *others = found.values()
-        return tile_ptr, entries, self.entries.shape[0], *others
+        tile_ptr, entries, places, slot_ptr, slot_entries = (
+            0 if x is None else address(n, x) for n, x in self.tensors.items()
+        )
+        return tile_ptr, entries, self.entries.shape[0], places, slot_ptr, slot_entries
 
 
 def facts(plan: Lists) -> Facts:

@@ -294,7 +294,8 @@ def test_gradient_of_biases_in_rows_of_lists() -> None:
 def test_documents_in_any_order() -> None:
     generator = torch.Generator().manual_seed(0)
     queries, keys = (torch.randint(0, 3, (2, n), generator=generator) for n in (90, 100))
-    options = {"query_documents": queries, "key_documents": keys, "window_size": (9, 30)}
+    options: dict[str, Any] = {"query_documents": queries, "key_documents": keys}
+    options["window_size"] = (9, 30)
     tensors = qkv((90,), (100,), batch=2, heads=2)
     check(tensors, lists(90, 16, 4, keys=100), head_policy=["list", "dense"], **options)
     check(tensors, lists(90, 16, 4, keys=100, bias=True), sinks=3, exclude_self=True, **options)
