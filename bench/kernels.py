@@ -115,13 +115,13 @@ SAMPLES: tuple[Kernel, ...] = (
 
 
 def select(patterns: Sequence[str]) -> list[Kernel]:
-    """Kernels by name or pattern, the library's if none is given. Errors: ValueError if one fits
-    none."""
+    """Kernels by name or pattern; those of windows and lists if none is given. Errors: ValueError
+    if one fits none."""
     known = (*KERNELS, *ROUTED_KERNELS, *LINEAR_KERNELS, *SAMPLES)
     for pattern in patterns:
         if not any(fnmatch(kernel.name, pattern) for kernel in known):
             names = ", ".join(kernel.name for kernel in known)
             raise ValueError(f"no kernel is called {pattern!r}; there are {names}")
     if not patterns:
-        return list(KERNELS)
+        return [*KERNELS, *ROUTED_KERNELS]
     return [k for k in known if any(fnmatch(k.name, p) for p in patterns)]

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-import attnext
-from attnext import BlockPlan, Blocks, reference_routed, routed_ops, routed_tables
-from attnext.testing import assert_within_budget, evaluate
+from attnext import BlockPlan, routed_ops, routed_tables
 
-from .executor import Program, WrongRun
+from .executor import Program
 from .planted import BLOCK, WRONG, Bug, planted_bug
-from .routed import on_executor
+from .problems_routed import Problem, lists, qkv, run, shuffled
 from .source import header_with, lone
-from .test_routed import lists, normal, qkv, with_bias
 
 _bug = functools.partial(planted_bug, "routed")
 LIST, RULES, ENTRIES = "list_walk.cuh", "../routed_rules.h", "entry_bias.cuh"
@@ -52,16 +48,17 @@ PROBLEMS: dict[str, Any] = {
     "bias, gradients": lambda: (qkv((90,), batch=2), lists(90, 16, 3, bias=True),
                                 {"softcap": 1.0, "window_size": 9}),
     "spans": lambda: (qkv((40,)), _spans(), {}),
-    "mixed documents": lambda: (qkv((60,)), _shuffled(lists(60, 16, 3)), _documents(mixed=True)),
-    "shuffled": lambda: (qkv((70,)), _shuffled(lists(70, 16, 3)), {"window_size": 9, "sinks": 2}),
-    "shuffled, gradients": lambda: (qkv((70,)), _shuffled(lists(70, 16, 3)),
+    "mixed documents": lambda: (qkv((60,)), shuffled(lists(60, 16, 3)), _documents(mixed=True)),
+    "shuffled": lambda: (qkv((70,)), shuffled(lists(70, 16, 3)), {"window_size": 9, "sinks": 2}),
+    "shuffled, gradients": lambda: (qkv((70,)), shuffled(lists(70, 16, 3)),
                                     {"window_size": 9, "is_causal": True, "exclude_self": True}),
-    "shuffled with bias, gradients": lambda: (qkv((70,)), _shuffled(lists(70, 16, 3, bias=True)),
+    "shuffled with bias, gradients": lambda: (qkv((70,)), shuffled(lists(70, 16, 3, bias=True)),
                                               {"window_size": 30}),
     "alike": lambda: (qkv((64,), (128,)),
                       BlockPlan.of(torch.tensor([0, 1]).repeat(32).view(1, 1, 64, 1), 64, 1, 128,
                                    64), {}),
-    "gap": lambda: (qkv((40,), (60,)), BlockPlan.of(torch.tensor([[[[0, 2]]]]), 40, 40, 60, 16), {}),
+    "gap": lambda: (qkv((40,), (60,)),
+                    BlockPlan.of(torch.tensor([[[[0, 2]]]]), 40, 40, 60, 16), {}),
     "many heads": lambda: (qkv((2,), dim=8, heads=1025, kv_heads=1), lists(2, 2, 1),
                            {"head_policy": ["dense"] * 1025}),
 }  # fmt: skip
@@ -70,14 +67,6 @@ PROBLEMS: dict[str, Any] = {
 def _spans() -> BlockPlan:
     starts, ends = torch.tensor([[[[0, 10]]]]), torch.tensor([[[[30, 40]]]])
     return BlockPlan.of_spans(starts, ends, 40, 40, bias=torch.tensor([[[[0.0, 3.0]]]]))
-
-
-def _shuffled(plan: BlockPlan) -> BlockPlan:
-    """With queries that are out of order."""
-    blocks = plan.query_blocks
-    order = torch.randperm(blocks.num_tokens, generator=torch.Generator().manual_seed(0)).int()
-    shuffled = Blocks(blocks.extent, blocks.offsets, order)
-    return dataclasses.replace(plan, query_blocks=shuffled)
 
 
 def _documents(mixed: bool = False) -> dict[str, torch.Tensor]:
@@ -221,30 +210,14 @@ TABLE_BUGS = [
 def symptoms(name: str, bug: Bug | None = None) -> set[str]:
     """What is said of a problem with a bug in one kernel."""
     tensors, plan, options = PROBLEMS[name]()
-    cotangents = None
-    if name.endswith("gradients"):
-        shape = tensors["query"].shape
-        cotangents = normal(*shape, dtype=torch.bfloat16), normal(*shape[:-1])
-    if plan.bias is not None:
-        tensors["bias"] = plan.bias
-    function, specification = (
-        with_bias(module.routed_attention, plan) for module in (attnext, reference_routed)
-    )
+    problem = Problem(tensors, plan, options, name.endswith("gradients"))
 
     def find(kernel: str) -> Program:
         return lone(kernel, *bug.edits) if bug and kernel == bug.kernel else lone(kernel)
 
-    wrong: set[str] = set()
-    with on_executor(find=find, metrics=False) as recorder:
-        try:
-            results = evaluate(function, tensors, options, cotangents)
-            assert_within_budget(results, specification, tensors, options, cotangents)
-        except WrongRun:
-            pass
-        except AssertionError:
-            wrong.add(WRONG)
-    assert bug is None or any(r.kernel == bug.kernel for r in recorder.reports)
-    return wrong.union(*(report.kinds() for report in recorder.reports))
+    wrong, reports = run(problem, find, metrics=False)
+    assert bug is None or any(r.kernel == bug.kernel for r in reports)
+    return wrong
 
 
 def test_the_list_fits_the_sources() -> None:

@@ -8,7 +8,6 @@ float64.
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from typing import Any
 
@@ -19,9 +18,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import attnext
-from attnext import BlockPlan, Blocks, reference_routed
-from attnext.testing import assert_within_budget, evaluate
+from attnext import BlockPlan, Blocks
 
+from .problems import normal
+from .problems_routed import Problem, lists, qkv, shuffled
 from .routed import on_executor
 
 routed_attention: Any = attnext.routed_attention
@@ -29,73 +29,13 @@ routed_attention: Any = attnext.routed_attention
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def qkv(
-    queries: tuple[int, ...],
-    keys: tuple[int, ...] | None = None,
-    dim: int = 32,
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    batch: int = 1,
-    heads: int = 1,
-    kv_heads: int | None = None,
-    dim_v: int | None = None,
-) -> dict[str, Tensor]:
-    kv = kv_heads or heads
-    return {
-        "query": normal(batch, *queries, heads, dim, dtype=dtype, seed=1),
-        "key": normal(batch, *(keys or queries), kv, dim, dtype=dtype, seed=2),
-        "value": normal(batch, *(keys or queries), kv, dim_v or dim, dtype=dtype, seed=3),
-    }
-
-
-def with_bias(function: Any, plan: BlockPlan) -> Any:
-    """``function`` of tensors, one of which may be the plan's bias."""
-
-    def of_tensors(*, bias: Tensor | None = None, **rest: Any) -> Any:
-        return function(plan=dataclasses.replace(plan, bias=bias), **rest)
-
-    return of_tensors
-
-
 def check(tensors: dict[str, Tensor], plan: BlockPlan, grads: bool = True, **options: Any) -> Any:
     """Forward and backward within the budget; gives the reports."""
-    query, value = tensors["query"], tensors["value"]
-    shape = (*query.shape[:-1], value.shape[-1])
-    cotangents = (normal(*shape, dtype=query.dtype, seed=4), normal(*shape[:-1], seed=5))
-    given_cotangents = cotangents if grads else None
-    if plan.bias is not None:
-        tensors = {**tensors, "bias": plan.bias}
+    problem = Problem(tensors, plan, options, grads)
     with on_executor(metrics=False) as recorder:
-        results = evaluate(with_bias(routed_attention, plan), tensors, options, given_cotangents)
-    specification = with_bias(reference_routed.routed_attention, plan)
-    assert_within_budget(results, specification, tensors, options, given_cotangents)
+        results = problem.evaluate()
+    problem.compare(results)
     return recorder.reports
-
-
-def lists(
-    tokens: int,
-    block: int,
-    slots: int,
-    *,
-    keys: int | None = None,
-    key_block: int | None = None,
-    batch: int = 1,
-    heads: int = 1,
-    bias: bool = False,
-    seed: int = 0,
-) -> BlockPlan:
-    """Random lists, with empty slots and blocks named twice."""
-    generator = torch.Generator().manual_seed(seed)
-    keys, key_block = keys or tokens, key_block or block
-    shape = (batch, heads, -(-tokens // block), slots)
-    indices = torch.randint(-1, -(-keys // key_block), shape, generator=generator)
-    numbers = normal(*shape, seed=seed) if bias else None
-    return BlockPlan.of(indices, tokens, block, keys, key_block, bias=numbers)
 
 
 # ---- whatever may come ---------------------------------------------------------------------------
@@ -302,10 +242,8 @@ def test_documents_in_any_order() -> None:
 
 
 def test_rules_beside_queries_out_of_order() -> None:
-    order = torch.randperm(90, generator=torch.Generator().manual_seed(0)).int()
-    queries = Blocks((90,), Blocks.of(90, 16).offsets, order)
     for bias in (False, True):
-        plan = dataclasses.replace(lists(90, 16, 3, keys=100, bias=bias), query_blocks=queries)
+        plan = shuffled(lists(90, 16, 3, keys=100, bias=bias))
         check(
             qkv((90,), (100,), heads=2),
             plan,
