@@ -50,12 +50,18 @@ def _forward_cpu(*problem: Any) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
+def written(problem: tuple[Any, ...], needs: list[bool]) -> list[bool]:
+    """Which gradients a backward pass writes."""
+    wanted = (True, True, True, *needs[3:])
+    return [t is not None and n for t, n in zip(problem[:_NUM_GRADS], wanted, strict=True)]
+
+
 def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
-    """Fresh gradients; those that are absent or not needed are empty."""
+    """Fresh gradients; those that are not written are empty."""
     query, needs = args[0], args[-1]
     return tuple(
-        query.new_empty([0]) if t is None or not need else query.new_empty(t.shape, dtype=t.dtype)
-        for t, need in zip(args[:_NUM_GRADS], (True, True, True, *needs[3:]), strict=True)
+        query.new_empty(t.shape, dtype=t.dtype) if write else query.new_empty([0])
+        for t, write in zip(args[:_NUM_GRADS], written(args, needs), strict=True)
     )
 
 
@@ -116,6 +122,11 @@ def mixed_documents(problem: tuple[Any, ...]) -> bool:
     return any(falls(x) for x in problem[_DOCUMENTS : _DOCUMENTS + 2] if x is not None)
 
 
+def known_of(problem: tuple[Any, ...]) -> tuple[bool, int]:
+    """What a call is told of numbers on the device, RoutedFacts of plan.h."""
+    return mixed_documents(problem), _facts(lists_of(problem)).query_block
+
+
 def policies_of(problem: tuple[Any, ...]) -> Tensor | None:
     """The policies of many heads, where the lists are: int8 ``[heads]``."""
     policy = problem[_POLICY]
@@ -165,7 +176,7 @@ def tables_of(problem: tuple[Any, ...], rows: int, by_key: bool, stream: int = 0
 def _call(kind: Any, problem: tuple[Any, ...]) -> Any:
     policies = policies_of(problem)
     address = 0 if policies is None else policies.data_ptr()
-    return kind(problem, mixed_documents(problem), address)
+    return kind(problem, *known_of(problem), address)
 
 
 def _forward_cuda(*problem: Any) -> tuple[Tensor, Tensor]:
@@ -193,8 +204,7 @@ def _backward_cuda(*args: Any) -> tuple[Tensor, ...]:
         queries = tables_of(problem, call.query_rows, False, where[1])
         keys = tables_of(problem, call.key_rows, True, where[1])
         wanted = tuple(
-            g if t is not None and need else None
-            for g, t, need in zip(grads, problem, (True, True, True, *needs[3:]), strict=False)
+            g if write else None for g, write in zip(grads, written(problem, needs), strict=True)
         )
         num_bytes = call.workspace_bytes(wanted[_BIAS] is not None, queries.entries.shape[0])
         workspace = query.new_empty(num_bytes, dtype=torch.uint8)

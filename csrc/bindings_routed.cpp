@@ -329,17 +329,15 @@ using Addresses = std::tuple<uintptr_t, uintptr_t, int64_t, uintptr_t, uintptr_t
 struct CudaRouted {
   RoutedCall call;
   cuda::RoutedFacts facts;
-  WindowParams shaped;  // with what the choice of a kernel asks for
 
-  CudaRouted(const py::tuple& problem, bool mixed_documents, uintptr_t policies)
+  CudaRouted(const py::tuple& problem, bool mixed_documents, int64_t query_block,
+             uintptr_t policies)
       : call(make_call(problem, Device::kCuda)),
-        facts{mixed_documents, reinterpret_cast<const int8_t*>(policies)} {
+        facts{mixed_documents, query_block, reinterpret_cast<const int8_t*>(policies)} {
     require(call.policy.empty() || policies || call.params.window.heads <= cuda::kMostPackedHeads,
             "policies on the device");
-    shaped = call.params.window;
-    shaped.bias = call.params.entry_bias;
   }
-  int32_t rows(cuda::Pass pass) const { return cuda::routed_shape(shaped, pass).rows(); }
+  int64_t rows(cuda::Pass pass) const { return cuda::routed_rows(call.params, facts, pass); }
   static cuda::ListTables tables(const Addresses& at) {
     const auto& [tile_ptr, entries, num_entries, walk_places, slot_ptr, slot_entries] = at;
     return {reinterpret_cast<const int64_t*>(tile_ptr),
@@ -354,7 +352,7 @@ struct CudaRouted {
 struct CudaRoutedForward : CudaRouted {
   using CudaRouted::CudaRouted;
   int64_t workspace_bytes(int64_t longest_walk) const {
-    return cuda::routed_forward_workspace(call.params, longest_walk);
+    return cuda::routed_forward_workspace(call.params, facts, longest_walk);
   }
   std::vector<cuda::Launch> prepare(py::handle out, py::handle lse, const Addresses& queries,
                                     int64_t longest_walk, uintptr_t workspace) {
@@ -367,7 +365,7 @@ struct CudaRoutedForward : CudaRouted {
 struct CudaRoutedBackward : CudaRouted {
   using CudaRouted::CudaRouted;
   int64_t workspace_bytes(bool of_bias, int64_t num_entries) const {
-    return cuda::routed_backward_workspace(call.params, of_bias, num_entries);
+    return cuda::routed_backward_workspace(call.params, facts, of_bias, num_entries);
   }
   std::vector<cuda::Launch> prepare(const py::args& t, const Addresses& queries,
                                     const Addresses& keys, uintptr_t workspace) {
@@ -382,7 +380,7 @@ struct CudaRoutedBackward : CudaRouted {
 
 void bind_routed(py::module_& m) {
   py::class_<CudaRoutedForward>(m, "CudaRoutedForward")
-      .def(py::init<const py::tuple&, bool, uintptr_t>())
+      .def(py::init<const py::tuple&, bool, int64_t, uintptr_t>())
       .def_property_readonly(
           "query_rows", [](const CudaRoutedForward& f) { return f.rows(cuda::Pass::kForward); })
       .def("workspace_bytes", &CudaRoutedForward::workspace_bytes)
@@ -398,7 +396,7 @@ void bind_routed(py::module_& m) {
         cuda::launch(launches, device, stream, "routed_forward");
       });
   py::class_<CudaRoutedBackward>(m, "CudaRoutedBackward")
-      .def(py::init<const py::tuple&, bool, uintptr_t>())
+      .def(py::init<const py::tuple&, bool, int64_t, uintptr_t>())
       .def_property_readonly(
           "query_rows",
           [](const CudaRoutedBackward& b) { return b.rows(cuda::Pass::kQueryGradient); })

@@ -20,42 +20,37 @@ ATTNEXT_DEVICE float* entry_sums(const Kernel& k) {
 template <class Kernel, int kFrags, int kColumns>
 ATTNEXT_DEVICE void add_to_entries(const Kernel& k, const float (&ds)[kFrags][kColumns][4],
                                    int numbers) {
-  float* const sums = entry_sums(k);
+  static_assert(kColumns <= 4, "a lane has a slot; the block's barrier is between those of steps");
   const int lane = k.lane;
+  // The sum of a slot's column, in the lane of its number: 8 n + 2 t + e.
+  float x = 0.f;
 #pragma unroll
-  for (int n0 = 0; n0 < kColumns; n0 += 4) {  // 32 slots: slot 8 n + 2 t + e
-    // The sum of a slot's column, in the lane of its number.
-    float x = 0.f;
+  for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
-    for (int n = n0; n < n0 + 4 && n < kColumns; ++n) {
+    for (int e = 0; e < 2; ++e) {
+      float sum = 0.f;
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float sum = 0.f;
+      for (int f = 0; f < kFrags; ++f) sum += ds[f][n][e] + ds[f][n][2 + e];
 #pragma unroll
-        for (int f = 0; f < kFrags; ++f) sum += ds[f][n][e] + ds[f][n][2 + e];
-#pragma unroll
-        for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
-        const float here = __shfl_sync(~0u, sum, lane % 8 / 2);
-        if (lane / 8 == n - n0 && lane % 2 == e) x = here;
-      }
+      for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
+      const float here = __shfl_sync(~0u, sum, lane % 8 / 2);
+      if (lane / 8 == n && lane % 2 == e) x = here;
     }
-    const int slot = n0 * 8 + lane;
-    const int32_t entry = slot < kColumns * 8 ? k.integer(numbers, 0)[slot] : kNoBias;
-    // Slots of an entry follow each other: the last has the sum of all.
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const float before = __shfl_up_sync(~0u, x, step);
-      const int32_t other = __shfl_up_sync(~0u, entry, step);
-      if (lane >= step && other == entry) x += before;
-    }
-    const int32_t next = __shfl_down_sync(~0u, entry, 1);
-    if (entry != kNoBias && (lane == 31 || next != entry)) sums[entry] += x;
-    __syncwarp();
   }
+  const int32_t entry = lane < kColumns * 8 ? k.integer(numbers, 0)[lane] : kNoBias;
+  // Slots of an entry follow each other: the last has the sum of all.
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const float before = __shfl_up_sync(~0u, x, step);
+    const int32_t other = __shfl_up_sync(~0u, entry, step);
+    if (lane >= step && other == entry) x += before;
+  }
+  const int32_t next = __shfl_down_sync(~0u, entry, 1);
+  if (entry != kNoBias && (lane == 31 || next != entry)) entry_sums(k)[entry] += x;
 }
 
-// One block a list, tile and split: it takes every so many of the batch items and heads that have
-// the list.
+// One block a list, tile and split: it takes every so many of the batch items and (packed) heads
+// that have the list.
 template <class Kernel>
 ATTNEXT_DEVICE void entry_bias_gradient(Kernel& k) {
   const RoutedLaunch& p = k.p;
@@ -65,13 +60,13 @@ ATTNEXT_DEVICE void entry_bias_gradient(Kernel& k) {
   const int64_t* tile = p.tile_ptr + int64_t(list) * p.most_tiles + index;
   k.walk.entries = p.entries + tile[0];
   float* const sums = entry_sums(k);
-  for (int64_t e = k.lane; e < tile[1] - tile[0]; e += 32) sums[e] = 0.f;
-  __syncwarp();
+  for (int64_t e = k.lane; e < tile[1] - tile[0]; e += 32) sums[e] = 0.f;  // a barrier follows
   const int32_t heads = static_cast<int32_t>(p.window.heads) / p.list_heads;
+  const int32_t packs = heads / p.packed;
   const int32_t batches = p.list_batch == 1 ? static_cast<int32_t>(p.window.batch) : 1;
-  for (int64_t i = blockIdx.x % p.splits; i < int64_t(heads) * batches; i += p.splits) {
-    k.head = list % p.list_heads * heads + static_cast<int32_t>(i % heads);
-    k.batch = list / p.list_heads + static_cast<int32_t>(i / heads);
+  for (int64_t i = blockIdx.x % p.splits; i < int64_t(packs) * batches; i += p.splits) {
+    k.head = list % p.list_heads * heads + static_cast<int32_t>(i % packs) * p.packed;
+    k.batch = list / p.list_heads + static_cast<int32_t>(i / packs);
     k.start(index);
     if (k.walk.count == 0) continue;  // by the head's policy
     k.walk.leave_near();

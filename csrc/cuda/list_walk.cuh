@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The walk of routed attention. Rows are a run of places of their order. Walked are, first, what
+// The walk of routed attention. Rows are a run of places of their order, each for one head or for
+// several that share lists (`packed`). Walked are, first, what
 // rules let the rows attend without a list (sinks, then the union of the rows' windows) token by
 // token, then the places of the tile's entries. A walked token counts once for a row: as the
 // window's or a sink's where it is that too, unless slots have biases, then as the list's.
@@ -17,7 +18,8 @@ namespace cuda {
 struct ListRow {
   bool live;
   int32_t token[3];
-  int32_t index;  // in the tile
+  int32_t head;   // of the block's
+  int32_t index;  // of its place in the tile
   Interval allowed, near;
   int32_t sink_end;  // sinks are [allowed.begin, sink_end)
   int32_t self;      // not attended; -1: none
@@ -35,6 +37,7 @@ struct ListWalk {
   using Steps = ListSteps<kStep, ListWalk>;
   static constexpr int kWarpInts = kListWarpInts;
   static constexpr bool kRowsBias = false;
+  static constexpr bool kPacks = !kByKey;
   static constexpr int32_t extra = 0;
 
   // Runs are numbered: sinks, windows, entries from 0 on. Slots up to `until` are the run's, which
@@ -46,8 +49,8 @@ struct ListWalk {
 
   const RoutedLaunch* p;
   const ListEntry* entries;
-  int32_t count;  // of entries
-  int32_t batch, first_row;
+  int32_t count;                     // of entries
+  int32_t batch, first_row, places;  // of rows
   HeadPolicy policy;
   Interval sinks, near;  // walked before the entries
   int32_t total;         // slots
@@ -55,6 +58,9 @@ struct ListWalk {
 
   // ---- rows
 
+  ATTNEXT_DEVICE static uint32_t packed(const RoutedLaunch& p) {
+    return kByKey ? 1 : static_cast<uint32_t>(p.packed);
+  }
   ATTNEXT_DEVICE static HeadPolicy policy_of(const RoutedLaunch& p, int32_t head) {
     if (p.policies) return static_cast<HeadPolicy>(p.policies[head]);
     return static_cast<HeadPolicy>(p.policy[head / 16] >> (head % 16 * 2) & 3);
@@ -64,7 +70,8 @@ struct ListWalk {
     p = &launch;
     batch = of_batch;
     policy = policy_of(launch, head);
-    first_row = index * p->rows;
+    places = p->rows / static_cast<int32_t>(packed(launch));
+    first_row = index * places;
     count = 0;
     entries = p->entries;
     if (policy == HeadPolicy::kList) {
@@ -167,7 +174,7 @@ struct ListWalk {
   ATTNEXT_DEVICE void set_near() {
     const RoutedRules& r = p->rules;
     sinks = near = {0, 0};
-    int32_t last_row = min(first_row + p->rows, p->num_rows) - 1;
+    int32_t last_row = min(first_row + places, p->num_rows) - 1;
     if (kByKey && !p->row_order) {
       last_row = min(last_row, static_cast<int32_t>(allowed_keys()) - 1);
     }
@@ -193,9 +200,10 @@ struct ListWalk {
 
   ATTNEXT_DEVICE ListRow row(int r) const {
     ListRow row;
-    const int32_t place = first_row + r;
-    row.index = r;
-    row.live = place < p->num_rows;
+    row.head = 0, row.index = r;
+    if (!kByKey && p->packed > 1) row.index = r / p->packed, row.head = r - row.index * p->packed;
+    const int32_t place = first_row + row.index;
+    row.live = row.index < places && place < p->num_rows;
     row.allowed = row.near = {0, 0};
     row.sink_end = 0, row.self = -1;
     row.token[0] = row.token[1] = row.token[2] = 0;
@@ -369,7 +377,7 @@ template <int kStep, class Walk>
 struct ListSteps {
   static constexpr int kWords = (kStep + 31) / 32;
 
-  // Of the warp's rows. Their bits are of one word of a run's.
+  // Of the warp's rows. Their places have bits in one word of a run's.
   struct alignas(16) Common {
     int32_t lo_min, lo_max, hi_min, hi_max;
     int32_t sink_min, sink_max, self_min, self_max;
@@ -401,7 +409,7 @@ struct ListSteps {
                          most_of(row.near.begin),
                          least_of(row.near.end),
                          most_of(row.near.end),
-                         __ballot_sync(~0u, use) << first_row % 32,
+                         __reduce_or_sync(~0u, use ? 1u << row.index % 32 : 0),
                          first_row,
                          {0, 0}};
     __syncwarp();  // the last walk's is no longer read; the block's next barrier is before it is

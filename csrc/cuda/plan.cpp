@@ -488,12 +488,30 @@ std::vector<Launch> backward_launches(const WindowParams& p, const Tables& queri
 
 // ---- routed attention
 
-KernelShape routed_shape(const WindowParams& p, Pass pass) { return choose(p, pass, true).shape; }
-
 namespace {
 
 // Sides without a limit as ints of the device's arithmetic: beyond any token.
 constexpr int64_t kFar = int64_t(1) << 31;
+
+// As window attention reads them.
+WindowParams with_bias(const RoutedParams& r) {
+  WindowParams p = r.window;
+  p.bias = r.entry_bias;
+  return p;
+}
+
+// Heads of a group whose rows share a tile: those of small blocks, if they share lists and policy.
+int32_t packed_heads(const RoutedParams& r, const RoutedFacts& facts, const Kernel& kernel) {
+  const int64_t group = r.window.heads / r.window.kv_heads;
+  if (group == 1 || r.list_heads == r.window.heads) return 1;
+  for (int64_t h = 0; r.head_policy && h < r.window.heads; ++h) {
+    if (r.head_policy[h] != r.head_policy[h / group * group]) return 1;
+  }
+  int64_t packed =
+      std::min<int64_t>(group, kernel.shape.rows() / std::max<int64_t>(1, facts.query_block));
+  while (packed > 1 && group % packed != 0) --packed;
+  return static_cast<int32_t>(std::max<int64_t>(1, packed));
+}
 
 // Whether a query's own place says what it attends.
 bool has_rules(const RoutedParams& r, int64_t num_keys) {
@@ -544,52 +562,61 @@ RoutedLaunch routed_params(const RoutedParams& r, const RoutedFacts& facts, cons
   // Slots of a walk are counted in 31 bits: at worst, the lists of a tile's rows have nothing in
   // common.
   narrow(int64_t(kernel.shape.rows() + 2) * launch.num_walked, "walk of a tile");
-  launch.most_tiles = narrow(ceil_div(launch.num_rows, kernel.shape.rows()), "number of tiles");
+  launch.packed = by_key ? 1 : packed_heads(r, facts, kernel);
+  launch.most_tiles =
+      narrow(ceil_div(launch.num_rows, kernel.shape.rows() / launch.packed), "number of tiles");
   return launch;
-}
-
-// As window attention reads them.
-WindowParams with_bias(const RoutedParams& r) {
-  WindowParams p = r.window;
-  p.bias = r.entry_bias;
-  return p;
 }
 
 }  // namespace
 
 namespace {
 
+int64_t num_queries(const RoutedParams& r) {
+  return r.window.query_extent[0] * r.window.query_extent[1] * r.window.query_extent[2];
+}
+
 // Blocks that share the batch items and heads of a list.
-int32_t entry_splits(const RoutedParams& r, const Kernel& kernel) {
+int32_t entry_splits(const RoutedParams& r, const RoutedFacts& facts, const Kernel& kernel) {
   const WindowParams& p = r.window;
-  const int64_t queries = p.query_extent[0] * p.query_extent[1] * p.query_extent[2];
   const int64_t lists = std::max<int64_t>(1, r.list_batch * r.list_heads);
-  const int64_t tiles = std::max<int64_t>(1, lists * ceil_div(queries, kernel.shape.rows()));
-  const int64_t sharing = p.batch * p.heads / lists;
+  const int32_t packed = packed_heads(r, facts, kernel);
+  const int64_t tiles =
+      std::max<int64_t>(1, lists * ceil_div(num_queries(r), kernel.shape.rows() / packed));
+  const int64_t sharing = p.batch * p.heads / lists / packed;
   return static_cast<int32_t>(std::max<int64_t>(1, std::min(sharing, kEnoughBlocks / tiles)));
 }
 
 }  // namespace
 
-int64_t routed_backward_workspace(const RoutedParams& r, bool of_bias, int64_t num_entries) {
+int64_t routed_rows(const RoutedParams& r, const RoutedFacts& facts, Pass pass) {
+  const Kernel& kernel = choose(with_bias(r), pass, true);
+  const int32_t packed = pass == Pass::kKeyGradient ? 1 : packed_heads(r, facts, kernel);
+  return kernel.shape.rows() / packed;
+}
+
+int64_t routed_backward_workspace(const RoutedParams& r, const RoutedFacts& facts, bool of_bias,
+                                  int64_t num_entries) {
   int64_t floats = statistics_size(r.window);
   if (of_bias) {
     const Kernel& kernel = choose(with_bias(r), Pass::kBiasGradient, true);
-    floats += entry_splits(r, kernel) * kernel.shape.warps * num_entries;
+    floats += entry_splits(r, facts, kernel) * kernel.shape.warps * num_entries;
   }
   return floats * int64_t(sizeof(float));
 }
 
-int64_t routed_forward_workspace(const RoutedParams& r, int64_t longest_walk) {
+int64_t routed_forward_workspace(const RoutedParams& r, const RoutedFacts& facts,
+                                 int64_t longest_walk) {
   const WindowParams p = with_bias(r);
-  const KernelShape shape = routed_shape(p, Pass::kForward);
-  const int64_t queries = p.query_extent[0] * p.query_extent[1] * p.query_extent[2];
-  const int64_t blocks = p.batch * p.heads * ceil_div(queries, shape.rows());
+  const Kernel& kernel = choose(p, Pass::kForward, true);
+  const int32_t packed = packed_heads(r, facts, kernel);
+  const int64_t blocks =
+      p.batch * p.heads / packed * ceil_div(num_queries(r), kernel.shape.rows() / packed);
   WindowLaunch launch{};
   launch.splits = 1;
-  split(blocks, longest_walk, shape, &launch);
+  split(blocks, longest_walk, kernel.shape, &launch);
   if (launch.splits == 1) return 0;
-  return blocks * launch.splits * shape.rows() * (p.head_dim_v + 2) * int64_t(sizeof(float));
+  return blocks * launch.splits * kernel.shape.rows() * (p.head_dim_v + 2) * int64_t(sizeof(float));
 }
 
 std::vector<Launch> routed_forward_launches(const RoutedParams& given, const RoutedFacts& facts,
@@ -600,7 +627,7 @@ std::vector<Launch> routed_forward_launches(const RoutedParams& given, const Rou
   const WindowParams& p = r.window;
   const Kernel& kernel = choose(p, Pass::kForward, true);
   RoutedLaunch params = routed_params(r, facts, kernel, queries, false);
-  const int64_t blocks = p.batch * p.heads * params.most_tiles;
+  const int64_t blocks = p.batch * p.heads / params.packed * params.most_tiles;
   if (blocks == 0) return {};
   params.partial = static_cast<float*>(workspace);
   split(blocks, longest_walk, kernel.shape, &params);
@@ -625,7 +652,7 @@ std::vector<Launch> routed_backward_launches(const RoutedParams& given, const Ro
   by_query.statistics = by_key.statistics = static_cast<float*>(workspace);
   const WindowLaunch& plain = by_query;
   std::vector<Launch> out;
-  const int64_t query_blocks = p.batch * p.heads * by_query.most_tiles;
+  const int64_t query_blocks = p.batch * p.heads / by_query.packed * by_query.most_tiles;
   const int64_t key_blocks = p.batch * p.kv_heads * by_key.most_tiles;
   if (query_blocks > 0) {
     out.push_back(statistics_launch(p, plain));
@@ -639,7 +666,7 @@ std::vector<Launch> routed_backward_launches(const RoutedParams& given, const Ro
     RoutedLaunch params = by_query;
     params.window.dbias = r.dentry_bias;
     params.partial = static_cast<float*>(workspace) + statistics_size(p);
-    params.splits = entry_splits(r, of_bias);
+    params.splits = entry_splits(r, facts, of_bias);
     const int64_t tiles = r.list_batch * r.list_heads * params.most_tiles;
     if (tiles > 0) out.push_back(launch_of(of_bias, tiles * params.splits, params));
     params.rows = of_bias.shape.warps;

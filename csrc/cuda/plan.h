@@ -121,8 +121,8 @@ struct WindowLaunch {
 };
 
 // Walked places [walk_begin, walk_end) of routed attention, and rows of a tile that list them: bit
-// i of `rows` is the tile's row i. attnext/routed_tables.py makes them: of a tile, `at` are walked
-// before it, and what two entries of a row walk is disjoint.
+// i of `rows` is the tile's place i. attnext/routed_tables.py makes them: of a tile, `at` are
+// walked before it, and what two entries of a row walk is disjoint.
 struct alignas(8) ListEntry {
   int32_t walk_begin, walk_end;
   int32_t at;
@@ -142,6 +142,7 @@ struct RoutedLaunch : WindowLaunch {
   const int32_t* walk_places;             // places by tokens, where biases ask for them
   int32_t scattered;                      // rules meet walked tokens that are out of order
   int32_t mixed;                          // documents are no runs
+  int32_t packed;                         // heads that rows of a place are of; divides a group
   int32_t list_batch, list_heads;
   int32_t num_rows, num_walked;
   int32_t row_extent[3], walk_extent[3];
@@ -168,6 +169,7 @@ struct ListTables {
 // What the host knows of numbers on the device.
 struct RoutedFacts {
   bool mixed_documents;    // they decrease somewhere
+  int64_t query_block;     // tokens of the largest
   const int8_t* policies;  // of more than kMostPackedHeads heads
 };
 
@@ -181,11 +183,14 @@ std::vector<Launch> backward_launches(const WindowParams& params, const Tables& 
                                       const int32_t* device_queries, const Tables& keys,
                                       const int32_t* device_keys, void* workspace);
 
-KernelShape routed_shape(const WindowParams& params, Pass pass);
+// Places of the order of rows that a tile has.
+int64_t routed_rows(const RoutedParams& params, const RoutedFacts& facts, Pass pass);
 // No tile walks over more slots than `longest_walk`.
-int64_t routed_forward_workspace(const RoutedParams& params, int64_t longest_walk);
+int64_t routed_forward_workspace(const RoutedParams& params, const RoutedFacts& facts,
+                                 int64_t longest_walk);
 // `num_entries`: of the tables by query.
-int64_t routed_backward_workspace(const RoutedParams& params, bool of_bias, int64_t num_entries);
+int64_t routed_backward_workspace(const RoutedParams& params, const RoutedFacts& facts,
+                                  bool of_bias, int64_t num_entries);
 std::vector<Launch> routed_forward_launches(const RoutedParams& params, const RoutedFacts& facts,
                                             const ListTables& queries, int64_t longest_walk,
                                             void* workspace);

@@ -131,6 +131,13 @@ def _alone(variant: Variant, scattered: bool) -> Problem:
     return _problem(variant, tensors, plan, **options)
 
 
+def _packed(variant: Variant, heads: int) -> Problem:
+    """Lists of tokens, and rows for each of the heads that share them."""
+    tensors = _tensors(variant, (23,), (70,), heads=2 * heads, kv_heads=2, batch=2)
+    plan = lists(23, 1, 3, keys=70, key_block=16, heads=2, seed=3)
+    return _problem(variant, tensors, plan, window_size=9, exclude_self=True)
+
+
 def _parts(variant: Variant, alone: bool) -> Problem:
     """A walk by several blocks, and what adds them up."""
     tensors = _tensors(variant, (1,), (900,), heads=2, kv_heads=1)
@@ -160,6 +167,8 @@ PROBLEMS: dict[str, Maker] = {
     "large logits": _growing,
     "alone": lambda v: _alone(v, False),
     "alone, scattered": lambda v: _alone(v, True),
+    "packed": lambda v: _packed(v, 8),
+    "packed unevenly": lambda v: _packed(v, 6),
     "parts": lambda v: _parts(v, False),
     "parts, alone": lambda v: _parts(v, True),
     "no step": _nothing,

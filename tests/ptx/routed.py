@@ -61,7 +61,7 @@ def _call(memory: Memory, kind: Any, problem: tuple[Any, ...]) -> Any:
     policies = put(memory, "policies", routed_ops.policies_of(problem))
     return kind(
         _native(memory, problem),
-        routed_ops.mixed_documents(problem),
+        *routed_ops.known_of(problem),
         policies.address if policies else 0,
     )
 
@@ -87,10 +87,7 @@ def backward(recorder: Recorder, *args: Any) -> tuple[Tensor, ...]:
     if dout.stride(-1) != 1 and dout.shape[-1] > 1:
         dout = dout.contiguous()
     call = _call(memory, _C.CudaRoutedBackward, problem)
-    written = [
-        t is not None and need
-        for t, need in zip(problem, (True, True, True, *needs[3:]), strict=False)
-    ]
+    written = routed_ops.written(problem, needs)
     grads = [
         Output.like(memory, f"d{name}", fake) if write else None
         for name, fake, write in zip(_NAMES, fakes, written, strict=False)

@@ -14,12 +14,13 @@ from attnext import BlockPlan, routed_ops, routed_tables
 
 from .executor import Program
 from .planted import BLOCK, WRONG, Bug, planted_bug
+from .problems import normal
 from .problems_routed import Problem, lists, qkv, run, shuffled
 from .source import header_with, lone
 
 _bug = functools.partial(planted_bug, "routed")
 LIST, RULES, ENTRIES = "list_walk.cuh", "../routed_rules.h", "entry_bias.cuh"
-BACKWARD = "window_backward.cuh"
+FORWARD, BACKWARD = "window_forward.cuh", "window_backward.cuh"
 TABLES = Path(routed_tables.__file__)
 
 # Heads of 32; (tensors, plan, options), with gradients where the name says so.
@@ -47,11 +48,20 @@ PROBLEMS: dict[str, Any] = {
     "bias": lambda: (qkv((60,)), lists(60, 16, 3, bias=True), {"window_size": 20}),
     "bias, gradients": lambda: (qkv((90,), batch=2), lists(90, 16, 3, bias=True),
                                 {"softcap": 1.0, "window_size": 9}),
+    "bias of long blocks, gradients": lambda: (qkv((100,)), lists(100, 70, 3, bias=True), {}),
+    "packed": lambda: (_with_sinks(qkv((40,), heads=4, kv_heads=1)), _of_tokens(), {}),
+    "packed, gradients": lambda: (qkv((40,), heads=4, kv_heads=1), _of_tokens(), {}),
+    "packed with bias, gradients": lambda: (qkv((40,), heads=4, kv_heads=1), _of_tokens(bias=True),
+                                            {}),
+    "packed parts": lambda: (qkv((1,), (600,), heads=4, kv_heads=1),
+                             lists(1, 1, 30, keys=600, key_block=16), {}),
     "spans": lambda: (qkv((40,)), _spans(), {}),
     "mixed documents": lambda: (qkv((60,)), shuffled(lists(60, 16, 3)), _documents(mixed=True)),
     "shuffled": lambda: (qkv((70,)), shuffled(lists(70, 16, 3)), {"window_size": 9, "sinks": 2}),
     "shuffled, gradients": lambda: (qkv((70,)), shuffled(lists(70, 16, 3)),
                                     {"window_size": 9, "is_causal": True, "exclude_self": True}),
+    "shuffled self, gradients": lambda: (qkv((150,)), shuffled(lists(150, 16, 4)),
+                                         {"within": (20, 20), "exclude_self": True}),
     "shuffled with bias, gradients": lambda: (qkv((70,)), shuffled(lists(70, 16, 3, bias=True)),
                                               {"window_size": 30}),
     "alike": lambda: (qkv((64,), (128,)),
@@ -62,6 +72,14 @@ PROBLEMS: dict[str, Any] = {
     "many heads": lambda: (qkv((2,), dim=8, heads=1025, kv_heads=1), lists(2, 2, 1),
                            {"head_policy": ["dense"] * 1025}),
 }  # fmt: skip
+
+
+def _of_tokens(bias: bool = False) -> BlockPlan:
+    return lists(40, 1, 2, key_block=16, bias=bias)
+
+
+def _with_sinks(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return tensors | {"sink_logits": normal(tensors["query"].shape[-2])}
 
 
 def _spans() -> BlockPlan:
@@ -134,10 +152,27 @@ BUGS = [
          (LIST, "if (walk.has_row(which, row)) add_run", "add_run")),
     _bug("half of a tile's rows", "forward_bf16_32", "lists", WRONG,
          (LIST, "entries[run].rows[index / 32]", "entries[run].rows[0]")),
-    _bug("rows of another warp", "forward_bf16_32", "alike", WRONG,
-         (LIST, "__ballot_sync(~0u, use) << first_row % 32", "__ballot_sync(~0u, use)")),
-    _bug("policies beyond the parameters ignored", "forward_bf16_32", "many heads", WRONG,
+    _bug("rows of another warp", "forward_bf16_32", "lists", WRONG,
+         (LIST, "use ? 1u << row.index % 32 : 0", "use ? 1u << row.index % 16 : 0")),
+    _bug("policies beyond the parameters ignored", "forward_bf16_32", "many heads",
+         "global read out of bounds",
          (LIST, "if (p.policies) return static_cast<HeadPolicy>(p.policies[head]);", "")),
+    # ---- heads that share a tile ----
+    _bug("two rows of one head", "forward_bf16_32", "packed", "global write-write race",
+         (LIST, "row.head = r - row.index * p->packed;", "row.head = 0;")),
+    _bug("places of a whole tile", "forward_bf16_32", "packed", WRONG,
+         (LIST, "places = p->rows / static_cast<int32_t>(packed(launch));", "places = p->rows;")),
+    _bug("sink of a pack's first head", "forward_bf16_32", "packed", WRONG,
+         (FORWARD, "w.sink_logits)[head + row.head]", "w.sink_logits)[head]")),
+    _bug("statistics of a pack's first head", "query_gradient_bf16_32", "packed, gradients", WRONG,
+         (BACKWARD, "row.token, head + row.head)];\n    spread<kFrags>(mine.lse, lse);",
+          "row.token, head)];\n    spread<kFrags>(mine.lse, lse);")),
+    _bug("parts of a pack's first head", "merge_bf16", "packed parts", "global write-write race",
+         (FORWARD, "const int32_t head = first_head + row.head;",
+          "const int32_t head = first_head;")),
+    _bug("packs begin at every head", "bias_gradient_bf16_32", "packed with bias, gradients",
+         WRONG, (ENTRIES, "static_cast<int32_t>(i % packs) * p.packed;",
+                 "static_cast<int32_t>(i % packs);")),
     # ---- out of order ----
     _bug("window of rows in order", "forward_bf16_32", "shuffled", WRONG,
          (LIST, "    if (!p->row_order) {  //", "    if (true) {  //")),
@@ -148,9 +183,9 @@ BUGS = [
          WRONG, (LIST, "return run >= 0 && p->walk_order ?", "return p->walk_order ?")),
     _bug("places taken for tokens", "key_gradient_bf16_32", "shuffled, gradients", WRONG,
          (LIST, "!(p->scattered && (listed || exact))", "true")),
-    _bug("a step skipped by its places", "key_gradient_bf16_32", "shuffled, gradients", WRONG,
+    _bug("a step skipped by its places", "key_gradient_bf16_32", "shuffled self, gradients", WRONG,
          (LIST, "    if (listed && walk.p->scattered) return false;\n", "")),
-    _bug("lost self rule, pair by pair", "key_gradient_bf16_32", "shuffled, gradients", WRONG,
+    _bug("lost self rule, pair by pair", "key_gradient_bf16_32", "shuffled self, gradients", WRONG,
          (LIST, "    found &= token != row.self;\n", "")),
     _bug("tokens taken for places", "key_gradient_bf16_32_modified",
          "shuffled with bias, gradients", WRONG,
@@ -169,9 +204,6 @@ BUGS = [
          (ENTRIES, "(split * Kernel::kWarps + k.warp)", "(split * Kernel::kWarps)")),
     _bug("tiles share their sums", "bias_gradient_bf16_32", "bias, gradients",
          "global write-write race", (ENTRIES, "(k.walk.entries - k.p.entries);", "0;")),
-    _bug("no order between sums", "bias_gradient_bf16_32", "bias, gradients",
-         "global read-write race",
-         (ENTRIES, "sums[entry] += x;\n    __syncwarp();", "sums[entry] += x;")),
     _bug("sums over the edge of an entry", "bias_gradient_bf16_32", "bias, gradients", WRONG,
          (ENTRIES, "if (lane >= step && other == entry)", "if (lane >= step)")),
     _bug("one batch item's gradient", "bias_gradient_bf16_32", "bias, gradients", WRONG,
@@ -180,7 +212,7 @@ BUGS = [
          (BACKWARD, "kWanted == Wanted::kBias ? of_logit : of_product", "of_product")),
     _bug("sums of some warps", "merge_bias", "bias, gradients", WRONG,
          (ENTRIES, "int64_t(p.splits) * p.rows; ++i", "int64_t(p.splits); ++i")),
-    _bug("a slot's first entry", "merge_bias", "bias, gradients", WRONG,
+    _bug("a slot's first entry", "merge_bias", "bias of long blocks, gradients", WRONG,
          (ENTRIES, "at < p.slot_ptr[slot + 1]; ++at",
           "at < min(p.slot_ptr[slot + 1], p.slot_ptr[slot] + 1); ++at")),
 ]  # fmt: skip

@@ -288,6 +288,23 @@ def test_policies_of_more_heads_than_parameters_hold() -> None:
     check(tensors, lists(3, 3, 1, keys=5), head_policy=policy)
 
 
+def test_heads_that_share_lists_share_a_tile() -> None:
+    """Lists of tokens: eight heads of a group by eight tokens are a tile."""
+    tensors = qkv((20,), (256,), heads=16, kv_heads=2, batch=2)
+    tensors["sink_logits"] = normal(16)
+    check(tensors, lists(20, 1, 2, keys=256, key_block=64, heads=2, batch=2))
+    alike = BlockPlan.of(torch.zeros(1, 1, 20, 1, dtype=torch.int32), 20, 1, 256, 64)
+    reports = check(tensors, alike, head_policy=["list"] * 16)
+    assert reports[0].instructions()["mma"] == 2 * 2 * (2 * 4 + 2) * 32  # the last tile's half
+    others = ["list", "dense"] * 8  # heads of a group that differ are not packed
+    check(tensors, alike, grads=False, head_policy=others)
+
+
+def test_biases_of_heads_that_share_a_tile() -> None:
+    plan = lists(30, 2, 2, keys=70, key_block=16, bias=True)
+    check(qkv((30,), (70,), heads=6, kv_heads=2), plan, window_size=9, is_causal=True)
+
+
 def test_lists_of_tokens_are_walked_together() -> None:
     """A tile's queries that list the same blocks share a walk: each block is walked once."""
     tensors = qkv((64,), (256,))
