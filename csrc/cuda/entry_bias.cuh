@@ -60,6 +60,7 @@ ATTNEXT_DEVICE void entry_bias_gradient(Kernel& k) {
   const int64_t* tile = p.tile_ptr + int64_t(list) * p.most_tiles + index;
   k.walk.entries = p.entries + tile[0];
   float* const sums = entry_sums(k);
+#pragma unroll 1
   for (int64_t e = k.lane; e < tile[1] - tile[0]; e += 32) sums[e] = 0.f;  // a barrier follows
   const int32_t heads = static_cast<int32_t>(p.window.heads) / p.list_heads;
   const int32_t packs = heads / p.packed;
@@ -80,8 +81,10 @@ ATTNEXT_DEVICE void merge_entry_bias(const RoutedLaunch& p) {
   const int64_t slot = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (slot >= p.num_slots) return;
   float sum = 0.f;
+#pragma unroll 1
   for (int64_t at = p.slot_ptr[slot]; at < p.slot_ptr[slot + 1]; ++at) {
     const float* mine = p.partial + p.slot_entries[at];
+#pragma unroll 1
     for (int64_t i = 0; i < int64_t(p.splits) * p.rows; ++i) sum += mine[i * p.num_entries];
   }
   static_cast<float*>(p.window.dbias)[slot] = sum;

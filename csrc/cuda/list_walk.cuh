@@ -106,6 +106,7 @@ struct ListWalk {
   // Where documents do not decrease, those of a row are a run.
   ATTNEXT_DEVICE static int64_t first_not_below(const int32_t* documents, int64_t n, int64_t x) {
     int64_t lo = 0, hi = n;
+#pragma unroll 1
     while (lo < hi) {
       const int64_t middle = (lo + hi) / 2;
       if (documents[middle] < x) {
@@ -157,6 +158,7 @@ struct ListWalk {
       return;
     }
     int32_t lo = INT32_MAX, near_lo = INT32_MAX, near_hi = 0, sink_hi = 0;
+#pragma unroll 1
     for (int32_t i = first_row + threadIdx.x % 32; i <= last_row; i += 32) {
       const Reach x = reach(p->row_order[i]);
       lo = min(lo, static_cast<int32_t>(x.lo));
@@ -360,6 +362,7 @@ struct ListWalk {
     }
     if (found && exact && !listed) {
       const int32_t at = p->walk_places ? p->walk_places[token] : token;
+#pragma unroll 1
       for (int32_t e = 0; e < count; ++e) {
         found &= !(has_row(e, row) && entries[e].walk_begin <= at && at < entries[e].walk_end);
       }
@@ -509,6 +512,7 @@ struct ListSteps {
 #pragma unroll
       for (int w = 0; w < kWords; ++w) {
         uint32_t mine = 0;
+#pragma unroll 1
         for (int32_t s = max(from, 32 * w); s < min(to, 32 * w + 32); ++s) {
           mine |= uint32_t(walk.attends(row, which, first + s)) << (s - 32 * w);
         }
@@ -522,6 +526,7 @@ struct ListSteps {
       walk.intervals(row, listed, [&](int32_t begin, int32_t end) { mine |= part(begin, end, w); });
       if (row.self >= 0) mine &= ~part(row.self, row.self + 1, w);
       if (walk.exact && !listed) {
+#pragma unroll 1
         for (int32_t e = 0; e < walk.count; ++e) {
           const ListEntry& x = walk.entries[e];
           if (walk.has_row(e, row)) mine &= ~part(x.walk_begin, x.walk_end, w);

@@ -59,15 +59,15 @@ def _whole(variant: Variant) -> Problem:
 
 def _far(variant: Variant) -> Problem:
     """Rows that do not begin at multiples of 16 bytes."""
-    tensors = _tensors(variant, (70,), dim=7, dim_v=3, batch=2)
+    tensors = _tensors(variant, (70,), (200,), dim=7, dim_v=3, batch=2)
     tensors = {n: cut_out(x, 5) if x.dim() == 4 else x for n, x in tensors.items()}
-    return _problem(variant, tensors, lists(70, 16, 3))
+    return _problem(variant, tensors, lists(70, 16, 9, keys=200), window_size=5, sinks=2)
 
 
 def _part_of_a_row(variant: Variant) -> Problem:
-    tensors = _tensors(variant, (70,), dim=8, dim_v=16)
+    tensors = _tensors(variant, (70,), (200,), dim=8, dim_v=16)
     tensors = {n: cut_out(x, 16) if x.dim() == 4 else x for n, x in tensors.items()}
-    return _problem(variant, tensors, lists(70, 1, 2, key_block=16))
+    return _problem(variant, tensors, lists(70, 1, 4, keys=200, key_block=16), window_size=70)
 
 
 def _documents(variant: Variant, mixed: bool) -> Problem:

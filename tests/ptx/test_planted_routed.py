@@ -69,8 +69,10 @@ PROBLEMS: dict[str, Any] = {
                                    64), {}),
     "gap": lambda: (qkv((40,), (60,)),
                     BlockPlan.of(torch.tensor([[[[0, 2]]]]), 40, 40, 60, 16), {}),
-    "many heads": lambda: (qkv((2,), dim=8, heads=1025, kv_heads=1), lists(2, 2, 1),
-                           {"head_policy": ["dense"] * 1025}),
+    "apart": lambda: (qkv((64,), (256,)),
+                      BlockPlan.of(torch.arange(4).view(1, 1, 4, 1), 64, 16, 256, 64), {}),
+    "many heads": lambda: (qkv((2,), dim=8, heads=1026, kv_heads=1), lists(2, 2, 1),
+                           {"head_policy": ["dense", "list"] * 513}),
 }  # fmt: skip
 
 
@@ -152,7 +154,7 @@ BUGS = [
          (LIST, "if (walk.has_row(which, row)) add_run", "add_run")),
     _bug("half of a tile's rows", "forward_bf16_32", "lists", WRONG,
          (LIST, "entries[run].rows[index / 32]", "entries[run].rows[0]")),
-    _bug("rows of another warp", "forward_bf16_32", "lists", WRONG,
+    _bug("rows of another warp", "forward_bf16_32", "apart", WRONG,
          (LIST, "use ? 1u << row.index % 32 : 0", "use ? 1u << row.index % 16 : 0")),
     _bug("policies beyond the parameters ignored", "forward_bf16_32", "many heads",
          "global read out of bounds",
