@@ -149,7 +149,7 @@ REASONS = (
 )
 
 
-def unexplained(kernel: str, execution: Execution, more: tuple[Reason, ...] = ()) -> list[str]:
+def unexplained(kernel: str, execution: Execution) -> list[str]:
     """Basic blocks that were not executed for none of the reasons."""
     code, ran = execution.function.code, execution.executed()
     starts = [*leaders(code, execution.function.labels, set()), len(code)]
@@ -158,7 +158,7 @@ def unexplained(kernel: str, execution: Execution, more: tuple[Reason, ...] = ()
         missed = [i for i, x in zip(code[start:end], ran[start:end], strict=True) if not x]
         texts = [i.text for i in missed]
         texts += [line_of(*place) for i in missed for place in i.source]
-        known = any(r.of in kernel and r.what in text for r in (*REASONS, *more) for text in texts)
+        known = any(r.of in kernel and r.what in text for r in REASONS for text in texts)
         if missed and not known:
             found += [f"PTX line {i.line}: {i.text}: {i.source}" for i in missed]
     return found

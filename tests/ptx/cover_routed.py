@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Problems that execute nearly every instruction of the kernels that walk lists, as cover.py has
-them for windows; what is not executed has a reason there or here."""
+"""Problems that execute most instructions of the kernels that walk lists, as cover.py has them for
+windows.
+
+What is left is, for the most part, the look-up of runs: the compiler has a copy of it wherever a
+walk begins or goes on, and no problem takes each way (from sinks, from windows, over several runs)
+in each copy.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +18,7 @@ from torch import Tensor
 
 from attnext import BlockPlan, Blocks
 
-from .cover import Reason, Variant
+from .cover import Variant
 from .problems import cut_out, normal
 from .problems_routed import Problem, lists, qkv, shuffled
 
@@ -59,9 +64,9 @@ def _whole(variant: Variant) -> Problem:
 
 def _far(variant: Variant) -> Problem:
     """Rows that do not begin at multiples of 16 bytes."""
-    tensors = _tensors(variant, (70,), (200,), dim=7, dim_v=3, batch=2)
+    tensors = _tensors(variant, (150,), (200,), dim=7, dim_v=3)
     tensors = {n: cut_out(x, 5) if x.dim() == 4 else x for n, x in tensors.items()}
-    return _problem(variant, tensors, lists(70, 16, 9, keys=200), window_size=5, sinks=2)
+    return _problem(variant, tensors, lists(150, 16, 9, keys=200), window_size=5, sinks=2)
 
 
 def _part_of_a_row(variant: Variant) -> Problem:
@@ -97,7 +102,7 @@ def _maps(variant: Variant) -> Problem:
 
 
 def _many_entries(variant: Variant) -> Problem:
-    """Entries shorter than a step, more than a thread looks at one by one."""
+    """Entries shorter than a step, with gaps between them."""
     queries = Blocks.of(64, 64)
     indices = torch.arange(0, 60, 2).view(1, 1, 1, 30)
     return _problem(
@@ -145,8 +150,26 @@ def _parts(variant: Variant, alone: bool) -> Problem:
         tensors["value"][:, 5] = torch.inf
     plan = lists(1, 1, 50, keys=900, key_block=16)
     return _problem(
-        variant, tensors, plan, backward=False, window_size=40, head_policy=["list", "streaming"]
-    )
+        variant, tensors, plan, backward=False, window_size=40, sinks=3,
+        head_policy=["list", "streaming"], key_lengths=torch.tensor([890]),
+    )  # fmt: skip
+
+
+def _parts_out_of_order(variant: Variant) -> Problem:
+    """The same of shuffled queries in documents; some attend nothing, some heads no key."""
+    documents = torch.arange(900)[None] // 300
+    tensors = _tensors(variant, (3,), (900,), heads=4, kv_heads=2)
+    tensors["value"][:, :400] *= 9
+    return _problem(
+        variant, tensors, shuffled(lists(3, 1, 30, keys=900, key_block=16)), backward=False,
+        window_size=(500, 0), sinks=3, head_policy=["list", "list", "dense", "off"],
+        query_documents=torch.tensor([[0, 2, 5]]), key_documents=documents,
+    )  # fmt: skip
+
+
+def _parts_of_a_map(variant: Variant) -> Problem:
+    plan = BlockPlan.of(torch.arange(16).view(1, 1, 1, 16), (1, 2, 3), 3, (3, 20, 20), (3, 5, 5))
+    return _problem(variant, _tensors(variant, (1, 2, 3), (3, 20, 20)), plan, backward=False)
 
 
 def _nothing(variant: Variant) -> Problem:
@@ -171,7 +194,7 @@ PROBLEMS: dict[str, Maker] = {
     "packed unevenly": lambda v: _packed(v, 6),
     "parts": lambda v: _parts(v, False),
     "parts, alone": lambda v: _parts(v, True),
+    "parts, out of order": _parts_out_of_order,
+    "parts of a map": _parts_of_a_map,
     "no step": _nothing,
 }
-
-REASONS: tuple[Reason, ...] = ()
