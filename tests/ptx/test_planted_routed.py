@@ -51,7 +51,7 @@ PROBLEMS: dict[str, Any] = {
     "bias of long blocks, gradients": lambda: (qkv((100,)), lists(100, 70, 3, bias=True), {}),
     "packed": lambda: (_with_sinks(qkv((40,), heads=4, kv_heads=1)), _of_tokens(), {}),
     "packed, gradients": lambda: (qkv((40,), heads=4, kv_heads=1), _of_tokens(), {}),
-    "packed with bias, gradients": lambda: (qkv((40,), heads=4, kv_heads=1), _of_tokens(bias=True),
+    "packed with bias, gradients": lambda: (qkv((40,), heads=8, kv_heads=2), _of_tokens(bias=True),
                                             {}),
     "packed parts": lambda: (qkv((1,), (600,), heads=4, kv_heads=1),
                              lists(1, 1, 30, keys=600, key_block=16), {}),
