@@ -126,12 +126,14 @@ class CudaBackward:
         *tensors: Any,
     ) -> None: ...
 
-_Addresses: TypeAlias = tuple[int, int]  # of tile_ptr and entries: routed_tables.ListTables
+_Addresses: TypeAlias = tuple[int, int, int, int, int, int]  # routed_tables.ListTables.addresses
 
 class CudaRoutedForward:
-    query_rows: int  # of a tile
+    query_rows: int  # of a tile: places of the order of queries
 
-    def __init__(self, problem: tuple[Any, ...]) -> None: ...
+    def __init__(
+        self, problem: tuple[Any, ...], mixed_documents: bool, query_block: int, policies: int
+    ) -> None: ...
     def workspace_bytes(self, longest_walk: int) -> int: ...
     def launches(
         self, out: Any, lse: Any, queries: _Addresses, longest_walk: int, workspace: int
@@ -150,9 +152,11 @@ class CudaRoutedForward:
 class CudaRoutedBackward:
     query_rows: int
     key_rows: int
-    workspace_bytes: int
 
-    def __init__(self, problem: tuple[Any, ...]) -> None: ...
+    def __init__(
+        self, problem: tuple[Any, ...], mixed_documents: bool, query_block: int, policies: int
+    ) -> None: ...
+    def workspace_bytes(self, of_bias: bool, num_entries: int) -> int: ...
     def launches(
         self, queries: _Addresses, keys: _Addresses, workspace: int, /, *tensors: Any
     ) -> list[dict[str, Any]]: ...

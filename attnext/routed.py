@@ -90,10 +90,12 @@ def routed_attention(
         or the keys in a plan is refused before anything is read.
 
     CUDA:
-        NotImplementedError for a gradient of the plan's bias, overlapping spans that have a bias,
-        documents that decrease, and rules or documents beside blocks that are out of order. The
-        host waits for the device when it first meets a plan or documents, and for each set of
-        tables of spans or of blocks of very unlike sizes; tables are kept with the plan.
+        The host waits for the device when it first meets a plan or documents, and for each set of
+        tables of spans or of blocks of very unlike sizes; tables are kept with the plan. Neighbours
+        in the order of queries that list the same share its walk, unless the plan has a bias; so do
+        the heads of a group that share lists and policy, where query blocks are small.
+        Documents that decrease somewhere, and rules beside blocks that are out of order, are looked
+        at pair by pair.
 
     Complexity:
         O(keys listed * block * D) time; O(tokens + entries of the lists) memory.

@@ -51,12 +51,18 @@ def _forward_cpu(*problem: Any) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
+def written(problem: tuple[Any, ...], needs: list[bool]) -> list[bool]:
+    """Which gradients a backward pass writes."""
+    wanted = (True, True, True, *needs[3:])
+    return [t is not None and n for t, n in zip(problem[:_NUM_GRADS], wanted, strict=True)]
+
+
 def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
-    """Fresh gradients; those that are absent or not needed are empty."""
+    """Fresh gradients; those that are not written are empty."""
     query, needs = args[0], args[-1]
     return tuple(
-        query.new_empty([0]) if t is None or not need else query.new_empty(t.shape, dtype=t.dtype)
-        for t, need in zip(args[:_NUM_GRADS], (True, True, True, *needs[3:]), strict=True)
+        query.new_empty(t.shape, dtype=t.dtype) if write else query.new_empty([0])
+        for t, write in zip(args[:_NUM_GRADS], written(args, needs), strict=True)
     )
 
 
@@ -83,7 +89,7 @@ def _backward_cpu(*args: Any) -> tuple[Tensor, ...]:
 # ---- CUDA ----------------------------------------------------------------------------------------
 
 _REMEMBERED = Remembered()
-_MOST_HEADS = 1024
+_PACKED_HEADS = 1024  # as many policies travel with the kernels' parameters
 _BIAS, _DOCUMENTS, _POLICY, _RULES = 3, 12, 15, 16
 
 
@@ -107,43 +113,33 @@ def lists_of(problem: tuple[Any, ...]) -> Lists:
     )
 
 
-def check_cuda(problem: tuple[Any, ...], of_bias: bool = False) -> None:
-    """Errors: NotImplementedError for what the CUDA kernels lack. Documents are looked at, which
-    waits for the device once for each tensor of them."""
-    query = problem[0]
-    lists, documents = lists_of(problem), problem[_DOCUMENTS : _DOCUMENTS + 2]
-    what = ""
-    if query.shape[-2] > _MOST_HEADS:
-        what = f"more than {_MOST_HEADS} heads"
-    elif of_bias:
-        what = "a gradient of plan.bias"
-    elif (lists.query_order is not None or lists.key_order is not None) and _has_rules(problem):
-        what = "rules of positions or documents beside blocks that are out of order"
-    elif any(_falls(x) for x in documents if x is not None):
-        what = "query_documents or key_documents that decrease"
-    if what:
-        raise NotImplementedError(f"routed attention on a GPU does not have {what} yet")
+def mixed_documents(problem: tuple[Any, ...]) -> bool:
+    """Whether documents decrease somewhere. Waits for the device once for each tensor of them."""
+
+    def falls(x: Tensor) -> bool:
+        known: bool = _REMEMBERED.get((x,), "falls", lambda: bool((x.diff(dim=-1) < 0).any()))
+        return known
+
+    return any(falls(x) for x in problem[_DOCUMENTS : _DOCUMENTS + 2] if x is not None)
 
 
-def _falls(documents: Tensor) -> bool:
-    falls: bool = _REMEMBERED.get(
-        (documents,), "falls", lambda: bool((documents.diff(dim=-1) < 0).any())
+def known_of(problem: tuple[Any, ...]) -> tuple[bool, int]:
+    """What a call is told of numbers on the device, RoutedFacts of plan.h."""
+    return mixed_documents(problem), _facts(lists_of(problem)).query_block
+
+
+def policies_of(problem: tuple[Any, ...]) -> Tensor | None:
+    """The policies of many heads, where the lists are: int8 ``[heads]``."""
+    policy = problem[_POLICY]
+    if len(policy) <= _PACKED_HEADS:
+        return None
+    lists = problem[_NUM_GRADS]
+    made: Tensor = _REMEMBERED.get(
+        (lists,),
+        ("policies", *policy),
+        lambda: torch.tensor(policy, dtype=torch.int8).to(lists.device),
     )
-    return falls
-
-
-def _has_rules(problem: tuple[Any, ...]) -> bool:
-    """Whether a query's own place says what it attends."""
-    causal, exclude_self, left, right, has_window, _, _, sinks = problem[_RULES]
-    keys = math.prod(problem[1].shape[1:-2])
-    return bool(
-        any(x is not None for x in problem[_DOCUMENTS : _DOCUMENTS + 3])
-        or causal
-        or exclude_self
-        or min(left, right) < keys
-        or has_window
-        or sinks
-    )
+    return made
 
 
 def _facts(lists: Lists) -> Facts:
@@ -158,9 +154,12 @@ def longest_walk(problem: tuple[Any, ...], rows: int) -> int:
     known, (_, _, _, _, has_window, left, right, sinks) = _facts(lists), problem[_RULES]
     blocks = min(rows, lists.query_offsets.shape[0] - 1)
     near = sinks + (left + rows + right if has_window else 0)
-    if HEAD_POLICIES.index("dense") in policy:
+    if HEAD_POLICIES.index("dense") in policy or (near and lists.query_order is not None):
         near = lists.num_keys
-    return int(min(near, lists.num_keys) + blocks * min(known.slots * known.run, lists.num_keys))
+    listed = blocks * min(known.slots * known.run, lists.num_keys)
+    if problem[_BIAS] is None and lists.ends is None:  # blocks are walked once
+        listed = min(listed, lists.num_keys)
+    return int(min(near, lists.num_keys) + listed)
 
 
 def tables_of(problem: tuple[Any, ...], rows: int, by_key: bool, stream: int = 0) -> ListTables:
@@ -175,37 +174,44 @@ def tables_of(problem: tuple[Any, ...], rows: int, by_key: bool, stream: int = 0
     return tables
 
 
+def _call(kind: Any, problem: tuple[Any, ...]) -> Any:
+    policies = policies_of(problem)
+    address = 0 if policies is None else policies.data_ptr()
+    return kind(problem, *known_of(problem), address)
+
+
 def _forward_cuda(*problem: Any) -> tuple[Tensor, Tensor]:
     query = problem[0]
-    check_cuda(problem)
     with torch.cuda.device(query.device):
         out, lse = _forward_fake(*problem)
         where = _where(query)
-        call = _C.CudaRoutedForward(problem)
+        call = _call(_C.CudaRoutedForward, problem)
         tables = tables_of(problem, call.query_rows, False, where[1])
         longest = longest_walk(problem, call.query_rows)
         workspace = query.new_empty(call.workspace_bytes(longest), dtype=torch.uint8)
-        call.run(out, lse, tables.addresses, longest, workspace.data_ptr(), *where)
+        call.run(out, lse, tables.addresses(), longest, workspace.data_ptr(), *where)
     return out, lse
 
 
 def _backward_cuda(*args: Any) -> tuple[Tensor, ...]:
     problem, (out, lse, dout, dlse, needs) = args[:-5], args[-5:]
     query = problem[0]
-    check_cuda(problem, of_bias=problem[_BIAS] is not None and needs[_BIAS])
     with torch.cuda.device(query.device):
         grads = _backward_fake(*args)
         if dout.stride(-1) != 1 and dout.shape[-1] > 1:
             dout = dout.contiguous()
         where = _where(query)
-        call = _C.CudaRoutedBackward(problem)
-        workspace = query.new_empty(call.workspace_bytes, dtype=torch.uint8)
+        call = _call(_C.CudaRoutedBackward, problem)
         queries = tables_of(problem, call.query_rows, False, where[1])
         keys = tables_of(problem, call.key_rows, True, where[1])
-        wanted = (*grads[:3], None, grads[4] if grads[4].numel() and needs[4] else None)
+        wanted = tuple(
+            g if write else None for g, write in zip(grads, written(problem, needs), strict=True)
+        )
+        num_bytes = call.workspace_bytes(wanted[_BIAS] is not None, queries.entries.shape[0])
+        workspace = query.new_empty(num_bytes, dtype=torch.uint8)
         call.run(
-            queries.addresses,
-            keys.addresses,
+            queries.addresses(),
+            keys.addresses(),
             workspace.data_ptr(),
             *where,
             out,

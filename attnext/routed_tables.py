@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plan's lists as the rectangles that the CUDA kernels walk, made by torch where the lists are.
+"""A plan's lists as the entries that the CUDA kernels walk, made by torch where the lists are.
 
 A block of a kernel holds a tile of rows (places of the order of queries, or of keys) and walks over
 places of the other side. Each query block and each run of keys that it lists are a rectangle; it is
-cut at the edges of tiles and counted with the tile. What is listed twice is cut away before.
+cut at the edges of tiles and counted with the tile. What is listed twice is cut away before. Rows
+of a tile that list the same then share one walk, unless slots have biases.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -48,22 +49,38 @@ class Facts(NamedTuple):
     run: int  # keys of the largest slot
 
 
-@dataclass(frozen=True)
+@dataclass
 class ListTables:
-    """Rectangles of all tiles, for one direction.
+    """Entries of all tiles, for one direction.
 
     Attributes:
         tile_ptr: int64 ``[lists * tiles + 1]``: where in `entries` those of a tile begin.
-        entries: int32 ``[n, 8]``, ListEntry of plan.h. Of a tile in rising order of their walk; of
-            one row, what two of them walk is disjoint. A rectangle may be empty.
+        entries: int32 ``[n, 6]``, ListEntry of plan.h. Of a tile in rising order of their walk; of
+            one row, what two of them walk is disjoint. Those after the last tile's are of none.
+        walk_places: int32 ``[walked]``, places by tokens, where slots have biases and what is
+            walked has an order.
+        slot_ptr, slot_entries: of biases, by query: int64 ``[slots + 1]`` and int32 ``[n]``, the
+            entries of each slot.
     """
 
     tile_ptr: Tensor
     entries: Tensor
+    walk_places: Tensor | None = None
+    slot_ptr: Tensor | None = None
+    slot_entries: Tensor | None = None
 
     @property
-    def addresses(self) -> tuple[int, int]:
-        return self.tile_ptr.data_ptr(), self.entries.data_ptr()
+    def tensors(self) -> dict[str, Tensor | None]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def addresses(
+        self, address: Callable[[str, Tensor], int] = lambda name, x: x.data_ptr()
+    ) -> tuple[int, int, int, int, int, int]:
+        """What the binary takes; `address` says where a tensor is on the device."""
+        tile_ptr, entries, places, slot_ptr, slot_entries = (
+            0 if x is None else address(n, x) for n, x in self.tensors.items()
+        )
+        return tile_ptr, entries, self.entries.shape[0], places, slot_ptr, slot_entries
 
 
 def facts(plan: Lists) -> Facts:
@@ -202,27 +219,59 @@ def _runs(plan: Lists, pairs: int, biased: bool) -> _Runs:
         begin, end = first, plan.ends.flatten()[slot].long()
         begin, end = torch.where(begin < end, begin, 0), torch.where(begin < end, end, 0)
     # Rows, then where a run begins, then its slot. A row's numbers all lie below the next row's.
-    key, order = torch.sort(row * (plan.num_keys + 1) + begin, stable=True)
+    stride = plan.num_keys + 1
+    key, order = torch.sort(row * stride + begin, stable=True)
     row, begin, end, slot = row[order], begin[order], end[order], slot[order]
-    reach = torch.cummax(row * (plan.num_keys + 1) + end, 0).values if pairs else key
+    reach = torch.cummax(row * stride + end, 0).values if pairs else key
     before = torch.cat([key[:1], reach[:-1]])
-    if biased and plan.ends is not None and bool(((before > key) & (begin < end)).any()):
-        raise NotImplementedError("plan: spans that overlap and have a bias, on CUDA")
-    begin = torch.maximum(begin, before - row * (plan.num_keys + 1))
     blocks = max(1, num_blocks)
+    if biased and plan.ends is not None and bool(((before > key) & (begin < end)).any()):
+        row, begin, end, slot = _pieces(row, begin, end, slot, stride)
+    else:
+        begin = torch.maximum(begin, before - row * stride)
     return _Runs(row // blocks, row % blocks, begin, end, slot)
+
+
+def _pieces(
+    row: Tensor, begin: Tensor, end: Tensor, slot: Tensor, stride: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Runs that overlap, cut wherever one of their row begins or ends; a piece is that of the first
+    slot which has it. Memory is O(runs), time O(runs * the longest list)."""
+    edges = torch.sort(torch.cat([row * stride + begin, row * stride + end])).values
+    # Slots of a row, the last first: who comes later takes over. Empty pieces stay.
+    order = torch.sort(slot, descending=True, stable=True).indices
+    order = order[torch.sort(row[order], stable=True).indices]
+    row_of, slot_of = row[order], slot[order]
+    low = torch.searchsorted(edges, (row * stride + begin)[order])
+    high = torch.searchsorted(edges, (row * stride + end)[order])
+    number = torch.arange(row.numel(), device=row.device)
+    starts = torch.searchsorted(row_of, row_of)  # where the row's begin
+    place = number - starts
+    owner = torch.full_like(edges, -1)
+    at = torch.arange(edges.numel(), device=row.device)
+    row_of_edge = edges // stride
+    first, last = torch.searchsorted(row_of, torch.stack([row_of_edge, row_of_edge + 1]))
+    for k in range(int(place.max()) + 1):
+        mine = (first + k).clamp(max=row.numel() - 1)
+        held = (first + k < last) & (low[mine] <= at) & (at < high[mine])
+        owner = torch.where(held, mine, owner)
+    real = owner >= 0
+    piece_end = torch.cat([edges[1:], edges[-1:]])
+    piece_begin = edges - row_of_edge * stride
+    piece_end = torch.where(real, piece_end - row_of_edge * stride, piece_begin)
+    return row_of_edge, piece_begin, piece_end, slot_of[owner.clamp(min=0)]
 
 
 def list_tables(plan: Lists, known: Facts, rows: int, by_key: bool, biased: bool) -> ListTables:
     """Tables for tiles of `rows` places.
 
-    Numerics: of two blocks that are the same, the first slot's counts.
-    Errors: NotImplementedError for spans that overlap while slots have biases.
+    Numerics: of two blocks that are the same, or of spans that share keys, the first slot's counts.
     Complexity: sorts all slots; waits for the device only for spans, and for blocks some of which
         are far larger than others.
     """
     device = plan.lists.device
     runs = _runs(plan, known.pairs, biased)
+    pairs = runs.slot.numel()
     offsets = plan.query_offsets.long()
     queries = offsets[runs.block], offsets[runs.block + 1]
     keys = runs.begin, runs.end
@@ -242,50 +291,97 @@ def list_tables(plan: Lists, known: Facts, rows: int, by_key: bool, biased: bool
     spans = by_key and plan.ends is not None
     if spans or largest * max(1, blocks) > _UNEVEN * max(num_rows, rows):
         copies = int(met.sum())
-        source = torch.arange(known.pairs, device=device).repeat_interleave(met, output_size=copies)
+        source = torch.arange(pairs, device=device).repeat_interleave(met, output_size=copies)
         index = torch.arange(copies, device=device) - (met.cumsum(0) - met)[source]
     else:
         most = (largest + rows - 2) // rows + 1
-        source = torch.arange(known.pairs, device=device).repeat_interleave(
-            most, output_size=most * known.pairs
+        source = torch.arange(pairs, device=device).repeat_interleave(
+            most, output_size=most * pairs
         )
-        index = torch.arange(most, device=device).repeat(known.pairs)
+        index = torch.arange(most, device=device).repeat(pairs)
     real = index < met[source]
     tile = first_tile[source] + index
-    row_begin = torch.maximum(row_begin[source], tile * rows)
-    row_end = torch.minimum(row_end[source], (tile + 1) * rows)
+    bits = _bits_below(row_end[source] - tile * rows, rows)
+    bits -= _bits_below(row_begin[source] - tile * rows, rows)
     tile = torch.where(real, runs.list_of[source] * tiles + tile, lists * tiles)
     # By tile, then walk, then rows, which rise already within a list.
-    order = torch.sort(walk_begin[source], stable=True).indices
+    order = torch.sort((walk_begin * (num_walked + 1) + walk_end)[source], stable=True).indices
     order = order[torch.sort(tile[order], stable=True).indices]
-    tile, source = tile[order], source[order]
-    row_begin, row_end = row_begin[order], row_end[order]
-    walk_begin, walk_end, slot = walk_begin[source], walk_end[source], runs.slot[source]
+    found = _Entries(
+        tile[order], walk_begin[source][order], walk_end[source][order], bits[order],
+        runs.slot[source][order],
+    )  # fmt: skip
     if not biased:
-        row_end, walk_end = _join(tile, row_begin, row_end, walk_begin, walk_end)
-    size = torch.where(tile < lists * tiles, walk_end - walk_begin, 0)
+        found = _join(found, lists * tiles)
+    tile = found.tile
+    size = torch.where(tile < lists * tiles, found.walk_end - found.walk_begin, 0)
     tile_ptr = torch.searchsorted(tile, torch.arange(lists * tiles + 1, device=device))
     before = torch.cat([size.new_zeros(1), size.cumsum(0)])
     at = before[:-1] - before[tile_ptr][tile] if lists * tiles else before[:-1]
-    entries = torch.stack(
-        [walk_begin, walk_end, row_begin, row_end, at, slot, slot * 0, slot * 0], 1
-    )
-    return ListTables(tile_ptr, entries.int().contiguous())
+    head = torch.stack([found.walk_begin, found.walk_end, at, found.slot], 1)
+    entries = torch.cat([head.int(), found.rows.contiguous().view(torch.int32).view(-1, 2)], 1)
+    tables = ListTables(tile_ptr, entries.contiguous())
+    if not biased:
+        return tables
+    if not by_key:
+        slot = torch.where(tile < lists * tiles, found.slot, plan.lists.numel())
+        of_slot = torch.sort(slot, stable=True)
+        slots = torch.arange(plan.lists.numel() + 1, device=device)
+        tables.slot_ptr = torch.searchsorted(of_slot.values, slots)
+        tables.slot_entries = of_slot.indices.int()
+    walk_order = plan.query_order if by_key else plan.key_order
+    if walk_order is not None:
+        places = torch.arange(num_walked, dtype=torch.int32, device=device)
+        tables.walk_places = torch.empty_like(places).index_copy_(0, walk_order.long(), places)
+    return tables
 
 
-def _join(
-    tile: Tensor, row_begin: Tensor, row_end: Tensor, walk_begin: Tensor, walk_end: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Rectangles of one walk whose rows follow each other become the first one of them, the others
-    are emptied."""
-    if tile.numel() == 0:
-        return row_end, walk_end
+class _Entries(NamedTuple):
+    """ListEntry of plan.h, but for `at`, by rising tile: int64 [n]; bit i of `rows` is the tile's
+    row i."""
+
+    tile: Tensor
+    walk_begin: Tensor
+    walk_end: Tensor
+    rows: Tensor
+    slot: Tensor
+
+
+def _bits_below(n: Tensor, rows: int) -> Tensor:
+    """int64 with the bits below n of `rows` <= 64; arithmetic is modulo 2^64."""
+    n = n.clamp(0, rows)
+    return torch.where(n == 64, -1, (torch.ones_like(n) << n.clamp(max=63)) - 1)
+
+
+def _join(found: _Entries, no_tile: int) -> _Entries:
+    """Entries of the same walk become one of all their rows; then those whose rows are the same and
+    whose walks follow each other become one walk. What is left over belongs to no tile."""
+    if found.tile.numel() == 0:
+        return found
 
     def same(x: Tensor) -> Tensor:
         return x[1:] == x[:-1]
 
-    follows = same(tile) & same(walk_begin) & same(walk_end) & (row_begin[1:] == row_end[:-1])
-    starts = torch.cat([follows.new_ones(1), ~follows])
-    group = starts.cumsum(0) - 1
-    last = torch.zeros_like(row_end).scatter_reduce_(0, group, row_end, "amax")
-    return last[group], torch.where(starts, walk_end, walk_begin)
+    def joined(with_last: Tensor, rows_add_up: bool) -> _Entries:
+        starts = torch.cat([with_last.new_ones(1), ~with_last])
+        ends = torch.cat([starts[1:], starts.new_ones(1)])
+        # Where each group begins and ends, in the first places; the rest stays as it is, unused.
+        number = torch.arange(starts.numel(), device=starts.device)
+        group = starts.cumsum(0) - 1
+        spare = starts.numel()
+        first = number.new_zeros(spare + 1)
+        first = first.index_copy(0, torch.where(starts, group, spare), number)[:-1]
+        last = number.new_zeros(spare + 1)
+        last = last.index_copy(0, torch.where(ends, group, spare), number)[:-1]
+        rows = found.rows[first]
+        if rows_add_up:  # disjoint bits; sums are modulo 2^64
+            sums = found.rows.cumsum(0)
+            rows = sums[last] - sums[first] + rows
+        tile = torch.where(number <= group[-1], found.tile[first], no_tile)
+        return _Entries(
+            tile, found.walk_begin[first], found.walk_end[last], rows, found.slot[first]
+        )
+
+    found = joined(same(found.tile) & same(found.walk_begin) & same(found.walk_end), True)
+    follows = found.walk_end[:-1] == found.walk_begin[1:]
+    return joined(same(found.tile) & same(found.rows) & follows, False)

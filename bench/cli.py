@@ -209,13 +209,13 @@ def static_(
         if table:
             click.echo("\n" + static.markdown(table[0], table[1:]))
         if write_budget:
-            static.write_budget(
-                figures,
-                [
-                    kernel.name
-                    for kernel in (*kernels.KERNELS, *kernels.LINEAR_MAIN, *kernels.SAMPLES)
-                ],
+            known = (
+                *kernels.KERNELS,
+                *kernels.ROUTED_KERNELS,
+                *kernels.LINEAR_MAIN,
+                *kernels.SAMPLES,
             )
+            static.write_budget(figures, [kernel.name for kernel in known])
         budget = static.load_budget() if check else {}
         worse = [s for f in figures if check for s in static.over_budget(f, budget)]
     for sentence in worse:

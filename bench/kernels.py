@@ -143,5 +143,5 @@ def select(patterns: Sequence[str]) -> list[Kernel]:
             names = ", ".join(kernel.name for kernel in known)
             raise ValueError(f"no kernel is called {pattern!r}; there are {names}")
     if not patterns:
-        return [*KERNELS, *LINEAR_MAIN]
+        return [*KERNELS, *ROUTED_KERNELS, *LINEAR_MAIN]
     return [k for k in known if any(fnmatch(k.name, p) for p in patterns)]

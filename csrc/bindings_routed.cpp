@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Routed attention for Python.
+#include <tuple>
+
 #include "bindings.h"
 #include "cpu/routed.h"
 #include "cuda/plan.h"
@@ -287,8 +289,8 @@ void routed_forward(const py::tuple& problem, py::handle out, py::handle lse) {
   cpu::routed_forward(call.params);
 }
 
-// `grads`: where the gradients of the first five arguments go; the biases' has a copy for each
-// batch item or kv head that shares a list; it and the sinks' may be None.
+// `grads`: where the gradients of the first five arguments go; on the CPU the biases' has a copy
+// for each batch item or kv head that shares a list; it and the sinks' may be None.
 void set_gradients(RoutedCall* given, py::handle dout, py::handle dlse, const py::tuple& grads) {
   RoutedCall& call = *given;
   require(grads.size() == kNumGrads, "gradients");
@@ -308,7 +310,8 @@ void set_gradients(RoutedCall* given, py::handle dout, py::handle dlse, const py
     int64_t n = 1;
     for (int a = 0; a < s.rank; ++a) n *= s.size[a];
     require((n == 0 || (r.entry_bias && s.contiguous())) &&
-                n == r.batch_copies() * r.head_copies() * r.entries,
+                n == (call.device == Device::kCuda ? 1 : r.batch_copies() * r.head_copies()) *
+                         r.entries,
             "bias gradient");
     r.dentry_bias = s.data;
   }
@@ -330,47 +333,57 @@ void routed_backward(const py::tuple& problem, py::handle out, py::handle lse, p
   cpu::routed_backward(call.params);
 }
 
-// ---- CUDA: what would be launched. Tables are addresses: tile_ptr and entries for one direction.
+// ---- CUDA: what would be launched. Tables are addresses for one direction, in the order of
+// cuda::ListTables.
 
-using Addresses = std::pair<uintptr_t, uintptr_t>;
+using Addresses = std::tuple<uintptr_t, uintptr_t, int64_t, uintptr_t, uintptr_t, uintptr_t>;
 
 struct CudaRouted {
   RoutedCall call;
-  WindowParams shaped;  // with what the choice of a kernel asks for
+  cuda::RoutedFacts facts;
 
-  explicit CudaRouted(const py::tuple& problem) : call(make_call(problem, Device::kCuda)) {
-    require(call.params.window.heads <= cuda::kMostRoutedHeads, "more heads than a kernel takes");
-    shaped = call.params.window;
-    shaped.bias = call.params.entry_bias;
+  CudaRouted(const py::tuple& problem, bool mixed_documents, int64_t query_block,
+             uintptr_t policies)
+      : call(make_call(problem, Device::kCuda)),
+        facts{mixed_documents, query_block, reinterpret_cast<const int8_t*>(policies)} {
+    require(call.policy.empty() || policies || call.params.window.heads <= cuda::kMostPackedHeads,
+            "policies on the device");
   }
-  int32_t rows(cuda::Pass pass) const { return cuda::routed_shape(shaped, pass).rows(); }
+  int64_t rows(cuda::Pass pass) const { return cuda::routed_rows(call.params, facts, pass); }
   static cuda::ListTables tables(const Addresses& at) {
-    return {reinterpret_cast<const int64_t*>(at.first),
-            reinterpret_cast<const cuda::ListEntry*>(at.second)};
+    const auto& [tile_ptr, entries, num_entries, walk_places, slot_ptr, slot_entries] = at;
+    return {reinterpret_cast<const int64_t*>(tile_ptr),
+            reinterpret_cast<const cuda::ListEntry*>(entries),
+            num_entries,
+            reinterpret_cast<const int32_t*>(walk_places),
+            reinterpret_cast<const int64_t*>(slot_ptr),
+            reinterpret_cast<const int32_t*>(slot_entries)};
   }
 };
 
 struct CudaRoutedForward : CudaRouted {
   using CudaRouted::CudaRouted;
   int64_t workspace_bytes(int64_t longest_walk) const {
-    return cuda::routed_forward_workspace(call.params, longest_walk);
+    return cuda::routed_forward_workspace(call.params, facts, longest_walk);
   }
   std::vector<cuda::Launch> prepare(py::handle out, py::handle lse, const Addresses& queries,
                                     int64_t longest_walk, uintptr_t workspace) {
     set_results(&call, out, lse);
-    return cuda::routed_forward_launches(call.params, tables(queries), longest_walk,
+    return cuda::routed_forward_launches(call.params, facts, tables(queries), longest_walk,
                                          reinterpret_cast<void*>(workspace));
   }
 };
 
 struct CudaRoutedBackward : CudaRouted {
   using CudaRouted::CudaRouted;
-  int64_t workspace_bytes() const { return cuda::routed_backward_workspace(call.params); }
+  int64_t workspace_bytes(bool of_bias, int64_t num_entries) const {
+    return cuda::routed_backward_workspace(call.params, facts, of_bias, num_entries);
+  }
   std::vector<cuda::Launch> prepare(const py::args& t, const Addresses& queries,
                                     const Addresses& keys, uintptr_t workspace) {
     set_results(&call, t[0], t[1]);
     set_gradients(&call, t[2], t[3], t[4]);
-    return cuda::routed_backward_launches(call.params, tables(queries), tables(keys),
+    return cuda::routed_backward_launches(call.params, facts, tables(queries), tables(keys),
                                           reinterpret_cast<void*>(workspace));
   }
 };
@@ -379,7 +392,7 @@ struct CudaRoutedBackward : CudaRouted {
 
 void bind_routed(py::module_& m) {
   py::class_<CudaRoutedForward>(m, "CudaRoutedForward")
-      .def(py::init<const py::tuple&>())
+      .def(py::init<const py::tuple&, bool, int64_t, uintptr_t>())
       .def_property_readonly(
           "query_rows", [](const CudaRoutedForward& f) { return f.rows(cuda::Pass::kForward); })
       .def("workspace_bytes", &CudaRoutedForward::workspace_bytes)
@@ -395,13 +408,13 @@ void bind_routed(py::module_& m) {
         cuda::launch(launches, device, stream, "routed_forward");
       });
   py::class_<CudaRoutedBackward>(m, "CudaRoutedBackward")
-      .def(py::init<const py::tuple&>())
+      .def(py::init<const py::tuple&, bool, int64_t, uintptr_t>())
       .def_property_readonly(
           "query_rows",
           [](const CudaRoutedBackward& b) { return b.rows(cuda::Pass::kQueryGradient); })
       .def_property_readonly(
           "key_rows", [](const CudaRoutedBackward& b) { return b.rows(cuda::Pass::kKeyGradient); })
-      .def_property_readonly("workspace_bytes", &CudaRoutedBackward::workspace_bytes)
+      .def("workspace_bytes", &CudaRoutedBackward::workspace_bytes)
       .def("launches",
            [](CudaRoutedBackward& b, const Addresses& queries, const Addresses& keys,
               uintptr_t workspace, const py::args& tensors) {

@@ -19,7 +19,10 @@ from attnext.gpu_check import __main__ as command
 from attnext.gpu_check import report, timing
 from attnext.gpu_check.checks import LAUNCHES, run_check
 from attnext.gpu_check.isolation import run_isolated
-from attnext.gpu_check.problems import DTYPES, LAYOUTS, PROBLEMS, lay_out, names
+from attnext.gpu_check.names import PROBLEMS, names
+from attnext.gpu_check.problems import DTYPES, LAYOUTS, WINDOWS, lay_out
+from attnext.gpu_check.routed import ROUTED, plan_of
+from attnext.routed_ops import HEAD_POLICIES
 
 
 def run(*arguments: str) -> tuple[int, str, str]:
@@ -33,7 +36,7 @@ def run(*arguments: str) -> tuple[int, str, str]:
 
 
 def test_the_list_has_what_it_should() -> None:
-    problems = PROBLEMS.values()
+    problems = WINDOWS.values()
     assert {len(p.queries) for p in problems} == {1, 2, 3}
     assert {1, 15, 63, 64, 65, 129} <= {n for p in problems for n in p.queries}
     assert {30, 64, 128, 256} <= {p.head_dim for p in problems}
@@ -42,7 +45,26 @@ def test_the_list_has_what_it_should() -> None:
     assert {"stride", "dilation", "is_causal", "boundary", "softcap", "sinks", "shift"} <= options
     for field in ("bias", "alibi", "sink_logits", "additional", "scale", "ends", "kv_heads"):
         assert any(getattr(p, field) for p in problems), field
-    assert len({p.describe() for p in problems}) == len(PROBLEMS)
+    assert len({p.describe() for p in problems}) == len(WINDOWS)
+
+
+def test_the_list_has_what_routed_attention_takes() -> None:
+    problems = ROUTED.values()
+    assert {len(p.queries) for p in problems} == {1, 2, 3}
+    assert {30, 64, 128, 256} <= {p.head_dim for p in problems}
+    options = {name for p in problems for name in p.options}
+    assert options == {
+        "is_causal", "within", "exclude_self", "window_size", "sinks", "head_policy", "softcap",
+        "scale",
+    }  # fmt: skip
+    policies = {x for p in problems for x in p.options.get("head_policy", ())}
+    assert policies == set(HEAD_POLICIES)
+    assert {p.documents for p in problems} == {"", "in order", "mixed"}
+    for field in ("slot_bias", "lengths", "sink_logits", "kv_heads"):
+        assert any(getattr(p, field) for p in problems), field
+    plans = [plan_of(name, torch.device("cpu")) for name in ROUTED]
+    assert any(p.ends is not None for p in plans) and any(p.indptr is not None for p in plans)
+    assert any(p.query_blocks.order is not None and p.key_blocks.order is None for p in plans)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

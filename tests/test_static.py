@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 from bench import model, sass, static, toolkit
 from bench.cli import cli
-from bench.kernels import KERNELS, LINEAR_MAIN, SAMPLES, Kernel, select
+from bench.kernels import KERNELS, LINEAR_MAIN, ROUTED_KERNELS, SAMPLES, Kernel, select
 from bench.occupancy import LIMITS, occupancy
 
 
@@ -459,8 +459,13 @@ def test_a_budget_is_written_and_held(tmp_path: Path) -> None:
 
 
 # What most calls run; their variants are the same templates.
-MAIN = [k for k in KERNELS if "bf16" in k.name and k.name.split("_bf16_")[1] in ("64", "64_long")]
-WIDE = [k for k in KERNELS if "bf16" in k.name and k.name.split("_bf16_")[1] in ("128", "128_long")]
+def of_bf16(kernels: tuple[Kernel, ...], *buckets: str) -> list[Kernel]:
+    return [k for k in kernels if "bf16" in k.name and k.name.split("_bf16_")[1] in buckets]
+
+
+LISTS = [k for k in of_bf16(ROUTED_KERNELS, "64") if "bias_gradient" not in k.name]
+MAIN = of_bf16(KERNELS, "64", "64_long") + LISTS
+WIDE = of_bf16(KERNELS, "128", "128_long")
 
 
 def test_the_budget_names_the_kernels_there_are() -> None:
@@ -492,6 +497,15 @@ def test_linear_kernels_keep_their_budget(kernel: Kernel) -> None:
 def test_kernels_keep_their_budget_elsewhere(kernel: Kernel, arch: int) -> None:
     worse = static.over_budget(static.measure(kernel, arch, loops=False), static.load_budget())
     assert not worse, "\n".join(worse)
+
+
+@pytest.mark.parametrize("kernel", [k.name.removeprefix("routed_") for k in LISTS])
+def test_lists_cost_little_beside_windows(kernel: str) -> None:
+    """What a step takes that no branch skips, on either path."""
+    loops = [static.measure(by_name(f"{x}_{kernel}"), 80).loops for x in ("routed", "window")]
+    for path in ("full", "edge"):
+        routed, window = (found[path] for found in loops)
+        assert routed.tensor == window.tensor and routed.lean <= 1.1 * window.lean, path
 
 
 # ---- the command ----

@@ -13,7 +13,8 @@ from typing import Any
 
 from .checks import LAUNCHES, run_check
 from .isolation import run_isolated
-from .problems import DTYPES, PROBLEMS, names
+from .names import PROBLEMS, names
+from .problems import DTYPES
 from .report import environment, markdown, obstacle
 from .timing import CASES, run_timing
 

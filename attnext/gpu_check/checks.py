@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 import attnext
-from attnext import reference
 from attnext.testing import assert_within_budget, evaluate
 
-from .problems import DTYPES, PROBLEMS, Problem
+from .names import PROBLEMS
+from .problems import DTYPES, Problem
 
 
 def on_device(
@@ -23,7 +23,7 @@ def on_device(
 ) -> dict[str, Tensor]:
     """Results and gradients of a problem, computed on a device and brought to the CPU."""
     results = evaluate(
-        getattr(attnext, problem.op),
+        problem.function,
         problem.tensors(dtype, device),
         problem.options,
         problem.cotangents(dtype, device),
@@ -37,7 +37,7 @@ def compare(
     """Hold results to the error budget; the largest share of it that each has used."""
     return assert_within_budget(
         results,
-        getattr(reference, problem.op),
+        problem.specification,
         problem.tensors(dtype, "cpu"),
         problem.options,
         problem.cotangents(dtype, "cpu"),

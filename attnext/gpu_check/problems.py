@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is checked: the list of problems, as plain data. The tests run from the same list."""
+"""What is checked: problems as plain data, and those of windows. The tests run from the same
+list."""
 
 from __future__ import annotations
 
-import fnmatch
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+import attnext
+
+from .. import reference
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # How tensors lie in memory: whole; heads first and transposed; cut out of a larger tensor, so that
@@ -81,6 +85,18 @@ class Problem:
         for name, ends in zip(("cu_seqlens_q", "cu_seqlens_k"), self.ends, strict=False):
             tensors[name] = torch.tensor(ends, dtype=torch.int32)  # on the CPU beside any device
         return tensors
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """What is called with the tensors and options."""
+        called: Callable[..., Any] = getattr(attnext, self.op)
+        return called
+
+    @property
+    def specification(self) -> Callable[..., Any]:
+        """The same in plain torch; see ``attnext.reference``."""
+        called: Callable[..., Any] = getattr(reference, self.op)
+        return called
 
     def cotangents(self, dtype: torch.dtype, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Gradients of the two results."""
@@ -229,18 +245,4 @@ def _problems() -> list[Problem]:
     return problems
 
 
-PROBLEMS: dict[str, Problem] = {problem.name: problem for problem in _problems()}
-
-
-def names(patterns: list[str], dtypes: list[str]) -> list[str]:
-    """``problem/dtype`` for all problems that match one of the patterns (all, without any).
-
-    Errors: ValueError for a pattern that fits nothing.
-    """
-    chosen: set[str] = set()
-    for pattern in patterns or ["*"]:
-        fitting = fnmatch.filter(PROBLEMS, pattern)
-        if not fitting:
-            raise ValueError(f"no problem is called {pattern!r}; --list names them")
-        chosen.update(fitting)
-    return [f"{name}/{dtype}" for name in PROBLEMS if name in chosen for dtype in dtypes]
+WINDOWS: dict[str, Problem] = {problem.name: problem for problem in _problems()}

@@ -15,7 +15,7 @@ import torch
 import attnext
 from attnext import _C
 
-from .problems import PROBLEMS
+from .names import PROBLEMS
 
 SANITIZER = (
     "CUDA's own checker says which access of which kernel is wrong, race by race: "

@@ -18,128 +18,88 @@ namespace attnext {
 namespace cuda {
 
 // clang-format off
-#define ATTNEXT_FORWARD_KERNELS_16(X, T, type) \
-  X(window_forward_##type##_32, T, 32, 4, 1, 64, false, 1) \
-  X(window_forward_##type##_64, T, 64, 4, 1, 64, false, 1) \
-  X(window_forward_##type##_128, T, 128, 2, 2, 32, false, 1) \
-  X(window_forward_##type##_256, T, 256, 4, 1, 32, false, 1) \
+#define ATTNEXT_FORWARD_KERNELS_16(X, family, T, type) \
+  X(family##_forward_##type##_32, T, 32, 4, 1, 64, false, 1) \
+  X(family##_forward_##type##_64, T, 64, 4, 1, 64, false, 1) \
+  X(family##_forward_##type##_128, T, 128, 2, 2, 32, false, 1) \
+  X(family##_forward_##type##_256, T, 256, 4, 1, 32, false, 1) \
+  X(family##_forward_##type##_32_modified, T, 32, 2, 2, 64, true, 1) \
+  X(family##_forward_##type##_64_modified, T, 64, 2, 2, 32, true, 1) \
+  X(family##_forward_##type##_128_modified, T, 128, 4, 1, 32, true, 1) \
+  X(family##_forward_##type##_256_modified, T, 256, 4, 1, 32, true, 1)
+#define ATTNEXT_LONG_FORWARD_KERNELS_16(X, T, type) \
   X(window_forward_##type##_64_long, T, 64, 4, 2, 64, false, 1) \
-  X(window_forward_##type##_128_long, T, 128, 4, 2, 32, false, 1) \
-  X(window_forward_##type##_32_modified, T, 32, 2, 2, 64, true, 1) \
-  X(window_forward_##type##_64_modified, T, 64, 2, 2, 32, true, 1) \
-  X(window_forward_##type##_128_modified, T, 128, 4, 1, 32, true, 1) \
-  X(window_forward_##type##_256_modified, T, 256, 4, 1, 32, true, 1)
-#define ATTNEXT_FORWARD_KERNELS_32(X, T, type) \
-  X(window_forward_##type##_32, T, 32, 4, 1, 32, true, 1) \
-  X(window_forward_##type##_64, T, 64, 4, 1, 32, true, 1) \
-  X(window_forward_##type##_128, T, 128, 4, 1, 32, true, 1) \
-  X(window_forward_##type##_256, T, 256, 2, 1, 16, true, 1)
-#define ATTNEXT_QUERY_GRADIENT_KERNELS_16(X, T, type) \
-  X(window_query_gradient_##type##_32, T, 32, 2, 2, 32, false, 1) \
-  X(window_query_gradient_##type##_64, T, 64, 2, 2, 32, false, 1) \
-  X(window_query_gradient_##type##_128, T, 128, 4, 1, 32, false, 1) \
-  X(window_query_gradient_##type##_256, T, 256, 4, 1, 16, false, 1) \
-  X(window_query_gradient_##type##_128_long, T, 128, 4, 2, 32, false, 1) \
-  X(window_query_gradient_##type##_32_modified, T, 32, 2, 2, 32, true, 1) \
-  X(window_query_gradient_##type##_64_modified, T, 64, 2, 2, 32, true, 1) \
-  X(window_query_gradient_##type##_128_modified, T, 128, 4, 1, 32, true, 1) \
-  X(window_query_gradient_##type##_256_modified, T, 256, 4, 1, 16, true, 1)
-#define ATTNEXT_QUERY_GRADIENT_KERNELS_32(X, T, type) \
-  X(window_query_gradient_##type##_32, T, 32, 4, 1, 32, true, 1) \
-  X(window_query_gradient_##type##_64, T, 64, 4, 1, 32, true, 1) \
-  X(window_query_gradient_##type##_128, T, 128, 4, 1, 16, true, 1) \
-  X(window_query_gradient_##type##_256, T, 256, 1, 1, 16, true, 1)
-#define ATTNEXT_BIAS_GRADIENT_KERNELS_16(X, T, type) \
-  X(window_bias_gradient_##type##_32, T, 32, 4, 1, 32, true, 1) \
-  X(window_bias_gradient_##type##_64, T, 64, 4, 1, 32, true, 1) \
-  X(window_bias_gradient_##type##_128, T, 128, 4, 1, 32, true, 1) \
-  X(window_bias_gradient_##type##_256, T, 256, 4, 1, 16, true, 1)
-#define ATTNEXT_BIAS_GRADIENT_KERNELS_32(X, T, type) \
-  X(window_bias_gradient_##type##_32, T, 32, 4, 1, 32, true, 1) \
-  X(window_bias_gradient_##type##_64, T, 64, 4, 1, 32, true, 1) \
-  X(window_bias_gradient_##type##_128, T, 128, 4, 1, 16, true, 1) \
-  X(window_bias_gradient_##type##_256, T, 256, 1, 1, 16, true, 1)
-#define ATTNEXT_KEY_GRADIENT_KERNELS_16(X, T, type) \
-  X(window_key_gradient_##type##_32, T, 32, 2, 2, 32, false, 1) \
-  X(window_key_gradient_##type##_64, T, 64, 2, 2, 32, false, 1) \
-  X(window_key_gradient_##type##_128, T, 128, 4, 1, 32, false, 1) \
-  X(window_key_gradient_##type##_256, T, 256, 4, 1, 16, false, 2) \
-  X(window_key_gradient_##type##_32_modified, T, 32, 2, 2, 32, true, 1) \
-  X(window_key_gradient_##type##_64_modified, T, 64, 2, 2, 32, true, 1) \
-  X(window_key_gradient_##type##_128_modified, T, 128, 4, 1, 32, true, 1) \
-  X(window_key_gradient_##type##_256_modified, T, 256, 4, 1, 16, true, 2)
-#define ATTNEXT_KEY_GRADIENT_KERNELS_32(X, T, type) \
-  X(window_key_gradient_##type##_32, T, 32, 4, 1, 32, true, 1) \
-  X(window_key_gradient_##type##_64, T, 64, 4, 1, 32, true, 1) \
-  X(window_key_gradient_##type##_128, T, 128, 4, 1, 16, true, 1) \
-  X(window_key_gradient_##type##_256, T, 256, 1, 1, 16, true, 2)
+  X(window_forward_##type##_128_long, T, 128, 4, 2, 32, false, 1)
+#define ATTNEXT_FORWARD_KERNELS_32(X, family, T, type) \
+  X(family##_forward_##type##_32, T, 32, 4, 1, 32, true, 1) \
+  X(family##_forward_##type##_64, T, 64, 4, 1, 32, true, 1) \
+  X(family##_forward_##type##_128, T, 128, 4, 1, 32, true, 1) \
+  X(family##_forward_##type##_256, T, 256, 2, 1, 16, true, 1)
+#define ATTNEXT_QUERY_GRADIENT_KERNELS_16(X, family, T, type) \
+  X(family##_query_gradient_##type##_32, T, 32, 2, 2, 32, false, 1) \
+  X(family##_query_gradient_##type##_64, T, 64, 2, 2, 32, false, 1) \
+  X(family##_query_gradient_##type##_128, T, 128, 4, 1, 32, false, 1) \
+  X(family##_query_gradient_##type##_256, T, 256, 4, 1, 16, false, 1) \
+  X(family##_query_gradient_##type##_32_modified, T, 32, 2, 2, 32, true, 1) \
+  X(family##_query_gradient_##type##_64_modified, T, 64, 2, 2, 32, true, 1) \
+  X(family##_query_gradient_##type##_128_modified, T, 128, 4, 1, 32, true, 1) \
+  X(family##_query_gradient_##type##_256_modified, T, 256, 4, 1, 16, true, 1)
+#define ATTNEXT_LONG_QUERY_GRADIENT_KERNELS_16(X, T, type) \
+  X(window_query_gradient_##type##_128_long, T, 128, 4, 2, 32, false, 1)
+#define ATTNEXT_QUERY_GRADIENT_KERNELS_32(X, family, T, type) \
+  X(family##_query_gradient_##type##_32, T, 32, 4, 1, 32, true, 1) \
+  X(family##_query_gradient_##type##_64, T, 64, 4, 1, 32, true, 1) \
+  X(family##_query_gradient_##type##_128, T, 128, 4, 1, 16, true, 1) \
+  X(family##_query_gradient_##type##_256, T, 256, 1, 1, 16, true, 1)
+#define ATTNEXT_BIAS_GRADIENT_KERNELS_16(X, family, T, type) \
+  X(family##_bias_gradient_##type##_32, T, 32, 4, 1, 32, true, 1) \
+  X(family##_bias_gradient_##type##_64, T, 64, 4, 1, 32, true, 1) \
+  X(family##_bias_gradient_##type##_128, T, 128, 4, 1, 32, true, 1) \
+  X(family##_bias_gradient_##type##_256, T, 256, 4, 1, 16, true, 1)
+#define ATTNEXT_BIAS_GRADIENT_KERNELS_32(X, family, T, type) \
+  X(family##_bias_gradient_##type##_32, T, 32, 4, 1, 32, true, 1) \
+  X(family##_bias_gradient_##type##_64, T, 64, 4, 1, 32, true, 1) \
+  X(family##_bias_gradient_##type##_128, T, 128, 4, 1, 16, true, 1) \
+  X(family##_bias_gradient_##type##_256, T, 256, 1, 1, 16, true, 1)
+#define ATTNEXT_KEY_GRADIENT_KERNELS_16(X, family, T, type) \
+  X(family##_key_gradient_##type##_32, T, 32, 2, 2, 32, false, 1) \
+  X(family##_key_gradient_##type##_64, T, 64, 2, 2, 32, false, 1) \
+  X(family##_key_gradient_##type##_128, T, 128, 4, 1, 32, false, 1) \
+  X(family##_key_gradient_##type##_256, T, 256, 4, 1, 16, false, 2) \
+  X(family##_key_gradient_##type##_32_modified, T, 32, 2, 2, 32, true, 1) \
+  X(family##_key_gradient_##type##_64_modified, T, 64, 2, 2, 32, true, 1) \
+  X(family##_key_gradient_##type##_128_modified, T, 128, 4, 1, 32, true, 1) \
+  X(family##_key_gradient_##type##_256_modified, T, 256, 4, 1, 16, true, 2)
+#define ATTNEXT_KEY_GRADIENT_KERNELS_32(X, family, T, type) \
+  X(family##_key_gradient_##type##_32, T, 32, 4, 1, 32, true, 1) \
+  X(family##_key_gradient_##type##_64, T, 64, 4, 1, 32, true, 1) \
+  X(family##_key_gradient_##type##_128, T, 128, 4, 1, 16, true, 1) \
+  X(family##_key_gradient_##type##_256, T, 256, 1, 1, 16, true, 2)
 
-// Routed attention: tiles of 64 rows, since the lists of more are less alike.
-#define ATTNEXT_ROUTED_FORWARD_KERNELS_16(X, T, type) \
-  X(routed_forward_##type##_32, T, 32, 4, 1, 64, false, 1) \
-  X(routed_forward_##type##_64, T, 64, 4, 1, 64, false, 1) \
-  X(routed_forward_##type##_128, T, 128, 2, 2, 32, false, 1) \
-  X(routed_forward_##type##_256, T, 256, 4, 1, 32, false, 1) \
-  X(routed_forward_##type##_32_modified, T, 32, 2, 2, 64, true, 1) \
-  X(routed_forward_##type##_64_modified, T, 64, 2, 2, 32, true, 1) \
-  X(routed_forward_##type##_128_modified, T, 128, 4, 1, 32, true, 1) \
-  X(routed_forward_##type##_256_modified, T, 256, 4, 1, 32, true, 1)
-#define ATTNEXT_ROUTED_FORWARD_KERNELS_32(X, T, type) \
-  X(routed_forward_##type##_32, T, 32, 4, 1, 32, true, 1) \
-  X(routed_forward_##type##_64, T, 64, 4, 1, 32, true, 1) \
-  X(routed_forward_##type##_128, T, 128, 4, 1, 32, true, 1) \
-  X(routed_forward_##type##_256, T, 256, 2, 1, 16, true, 1)
-#define ATTNEXT_ROUTED_QUERY_GRADIENT_KERNELS_16(X, T, type) \
-  X(routed_query_gradient_##type##_32, T, 32, 2, 2, 32, false, 1) \
-  X(routed_query_gradient_##type##_64, T, 64, 2, 2, 32, false, 1) \
-  X(routed_query_gradient_##type##_128, T, 128, 4, 1, 32, false, 1) \
-  X(routed_query_gradient_##type##_256, T, 256, 4, 1, 16, false, 1) \
-  X(routed_query_gradient_##type##_32_modified, T, 32, 2, 2, 32, true, 1) \
-  X(routed_query_gradient_##type##_64_modified, T, 64, 2, 2, 32, true, 1) \
-  X(routed_query_gradient_##type##_128_modified, T, 128, 4, 1, 32, true, 1) \
-  X(routed_query_gradient_##type##_256_modified, T, 256, 4, 1, 16, true, 1)
-#define ATTNEXT_ROUTED_QUERY_GRADIENT_KERNELS_32(X, T, type) \
-  X(routed_query_gradient_##type##_32, T, 32, 4, 1, 32, true, 1) \
-  X(routed_query_gradient_##type##_64, T, 64, 4, 1, 32, true, 1) \
-  X(routed_query_gradient_##type##_128, T, 128, 4, 1, 16, true, 1) \
-  X(routed_query_gradient_##type##_256, T, 256, 1, 1, 16, true, 1)
-#define ATTNEXT_ROUTED_KEY_GRADIENT_KERNELS_16(X, T, type) \
-  X(routed_key_gradient_##type##_32, T, 32, 2, 2, 32, false, 1) \
-  X(routed_key_gradient_##type##_64, T, 64, 2, 2, 32, false, 1) \
-  X(routed_key_gradient_##type##_128, T, 128, 4, 1, 32, false, 1) \
-  X(routed_key_gradient_##type##_256, T, 256, 4, 1, 16, false, 2) \
-  X(routed_key_gradient_##type##_32_modified, T, 32, 2, 2, 32, true, 1) \
-  X(routed_key_gradient_##type##_64_modified, T, 64, 2, 2, 32, true, 1) \
-  X(routed_key_gradient_##type##_128_modified, T, 128, 4, 1, 32, true, 1) \
-  X(routed_key_gradient_##type##_256_modified, T, 256, 4, 1, 16, true, 2)
-#define ATTNEXT_ROUTED_KEY_GRADIENT_KERNELS_32(X, T, type) \
-  X(routed_key_gradient_##type##_32, T, 32, 4, 1, 32, true, 1) \
-  X(routed_key_gradient_##type##_64, T, 64, 4, 1, 32, true, 1) \
-  X(routed_key_gradient_##type##_128, T, 128, 4, 1, 16, true, 1) \
-  X(routed_key_gradient_##type##_256, T, 256, 1, 1, 16, true, 2)
-
-#define ATTNEXT_DTYPE_KERNELS(X, bits, T, type)           \
-  ATTNEXT_FORWARD_KERNELS_##bits(X, T, type)              \
-  ATTNEXT_QUERY_GRADIENT_KERNELS_##bits(X, T, type)       \
-  ATTNEXT_KEY_GRADIENT_KERNELS_##bits(X, T, type)         \
-  ATTNEXT_BIAS_GRADIENT_KERNELS_##bits(X, T, type)        \
-  X(window_merge_##type, T)                               \
-  X(window_statistics_##type, T)
-#define ATTNEXT_DTYPE_ROUTED_KERNELS(X, bits, T, type)    \
-  ATTNEXT_ROUTED_FORWARD_KERNELS_##bits(X, T, type)       \
-  ATTNEXT_ROUTED_QUERY_GRADIENT_KERNELS_##bits(X, T, type) \
-  ATTNEXT_ROUTED_KEY_GRADIENT_KERNELS_##bits(X, T, type)  \
-  X(routed_merge_##type, T)
-#define ATTNEXT_ALL_ROUTED_KERNELS(X)                     \
-  ATTNEXT_DTYPE_ROUTED_KERNELS(X, 16, bf16, bf16)         \
-  ATTNEXT_DTYPE_ROUTED_KERNELS(X, 16, fp16, fp16)         \
-  ATTNEXT_DTYPE_ROUTED_KERNELS(X, 32, float, fp32)
-#define ATTNEXT_ALL_KERNELS(X)                            \
-  ATTNEXT_DTYPE_KERNELS(X, 16, bf16, bf16)                \
-  ATTNEXT_DTYPE_KERNELS(X, 16, fp16, fp16)                \
-  ATTNEXT_DTYPE_KERNELS(X, 32, float, fp32)               \
-  X(window_sink_gradient, float)                          \
-  X(window_merge_bias, float)
+// What both families have, in tiles of 64 rows at most: the lists of more are less alike.
+#define ATTNEXT_FAMILY_KERNELS(X, family, bits, T, type)       \
+  ATTNEXT_FORWARD_KERNELS_##bits(X, family, T, type)           \
+  ATTNEXT_QUERY_GRADIENT_KERNELS_##bits(X, family, T, type)    \
+  ATTNEXT_KEY_GRADIENT_KERNELS_##bits(X, family, T, type)      \
+  ATTNEXT_BIAS_GRADIENT_KERNELS_##bits(X, family, T, type)     \
+  X(family##_merge_##type, T)
+#define ATTNEXT_LONG_KERNELS(X, T, type)                       \
+  ATTNEXT_LONG_FORWARD_KERNELS_16(X, T, type)                  \
+  ATTNEXT_LONG_QUERY_GRADIENT_KERNELS_16(X, T, type)
+#define ATTNEXT_ALL_FAMILY_KERNELS(X, family)                  \
+  ATTNEXT_FAMILY_KERNELS(X, family, 16, bf16, bf16)            \
+  ATTNEXT_FAMILY_KERNELS(X, family, 16, fp16, fp16)            \
+  ATTNEXT_FAMILY_KERNELS(X, family, 32, float, fp32)           \
+  X(family##_merge_bias, float)
+#define ATTNEXT_ALL_ROUTED_KERNELS(X) ATTNEXT_ALL_FAMILY_KERNELS(X, routed)
+#define ATTNEXT_ALL_KERNELS(X)                                 \
+  ATTNEXT_ALL_FAMILY_KERNELS(X, window)                        \
+  ATTNEXT_LONG_KERNELS(X, bf16, bf16)                          \
+  ATTNEXT_LONG_KERNELS(X, fp16, fp16)                          \
+  X(window_statistics_bf16, bf16)                              \
+  X(window_statistics_fp16, fp16)                              \
+  X(window_statistics_fp32, float)                             \
+  X(window_sink_gradient, float)
 // clang-format on
 
 // Tiles of more rows are for sequences: problems whose walks are parts of one line.

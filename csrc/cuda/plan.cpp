@@ -49,24 +49,25 @@ constexpr int warp_ints(const char* name) { return is_routed(name) ? kListWarpIn
 #define ATTNEXT_DESCRIBE_KEY(name, T, dim, warps, frags, step, modified, slices)                  \
   ATTNEXT_DESCRIBE(Pass::kKeyGradient, 2, query_numbers(modified), 0, name, T, dim, warps, frags, \
                    step, modified, slices)
-#define ATTNEXT_DESCRIBE_BIAS(name, T, dim, warps, frags, step, modified, slices)                  \
-  ATTNEXT_DESCRIBE(Pass::kBiasGradient, 2, key_numbers(modified), bias_scratch(warps, step), name, \
-                   T, dim, warps, frags, step, modified, slices)
-#define ATTNEXT_DESCRIBE_ALL(bits, T, type)                                  \
-  ATTNEXT_FORWARD_KERNELS_##bits(ATTNEXT_DESCRIBE_FORWARD, T, type)          \
-      ATTNEXT_QUERY_GRADIENT_KERNELS_##bits(ATTNEXT_DESCRIBE_QUERY, T, type) \
-          ATTNEXT_KEY_GRADIENT_KERNELS_##bits(ATTNEXT_DESCRIBE_KEY, T, type) \
-              ATTNEXT_BIAS_GRADIENT_KERNELS_##bits(ATTNEXT_DESCRIBE_BIAS, T, type)
+#define ATTNEXT_DESCRIBE_BIAS(name, T, dim, warps, frags, step, modified, slices)                \
+  ATTNEXT_DESCRIBE(Pass::kBiasGradient, 2, key_numbers(modified),                                \
+                   is_routed(#name) ? 0 : bias_scratch(warps, step), name, T, dim, warps, frags, \
+                   step, modified, slices)
+#define ATTNEXT_DESCRIBE_DTYPE(family, bits, T, type)                                \
+  ATTNEXT_FORWARD_KERNELS_##bits(ATTNEXT_DESCRIBE_FORWARD, family, T, type)          \
+      ATTNEXT_QUERY_GRADIENT_KERNELS_##bits(ATTNEXT_DESCRIBE_QUERY, family, T, type) \
+          ATTNEXT_KEY_GRADIENT_KERNELS_##bits(ATTNEXT_DESCRIBE_KEY, family, T, type) \
+              ATTNEXT_BIAS_GRADIENT_KERNELS_##bits(ATTNEXT_DESCRIBE_BIAS, family, T, type)
+#define ATTNEXT_DESCRIBE_ALL(family)             \
+  ATTNEXT_DESCRIBE_DTYPE(family, 16, bf16, bf16) \
+  ATTNEXT_DESCRIBE_DTYPE(family, 16, fp16, fp16) \
+  ATTNEXT_DESCRIBE_DTYPE(family, 32, float, fp32)
+#define ATTNEXT_DESCRIBE_LONG(T)                                  \
+  ATTNEXT_LONG_FORWARD_KERNELS_16(ATTNEXT_DESCRIBE_FORWARD, T, T) \
+  ATTNEXT_LONG_QUERY_GRADIENT_KERNELS_16(ATTNEXT_DESCRIBE_QUERY, T, T)
 
-#define ATTNEXT_DESCRIBE_ROUTED(bits, T, type)                                      \
-  ATTNEXT_ROUTED_FORWARD_KERNELS_##bits(ATTNEXT_DESCRIBE_FORWARD, T, type)          \
-      ATTNEXT_ROUTED_QUERY_GRADIENT_KERNELS_##bits(ATTNEXT_DESCRIBE_QUERY, T, type) \
-          ATTNEXT_ROUTED_KEY_GRADIENT_KERNELS_##bits(ATTNEXT_DESCRIBE_KEY, T, type)
-
-const Kernel kKernels[] = {
-    ATTNEXT_DESCRIBE_ALL(16, bf16, bf16) ATTNEXT_DESCRIBE_ALL(16, fp16, fp16)
-        ATTNEXT_DESCRIBE_ALL(32, float, fp32) ATTNEXT_DESCRIBE_ROUTED(16, bf16, bf16)
-            ATTNEXT_DESCRIBE_ROUTED(16, fp16, fp16) ATTNEXT_DESCRIBE_ROUTED(32, float, fp32)};
+const Kernel kKernels[] = {ATTNEXT_DESCRIBE_ALL(window) ATTNEXT_DESCRIBE_LONG(bf16)
+                               ATTNEXT_DESCRIBE_LONG(fp16) ATTNEXT_DESCRIBE_ALL(routed)};
 
 // Whether scores are more than a positive number times q k.
 bool is_modified(const WindowParams& p) {
@@ -492,15 +493,39 @@ std::vector<Launch> backward_launches(const WindowParams& p, const Tables& queri
 
 // ---- routed attention
 
-KernelShape routed_shape(const WindowParams& p, Pass pass) { return choose(p, pass, true).shape; }
-
 namespace {
 
 // Sides without a limit as ints of the device's arithmetic: beyond any token.
 constexpr int64_t kFar = int64_t(1) << 31;
 
-RoutedLaunch routed_params(const RoutedParams& r, const Kernel& kernel, const ListTables& tables,
-                           bool by_key) {
+// As window attention reads them.
+WindowParams with_bias(const RoutedParams& r) {
+  WindowParams p = r.window;
+  p.bias = r.entry_bias;
+  return p;
+}
+
+// Heads of a group whose rows share a tile: those of small blocks, if they share lists and policy.
+int32_t packed_heads(const RoutedParams& r, const RoutedFacts& facts, const Kernel& kernel) {
+  const int64_t group = r.window.heads / r.window.kv_heads;
+  if (group == 1 || r.list_heads == r.window.heads) return 1;
+  for (int64_t h = 0; r.head_policy && h < r.window.heads; ++h) {
+    if (r.head_policy[h] != r.head_policy[h / group * group]) return 1;
+  }
+  int64_t packed =
+      std::min<int64_t>(group, kernel.shape.rows() / std::max<int64_t>(1, facts.query_block));
+  while (packed > 1 && group % packed != 0) --packed;
+  return static_cast<int32_t>(std::max<int64_t>(1, packed));
+}
+
+// Whether a query's own place says what it attends.
+bool has_rules(const RoutedParams& r, int64_t num_keys) {
+  return r.causal || r.exclude_self || r.has_window || r.sinks > 0 || r.query_documents ||
+         r.key_lengths || std::min(r.within[0], r.within[1]) < num_keys;
+}
+
+RoutedLaunch routed_params(const RoutedParams& r, const RoutedFacts& facts, const Kernel& kernel,
+                           const ListTables& tables, bool by_key) {
   const WindowParams& p = r.window;
   RoutedLaunch launch{};
   static_cast<WindowLaunch&>(launch) = start_params(p);
@@ -514,6 +539,11 @@ RoutedLaunch routed_params(const RoutedParams& r, const Kernel& kernel, const Li
   launch.entries = tables.entries;
   launch.row_order = by_key ? r.key_order : r.query_order;
   launch.walk_order = by_key ? r.query_order : r.key_order;
+  launch.walk_places = tables.walk_places;
+  launch.num_entries = tables.num_entries;
+  launch.slot_ptr = tables.slot_ptr;
+  launch.slot_entries = tables.slot_entries;
+  launch.num_slots = r.entries;
   launch.list_batch = static_cast<int32_t>(r.list_batch);
   launch.list_heads = static_cast<int32_t>(r.list_heads);
   const int64_t* rows = by_key ? p.key_extent : p.query_extent;
@@ -526,48 +556,83 @@ RoutedLaunch routed_params(const RoutedParams& r, const Kernel& kernel, const Li
   }
   launch.walk_lines[0] = division_by(std::max<int64_t>(1, walked[2]));
   launch.walk_lines[1] = division_by(std::max<int64_t>(1, walked[1]));
-  for (int64_t h = 0; r.head_policy && h < p.heads; ++h) {
+  launch.scattered =
+      launch.walk_order && has_rules(r, by_key ? launch.num_rows : launch.num_walked);
+  launch.mixed = r.query_documents && facts.mixed_documents;
+  if (r.head_policy && p.heads > kMostPackedHeads) launch.policies = facts.policies;
+  for (int64_t h = 0; r.head_policy && !launch.policies && h < p.heads; ++h) {
     launch.policy[h / 16] |= static_cast<uint32_t>(r.head_policy[h]) << (h % 16 * 2);
   }
+  if (kernel.shape.rows() > kMostListRows) throw std::logic_error("a tile of too many rows");
   // Slots of a walk are counted in 31 bits: at worst, the lists of a tile's rows have nothing in
   // common.
   narrow(int64_t(kernel.shape.rows() + 2) * launch.num_walked, "walk of a tile");
-  launch.most_tiles = narrow(ceil_div(launch.num_rows, kernel.shape.rows()), "number of tiles");
+  launch.packed = by_key ? 1 : packed_heads(r, facts, kernel);
+  launch.most_tiles =
+      narrow(ceil_div(launch.num_rows, kernel.shape.rows() / launch.packed), "number of tiles");
   return launch;
-}
-
-// As window attention reads them.
-WindowParams with_bias(const RoutedParams& r) {
-  WindowParams p = r.window;
-  p.bias = r.entry_bias;
-  return p;
 }
 
 }  // namespace
 
-int64_t routed_backward_workspace(const RoutedParams& r) {
-  return statistics_size(r.window) * int64_t(sizeof(float));
+namespace {
+
+int64_t num_queries(const RoutedParams& r) {
+  return r.window.query_extent[0] * r.window.query_extent[1] * r.window.query_extent[2];
 }
 
-int64_t routed_forward_workspace(const RoutedParams& r, int64_t longest_walk) {
+// Blocks that share the batch items and heads of a list.
+int32_t entry_splits(const RoutedParams& r, const RoutedFacts& facts, const Kernel& kernel) {
+  const WindowParams& p = r.window;
+  const int64_t lists = std::max<int64_t>(1, r.list_batch * r.list_heads);
+  const int32_t packed = packed_heads(r, facts, kernel);
+  const int64_t tiles =
+      std::max<int64_t>(1, lists * ceil_div(num_queries(r), kernel.shape.rows() / packed));
+  const int64_t sharing = p.batch * p.heads / lists / packed;
+  return static_cast<int32_t>(std::max<int64_t>(1, std::min(sharing, kEnoughBlocks / tiles)));
+}
+
+}  // namespace
+
+int64_t routed_rows(const RoutedParams& r, const RoutedFacts& facts, Pass pass) {
+  const Kernel& kernel = choose(with_bias(r), pass, true);
+  const int32_t packed = pass == Pass::kKeyGradient ? 1 : packed_heads(r, facts, kernel);
+  return kernel.shape.rows() / packed;
+}
+
+int64_t routed_backward_workspace(const RoutedParams& r, const RoutedFacts& facts, bool of_bias,
+                                  int64_t num_entries) {
+  int64_t floats = statistics_size(r.window);
+  if (of_bias) {
+    const Kernel& kernel = choose(with_bias(r), Pass::kBiasGradient, true);
+    floats += entry_splits(r, facts, kernel) * kernel.shape.warps * num_entries;
+  }
+  return floats * int64_t(sizeof(float));
+}
+
+int64_t routed_forward_workspace(const RoutedParams& r, const RoutedFacts& facts,
+                                 int64_t longest_walk) {
   const WindowParams p = with_bias(r);
-  const KernelShape shape = routed_shape(p, Pass::kForward);
-  const int64_t blocks = p.batch * p.heads * ceil_div(queries_of(p), shape.rows());
+  const Kernel& kernel = choose(p, Pass::kForward, true);
+  const int32_t packed = packed_heads(r, facts, kernel);
+  const int64_t blocks =
+      p.batch * p.heads / packed * ceil_div(num_queries(r), kernel.shape.rows() / packed);
   WindowLaunch launch{};
   launch.splits = 1;
-  split(blocks, longest_walk, shape, &launch);
+  split(blocks, longest_walk, kernel.shape, &launch);
   if (launch.splits == 1) return 0;
-  return blocks * launch.splits * shape.rows() * (p.head_dim_v + 2) * int64_t(sizeof(float));
+  return blocks * launch.splits * kernel.shape.rows() * (p.head_dim_v + 2) * int64_t(sizeof(float));
 }
 
-std::vector<Launch> routed_forward_launches(const RoutedParams& given, const ListTables& queries,
-                                            int64_t longest_walk, void* workspace) {
+std::vector<Launch> routed_forward_launches(const RoutedParams& given, const RoutedFacts& facts,
+                                            const ListTables& queries, int64_t longest_walk,
+                                            void* workspace) {
   RoutedParams r = given;
   r.window = with_bias(given);
   const WindowParams& p = r.window;
   const Kernel& kernel = choose(p, Pass::kForward, true);
-  RoutedLaunch params = routed_params(r, kernel, queries, false);
-  const int64_t blocks = p.batch * p.heads * params.most_tiles;
+  RoutedLaunch params = routed_params(r, facts, kernel, queries, false);
+  const int64_t blocks = p.batch * p.heads / params.packed * params.most_tiles;
   if (blocks == 0) return {};
   params.partial = static_cast<float*>(workspace);
   split(blocks, longest_walk, kernel.shape, &params);
@@ -579,19 +644,20 @@ std::vector<Launch> routed_forward_launches(const RoutedParams& given, const Lis
   return out;
 }
 
-std::vector<Launch> routed_backward_launches(const RoutedParams& given, const ListTables& queries,
-                                             const ListTables& keys, void* workspace) {
+std::vector<Launch> routed_backward_launches(const RoutedParams& given, const RoutedFacts& facts,
+                                             const ListTables& queries, const ListTables& keys,
+                                             void* workspace) {
   RoutedParams r = given;
   r.window = with_bias(given);
   const WindowParams& p = r.window;
   const Kernel& of_query = choose(p, Pass::kQueryGradient, true);
   const Kernel& of_key = choose(p, Pass::kKeyGradient, true);
-  RoutedLaunch by_query = routed_params(r, of_query, queries, false);
-  RoutedLaunch by_key = routed_params(r, of_key, keys, true);
+  RoutedLaunch by_query = routed_params(r, facts, of_query, queries, false);
+  RoutedLaunch by_key = routed_params(r, facts, of_key, keys, true);
   by_query.statistics = by_key.statistics = static_cast<float*>(workspace);
   const WindowLaunch& plain = by_query;
   std::vector<Launch> out;
-  const int64_t query_blocks = p.batch * p.heads * by_query.most_tiles;
+  const int64_t query_blocks = p.batch * p.heads / by_query.packed * by_query.most_tiles;
   const int64_t key_blocks = p.batch * p.kv_heads * by_key.most_tiles;
   if (query_blocks > 0) {
     out.push_back(statistics_launch(p, plain));
@@ -599,6 +665,18 @@ std::vector<Launch> routed_backward_launches(const RoutedParams& given, const Li
   }
   if (p.dsink_logits) out.push_back({"window_sink_gradient", p.heads, 256, 0, plain});
   if (key_blocks > 0) out.push_back(launch_of(of_key, key_blocks, by_key));
+  if (r.dentry_bias && r.entries > 0) {
+    const Kernel& of_bias = choose(p, Pass::kBiasGradient, true);
+    if (of_bias.shape.rows() != of_query.shape.rows()) throw std::logic_error("tiles differ");
+    RoutedLaunch params = by_query;
+    params.window.dbias = r.dentry_bias;
+    params.partial = static_cast<float*>(workspace) + statistics_size(p);
+    params.splits = entry_splits(r, facts, of_bias);
+    const int64_t tiles = r.list_batch * r.list_heads * params.most_tiles;
+    if (tiles > 0) out.push_back(launch_of(of_bias, tiles * params.splits, params));
+    params.rows = of_bias.shape.warps;
+    out.push_back({"routed_merge_bias", narrow(ceil_div(r.entries, 128), "grid"), 128, 0, params});
+  }
   return out;
 }
 

@@ -120,35 +120,57 @@ struct WindowLaunch {
   float* statistics;  // backward: four numbers of each [batch, heads, tokens], see Statistics
 };
 
-// A rectangle of routed attention, in places of the orders of rows and walked tokens: rows
-// [row_begin, row_end) list walked [walk_begin, walk_end). attnext/routed_tables.py makes them: of
-// a tile, `at` are walked before it, and what two entries of a row walk is disjoint.
-struct alignas(16) ListEntry {
-  int32_t walk_begin, walk_end, row_begin, row_end;
+// Walked places [walk_begin, walk_end) of routed attention, and rows of a tile that list them: bit
+// i of `rows` is the tile's place i. attnext/routed_tables.py makes them: of a tile, `at` are
+// walked before it, and what two entries of a row walk is disjoint.
+struct alignas(8) ListEntry {
+  int32_t walk_begin, walk_end;
   int32_t at;
   int32_t slot;  // of the lists, which has the bias
-  int32_t spare[2];
+  uint32_t rows[2];
 };
+constexpr int32_t kMostListRows = 64;  // of a tile
 
 // What every kernel of routed attention takes; `window.bias` are the biases of slots, `most_tiles`
 // those that the order of rows is cut into.
-constexpr int32_t kMostRoutedHeads = 1024;
+constexpr int32_t kMostPackedHeads = 1024;
 struct RoutedLaunch : WindowLaunch {
   RoutedRules rules;
   const int64_t* tile_ptr;   // [list_batch, list_heads, most_tiles], one more: where entries begin
   const ListEntry* entries;  // of a tile by rising walk_begin
   const int32_t *row_order, *walk_order;  // tokens by places; null: as they are
+  const int32_t* walk_places;             // places by tokens, where biases ask for them
+  int32_t scattered;                      // rules meet walked tokens that are out of order
+  int32_t mixed;                          // documents are no runs
+  int32_t packed;                         // heads that rows of a place are of; divides a group
   int32_t list_batch, list_heads;
   int32_t num_rows, num_walked;
   int32_t row_extent[3], walk_extent[3];
-  Division walk_lines[2];                  // by the last axis' extent, by that of the one before
-  uint32_t policy[kMostRoutedHeads / 16];  // HeadPolicy of each head, two bits
+  Division walk_lines[2];  // by the last axis' extent, by that of the one before
+  // Gradients of biases: the entries of each slot, and how many numbers a warp has in `partial`.
+  const int64_t* slot_ptr;
+  const int32_t* slot_entries;
+  int64_t num_slots, num_entries;
+  const int8_t* policies;                  // HeadPolicy of each head; null: in `policy`
+  uint32_t policy[kMostPackedHeads / 16];  // two bits each
 };
 
-// A problem's tables for one direction, where a kernel reads them.
+// A problem's tables for one direction, where a kernel reads them. By query, biases have the
+// entries of each slot: [slots + 1], [entries].
 struct ListTables {
   const int64_t* tile_ptr;
   const ListEntry* entries;
+  int64_t num_entries;
+  const int32_t* walk_places;
+  const int64_t* slot_ptr;
+  const int32_t* slot_entries;
+};
+
+// What the host knows of numbers on the device.
+struct RoutedFacts {
+  bool mixed_documents;    // they decrease somewhere
+  int64_t query_block;     // tokens of the largest
+  const int8_t* policies;  // of more than kMostPackedHeads heads
 };
 
 // Bytes of scratch in global memory.
@@ -161,14 +183,20 @@ std::vector<Launch> backward_launches(const WindowParams& params, const Tables& 
                                       const int32_t* device_queries, const Tables& keys,
                                       const int32_t* device_keys, void* workspace);
 
-KernelShape routed_shape(const WindowParams& params, Pass pass);
+// Places of the order of rows that a tile has.
+int64_t routed_rows(const RoutedParams& params, const RoutedFacts& facts, Pass pass);
 // No tile walks over more slots than `longest_walk`.
-int64_t routed_forward_workspace(const RoutedParams& params, int64_t longest_walk);
-int64_t routed_backward_workspace(const RoutedParams& params);
-std::vector<Launch> routed_forward_launches(const RoutedParams& params, const ListTables& queries,
-                                            int64_t longest_walk, void* workspace);
-std::vector<Launch> routed_backward_launches(const RoutedParams& params, const ListTables& queries,
-                                             const ListTables& keys, void* workspace);
+int64_t routed_forward_workspace(const RoutedParams& params, const RoutedFacts& facts,
+                                 int64_t longest_walk);
+// `num_entries`: of the tables by query.
+int64_t routed_backward_workspace(const RoutedParams& params, const RoutedFacts& facts,
+                                  bool of_bias, int64_t num_entries);
+std::vector<Launch> routed_forward_launches(const RoutedParams& params, const RoutedFacts& facts,
+                                            const ListTables& queries, int64_t longest_walk,
+                                            void* workspace);
+std::vector<Launch> routed_backward_launches(const RoutedParams& params, const RoutedFacts& facts,
+                                             const ListTables& queries, const ListTables& keys,
+                                             void* workspace);
 
 }  // namespace cuda
 }  // namespace attnext

@@ -4,7 +4,7 @@
 namespace attnext {
 namespace cuda {
 
-ATTNEXT_ROUTED_FORWARD_KERNELS_16(ATTNEXT_ROUTED_FORWARD, bf16, bf16)
+ATTNEXT_FORWARD_KERNELS_16(ATTNEXT_ROUTED_FORWARD, routed, bf16, bf16)
 ATTNEXT_ROUTED_MERGE(routed_merge_bf16, bf16)
 
 }  // namespace cuda

@@ -4,7 +4,7 @@
 namespace attnext {
 namespace cuda {
 
-ATTNEXT_ROUTED_FORWARD_KERNELS_16(ATTNEXT_ROUTED_FORWARD, fp16, fp16)
+ATTNEXT_FORWARD_KERNELS_16(ATTNEXT_ROUTED_FORWARD, routed, fp16, fp16)
 ATTNEXT_ROUTED_MERGE(routed_merge_fp16, fp16)
 
 }  // namespace cuda

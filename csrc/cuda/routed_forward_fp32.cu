@@ -4,7 +4,7 @@
 namespace attnext {
 namespace cuda {
 
-ATTNEXT_ROUTED_FORWARD_KERNELS_32(ATTNEXT_ROUTED_FORWARD, float, fp32)
+ATTNEXT_FORWARD_KERNELS_32(ATTNEXT_ROUTED_FORWARD, routed, float, fp32)
 ATTNEXT_ROUTED_MERGE(routed_merge_fp32, float)
 
 }  // namespace cuda

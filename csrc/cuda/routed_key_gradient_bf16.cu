@@ -4,7 +4,7 @@
 namespace attnext {
 namespace cuda {
 
-ATTNEXT_ROUTED_KEY_GRADIENT_KERNELS_16(ATTNEXT_ROUTED_KEY_GRADIENT, bf16, bf16)
+ATTNEXT_KEY_GRADIENT_KERNELS_16(ATTNEXT_ROUTED_KEY_GRADIENT, routed, bf16, bf16)
 
 }  // namespace cuda
 }  // namespace attnext

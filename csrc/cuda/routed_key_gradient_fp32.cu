@@ -4,7 +4,7 @@
 namespace attnext {
 namespace cuda {
 
-ATTNEXT_ROUTED_KEY_GRADIENT_KERNELS_32(ATTNEXT_ROUTED_KEY_GRADIENT, float, fp32)
+ATTNEXT_KEY_GRADIENT_KERNELS_32(ATTNEXT_ROUTED_KEY_GRADIENT, routed, float, fp32)
 
 }  // namespace cuda
 }  // namespace attnext

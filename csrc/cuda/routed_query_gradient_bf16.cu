@@ -4,7 +4,7 @@
 namespace attnext {
 namespace cuda {
 
-ATTNEXT_ROUTED_QUERY_GRADIENT_KERNELS_16(ATTNEXT_ROUTED_QUERY_GRADIENT, bf16, bf16)
+ATTNEXT_QUERY_GRADIENT_KERNELS_16(ATTNEXT_ROUTED_QUERY_GRADIENT, routed, bf16, bf16)
 
 }  // namespace cuda
 }  // namespace attnext

@@ -4,7 +4,7 @@
 namespace attnext {
 namespace cuda {
 
-ATTNEXT_ROUTED_QUERY_GRADIENT_KERNELS_16(ATTNEXT_ROUTED_QUERY_GRADIENT, fp16, fp16)
+ATTNEXT_QUERY_GRADIENT_KERNELS_16(ATTNEXT_ROUTED_QUERY_GRADIENT, routed, fp16, fp16)
 
 }  // namespace cuda
 }  // namespace attnext

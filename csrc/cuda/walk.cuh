@@ -45,6 +45,7 @@ struct Divider {
 
 // One row of the tile: where it stands and what it attends.
 struct BoxRow {
+  static constexpr int32_t head = 0;  // of the block's
   bool live;
   int32_t token[3], position[3];
   Interval window[3], sinks;
@@ -65,6 +66,8 @@ struct BoxWalkOf {
   struct Cursor {};  // what a thread keeps from one look-up to the next
   static constexpr int kWarpInts = kBoxWarpInts;
   static constexpr bool kRowsBias = true;  // where the bias of a key lies depends on the row
+  static constexpr bool kPacks = false;    // whether rows may be of several heads
+  ATTNEXT_DEVICE static uint32_t packed(const WindowLaunch&) { return 1; }
 
   const int32_t* tables;
   int32_t rule_at, tile_at[3];   // in the tables: a pointer each would take twice the registers

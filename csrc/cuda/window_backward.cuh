@@ -8,6 +8,7 @@
 #pragma once
 
 #include "block.cuh"
+#include "entry_bias.cuh"
 #include "list_walk.cuh"
 #include "window_sums.cuh"
 
@@ -48,6 +49,8 @@ struct QueryGradient
   using typename Base::Cursor, typename Base::Mask, typename Base::Row, typename Base::S;
   static constexpr bool kReadsBias = kModified;
   static constexpr bool kExact = sizeof(T) == 4;  // the rest of lse tells only in fp32
+  // The gradient of biases that lists have: numbers of slots are their entries.
+  static constexpr bool kByEntry = kWanted == Wanted::kBias && !Walk::kRowsBias;
   using Rows = LeftRows<T, kDim, kFrags, false>;
 
   float dquery[kFrags][kDim / 8][4];
@@ -58,7 +61,9 @@ struct QueryGradient
   Chain<kModified> chain;
 
   ATTNEXT_DEVICE void note(int j, int32_t slot, Cursor cursor, int32_t, int numbers) {
-    if constexpr (kModified) {
+    if constexpr (kByEntry) {
+      this->integer(numbers, 0)[j] = Walk::entry_of(walk.slot(slot, cursor));
+    } else if constexpr (kModified) {
       this->integer(numbers, 0)[j] = w.bias ? walk.bias_entry(w, walk.slot(slot, cursor)) : kNoBias;
     }
   }
@@ -85,6 +90,7 @@ struct QueryGradient
       for (int e = 0; e < 2; ++e) {
         int32_t key = kNoBias;
         if constexpr (kModified) key = this->integer(numbers, 0)[n * 8 + 2 * t + e];
+        if constexpr (kByEntry) key = walk.bias_of_entry(key);
 #pragma unroll
         for (int f = 0; f < kFrags; ++f) {
 #pragma unroll
@@ -114,6 +120,8 @@ struct QueryGradient
     if constexpr (kWanted == Wanted::kQuery) {
       accumulate<T, kDim, kDim, kFrags, kStep>(dquery, ds, this->lanes, this->walk_tile(stage, 0),
                                                0);
+    } else if constexpr (kByEntry) {
+      add_to_entries(*this, ds, numbers);
     } else {
       add_bias(ds, numbers);
     }
@@ -134,17 +142,18 @@ struct QueryGradient
   // Walks over one tile's keys. True if something was masked.
   ATTNEXT_DEVICE bool walk_tile_of(const Row& row) {
     const auto at = [&](const TensorRef& t) {
-      return row.live ? this->row_address(t, offset_of(t, batch, row.token, head)) : 0;
+      return row.live ? this->row_address(t, offset_of(t, batch, row.token, head + row.head)) : 0;
     };
     this->hold(0, at(w.query), w.head_dim);
     this->hold(1, at(w.dout), w.head_dim_v);
     Statistics mine = Statistics::none();
-    if (row.live) mine = Statistics::of(p)[Statistics::index(w, batch, row.token, head)];
+    if (row.live) mine = Statistics::of(p)[Statistics::index(w, batch, row.token, head + row.head)];
     spread<kFrags>(mine.lse, lse);
     spread<kFrags>(mine.rest, rest);
     spread<kFrags>(mine.delta, delta);
     if constexpr (kModified) {
-      const float scale = row.live ? scale_of<kModified>(w, batch, row.token, head) : 0.f;
+      const float scale =
+          row.live ? scale_of<kModified>(w, batch, row.token, head + row.head) : 0.f;
       spread<kFrags>(Modifiers::unit(w, scale), row_unit);
       if constexpr (Walk::kRowsBias) spread<kFrags>(Walk::bias_origin(w, row), row_bias);
       chain.modifiers.start(w, head);
@@ -165,8 +174,9 @@ struct QueryGradient
     uint32_t block = blockIdx.x;
     const int32_t index = block % p.most_tiles;
     block /= p.most_tiles;
-    head = block % static_cast<uint32_t>(w.heads);
-    batch = block / static_cast<uint32_t>(w.heads);
+    const uint32_t packs = static_cast<uint32_t>(w.heads) / Walk::packed(p);
+    head = block % packs * Walk::packed(p);
+    batch = block / packs;
     if (!start(index)) return;
     clear(dquery);
 #pragma unroll
@@ -180,9 +190,10 @@ struct QueryGradient
     const Row row = walk.row(warp * kWarpRows + lane % kWarpRows);
     const bool mine = row.live && lane < kWarpRows;
     float factor[kFrags][2];
-    spread<kFrags>(row.live ? scale_of<kModified>(w, batch, row.token, head) : 0.f, factor);
+    const int32_t of_row = head + row.head;
+    spread<kFrags>(row.live ? scale_of<kModified>(w, batch, row.token, of_row) : 0.f, factor);
     const uint64_t to_row =
-        mine ? this->row_address(w.dquery, offset_of(w.dquery, batch, row.token, head)) : 0;
+        mine ? this->row_address(w.dquery, offset_of(w.dquery, batch, row.token, of_row)) : 0;
     store_rows<T, kDim, kDim, kFrags>(this->held_tile(0), warp * kWarpRows, dquery, factor, to_row,
                                       static_cast<int>(w.head_dim), p.aligned_out);
     if constexpr (kModified) {
@@ -191,13 +202,13 @@ struct QueryGradient
         dscale[f][0] = quad_sum(dscale[f][0]);
         dscale[f][1] = quad_sum(dscale[f][1]);
       }
-      const float of_row = gather<kFrags>(dscale);
-      if (w.drow_scale.data && mine) store_dscale(row, of_row);
+      const float sum = gather<kFrags>(dscale);
+      if (w.drow_scale.data && mine) store_dscale(row, sum);
     }
   }
   ATTNEXT_DEVICE void store_dscale(const Row& row, float sum) const {
-    static_cast<float*>(w.drow_scale.data)[offset_of(w.drow_scale, batch, row.token, head)] =
-        sum * static_cast<float>(w.scale);
+    const int64_t at = offset_of(w.drow_scale, batch, row.token, head + row.head);
+    static_cast<float*>(w.drow_scale.data)[at] = sum * static_cast<float>(w.scale);
   }
 
   // One query by one warp, over the keys it attends and no other.
@@ -205,15 +216,16 @@ struct QueryGradient
     const Row row = walk.row(r);
     if (!row.live) return;
     float query[kMine], dout[kMine], key[kMine], value[kMine], sum[kMine];
+    const int32_t of_row = head + row.head;
     const auto load = [&](const TensorRef& t, int64_t dim, float (&x)[kMine]) {
-      this->load_row(this->row_address(t, offset_of(t, batch, row.token, head)), dim, x);
+      this->load_row(this->row_address(t, offset_of(t, batch, row.token, of_row)), dim, x);
     };
     load(w.query, w.head_dim, query);
     load(w.dout, w.head_dim_v, dout);
 #pragma unroll
     for (int i = 0; i < kMine; ++i) sum[i] = 0.f;
-    const Statistics mine = Statistics::of(p)[Statistics::index(w, batch, row.token, head)];
-    const float scale = scale_of<kModified>(w, batch, row.token, head);
+    const Statistics mine = Statistics::of(p)[Statistics::index(w, batch, row.token, of_row)];
+    const float scale = scale_of<kModified>(w, batch, row.token, of_row);
     float total = 0.f;
     Chain<kModified> alone;
     alone.modifiers.start(w, head);
@@ -233,7 +245,7 @@ struct QueryGradient
     }
 #pragma unroll
     for (int i = 0; i < kMine; ++i) sum[i] *= scale;
-    this->store_row(this->row_address(w.dquery, offset_of(w.dquery, batch, row.token, head)),
+    this->store_row(this->row_address(w.dquery, offset_of(w.dquery, batch, row.token, of_row)),
                     w.head_dim, sum);
     if (kModified && w.drow_scale.data && lane == 0) store_dscale(row, total);
   }
@@ -546,6 +558,12 @@ extern __shared__ __align__(1024) uint8_t shared_memory[];
     QueryGradient<ListWalk<false, modified>, T, dim, warps, frags, step, modified,        \
                   Wanted::kQuery>(p, shared_memory)                                       \
         .run();                                                                           \
+  }
+#define ATTNEXT_ROUTED_BIAS_GRADIENT(name, T, dim, warps, frags, step, modified, slices)          \
+  ATTNEXT_GRADIENT(name, (warps) * 32, 0, RoutedLaunch) {                                         \
+    QueryGradient<ListWalk<false, modified>, T, dim, warps, frags, step, modified, Wanted::kBias> \
+        kernel(p, shared_memory);                                                                 \
+    entry_bias_gradient(kernel);                                                                  \
   }
 #define ATTNEXT_ROUTED_KEY_GRADIENT(name, T, dim, warps, frags, step, modified, slices)  \
   ATTNEXT_GRADIENT(name, (warps) * 32, 0, RoutedLaunch) {                                \

@@ -4,7 +4,7 @@
 namespace attnext {
 namespace cuda {
 
-ATTNEXT_BIAS_GRADIENT_KERNELS_16(ATTNEXT_BIAS_GRADIENT, bf16, bf16)
+ATTNEXT_BIAS_GRADIENT_KERNELS_16(ATTNEXT_BIAS_GRADIENT, window, bf16, bf16)
 
 }  // namespace cuda
 }  // namespace attnext

@@ -4,7 +4,7 @@
 namespace attnext {
 namespace cuda {
 
-ATTNEXT_BIAS_GRADIENT_KERNELS_16(ATTNEXT_BIAS_GRADIENT, fp16, fp16)
+ATTNEXT_BIAS_GRADIENT_KERNELS_16(ATTNEXT_BIAS_GRADIENT, window, fp16, fp16)
 
 }  // namespace cuda
 }  // namespace attnext

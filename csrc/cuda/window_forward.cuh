@@ -161,8 +161,9 @@ struct Forward : Block<Forward<Walk, T, kDim, kWarps, kFrags, kStep, kModified>,
     block /= p.most_tiles;
     const int32_t part = block % p.splits;
     block /= p.splits;
-    head = block % static_cast<uint32_t>(w.heads);
-    batch = block / static_cast<uint32_t>(w.heads);
+    const uint32_t packs = static_cast<uint32_t>(w.heads) / Walk::packed(p);
+    head = block % packs * Walk::packed(p);
+    batch = block / packs;
     kv_head = head / static_cast<int32_t>(w.heads / w.kv_heads);
     if (!walk.start(p, batch, head, index)) return;
     const int32_t from = part * p.split_step;
@@ -172,7 +173,9 @@ struct Forward : Block<Forward<Walk, T, kDim, kWarps, kFrags, kStep, kModified>,
 
     const Row row = walk.row(warp * kWarpRows + lane % kWarpRows);
     this->hold(
-        0, row.live ? this->row_address(w.query, offset_of(w.query, batch, row.token, head)) : 0,
+        0,
+        row.live ? this->row_address(w.query, offset_of(w.query, batch, row.token, head + row.head))
+                 : 0,
         w.head_dim);
     start_rows(row, part == 0);
     clear(out);
@@ -188,25 +191,28 @@ struct Forward : Block<Forward<Walk, T, kDim, kWarps, kFrags, kStep, kModified>,
 
   ATTNEXT_DEVICE void start_rows(const Row& row, bool with_sink) {
     if constexpr (kModified) {
-      const float scale = row.live ? scale_of<kModified>(w, batch, row.token, head) : 1.f;
+      const float scale =
+          row.live ? scale_of<kModified>(w, batch, row.token, head + row.head) : 1.f;
       spread<kFrags>(Modifiers::unit(w, scale), row_unit);
       if constexpr (Walk::kRowsBias) spread<kFrags>(Walk::bias_origin(w, row), row_bias);
       modifiers.start(w, head);
     }
     const bool sink = w.sink_logits && with_sink;
-    const float level = sink_level(sink);
+    const float level = sink_level(sink, row);
+    float levels[kFrags][2];
+    if constexpr (Walk::kPacks) spread<kFrags>(level, levels);
 #pragma unroll
     for (int f = 0; f < kFrags; ++f) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        set_top(f, half, level);
+        set_top(f, half, Walk::kPacks ? levels[f][half] : level);
         sum[f][half] = sink && lane % 4 == 0 ? 1.f : 0.f;  // lanes of a quad are added at the end
       }
     }
   }
-  ATTNEXT_DEVICE float sink_level(bool sink) const {
+  ATTNEXT_DEVICE float sink_level(bool sink, const Row& row) const {
     if (!sink) return -INFINITY;
-    return static_cast<const float*>(w.sink_logits)[head] * static_cast<float>(kLog2E);
+    return static_cast<const float*>(w.sink_logits)[head + row.head] * static_cast<float>(kLog2E);
   }
 
   // ---- results
@@ -257,14 +263,14 @@ struct Forward : Block<Forward<Walk, T, kDim, kWarps, kFrags, kStep, kModified>,
     }
     const bool mine = row.live && lane < kWarpRows;
     const uint64_t to_row =
-        mine ? this->row_address(w.out, offset_of(w.out, batch, row.token, head)) : 0;
+        mine ? this->row_address(w.out, offset_of(w.out, batch, row.token, head + row.head)) : 0;
     store_rows<T, kDim, kDim, kFrags>(this->held_tile(0), warp * kWarpRows, out, factor, to_row,
                                       static_cast<int>(w.head_dim_v), p.aligned_out);
     const float lse_row = gather<kFrags>(lse);
     if (w.lse.data && mine) store_lse(row, lse_row);
   }
   ATTNEXT_DEVICE void store_lse(const Row& row, float lse) const {
-    static_cast<float*>(w.lse.data)[offset_of(w.lse, batch, row.token, head)] = lse;
+    static_cast<float*>(w.lse.data)[offset_of(w.lse, batch, row.token, head + row.head)] = lse;
   }
 
   // One row by one warp, over what the row attends and nothing else: where something is not finite,
@@ -273,13 +279,14 @@ struct Forward : Block<Forward<Walk, T, kDim, kWarps, kFrags, kStep, kModified>,
     const Row row = walk.row(r);
     if (!row.live) return;
     float query[kMine], key[kMine], value[kMine], o[kMine];
-    this->load_row(this->row_address(w.query, offset_of(w.query, batch, row.token, head)),
+    const int32_t mine = head + row.head;
+    this->load_row(this->row_address(w.query, offset_of(w.query, batch, row.token, mine)),
                    w.head_dim, query);
 #pragma unroll
     for (int i = 0; i < kMine; ++i) o[i] = 0.f;
-    const float factor = Modifiers::unit(w, scale_of<kModified>(w, batch, row.token, head));
+    const float factor = Modifiers::unit(w, scale_of<kModified>(w, batch, row.token, mine));
     const bool sink = w.sink_logits && part == 0;
-    float high = sink_level(sink), total = sink ? 1.f : 0.f;
+    float high = sink_level(sink, row), total = sink ? 1.f : 0.f;
     for (int32_t s = from; s < to; ++s) {
       const typename Walk::Slot at = walk.slot(s);
       if (!walk.attends(row, at)) continue;
@@ -309,7 +316,7 @@ struct Forward : Block<Forward<Walk, T, kDim, kWarps, kFrags, kStep, kModified>,
     }
 #pragma unroll
     for (int i = 0; i < kMine; ++i) o[i] = total == 0.f ? 0.f : o[i] / total;
-    this->store_row(this->row_address(w.out, offset_of(w.out, batch, row.token, head)),
+    this->store_row(this->row_address(w.out, offset_of(w.out, batch, row.token, mine)),
                     w.head_dim_v, o);
     if (w.lse.data && lane == 0) store_lse(row, natural_lse(high, total));
   }
@@ -323,15 +330,17 @@ ATTNEXT_DEVICE void merge_parts(const typename Walk::Launch& p, int rows) {
   uint32_t block = blockIdx.x;
   const int32_t index = block % p.most_tiles;
   block /= p.most_tiles;
-  const int32_t head = block % static_cast<uint32_t>(w.heads);
-  const int32_t batch = block / static_cast<uint32_t>(w.heads);
+  const uint32_t packs = static_cast<uint32_t>(w.heads) / Walk::packed(p);
+  const int32_t first_head = block % packs * Walk::packed(p);
+  const int32_t batch = block / packs;
   Walk walk;
-  if (!walk.start(p, batch, head, index)) return;
+  if (!walk.start(p, batch, first_head, index)) return;
   const int64_t size = w.head_dim_v + 2;
   const int32_t parts = max(1, (walk.total + p.split_step - 1) / p.split_step);
   for (int r = warp; r < rows; r += warps) {
     const typename Walk::Row row = walk.row(r);
     if (!row.live) continue;
+    const int32_t head = first_head + row.head;
     const auto part = [&](int i) {
       const int64_t at = (int64_t(block) * p.splits + i) * p.most_tiles + index;
       return p.partial + (at * rows + r) * size;

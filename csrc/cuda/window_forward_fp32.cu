@@ -4,7 +4,7 @@
 namespace attnext {
 namespace cuda {
 
-ATTNEXT_FORWARD_KERNELS_32(ATTNEXT_FORWARD, float, fp32)
+ATTNEXT_FORWARD_KERNELS_32(ATTNEXT_FORWARD, window, float, fp32)
 ATTNEXT_MERGE(window_merge_fp32, float)
 
 }  // namespace cuda

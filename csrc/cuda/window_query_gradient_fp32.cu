@@ -5,7 +5,7 @@ namespace attnext {
 namespace cuda {
 
 ATTNEXT_KERNEL(window_statistics_fp32, 128) { find_statistics<float>(p); }
-ATTNEXT_QUERY_GRADIENT_KERNELS_32(ATTNEXT_QUERY_GRADIENT, float, fp32)
+ATTNEXT_QUERY_GRADIENT_KERNELS_32(ATTNEXT_QUERY_GRADIENT, window, float, fp32)
 
 }  // namespace cuda
 }  // namespace attnext

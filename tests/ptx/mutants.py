@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which mutants of a window kernel its tests catch.
+"""Which mutants of a kernel its tests catch.
 
-A test is a problem of cover.py with all that problems.run looks at. Of a mutant only its own kernel
-is run first, on the memory that the launch found without it: where that leaves the same bytes and
-nothing is found, the whole problem would say nothing either.
+A test is a problem of cover.py or cover_routed.py with all that its run looks at. Of a mutant only
+its own kernel is run first, on the memory that the launch found without it: where that leaves the
+same bytes and nothing is found, the whole problem would say nothing either.
 """
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from . import problems
 from .executor import Program, Report
 from .memory import Memory
 from .mutate import Mutant, Outcome, apply, mutants
 from .parser import PtxError
-from .problems import Problem
 from .source import lone
 from .words import Array
 
-Recipe = Callable[[], Problem]
+# Makes a problem and runs it with kernels from `find`; gives what run of problems.py does.
+Recipe = Callable[[Callable[[str], Program]], tuple[set[str], list[Report]]]
 
 
 @dataclass
@@ -66,7 +65,7 @@ class Subject:
         self.launches: dict[str, list[Launch]] = {}
         for name, recipe in recipes.items():
             watched: Any = Watched(self.program)
-            wrong, _ = problems.run(recipe(), self._with(watched), metrics=False)
+            wrong, _ = recipe(self._with(watched))
             assert not wrong, name
             if watched.launches:
                 self.launches[name] = watched.launches
@@ -106,7 +105,7 @@ class Subject:
         if np.array_equal(memory.space.data[: len(launch.after)], launch.after):
             return False
         mutated.step_limit = 2_000_000
-        wrong, _ = problems.run(self.recipes[name](), self._with(mutated), metrics=False)
+        wrong, _ = self.recipes[name](self._with(mutated))
         return bool(wrong)
 
     def run(self, count: int, seed: int = 0) -> Outcome:

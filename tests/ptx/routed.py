@@ -49,20 +49,28 @@ def _native(memory: Memory, problem: tuple[Any, ...]) -> tuple[Any, ...]:
     return (*tensors, *problem[len(_NAMES) :])
 
 
-def _tables(memory: Memory, name: str, tables: ListTables) -> tuple[int, int]:
-    tile_ptr, entries = put(memory, f"tile_ptr {name}", tables.tile_ptr), None
-    if tables.entries.numel():
-        entries = put(memory, f"entries {name}", tables.entries)
-    assert tile_ptr is not None
-    return tile_ptr.address, entries.address if entries else 0
+def _tables(memory: Memory, side: str, tables: ListTables) -> Any:
+    def address(name: str, x: Tensor) -> int:
+        there = put(memory, f"{name} {side}", x) if x.numel() else None
+        return there.address if there else 0
+
+    return tables.addresses(address)
+
+
+def _call(memory: Memory, kind: Any, problem: tuple[Any, ...]) -> Any:
+    policies = put(memory, "policies", routed_ops.policies_of(problem))
+    return kind(
+        _native(memory, problem),
+        *routed_ops.known_of(problem),
+        policies.address if policies else 0,
+    )
 
 
 def forward(recorder: Recorder, *problem: Any) -> tuple[Tensor, Tensor]:
-    routed_ops.check_cuda(problem)
     memory = Memory()
     fakes = routed_ops._forward_fake(*problem)
     out, lse = (Output.like(memory, n, x) for n, x in zip(("out", "lse"), fakes, strict=True))
-    call = _C.CudaRoutedForward(_native(memory, problem))
+    call = _call(memory, _C.CudaRoutedForward, problem)
     queries = _tables(memory, "queries", routed_ops.tables_of(problem, call.query_rows, False))
     longest = routed_ops.longest_walk(problem, call.query_rows)
     workspace = memory.allocate("workspace", max(1, call.workspace_bytes(longest)))
@@ -74,13 +82,12 @@ def forward(recorder: Recorder, *problem: Any) -> tuple[Tensor, Tensor]:
 
 def backward(recorder: Recorder, *args: Any) -> tuple[Tensor, ...]:
     problem, (out, lse, dout, dlse, needs) = args[:-5], args[-5:]
-    routed_ops.check_cuda(problem, of_bias=problem[3] is not None and needs[3])
     memory = Memory()
     fakes = routed_ops._backward_fake(*args)
     if dout.stride(-1) != 1 and dout.shape[-1] > 1:
         dout = dout.contiguous()
-    call = _C.CudaRoutedBackward(_native(memory, problem))
-    written = (True, True, True, False, problem[4] is not None and needs[4])
+    call = _call(memory, _C.CudaRoutedBackward, problem)
+    written = routed_ops.written(problem, needs)
     grads = [
         Output.like(memory, f"d{name}", fake) if write else None
         for name, fake, write in zip(_NAMES, fakes, written, strict=False)
@@ -91,7 +98,8 @@ def backward(recorder: Recorder, *args: Any) -> tuple[Tensor, ...]:
     ]
     queries = _tables(memory, "queries", routed_ops.tables_of(problem, call.query_rows, False))
     keys = _tables(memory, "keys", routed_ops.tables_of(problem, call.key_rows, True))
-    workspace = memory.allocate("workspace", max(1, call.workspace_bytes))
+    num_bytes = call.workspace_bytes(written[routed_ops._BIAS], queries[2])
+    workspace = memory.allocate("workspace", max(1, num_bytes))
     recorder.carry_out(
         memory,
         call.launches(

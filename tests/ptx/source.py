@@ -37,6 +37,8 @@ def source_of(kernel: str) -> str:
     window_forward_bf16.cu."""
     if kernel in ("window_sink_gradient", "window_merge_bias"):
         return "window_sums.cu"
+    if kernel == "routed_merge_bias":
+        return "routed_sums.cu"
     if kernel.startswith("linear_"):
         scan = re.match(r"linear_scan_(bf16|fp16|fp32)", kernel)
         if scan:

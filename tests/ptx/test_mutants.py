@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Of one-instruction mutants of the window kernels, how many the problems of cover.py catch.
+"""Of one-instruction mutants of the kernels of windows and lists, how many the problems of cover.py
+and cover_routed.py catch.
 
 Mutants are drawn with a fixed seed from those of all executed instructions. A survivor counts as
 equivalent only if it is in the table below, with the reason; all others count as missed.
@@ -7,14 +8,14 @@ equivalent only if it is in the table below, with the reason; all others count a
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
+from . import cover_routed, problems, problems_routed
 from .cover import PROBLEMS, Variant, line_of
-from .mutants import Subject
+from .mutants import Recipe, Subject
 from .mutate import Mutant
 
 LEAST = 0.9
@@ -86,9 +87,21 @@ EQUIVALENT = (
 )
 
 
+def recipe_of_windows(make: Any, variant: Variant) -> Recipe:
+    return lambda find: problems.run(make(variant), find, metrics=False)
+
+
+def recipe_of_lists(make: Any, variant: Variant) -> Recipe:
+    return lambda find: problems_routed.run(make(variant), find, metrics=False)
+
+
 def share(kernel: str, variant: Variant, names: tuple[str, ...], count: int) -> None:
     """Prints the share of mutants that are caught, and holds it to the least."""
-    subject = Subject(kernel, {n: functools.partial(PROBLEMS[n], variant) for n in names})
+    if kernel.startswith("routed"):
+        recipes = {n: recipe_of_lists(cover_routed.PROBLEMS[n], variant) for n in names}
+    else:
+        recipes = {n: recipe_of_windows(PROBLEMS[n], variant) for n in names}
+    subject = Subject(kernel, recipes)
     outcome = subject.run(count)
     missed = [m for m in outcome.survivors if not any(e.fits(m) for e in EQUIVALENT)]
     equivalent = len(outcome.survivors) - len(missed)
@@ -116,7 +129,13 @@ def test_mutants_are_caught() -> None:
         ("window_query_gradient_bf16_32_modified", True),
         ("window_key_gradient_bf16_32_modified", True),
         ("window_bias_gradient_bf16_32", True),
+        ("routed_forward_bf16_32", False),
+        ("routed_query_gradient_bf16_32", False),
+        ("routed_key_gradient_bf16_32", False),
+        ("routed_bias_gradient_bf16_32", True),
+        ("routed_forward_bf16_32_modified", True),
     ],
 )
 def test_more_mutants_are_caught(kernel: str, modified: bool) -> None:
-    share(kernel, Variant(BF16, modified), tuple(PROBLEMS), 60)
+    known = cover_routed.PROBLEMS if kernel.startswith("routed") else PROBLEMS
+    share(kernel, Variant(BF16, modified), tuple(known), 60)

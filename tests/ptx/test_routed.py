@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import attnext
-from attnext import BlockPlan, Blocks, reference_routed
-from attnext.testing import assert_within_budget, evaluate
+from attnext import BlockPlan, Blocks
 
+from .problems import normal
+from .problems_routed import Problem, lists, qkv, shuffled
 from .routed import on_executor
 
 routed_attention: Any = attnext.routed_attention
@@ -28,64 +29,13 @@ routed_attention: Any = attnext.routed_attention
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def qkv(
-    queries: tuple[int, ...],
-    keys: tuple[int, ...] | None = None,
-    dim: int = 32,
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    batch: int = 1,
-    heads: int = 1,
-    kv_heads: int | None = None,
-    dim_v: int | None = None,
-) -> dict[str, Tensor]:
-    kv = kv_heads or heads
-    return {
-        "query": normal(batch, *queries, heads, dim, dtype=dtype, seed=1),
-        "key": normal(batch, *(keys or queries), kv, dim, dtype=dtype, seed=2),
-        "value": normal(batch, *(keys or queries), kv, dim_v or dim, dtype=dtype, seed=3),
-    }
-
-
 def check(tensors: dict[str, Tensor], plan: BlockPlan, grads: bool = True, **options: Any) -> Any:
     """Forward and backward within the budget; gives the reports."""
-    query, value = tensors["query"], tensors["value"]
-    shape = (*query.shape[:-1], value.shape[-1])
-    cotangents = (normal(*shape, dtype=query.dtype, seed=4), normal(*shape[:-1], seed=5))
-    given_cotangents = cotangents if grads else None
-    options = {"plan": plan, **options}
+    problem = Problem(tensors, plan, options, grads)
     with on_executor(metrics=False) as recorder:
-        results = evaluate(routed_attention, tensors, options, given_cotangents)
-    assert_within_budget(
-        results, reference_routed.routed_attention, tensors, options, given_cotangents
-    )
+        results = problem.evaluate()
+    problem.compare(results)
     return recorder.reports
-
-
-def lists(
-    tokens: int,
-    block: int,
-    slots: int,
-    *,
-    keys: int | None = None,
-    key_block: int | None = None,
-    batch: int = 1,
-    heads: int = 1,
-    bias: bool = False,
-    seed: int = 0,
-) -> BlockPlan:
-    """Random lists, with empty slots and blocks named twice."""
-    generator = torch.Generator().manual_seed(seed)
-    keys, key_block = keys or tokens, key_block or block
-    shape = (batch, heads, -(-tokens // block), slots)
-    indices = torch.randint(-1, -(-keys // key_block), shape, generator=generator)
-    numbers = normal(*shape, seed=seed) if bias else None
-    return BlockPlan.of(indices, tokens, block, keys, key_block, bias=numbers)
 
 
 # ---- whatever may come ---------------------------------------------------------------------------
@@ -112,18 +62,24 @@ def problems(draw: Any, dtypes: Any = (torch.bfloat16,), dims: Any = (16, 32)) -
     )
     list_batch, list_heads = choose.choice([1, batch]), choose.choice([1, kv_heads, heads])
     block, key_block = choose.choice([1, 4, 16, 50, 64, 128]), choose.choice([1, 8, 16, 64, 100])
-    blocks, slots = -(-queries // block), choose.choice([0, 1, 3, 5])
+    slots = choose.choice([0, 1, 3, 5])
     generator = torch.Generator().manual_seed(number)
-    shape = (list_batch, list_heads, blocks, slots)
+    query_blocks = Blocks.of(queries, block)
     if choose.random() < 0.3:
+        order = torch.randperm(queries, generator=generator).int()
+        query_blocks = Blocks(query_blocks.extent, query_blocks.offsets, order)
+    shape = (list_batch, list_heads, query_blocks.num_blocks, slots)
+    biased = slots > 0 and choose.random() < 0.4
+    bias = torch.randn(shape, generator=generator) if biased else None
+    if choose.random() < 0.4:
         starts = torch.randint(0, keys, shape, generator=generator)
         ends = starts + torch.randint(-4, 60, shape, generator=generator)
-        plan = BlockPlan.of_spans(starts, ends.clamp(max=keys), queries, block, keys)
+        plan = BlockPlan.of_spans(
+            starts, ends.clamp(max=keys), queries, query_blocks, keys, bias=bias
+        )
     else:
         indices = torch.randint(-1, -(-keys // key_block), shape, generator=generator)
-        biased = slots > 0 and choose.random() < 0.3
-        bias = torch.randn(shape, generator=generator) if biased else None
-        plan = BlockPlan.of(indices, queries, block, keys, key_block, bias=bias)
+        plan = BlockPlan.of(indices, queries, query_blocks, keys, key_block, bias=bias)
     options: dict[str, Any] = {}
     if choose.random() < 0.5:
         options["is_causal"] = True
@@ -137,10 +93,11 @@ def problems(draw: Any, dtypes: Any = (torch.bfloat16,), dims: Any = (16, 32)) -
         options["exclude_self"] = True
     if choose.random() < 0.2:
         options["key_lengths"] = torch.randint(0, keys + 2, (batch,), generator=generator)
-    if choose.random() < 0.2:
+    if choose.random() < 0.3:
+        in_order = choose.random() < 0.5
         for name, tokens in (("query", queries), ("key", keys)):
             documents = torch.randint(0, 3, (batch, tokens), generator=generator)
-            options[f"{name}_documents"] = documents.sort(-1).values
+            options[f"{name}_documents"] = documents.sort(-1).values if in_order else documents
     if choose.random() < 0.3:
         policies = ("list", "dense", "streaming", "off")
         options["head_policy"] = [choose.choice(policies) for _ in range(heads)]
@@ -259,36 +216,103 @@ def test_biases_of_slots() -> None:
     check(tensors, plan, is_causal=True, window_size=30, sinks=3, softcap=4.0)
 
 
-@pytest.mark.parametrize(
-    ("what", "options"),
-    [
-        ("documents that decrease", {"documents": True}),
-        ("beside blocks that are out of order", {"boxes": True}),
-        ("a gradient of plan.bias", {"bias": True}),
-        ("spans that overlap and have a bias", {"spans": True}),
-    ],
-)
-def test_what_the_kernels_lack_is_said(what: str, options: dict[str, bool]) -> None:
-    tensors, more = qkv((40,)), dict[str, Any]()
-    plan = lists(40, 16, 2)
-    if "documents" in options:
-        documents = torch.tensor([[1] * 20 + [0] * 20])
-        more = {"query_documents": documents, "key_documents": documents}
-    elif "boxes" in options:
-        documents = torch.zeros(1, 40, dtype=torch.int32)
-        more = {"query_documents": documents, "key_documents": documents}
-        tensors = qkv((5, 8))
-        plan = BlockPlan.of(torch.zeros(1, 1, 6, 1, dtype=torch.int32), (5, 8), (3, 3))
-    elif "bias" in options:
-        bias = torch.zeros(plan.lists.shape, requires_grad=True)
-        plan = BlockPlan.of(plan.lists, 40, 16, bias=bias)
-    else:
-        spans = torch.tensor([[[[0, 3]]]]), torch.tensor([[[[9, 12]]]])
-        plan = BlockPlan.of_spans(*spans, 40, 40, bias=torch.zeros(1, 1, 1, 2))
-    message = what.replace("documents that decrease", "query_documents or key_documents that")
-    with on_executor(metrics=False), pytest.raises(NotImplementedError, match=message):
-        out = routed_attention(**tensors, plan=plan, **more)
-        out.float().sum().backward()
+def test_gradient_of_biases_that_heads_and_items_share() -> None:
+    """Blocks take turns at the heads and batch items of a list, and a slot has several tiles."""
+    tensors = qkv((150,), (100,), batch=3, heads=4, kv_heads=2)
+    plan = lists(150, 70, 5, keys=100, key_block=16, bias=True)
+    check(tensors, plan, head_policy=["list", "dense", "list", "streaming"], window_size=9)
+
+
+def test_gradient_of_biases_in_rows_of_lists() -> None:
+    """CSR: slots that no block has, blocks twice, and heads of their own."""
+    indptr = torch.tensor([[[1, 3, 3, 6], [6, 7, 9, 9]]])
+    indices = torch.tensor([0, 1, 1, 2, -1, 0, 3, 3, 2, 1])
+    plan = BlockPlan.of_csr(indptr, indices, 48, 16, 64, 16, bias=normal(10))
+    check(qkv((48,), (64,), heads=2, batch=2), plan, softcap=2.0)
+
+
+def test_documents_in_any_order() -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries, keys = (torch.randint(0, 3, (2, n), generator=generator) for n in (90, 100))
+    options: dict[str, Any] = {"query_documents": queries, "key_documents": keys}
+    options["window_size"] = (9, 30)
+    tensors = qkv((90,), (100,), batch=2, heads=2)
+    check(tensors, lists(90, 16, 4, keys=100), head_policy=["list", "dense"], **options)
+    check(tensors, lists(90, 16, 4, keys=100, bias=True), sinks=3, exclude_self=True, **options)
+
+
+def test_rules_beside_queries_out_of_order() -> None:
+    for bias in (False, True):
+        plan = shuffled(lists(90, 16, 3, keys=100, bias=bias))
+        check(
+            qkv((90,), (100,), heads=2),
+            plan,
+            is_causal=True,
+            window_size=20,
+            sinks=2,
+            exclude_self=True,
+            head_policy=["list", "streaming"],
+        )
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_documents_of_maps(in_order: bool) -> None:
+    """Boxes, whose tokens are never in order."""
+    generator = torch.Generator().manual_seed(1)
+    queries, keys = (torch.randint(0, 3, (1, n), generator=generator) for n in (117, 77))
+    if in_order:
+        queries, keys = queries.sort(-1).values, keys.sort(-1).values
+    indices = torch.randint(-1, 6, (1, 2, 8, 3), generator=generator)
+    plan = BlockPlan.of(indices, (9, 13), (5, 4), (7, 11), (4, 4), bias=normal(1, 2, 8, 3))
+    check(
+        qkv((9, 13), (7, 11), heads=2),
+        plan,
+        head_policy=["list", "dense"],
+        query_documents=queries,
+        key_documents=keys,
+    )
+
+
+def test_spans_that_overlap_and_have_biases() -> None:
+    generator = torch.Generator().manual_seed(0)
+    starts = torch.randint(0, 90, (1, 2, 7, 5), generator=generator)
+    ends = (starts + torch.randint(-9, 60, starts.shape, generator=generator)).clamp(max=100)
+    plan = BlockPlan.of_spans(starts, ends, 100, 16, 100, bias=normal(*starts.shape))
+    check(qkv((100,), heads=2), plan, window_size=7)
+
+
+def test_policies_of_more_heads_than_parameters_hold() -> None:
+    policy = ["off"] * 1030
+    policy[3], policy[1029] = "dense", "list"
+    tensors = qkv((3,), (5,), dim=8, heads=1030, kv_heads=1)
+    check(tensors, lists(3, 3, 1, keys=5), head_policy=policy)
+
+
+def test_heads_that_share_lists_share_a_tile() -> None:
+    """Lists of tokens: eight heads of a group by eight tokens are a tile."""
+    tensors = qkv((20,), (256,), heads=16, kv_heads=2, batch=2)
+    tensors["sink_logits"] = normal(16)
+    check(tensors, lists(20, 1, 2, keys=256, key_block=64, heads=2, batch=2))
+    alike = BlockPlan.of(torch.zeros(1, 1, 20, 1, dtype=torch.int32), 20, 1, 256, 64)
+    reports = check(tensors, alike, head_policy=["list"] * 16)
+    assert reports[0].instructions()["mma"] == 2 * 2 * (2 * 4 + 2) * 32  # the last tile's half
+    others = ["list", "dense"] * 8  # heads of a group that differ are not packed
+    check(tensors, alike, grads=False, head_policy=others)
+
+
+def test_biases_of_heads_that_share_a_tile() -> None:
+    plan = lists(30, 2, 2, keys=70, key_block=16, bias=True)
+    check(qkv((30,), (70,), heads=6, kv_heads=2), plan, window_size=9, is_causal=True)
+
+
+def test_lists_of_tokens_are_walked_together() -> None:
+    """A tile's queries that list the same blocks share a walk: each block is walked once."""
+    tensors = qkv((64,), (256,))
+    generator = torch.Generator().manual_seed(0)
+    alike = torch.stack([torch.randperm(4, generator=generator)[:3] for _ in range(64)])
+    plan = BlockPlan.of(alike.view(1, 1, 64, 3), 64, 1, 256, 64)
+    reports = check(tensors, plan)
+    assert reports[0].instructions()["mma"] == 4 * 4 * 32  # steps, warps, products of a step
 
 
 # ---- every kernel --------------------------------------------------------------------------------
