@@ -38,7 +38,6 @@ PROBLEMS: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "not finite": ("identity", False, {"tokens": 40}),
     "segments": ("reverse", False, {"tokens": 260, "dtype": torch.float32}),
     "delta": ("reverse", False, {"tokens": 100, "beta": True}),
-    "delta exact": ("reverse", True, {"tokens": 50, "beta": True, "dtype": torch.float32}),
     "delta gradients": ("reverse", True, {"tokens": 100, "beta": True}),
     "fold": (
         "identity", True, {"tokens": 70, "feature_map": "taylor2", "dim": 16, "normalize": True}
@@ -154,9 +153,6 @@ SLOW_BUGS = [
     _bug("what is lacking already times beta", "scan_bf16_32_delta", "delta gradients", WRONG,
          (DELTA, "store_numbers<T>(p.lacking, at, e[0], one);",
           "store_numbers<T>(p.lacking, at, e[0], beta);")),
-    _bug("states met by one of two gradients", "decay_gradient", "delta exact", WRONG,
-         (SUMS, "s < p.sets * p.slices; ++s) {\n    const int64_t of_set",
-          "s < p.slices; ++s) {\n    const int64_t of_set")),
     _bug("a part of the keys' gradients too few", "fold_bf16", "delta gradients", WRONG,
          (SUMS, "s < p.slices; ++s) sum +=", "s < p.slices - 1; ++s) sum +=")),
     # ---- Taylor features of many entries ----
@@ -197,7 +193,7 @@ SLOW_BUGS = [
          "read of unwritten shared memory",
          (TAYLOR, "0 <= f && f < kColumns ? mine[f] : 0.f;", "f < kColumns ? mine[abs(f)] : 0.f;")),
 ]  # fmt: skip
-_LONG = ("entries", "entries fold", "delta exact")
+_LONG = ("entries", "entries fold")
 
 
 def make(name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
