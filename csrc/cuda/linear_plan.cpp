@@ -223,7 +223,8 @@ class Plan {
     if (!wide() || l.folds) return add_scan(l);
     // In parts, which are added up.
     LinearLaunch sum = l;
-    l.out = {rows_at(take(parts() * rows() * l.out.dim), l.out.dim), 1, l.out.dim};
+    l.out = {rows_at(take(parts() * rows() * l.out.dim), l.out.dim), 1, l.out.dim,
+             FeatureMap::kIdentity, 0};
     l.out_fp32 = 1;
     if (l.extension == Extension::kColumn) l.part_sums = take(parts() * rows());
     add_scan(l);

@@ -93,7 +93,8 @@ def step(
     chosen = 0
     if slots is not None:
         chosen = memory.buffer("slots", slots.long().numpy(), writable=False).address
-    recorder.carry_out(memory, _C.cuda_linear_step_launches(chosen, *given, *options, out.tensor))
+    given += [*options, out.tensor]
+    recorder.carry_out(memory, _C.cuda_linear_step_launches(chosen, *given))
     storage = torch.empty(0, dtype=torch.uint8).set_(state.untyped_storage())
     storage.copy_(torch.from_numpy(states.array()))
     return out.get()

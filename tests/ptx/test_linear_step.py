@@ -135,13 +135,13 @@ def test_the_next_token_of_a_hybrid() -> None:
     with on_executor() as recorder:
         out = attnext.based_attention_step(q[:, 10:], k[:, 10:], v[:, 10:], cache)
     assert [r.kernel for r in recorder.reports] == ["linear_step_fp32"] * 2
-    wide = attnext.based_attention(*(x.double() for x in (q, k, v)), 4)
+    wide = attnext.based_attention(q.double(), k.double(), v.double(), 4)
     assert error(out, wide[:, 10:]) < BUDGET[torch.float16]
 
 
 def test_what_is_missing_is_said() -> None:
     for more in ({"dtype": torch.float64}, {"beta": True, "dim": 129}):
-        tensors, options = made(1, **more)  # type: ignore[arg-type]
+        tensors, options = made(1, **more)
         with pytest.raises(NotImplementedError, match="linear_attention_step on a GPU"):
             run(tensors, options)
 
