@@ -108,19 +108,19 @@ ATTNEXT_DEVICE void walked_product(float (&s)[1][kWalk / 8][4],
                                    int walked) {
   if constexpr (!kKept) {  // they would be read again for each
     product<T, kDim, 1, kWalk, kKept>(s, rows, lanes, walk_tile, walked);
-    return;
-  }
+  } else {
 #pragma unroll
-  for (int n = 0; n < kWalk / 8; ++n) s[0][n][0] = s[0][n][1] = s[0][n][2] = s[0][n][3] = 0.f;
-  const uint32_t at = walk_tile + lanes.right;
+    for (int n = 0; n < kWalk / 8; ++n) s[0][n][0] = s[0][n][1] = s[0][n][2] = s[0][n][3] = 0.f;
+    const uint32_t at = walk_tile + lanes.right;
 #pragma unroll
-  for (int n = 0; n < kWalk / 16; ++n) {
-    if (n * 16 >= walked) break;
+    for (int n = 0; n < kWalk / 16; ++n) {
+      if (n * 16 >= walked) break;
 #pragma unroll
-    for (int k = 0; k < LeftRows<T, kDim, 1, kKept>::kSteps; ++k) {
-      const auto b = Products<T>::load_right((at ^ static_cast<uint32_t>(k * 32)) +
-                                             n * 16 * Layout<T, kDim>::kRowBytes);
-      Products<T>::multiply(s[0][2 * n], s[0][2 * n + 1], rows(0, k), b);
+      for (int k = 0; k < LeftRows<T, kDim, 1, kKept>::kSteps; ++k) {
+        const auto b = Products<T>::load_right((at ^ static_cast<uint32_t>(k * 32)) +
+                                               n * 16 * Layout<T, kDim>::kRowBytes);
+        Products<T>::multiply(s[0][2 * n], s[0][2 * n + 1], rows(0, k), b);
+      }
     }
   }
 }
