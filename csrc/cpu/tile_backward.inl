@@ -309,10 +309,14 @@ class TileBackward : public Window<T, Keys> {
   // `dsink`: of the tile's heads, may be null.
   void add_sinks(Acc* dsink) const {
     if (!dsink) return;
+    double sum[kMaxLanes] = {};  // of many numbers, in which each tile's are rounded once
+    int heads = 0;
     for (uint64_t rest = tile.live; rest; rest &= rest - 1) {
-      const int lane = __builtin_ctzll(rest);
-      dsink[tile.head[lane]] += dsink_of[lane];
+      const int lane = __builtin_ctzll(rest), head = tile.head[lane];
+      sum[head] += dsink_of[lane];
+      heads = head < heads ? heads : head + 1;
     }
+    for (int head = 0; head < heads; ++head) dsink[head] += static_cast<Acc>(sum[head]);
   }
 
   void tile_backward(int64_t b, int64_t h, const int64_t index[3], const LocalRows& local,

@@ -172,7 +172,7 @@ BUGS = [
     # ---- rows and slots ----
     _bug("predicate of dead rows lost at a load", "forward_bf16_32", "sliding forward",
          "global read out of bounds",
-         (FORWARD, "0, row.live ? this->row_address(w.query", "0, true ? this->row_address(w.query")),
+         (FORWARD, "row.live ? this->row_address(w.query,", "true ? this->row_address(w.query,")),
     _bug("dead row stored", "forward_bf16_32", "sliding forward", "global write out of bounds",
          (FORWARD, "const bool mine = row.live && lane < kWarpRows;",
           "const bool mine = lane < kWarpRows;")),
@@ -235,7 +235,7 @@ BUGS = [
          (FORWARD, "kv_head = head / static_cast<int32_t>(w.heads / w.kv_heads);",
           "kv_head = head % static_cast<int32_t>(w.kv_heads);")),
     _bug("two heads store the same rows", "forward_bf16_32", "gqa", "global write-write race",
-         (FORWARD, "mine ? this->row_address(w.out, offset_of(w.out, batch, row.token, head))",
+         (FORWARD, "mine ? this->row_address(w.out, offset_of(w.out, batch, row.token, head + row.head))",
           "mine ? this->row_address(w.out, offset_of(w.out, batch, row.token, kv_head))")),
     _bug("only a group's first head", "key_gradient_bf16_32", "gqa", WRONG,
          (BACKWARD, "for (int32_t g = 0; g < group; ++g) {\n      if (g > 0) {",

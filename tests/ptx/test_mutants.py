@@ -79,6 +79,12 @@ EQUIVALENT = (
     ),
     Equivalent("a slot without a token gets any row", "ge for gt", "slot + j < walk.total"),
     Equivalent("64 bits divide what 32 do", "dropped: setp.eq.s64", "w.heads / w.kv_heads"),
+    Equivalent("rows that are not there are not read", "dropped: mov.u64", "if (live) {"),
+    Equivalent(
+        "rows that are not there are not read",
+        "dropped: mov.u64",
+        "const int lanes = static_cast<int>(blockDim.x) / p.rows",
+    ),
     Equivalent(
         "bits below 0 are no bits",
         "dropped: max",
