@@ -23,7 +23,6 @@ class TileBackward : public Window<T, Keys> {
   using typename Base::Acc;
   using typename Base::Elem;
   using typename Base::Plan;
-  using typename Base::Tile;
   using typename Base::Vec;
   using typename Base::Walk;
 
@@ -41,15 +40,6 @@ class TileBackward : public Window<T, Keys> {
   }
 
   // ---- queries ---------------------------------------------------------------------------------
-
-  // Starts loading what load_tile will.
-  void fetch_tile(int64_t b, int64_t h, const int64_t index[3]) const {
-    Tile next;
-    next.place(plan, index, kLanes);
-    Base::fetch_rows(p.query, p.head_dim, next, b, h);
-    Base::fetch_rows(p.out, p.head_dim_v, next, b, h);
-    Base::fetch_rows(p.dout, p.head_dim_v, next, b, h);
-  }
 
   // Loads q, dO, O, lse for the live lanes; false if any of it is not finite.
   bool load_tile(int64_t b, int64_t h) {

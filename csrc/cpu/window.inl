@@ -125,19 +125,13 @@ class Window {
     next.place(plan, index, kLanes);
     fetch_rows(p.query, p.head_dim, next, b, h);
   }
-  static void fetch_rows(const TensorRef& t, int64_t dim, const Tile& tile, int64_t b, int64_t h) {
+  // Inlined, as whatever calls it for this alone: a call would be thought to be without effect,
+  // and go.
+  static ATTNEXT_INLINE void fetch_rows(const TensorRef& t, int64_t dim, const Tile& tile,
+                                        int64_t b, int64_t h) {
     for (uint64_t rest = tile.whole; rest; rest &= rest - 1) {
       const int lane = __builtin_ctzll(rest);
       fetch(static_cast<const T*>(t.data) + offset_of(t, tile, lane, b, h), dim);
-    }
-  }
-
-  // Starts loading rows that will be written.
-  void claim_rows(const TensorRef& t, int64_t dim, int64_t b, int64_t h) const {
-    constexpr int64_t kLine = 64 / sizeof(T);
-    for (uint64_t rest = tile.live; rest; rest &= rest - 1) {
-      const T* row = static_cast<const T*>(t.data) + offset_of(t, __builtin_ctzll(rest), b, h);
-      for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(row + d, 1);
     }
   }
 

@@ -47,10 +47,6 @@ class WindowBackward : public TileBackward<T, Boxes> {
       for (int64_t g1 = item.first_group[1]; g1 < item.last_group[1]; ++g1) {
         for (int64_t g2 = item.first_group[2]; g2 < item.last_group[2]; ++g2) {
           const int64_t index[3] = {g0, g1, g2};
-          if (g2 + 1 < item.last_group[2]) {
-            const int64_t next[3] = {g0, g1, g2 + 1};
-            this->fetch_tile(item.batch, h, next);
-          }
           this->tile_backward(item.batch, h, index, local, bias, accumulators, dbias, dsink);
         }
       }

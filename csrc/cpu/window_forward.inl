@@ -88,8 +88,11 @@ class WindowForward : public Window<T, Keys> {
 
   // What the softmax made of the scores.
   const Elem* weights() const {
-    if constexpr (kPairs) return this->pair_s;
-    if constexpr (!kPairs) return s;
+    if constexpr (kPairs) {
+      return this->pair_s;
+    } else {
+      return s;
+    }
   }
 
   void sparse_accumulate(const Vec* factor) {
@@ -169,7 +172,6 @@ class WindowForward : public Window<T, Keys> {
           softmax<false>(v, this->logit_unit(v, modified), factor + v);
         }
       }
-      this->claim_rows(p.out, p.head_dim_v, b, h);
       if (sparse) {
         sparse_accumulate(factor);
       } else {
