@@ -38,9 +38,10 @@ def list_() -> None:
         click.echo(f"{group}: {about}")
         for case in CASES.values():
             if case.group == group:
-                work = f"{case.flops('fwd') / 1e9:.3g} GFLOP"
+                flops = case.flops("fwd")
+                work = f"{flops / 1e9:.3g} GFLOP forward; " if flops else ""
                 kinds = f"{', '.join(case.dtypes)}; {', '.join(case.modes)}"
-                click.echo(f"  {case.name:24} {case.describe()}; {work} forward; {kinds}")
+                click.echo(f"  {case.name:24} {case.describe()}; {work}{kinds}")
     click.echo("contenders")
     for contender in CONTENDERS.values():
         click.echo(f"  {contender.name:24} {contender.about}")

@@ -122,7 +122,7 @@ def caption(result: dict[str, Any]) -> str:
     peak = result["peak_flops"]
     words = [
         result["problem"],
-        f"{result['flops'] / 1e9:.3g} GFLOP in the window",
+        *([f"{result['flops'] / 1e9:.3g} GFLOP in the window"] if result["flops"] else []),
         f"{size(result['bytes'])} read and written",
         f"measured FMA peak {peak / 1e9:.0f} GFLOP/s" if peak else "FMA peak n/a",
         f"copy {result['bandwidth'] / 1e9:.1f} GB/s",

@@ -5,6 +5,7 @@ the executor says: findings, and results outside attnext.testing's budget."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,13 +109,25 @@ def run(
     problem: Problem, find: Callable[[str], Program] = lone, **options: Any
 ) -> tuple[set[str], list[Report]]:
     """(what is wrong: kinds of findings, WRONG; the reports of the launches, up to a wrong one)."""
+    function = getattr(attnext, problem.op)
+    return findings(
+        on_executor(find=find, **options),
+        lambda: evaluate(function, problem.tensors, problem.options, problem.cotangents),
+        lambda results: within_budget(problem, results),
+    )
+
+
+def findings(
+    executor: AbstractContextManager[Any],
+    call: Callable[[], dict[str, Tensor]],
+    is_right: Callable[[dict[str, Tensor]], bool],
+) -> tuple[set[str], list[Report]]:
+    """What a call on the executor, whose recorder it enters with, says: as :func:`run`."""
     wrong: set[str] = set()
     results = None
-    with on_executor(find=find, **options) as recorder:
+    with executor as recorder:
         try:
-            results = evaluate(
-                getattr(attnext, problem.op), problem.tensors, problem.options, problem.cotangents
-            )
+            results = call()
         except WrongRun:
             pass  # the last report says it
         except AssertionError as error:
@@ -125,9 +138,10 @@ def run(
             wrong.add("does not end")
     for report in recorder.reports:
         wrong |= report.kinds()
-    if results is not None and not within_budget(problem, results):
+    if results is not None and not is_right(results):
         wrong.add(WRONG)
-    return wrong, recorder.reports
+    reports: list[Report] = recorder.reports
+    return wrong, reports
 
 
 def within_budget(problem: Problem, results: dict[str, Tensor]) -> bool:

@@ -15,9 +15,8 @@ import attnext
 from attnext import BlockPlan, reference_routed
 from attnext.testing import assert_within_budget, evaluate
 
-from .executor import Program, Report, WrongRun
-from .parser import PtxError
-from .problems import WRONG, close_to, normal
+from .executor import Program, Report
+from .problems import close_to, findings, normal
 from .routed import on_executor
 from .source import lone
 
@@ -74,24 +73,8 @@ def run(
     problem: Problem, find: Callable[[str], Program] = lone, **options: Any
 ) -> tuple[set[str], list[Report]]:
     """As problems.run."""
-    wrong: set[str] = set()
-    results = None
-    with on_executor(find=find, **options) as recorder:
-        try:
-            results = problem.evaluate()
-        except WrongRun:
-            pass  # the last report says it
-        except AssertionError as error:
-            if "not all was written" not in str(error):
-                raise
-            wrong.add(WRONG)
-        except PtxError:
-            wrong.add("does not end")
-    for report in recorder.reports:
-        wrong |= report.kinds()
-    if results is not None and not problem.within_budget(results):
-        wrong.add(WRONG)
-    return wrong, recorder.reports
+    executor = on_executor(find=find, **options)
+    return findings(executor, problem.evaluate, problem.within_budget)
 
 
 def qkv(

@@ -6,6 +6,7 @@ The figures are printed (pytest -s). What is not executed must have a reason in 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,27 @@ def count(executions: dict[str, Execution], report: Report) -> None:
     known.issued += ran.issued
 
 
-@pytest.mark.parametrize(
+def executions_of(
+    run: Callable[..., Any], makers: Mapping[str, Callable[[Variant], Any]], variant: Variant
+) -> dict[str, Execution]:
+    """By kernel, of all problems, which come out right."""
+    executions: dict[str, Execution] = {}
+    for name, make in makers.items():
+        wrong, reports = run(make(variant), metrics=False)
+        assert not wrong, (name, wrong)
+        for report in reports:
+            count(executions, report)
+    return executions
+
+
+def too_low(executions: Mapping[str, Execution], least: float) -> dict[str, float]:
+    """Prints the shares; those below the least."""
+    for kernel, execution in executions.items():
+        print(f"{kernel:40} {len(execution.lanes):6} {execution.coverage():8.2%}")
+    return {k: e.coverage() for k, e in executions.items() if e.coverage() < least}
+
+
+each_variant = pytest.mark.parametrize(
     "variant",
     [
         Variant(BF16, False),
@@ -52,22 +73,18 @@ def count(executions: dict[str, Execution], report: Report) -> None:
     ],
     ids=lambda v: f"{str(v.dtype)[6:]}_{v.bucket}{'_modified' if v.modified else ''}",
 )
+
+
+@each_variant
 def test_nearly_every_instruction_is_executed(variant: Variant) -> None:
-    executions: dict[str, Execution] = {}
-    for name, make in problems_of(variant).items():
-        wrong, reports = problems.run(make(variant), metrics=False)
-        assert not wrong, name
-        for report in reports:
-            count(executions, report)
+    executions = executions_of(problems.run, problems_of(variant), variant)
     for block in (0, -1):
         count(executions, statistics_of_many_rows(variant.dtype, block)[0])
     if variant.modified:
         count(executions, sum_of_tables(FP32, 5)[0])
-    for kernel, execution in executions.items():
-        print(f"{kernel:40} {len(execution.lanes):6} {execution.coverage():8.2%}")
+    low = too_low(executions, LEAST)
     left = {k: unexplained(k, e) for k, e in executions.items()}
     assert not any(left.values()), "\n".join(f"{k}: {x}" for k, some in left.items() for x in some)
-    low = {k: e.coverage() for k, e in executions.items() if e.coverage() < LEAST}
     assert not low
 
 
