@@ -162,8 +162,8 @@ def measure_all(
     """Kernel by kernel; `jobs` compilations at once."""
     builds = {
         (k.source, k.include, k.flags, arch, defines): (k, arch, defines)
+        for arch in architectures  # not side by side: some are made of the same PTX
         for k in kernels
-        for arch in architectures
         for defines in [(), *(PATHS[path] for path in (k.paths if loops else ()))]
     }
     with ThreadPoolExecutor(jobs) as pool:  # fills the cache

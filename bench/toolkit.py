@@ -94,6 +94,11 @@ def _run(command: Sequence[str | Path], about: object) -> str:
     return done.stdout + done.stderr
 
 
+def virtual(arch: str) -> str:
+    """The architecture whose PTX the library has for one: 8.x share theirs (CMakeLists.txt)."""
+    return "compute_80" if arch in ("sm_86", "sm_89") else arch.replace("sm_", "compute_")
+
+
 def compile_cuda(
     source: str | Path,
     kind: str,
@@ -102,15 +107,29 @@ def compile_cuda(
     include: Sequence[Path] = (),
     flags: Sequence[str] = FLAGS,
 ) -> Compiled:
-    """CUDA source (text, or a file) into `kind`: "ptx" or "cubin".
+    """CUDA source (text, or a file) into `kind`: "ptx" or "cubin", which is made of the former.
 
     The key is the source, the headers in its folder and under `include`, the flags and nvcc's
     version.
     """
     nvcc = find("nvcc")
+    if kind == "cubin":
+        ptx = compile_cuda(source, "ptx", arch=virtual(arch), include=include, flags=flags).path
+        return _compiled(nvcc, ptx, kind, arch, (), flags)
+    return _compiled(nvcc, source, kind, virtual(arch), include, flags)
+
+
+def _compiled(
+    nvcc: Path,
+    source: str | Path,
+    kind: str,
+    arch: str,
+    include: Sequence[Path],
+    flags: Sequence[str],
+) -> Compiled:
     text = source.read_text() if isinstance(source, Path) else source
     key = hashlib.sha256("\0".join([version(nvcc), kind, arch, *flags, text]).encode())
-    folders = [*include, *([source.parent] if isinstance(source, Path) else [])]
+    folders = [*include, *([source.parent] if isinstance(source, Path) and kind == "ptx" else [])]
     for folder in folders:
         for header in sorted(p for p in folder.rglob("*") if p.suffix in HEADERS):
             key.update(str(header.relative_to(folder)).encode() + header.read_bytes())

@@ -451,7 +451,7 @@ def forward_arguments():
         (11, [0, 1]),
         (12, "0.5"),
     ],
-    ids=str,
+    ids=lambda x: type(x).__name__ if isinstance(x, torch.Tensor) or type(x) is object else str(x),
 )
 def test_binary_refuses_what_does_not_fit(where, what):
     """Nobody but the operators calls it; it must not leave its tensors all the same."""

@@ -61,7 +61,7 @@ def test_the_cache_is_keyed_on_content(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     source, header = tmp_path / "k.cu", tmp_path / "k.cuh"
     source.write_text('#include "k.cuh"\n' + NOTHING)
-    header.write_text("// one\n")
+    header.write_text("__device__ int one;\n")
     flags = (*toolkit.FLAGS, "-Xptxas", "-v") if kind == "cubin" else toolkit.FLAGS
     first = toolkit.compile_cuda(source, kind, flags=flags)
     assert ("Compiling entry function 'nothing'" in first.log.read_text()) == (kind == "cubin")
@@ -73,7 +73,7 @@ def test_the_cache_is_keyed_on_content(
     assert toolkit.compile_cuda(source, kind, flags=flags) == first
     assert first.path.stat().st_mtime_ns == written
     assert made() == 1
-    header.write_text("// two\n")
+    header.write_text("__device__ int two;\n")
     toolkit.compile_cuda(source, kind, flags=flags)
     assert made() == 2
     toolkit.compile_cuda(source, kind, flags=(*flags, "-DX"))
