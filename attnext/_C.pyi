@@ -33,6 +33,12 @@ def routed_backward(
     grads: tuple[Tensor | None, ...],
 ) -> None: ...
 
+# Of the key at each place the largest product with the queries of the list that see it. `query`
+# [B, lists, rows, samples, D], `reach` [rows, samples], `at` and `out` [B, lists, rows, places].
+def largest_products(
+    query: Tensor, reach: Tensor, key: Tensor, at: Tensor, lowest: float, out: Tensor
+) -> None: ...
+
 # ---- Linear attention: `problem` as above; `grads` of its first six tensors
 
 def linear_forward(

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..plans import BlockPlan
 from ..routed import routed_attention
 from .inputs import (
-    Rows,
     check_choice,
     check_flag,
     check_integer,
@@ -22,6 +22,7 @@ from .inputs import (
     exact,
     steps,
 )
+from .products import largest_products
 
 _INVISIBLE = -3e38  # below any score, above the score of an empty range
 
@@ -70,22 +71,28 @@ def _sample(
     return _Samples(exact(chosen).permute(0, 3, 1, 2, 4), reach)
 
 
-def _scores(samples: _Samples, rows: Rows, at: Tensor) -> Tensor:
+def _scores(samples: _Samples, key: Tensor, at: Tensor) -> Tensor:
     """Largest ``q . k`` over the samples for keys at ``[B, lists, blocks, n]``; NaN is lowest."""
-    batch, lists = samples.query.shape[:2]
-    item = torch.arange(batch, device=at.device)[:, None, None, None]
-    head = torch.arange(lists, device=at.device) // (lists // rows.heads)
-    found = exact(rows(item, at.clamp(0, rows.tokens - 1), head[:, None, None]))
-    scores = samples.query @ found.transpose(-1, -2)  # [B, lists, blocks, samples, n]
-    scores.masked_fill_(at.unsqueeze(3) > samples.reach[..., None], _INVISIBLE)
-    return scores.amax(3).nan_to_num(_INVISIBLE, torch.inf, -torch.inf)
+    return largest_products(samples.query, samples.reach, key, at, _INVISIBLE)
 
 
 def _keep(scores: Tensor, empty: Tensor, count: int) -> Tensor:
     """Places of the ``count`` best that are not empty, in rising order; of equals the first."""
     scores = scores.clamp(min=_INVISIBLE).masked_fill(empty, -torch.inf)
+    if scores.device.type == "cpu" and not is_compiling():
+        return _places_of_best(scores, count)
     best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
     return best.sort(-1).values
+
+
+def _places_of_best(scores: Tensor, count: int) -> Tensor:
+    """The same without sorting: all above the least of the best, and the first that equal it."""
+    count = min(count, scores.shape[-1])
+    least = scores.kthvalue(scores.shape[-1] - count + 1, keepdim=True).values
+    kept, equal = scores > least, scores == least
+    left = count - kept.sum(-1, keepdim=True, dtype=torch.int32)
+    kept |= equal & (equal.cumsum(-1, dtype=torch.int32) <= left)
+    return kept.nonzero()[:, -1].view(*scores.shape[:-1], count)
 
 
 def _visible(
@@ -172,7 +179,6 @@ def hip_plan(
     found = torch.full((batch, lists, blocks, keep), -1, dtype=torch.int32, device=key.device)
     samples_each = heads // lists * max(query_block // query_stride, 1)
     entries = batch * lists * 2 * keep * (dim + samples_each)
-    rows = Rows(key)
     with torch.no_grad():
         for part in steps(blocks, entries):
             seen, _ = _visible(query, key, part, query_block, is_causal)
@@ -190,7 +196,7 @@ def hip_plan(
                 at = lo * key_block
                 if representative == "centre":
                     at = (at + torch.minimum(hi * key_block, seen[:, None])) // 2
-                best = _keep(_scores(samples, rows, at), lo >= hi, keep)
+                best = _keep(_scores(samples, key, at), lo >= hi, keep)
                 lo, hi = lo.gather(-1, best), hi.gather(-1, best)
             found[:, :, part] = lo.masked_fill(lo >= hi, -1).int()
     return BlockPlan.of(found, num_queries, query_block, num_keys, key_block)
@@ -270,7 +276,6 @@ class _Cascade:
         if is_causal is not True:
             raise NotImplementedError(f"is_causal must be True, got {is_causal!r}")
         self.query, self.key, self.stages, self.block_size = query, key, stages, block_size
-        self.rows = Rows(key)
         self.sinks, self.window_size, self.reduce = sinks, window_size, query_reduce
         self.lists = key.shape[2] if share_heads else query.shape[2]
 
@@ -300,7 +305,7 @@ class _Cascade:
         for _ in range(max((chunk - 1).bit_length(), 1)):
             middle = (left + right) // 2
             a, b = (left + middle) // 2, (middle + right) // 2
-            of_a, of_b = (_scores(samples, self.rows, x) for x in (a, b))
+            of_a, of_b = (_scores(samples, self.key, x) for x in (a, b))
             met = torch.maximum(met, torch.maximum(of_a, of_b))
             go_left, one = of_a >= of_b, right - left <= 1
             left, right = (

@@ -84,6 +84,10 @@ const RoutedKernels& routed_kernels(DType dtype) {
   return current().load()->unit->routed[static_cast<int>(dtype)];
 }
 
+const SearchKernels& search_kernels(DType dtype) {
+  return current().load()->unit->search[static_cast<int>(dtype)];
+}
+
 double fma_peak(const std::string& isa, DType dtype, double seconds) {
   const auto loop = find(isa).unit->peak_loop[static_cast<int>(dtype)];
   const int threads = max_threads();

@@ -8,6 +8,7 @@
 
 #include "linear.h"
 #include "routed.h"
+#include "search.h"
 #include "window.h"
 
 namespace attnext {
@@ -20,6 +21,7 @@ void set_isa(const std::string& name);  // throws std::invalid_argument
 const WindowKernels& window_kernels(DType dtype);
 const LinearKernels& linear_kernels(DType dtype);
 const RoutedKernels& routed_kernels(DType dtype);
+const SearchKernels& search_kernels(DType dtype);
 
 // Multiply-adds per second over all threads, times two: the machine's measured peak.
 double fma_peak(const std::string& isa, DType dtype, double seconds);

@@ -4,6 +4,7 @@
 
 #include "linear.h"
 #include "routed.h"
+#include "search.h"
 #include "window.h"
 
 namespace attnext {
@@ -13,6 +14,7 @@ struct IsaUnit {
   WindowKernels window[kNumDTypes];
   LinearKernels linear[kNumDTypes];
   RoutedKernels routed[kNumDTypes];
+  SearchKernels search[kNumDTypes];
   double (*peak_loop[kNumDTypes])(int64_t iterations, double* sink);
 };
 

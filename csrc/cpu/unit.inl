@@ -5,6 +5,7 @@
 #include "linear_unit.inl"
 #include "peak.inl"
 #include "routed.inl"
+#include "search.inl"
 #include "unit.h"
 #include "window_unit.inl"
 
@@ -20,6 +21,8 @@ inline const IsaUnit* unit() {
        LinearEntry<fp16>::table()},
       {RoutedEntry<float>::table(), RoutedEntry<double>::table(), RoutedEntry<bf16>::table(),
        RoutedEntry<fp16>::table()},
+      {SearchEntry<float>::table(), SearchEntry<double>::table(), SearchEntry<bf16>::table(),
+       SearchEntry<fp16>::table()},
       {peak_loop<float>, peak_loop<double>, peak_loop<ElemOf<bf16>::type>, peak_loop<float>}};
   return &table;
 }

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The registered operator by which routers score keys that they name one by one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ..ops import LIBRARY
+from .inputs import Rows, exact
+
+# Of the key at each place, the largest product with those queries of the list that see it.
+#
+# query `[B, lists, rows, samples, D]` in float32 (float64 for float64), reach int64 `[rows,
+# samples]`: the last key that each sees, key `[B, N, Hkv, D]`, at int64 `[B, lists, rows, places]`,
+# taken into the keys there are; the result is as `at`. Keys that no query sees are `lowest`, and so
+# are those with NaN among their products; nothing is less.
+LIBRARY.define(
+    "largest_products(Tensor query, Tensor reach, Tensor key, Tensor at, float lowest) -> Tensor"
+)
+
+
+def _fake(query: Tensor, reach: Tensor, key: Tensor, at: Tensor, lowest: float) -> Tensor:
+    return query.new_empty(at.shape)
+
+
+def _cpu(query: Tensor, reach: Tensor, key: Tensor, at: Tensor, lowest: float) -> Tensor:
+    found = _fake(query, reach, key, at, lowest)
+    if key.stride(-1) != 1 and key.shape[-1] > 1:
+        key = key.contiguous()
+    query, reach, at = query.contiguous(), reach.contiguous(), at.contiguous()
+    _C.largest_products(query, reach, key, at, lowest, found)
+    return found
+
+
+def largest_products_in_torch(
+    query: Tensor, reach: Tensor, key: Tensor, at: Tensor, lowest: float
+) -> Tensor:
+    """The same by torch's own operators, on any device: rows are copied, all products written."""
+    batch, lists = query.shape[:2]
+    rows = Rows(key)
+    item = torch.arange(batch, device=at.device)[:, None, None, None]
+    head = torch.arange(lists, device=at.device) // (lists // rows.heads)
+    at = at.clamp(0, rows.tokens - 1)
+    found = exact(rows(item, at, head[:, None, None]))
+    products = query @ found.transpose(-1, -2)  # [B, lists, rows, samples, places]
+    products.masked_fill_(at.unsqueeze(3) > reach[..., None], lowest)
+    return products.amax(3).nan_to_num(lowest, torch.inf, lowest).clamp(min=lowest)
+
+
+LIBRARY.impl("largest_products", _cpu, "CPU")
+LIBRARY.impl("largest_products", largest_products_in_torch, "CUDA")
+torch.library.register_fake("attnext::largest_products", _fake, lib=LIBRARY)
+
+largest_products = torch.ops.attnext.largest_products
