@@ -3,6 +3,7 @@
 
 import itertools
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -268,6 +269,23 @@ def test_merge_of_parts_is_the_whole(ops):
         grads(merged, leaves, cotangents), grads(whole, leaves, cotangents), strict=True
     ):
         close(a, b)
+
+
+def test_without_keys_the_gradient_of_the_bias_is_zero(kernels):
+    """In a thread that has run nothing before: its scratch is not there yet."""
+
+    def run():
+        leaves = [x.requires_grad_() for x in inputs(5, 11, keys=(5, 0))]
+        bias = normal(4, 1, 1).requires_grad_()
+        out = kernels.neighborhood_attention(*leaves, (1, (0, 0)), bias=bias)
+        return out, torch.autograd.grad(out.sum(), [*leaves, bias])
+
+    for _ in range(5):
+        junk = [torch.full((16,), math.nan, dtype=F64) for _ in range(100)]
+        del junk  # what the kernel allocates may hold it now
+        with ThreadPoolExecutor(1) as fresh:
+            out, gradients = fresh.submit(run).result()
+        assert not out.any() and not any(g.any() for g in gradients)
 
 
 def test_merge_with_rows_that_saw_nothing(ops):

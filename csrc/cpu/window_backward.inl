@@ -51,7 +51,7 @@ class WindowBackward : public TileBackward<T, Boxes> {
         }
       }
     }
-    if (dbias) fold_bias(p, plan, dbias, dtable);
+    if (p.dbias) fold_bias(p, plan, dbias, dtable);  // without keys, from nothing
   }
 
   // ---- bias tables -----------------------------------------------------------------------------
