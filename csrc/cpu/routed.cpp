@@ -259,6 +259,13 @@ void routed_backward(const RoutedParams& r) {
   const Memory sinks = allocate(p.dsink_logits ? heads * parts * group * acc : 0);
   if (p.dsink_logits) std::fill_n(sinks.get(), heads * parts * group * acc, 0);
 
+  // Where a part begins: tiles that add to the biases of one list are in the same.
+  const auto begin_of = [&](int64_t part) {
+    int64_t t = per_head * part / parts;
+    if (!r.dentry_bias || t == 0) return t;
+    while (t < per_head && tiles.work[t].range.first == tiles.work[t - 1].range.first) ++t;
+    return t;
+  };
   const auto run_part = [&](int64_t head, int64_t part, char* rows) {
     std::fill_n(rows, rows_bytes, 0);
     const int64_t b = head / p.kv_heads, kv = head % p.kv_heads;
@@ -269,7 +276,7 @@ void routed_backward(const RoutedParams& r) {
     }
     void* memory = thread_buffer(0, scratch);
     void* resting = thread_buffer(1, states);
-    for (int64_t t = per_head * part / parts; t < per_head * (part + 1) / parts; ++t) {
+    for (int64_t t = begin_of(part); t < begin_of(part + 1); ++t) {
       char* dsink = nullptr;
       if (p.dsink_logits) {
         dsink = sinks.get() + ((head * parts + part) * group + tiles.work[t].range.head) * acc;

@@ -114,6 +114,7 @@ void run(const Problem& c, DType type, const std::string& name, unsigned seed) {
   cpu::routed_forward(r);
   cpu::routed_backward(r);
   const std::vector<char> once[] = {out.data, lse.data, dquery.data, dkey.data, dvalue.data};
+  const std::vector<char> dbias_once = dbias;
   omp_set_num_threads(3);
   cpu::routed_forward(r);
   cpu::routed_backward(r);
@@ -123,6 +124,7 @@ void run(const Problem& c, DType type, const std::string& name, unsigned seed) {
     expect(once[i] == results[i]->data, name + ": threads change result " + std::to_string(i));
     expect(results[i]->padding_is_intact(), name + ": padding of result " + std::to_string(i));
   }
+  expect(dbias == dbias_once, name + ": threads change the gradient of the biases");
 
   std::vector<double> o(out.rows() * c.dim_v), l(lse.rows()), dq(dquery.rows() * c.dim);
   std::vector<double> dk(dkey.rows() * c.dim), dv(dvalue.rows() * c.dim_v), dbias_want(r.entries);
@@ -277,6 +279,9 @@ int main(int argc, char** argv) {
   add({2, 1, 8, 8, 1, 1500, 1, 64, 20});
   add({4, 2, 16, 9, 300, 310, 1, 40, 3}).causal = true;
   add({2, 2, 8, 8, 200, 260, 2, 3, 9}).sink_logits = true;
+  // Several tiles, and heads, add to the biases of a list.
+  add({2, 2, 8, 8, 700, 63, 300, 1, 21}).bias = true;
+  add({3, 1, 8, 8, 250, 63, 50, 1, 21}).bias = true;
   Problem& few = add({3, 1, 12, 5, 150, 333, 1, 1, 4});
   few.spans = true;
   few.within = 200;
