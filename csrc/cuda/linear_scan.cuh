@@ -28,6 +28,10 @@ struct Scan {
   static constexpr bool kGated = kKind != ScanKind::kPlain, kDelta = kKind == ScanKind::kDelta;
   static constexpr bool kDeltaBack = kKind == ScanKind::kDeltaBack;
   static constexpr bool kFolded = S::kFolded;
+  // Gradients that go back through features, or decays: Taylor's fold, and have none of decays.
+  static constexpr bool kPullsBack = kKind == ScanKind::kGated;
+  static constexpr bool kHasFurther = kPullsBack || kFolded;
+  static constexpr bool kHasSums = !kFolded && !kDelta && !kDeltaBack;
   static constexpr bool kIsWide = is_wide(kKind);
   static constexpr int kEntries = kTaylorEntries, kEntryWidth = S::kEntryWidth;
   using P = Products<T>;
@@ -104,50 +108,54 @@ struct Scan {
     return reinterpret_cast<Totals*>(memory + S::kTotalsAt)[buffer];
   }
   ATTNEXT_DEVICE float* shared_z() const { return reinterpret_cast<float*>(memory + S::kZAt); }
+  // Of Taylor features in a tensor of states, while the sums are not there.
+  ATTNEXT_DEVICE int* places() const { return reinterpret_cast<int*>(memory + S::kZAt); }
   ATTNEXT_DEVICE float* units() const { return reinterpret_cast<float*>(memory + S::kUnitsAt); }
 
   ATTNEXT_DEVICE void run() {
     locate();
     load_state();
-    if (skipped < chunks) {
-      copy_chunk_rows(skipped * kChunk, skipped % 2);
-      Next next;
-      if (notes()) look_at(skipped * kChunk, next), note(next, skipped % 2);
-      if (p.outputs) copy_state();
-    }
+    // The round before the first chunk only fetches it.
 #pragma unroll 1
-    for (int c = skipped; c < chunks; ++c) {
-      const int stage = c % 2;
-      const bool more = c + 1 < chunks;
-      wait_copies<0>();
-      map_chunk(c * kChunk, stage);
+    for (int c = skipped - 1; c < chunks; ++c) {
+      const int stage = c & 1;
+      const bool there = c >= skipped, more = c + 1 < chunks;
+      if (there) {
+        wait_copies<0>();
+        map_chunk(c * kChunk, stage);
+      }
       __syncthreads();  // rows, numbers and the copy of the state are there
       Next next;
       if (more) {
         copy_chunk_rows((c + 1) * kChunk, stage ^ 1);
         if (notes()) look_at((c + 1) * kChunk, next);
       }
-      if constexpr (kExpanded) {
-        expand(c * kChunk, stage);
-        __syncthreads();
-      }
-      if constexpr (kDelta) replace_values(c * kChunk, stage);
-      if constexpr (kFolded) {
-        expand_slice(c * kChunk, stage);
-        __syncthreads();
-      }
-      if (p.outputs && !solves()) attend(c * kChunk, stage);
-      const bool sums = p.sums && (more || p.after || (kGated && p.boundaries));
-      if (kGated && p.meetings) meet(c);
-      if (sums && !kDeltaBack) add_chunk(stage);
-      if (kGated && p.boundaries && !p.meetings) leave(c);
-      if (sums && p.outputs) {
-        __syncthreads();  // the copy of the state has been read
-        if (more) copy_state();
-      }
+      const bool copies = there ? walk_over(c, stage, more) : p.outputs;
+      if (more && copies) copy_state();
       if (more && notes()) note(next, stage ^ 1);
     }
     store_state();
+  }
+
+  // Whether the copy of the state is to be made again.
+  ATTNEXT_DEVICE bool walk_over(int c, int stage, bool more) {
+    if constexpr (kExpanded) {
+      expand(c * kChunk, stage);
+      __syncthreads();
+    }
+    if constexpr (kDelta) replace_values(c * kChunk, stage);
+    if constexpr (kFolded) {
+      expand_slice(c * kChunk, stage);
+      __syncthreads();
+    }
+    if (p.outputs && !solves()) attend(c * kChunk, stage);
+    const bool sums = p.sums && (more || p.after || leaves());
+    if (leaves() && p.meetings) meet(c);
+    if (sums && !kDeltaBack) add_chunk(stage);
+    if (leaves() && !p.meetings) leave(c);
+    if (!sums || !p.outputs) return false;
+    __syncthreads();  // the copy of the state has been read
+    return true;
   }
 
   ATTNEXT_DEVICE void locate() {
@@ -173,19 +181,24 @@ struct Scan {
   }
 
   ATTNEXT_DEVICE bool decays() const { return kGated && p.decay.data; }
-  ATTNEXT_DEVICE bool is_further() const { return kGated && p.extension == Extension::kFeature; }
+  ATTNEXT_DEVICE bool is_further() const {
+    return kHasFurther && p.extension == Extension::kFeature;
+  }
+  ATTNEXT_DEVICE bool has_sums() const { return kHasSums && p.extension == Extension::kColumn; }
+  ATTNEXT_DEVICE bool leaves() const { return kPullsBack && p.boundaries; }
   // The delta rule's values are all that is wanted.
   ATTNEXT_DEVICE bool solves() const { return kDelta && p.written.rows.data; }
   ATTNEXT_DEVICE bool is_token(int row) const { return row < count && first + row >= 0; }
 
   // ---- rows ------------------------------------------------------------------------------------
 
-  template <int kD, class Visit>
+  // visit(row, chunk) for a thread's chunks of a tile.
+  template <int kD, bool kUnrolled, class Visit>
   ATTNEXT_DEVICE void each_chunk(Visit visit) const {
     constexpr int kChunks = Layout<T, kD>::kChunks, kAtOnce = kThreads / kChunks;
     static_assert(kThreads % kChunks == 0 && kChunk % kAtOnce == 0, "uneven");
     const int row0 = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
-#pragma unroll
+#pragma unroll(kUnrolled ? kChunk / kAtOnce : 1)
     for (int i = 0; i < kChunk / kAtOnce; ++i) visit(row0 + i * kAtOnce, chunk);
   }
   // Where a chunk's first row starts, from a column on.
@@ -204,12 +217,12 @@ struct Scan {
       const char* from = reinterpret_cast<const char*>(start) +
                          threadIdx.x / Layout<T, kD>::kChunks * step +
                          threadIdx.x % Layout<T, kD>::kChunks * 16;
-      each_chunk<kD>([&](int row, int chunk) {
+      each_chunk<kD, true>([&](int row, int chunk) {
         copy_chunk_async(to + Layout<T, kD>::at(row, chunk), from);
         from += kAtOnce * step;
       });
     } else {
-      each_chunk<kD>([&](int row, int chunk) {
+      each_chunk<kD, false>([&](int row, int chunk) {
         const int bytes = is_token(at + row) ? min(max(row_bytes - chunk * 16, 0), 16) : 0;
         copy_chunk<T>(to + Layout<T, kD>::at(row, chunk), bytes > 0 ? start + row * step : 0,
                       chunk * 16, bytes, x.aligned);
@@ -235,7 +248,7 @@ struct Scan {
   ATTNEXT_DEVICE void map_rows(const ScanRows& x, int at, int column, uint32_t tile_at) const {
     if (x.map == FeatureMap::kIdentity) return;
     constexpr int kElems = Layout<T, kD>::kElems;
-    each_chunk<kD>([&](int row, int chunk) {
+    each_chunk<kD, false>([&](int row, int chunk) {
       if (!is_token(at + row)) return;  // rows of zeros stay
       const uint32_t where = tile_at + Layout<T, kD>::at(row, chunk);
       const uint4 whole = load_shared(where);
@@ -257,7 +270,9 @@ struct Scan {
     if (p.outputs && !solves()) map_rows<kRaw>(p.a, at, 0, tile(stage, 0));
     if (p.sums) {
       map_rows<kRaw>(p.b, at, 0, tile(stage, 1));
-      map_rows<kColumns>(p.c, at, slice * kColumns, tile(stage, 2));
+      if constexpr (kPullsBack) {  // only gradients have features there
+        map_rows<kColumns>(p.c, at, slice * kColumns, tile(stage, 2));
+      }
     }
   }
 
@@ -280,7 +295,7 @@ struct Scan {
     if constexpr (kExpanded && kIsWide) {
       return wide_place(part * kDim + f, p.b.dim);
     } else if constexpr (kExpanded) {
-      return place_of_feature(f, p.b.dim);
+      return places()[f];
     } else {
       return f < p.b.dim ? f : -1;
     }
@@ -334,6 +349,7 @@ struct Scan {
   // A product with a masked score of 0 takes over a value that is not finite. Where there are such
   // values in a warp's own rows, it adds these up one by one.
   ATTNEXT_DEVICE bool are_own_rows_finite(int stage) const;
+  ATTNEXT_DEVICE void find_own(const float (&scores)[kChunk / 8][4], float (&own)[2][4]) const;
   ATTNEXT_DEVICE void add_own_rows(int stage, const float (&scores)[kChunk / 8][4],
                                    float (&out)[kColumns / 8][4]) const;
 
@@ -370,14 +386,14 @@ struct Scan {
     for (int panel = 0; panel < S::kPanels; ++panel) {
       if constexpr (kExpanded) rows.load(features(stage, 0, panel), warp * 16);
       add_product<T, kPanel, 1, kColumns, kKept>(out, rows, wide, state_tile(panel));
-      if (p.extension == Extension::kColumn) add_products_with_z(rows, panel * kPanel, by_z);
+      if (has_sums()) add_products_with_z(rows, panel * kPanel, by_z);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float by = kScaledLate ? p.outer_scale : p.scale;
       if (decays()) by *= power(mine[half].decay);
       factor[0][half] = kScaledLate ? p.scale * p.inner_scale : mine[half].factor * unit;
-      if (p.extension == Extension::kColumn) {
+      if (has_sums()) {
         const float total = quad_sum(fmaf(by, by_z[half], sum[half]));
         const float late = kScaledLate ? factor[0][half] : 1.f;
         const int row = at + warp * 16 + half * 8 + g;
@@ -468,7 +484,7 @@ struct Scan {
 
   ATTNEXT_DEVICE void finish(int at, int stage, float (&out)[1][kColumns / 8][4],
                              float (&factor)[1][2]) {
-    if (kGated && p.raw.rows.data) {
+    if (kPullsBack && p.raw.rows.data) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         pull_back(at + warp * 16 + half * 8 + g, half, factor[0][half], out[0]);
@@ -476,7 +492,7 @@ struct Scan {
       }
     }
     const int dim = p.out.dim - slice * kColumns;
-    if (kGated && p.out_fp32) {
+    if ((kPullsBack || kExpanded) && p.out_fp32) {
       ScanRows to = p.out;
       if constexpr (kIsWide) {
         to.rows.data = static_cast<float*>(to.rows.data) +
@@ -567,18 +583,22 @@ struct Scan {
   // visit(n, e, offset of the number in a tensor of states) for the lane's real numbers of S.
   template <class Visit>
   ATTNEXT_DEVICE void each_state(Visit visit) const {
+    int64_t columns[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int column = state_column(slice * kColumns + warp * 16 + half * 8 + g);
-      if (column < 0) continue;
+      columns[half] = column < 0 ? -1 : column * p.column_stride;
+    }
 #pragma unroll
-      for (int n = 0; n < kDim / 8; ++n) {
+    for (int n = 0; n < kDim / 8; ++n) {
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int row = state_row(n * 8 + 2 * t + e);
-          if (row >= 0) {
-            visit(n, 2 * half + e, row * p.row_stride + column * p.column_stride);
-          }
+      for (int e = 0; e < 2; ++e) {
+        const int row = state_row(n * 8 + 2 * t + e);
+        if (row < 0) continue;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if (columns[half] < 0) continue;
+          visit(n, 2 * half + e, row * p.row_stride + columns[half]);
         }
       }
     }
@@ -588,6 +608,7 @@ struct Scan {
     return (which * p.heads + head) * p.state_size;
   }
 
+  ATTNEXT_DEVICE void find_places() const;
   ATTNEXT_DEVICE void load_state();
   ATTNEXT_DEVICE void store_state() const;
 };
