@@ -118,7 +118,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::solve(
 #pragma unroll 1
   for (int w = 0; w < kWarps; ++w) {
     if (warp == w) {
-      accumulate<T, kColumns, kColumns, 1, kChunk>(u, by_key, narrow, tile(stage, 2), 0, w * 16);
+      accumulate_finely<T, kColumns, kChunk>(u, by_key, narrow, tile(stage, 2), w * 16);
       substitute(own[0], own[1], u[0]);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -142,7 +142,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::substitute(
     const float (&low)[4], const float (&high)[4], float (&u)[kColumns / 8][4]) const {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const float(&weights)[4] = half ? high : low;
+    const float (&weights)[4] = half ? high : low;
 #pragma unroll 1
     for (int pair = 0; pair < 4; ++pair) {
 #pragma unroll

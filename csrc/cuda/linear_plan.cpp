@@ -95,7 +95,8 @@ class Plan {
 
   ScanRows rows_of(const TensorRef& t, int64_t heads, int64_t dim,
                    FeatureMap map = FeatureMap::kIdentity) const {
-    return {t, static_cast<int32_t>(p.heads / heads), static_cast<int32_t>(dim), map, aligned(t)};
+    return {t, static_cast<int32_t>(p.heads / heads), static_cast<int32_t>(dim), map, aligned(t),
+            0};
   }
   ScanRows query() const { return rows_of(p.query, p.query_heads, p.head_dim, p.feature_map); }
   ScanRows key() const { return rows_of(p.key, p.key_heads, p.head_dim, p.feature_map); }
@@ -158,6 +159,9 @@ class Plan {
     const ScanFacts& scan = scan_of(p.dtype, l.b.dim, kind);
     l.slices = static_cast<int32_t>(l.folds ? fold_slices() : slices(l.c.dim));
     l.outer_scale = 1 / l.inner_scale;
+    for (ScanRows* x : {&l.a, &l.b, &l.c, &l.raw}) {
+      x->step = l.backwards ? -x->rows.token[2] : x->rows.token[2];
+    }
     l.parts = kind == ScanKind::kTaylorWide ? static_cast<int32_t>(parts()) : 1;
     const int64_t blocks = p.num_sequences * p.heads * segments_ * l.slices * l.parts;
     add(scan.name, blocks, 32 * scan.warps, scan.shared_bytes, l);
@@ -223,8 +227,12 @@ class Plan {
     if (!wide() || l.folds) return add_scan(l);
     // In parts, which are added up.
     LinearLaunch sum = l;
-    l.out = {rows_at(take(parts() * rows() * l.out.dim), l.out.dim), 1, l.out.dim,
-             FeatureMap::kIdentity, 0};
+    l.out = {rows_at(take(parts() * rows() * l.out.dim), l.out.dim),
+             1,
+             l.out.dim,
+             FeatureMap::kIdentity,
+             0,
+             0};
     l.out_fp32 = 1;
     if (l.extension == Extension::kColumn) l.part_sums = take(parts() * rows());
     add_scan(l);

@@ -66,7 +66,7 @@ struct Scan {
   WalkLanes<T, kColumns> narrow;
   WalkLanes<T, kEntryWidth> entries;  // fold: of raw and c
   Tokens tokens;
-  uint64_t next_a, next_b, next_c, next_raw;  // addresses of the chunk that is copied next
+  uint64_t next_a, next_b, next_c, next_raw;  // the thread's places in what is copied next
   int64_t sequence;
   int32_t head, segment, slice, part = 0;
   int32_t first, count;      // of the segment's tokens, the first perhaps before the sequence
@@ -130,15 +130,14 @@ struct Scan {
         copy_chunk_rows((c + 1) * kChunk, stage ^ 1);
         if (notes()) look_at((c + 1) * kChunk, next);
       }
-      const bool copies = there ? walk_over(c, stage, more) : p.outputs;
-      if (more && copies) copy_state();
+      if (there) walk_over(c, stage, more);
+      if (more && p.outputs && (p.sums || !there)) copy_state();
       if (more && notes()) note(next, stage ^ 1);
     }
     store_state();
   }
 
-  // Whether the copy of the state is to be made again.
-  ATTNEXT_DEVICE bool walk_over(int c, int stage, bool more) {
+  ATTNEXT_DEVICE void walk_over(int c, int stage, bool more) {
     if constexpr (kExpanded) {
       expand(c * kChunk, stage);
       __syncthreads();
@@ -153,9 +152,7 @@ struct Scan {
     if (leaves() && p.meetings) meet(c);
     if (sums && !kDeltaBack) add_chunk(stage);
     if (leaves() && !p.meetings) leave(c);
-    if (!sums || !p.outputs) return false;
-    __syncthreads();  // the copy of the state has been read
-    return true;
+    if (sums && p.outputs) __syncthreads();  // the copy of the state has been read
   }
 
   ATTNEXT_DEVICE void locate() {
@@ -173,10 +170,14 @@ struct Scan {
     first = static_cast<int32_t>(from);
     count = static_cast<int32_t>(max(min(from + p.segment, tokens.count()) - from, int64_t(0)));
     skipped = max(-first, 0) / kChunk;
-    next_a = row_at(p.a, skipped * kChunk, 0);
-    next_b = row_at(p.b, skipped * kChunk, 0);
-    next_c = row_at(p.c, skipped * kChunk, kFolded ? 0 : slice * kColumns);
-    if constexpr (kFolded) next_raw = row_at(p.raw, skipped * kChunk, 0);
+    next_a = place_in<kRaw>(p.a, 0);
+    next_b = place_in<kRaw>(p.b, 0);
+    if constexpr (kFolded) {
+      next_c = place_in<kEntryWidth>(p.c, 0);
+      next_raw = place_in<kEntryWidth>(p.raw, 0);
+    } else {
+      next_c = place_in<kColumns>(p.c, slice * kColumns);
+    }
     chunks = (count + kChunk - 1) / kChunk;
   }
 
@@ -192,53 +193,60 @@ struct Scan {
 
   // ---- rows ------------------------------------------------------------------------------------
 
-  // visit(row, chunk) for a thread's chunks of a tile.
+  // visit(row, chunk, place in the tile) for a thread's chunks of a tile.
   template <int kD, bool kUnrolled, class Visit>
   ATTNEXT_DEVICE void each_chunk(Visit visit) const {
-    constexpr int kChunks = Layout<T, kD>::kChunks, kAtOnce = kThreads / kChunks;
-    static_assert(kThreads % kChunks == 0 && kChunk % kAtOnce == 0, "uneven");
-    const int row0 = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+    using L = Layout<T, kD>;
+    constexpr int kAtOnce = kThreads / L::kChunks;
+    static_assert(kThreads % L::kChunks == 0 && kChunk % kAtOnce == 0, "uneven");
+    const int row0 = threadIdx.x / L::kChunks, chunk = threadIdx.x % L::kChunks;
 #pragma unroll(kUnrolled ? kChunk / kAtOnce : 1)
-    for (int i = 0; i < kChunk / kAtOnce; ++i) visit(row0 + i * kAtOnce, chunk);
+    for (int i = 0; i < kChunk / kAtOnce; ++i) {
+      const int row = row0 + i * kAtOnce;
+      visit(row, chunk, L::at(row, chunk));
+    }
   }
-  // Where a chunk's first row starts, from a column on.
-  ATTNEXT_DEVICE uint64_t row_at(const ScanRows& x, int at, int column) const {
-    const int64_t offset = tokens.offset(x.rows, x.group, first + at) + column;
-    return reinterpret_cast<uint64_t>(static_cast<const T*>(x.rows.data) + offset);
+  // What the thread copies first of the first chunk, from a column on.
+  template <int kD>
+  ATTNEXT_DEVICE uint64_t place_in(const ScanRows& x, int column) const {
+    using L = Layout<T, kD>;
+    const int row = threadIdx.x / L::kChunks, chunk = threadIdx.x % L::kChunks;
+    const int64_t offset = tokens.offset(x.rows, x.group, first + skipped * kChunk + row) + column;
+    return reinterpret_cast<uint64_t>(static_cast<const T*>(x.rows.data) + offset) + chunk * 16;
   }
   // Copies it, and goes on to the next one. `whole`: all its rows are tokens'.
   template <int kD>
   ATTNEXT_DEVICE void copy_rows_of(const ScanRows& x, uint64_t& start, int at, bool whole,
                                    int column, uint32_t to) const {
     constexpr int kBytes = sizeof(T), kAtOnce = kThreads / Layout<T, kD>::kChunks;
-    const int64_t step = tokens.step(x.rows) * kBytes;
+    const int64_t step = x.step * (kAtOnce * kBytes);
     const int row_bytes = (x.dim - column) * kBytes;
     if (whole && x.aligned && row_bytes >= Layout<T, kD>::kRowBytes) {
-      const char* from = reinterpret_cast<const char*>(start) +
-                         threadIdx.x / Layout<T, kD>::kChunks * step +
-                         threadIdx.x % Layout<T, kD>::kChunks * 16;
-      each_chunk<kD, true>([&](int row, int chunk) {
-        copy_chunk_async(to + Layout<T, kD>::at(row, chunk), from);
-        from += kAtOnce * step;
+      each_chunk<kD, true>([&](int, int, uint32_t place) {
+        copy_chunk_async(to + place, reinterpret_cast<const void*>(start));
+        start += step;
       });
     } else {
-      each_chunk<kD, false>([&](int row, int chunk) {
+      each_chunk<kD, false>([&](int row, int chunk, uint32_t place) {
         const int bytes = is_token(at + row) ? min(max(row_bytes - chunk * 16, 0), 16) : 0;
-        copy_chunk<T>(to + Layout<T, kD>::at(row, chunk), bytes > 0 ? start + row * step : 0,
-                      chunk * 16, bytes, x.aligned);
+        copy_chunk<T>(to + place, bytes > 0 ? start : 0, 0, bytes, x.aligned);
+        start += step;
       });
     }
-    start += kChunk * step;
   }
   ATTNEXT_DEVICE void copy_chunk_rows(int at, int stage) {
-    const bool whole = is_token(at) && is_token(at + kChunk - 1);
+    const bool whole = first + at >= 0 && at + kChunk <= count;
     if (p.outputs && !solves()) copy_rows_of<kRaw>(p.a, next_a, at, whole, 0, tile(stage, 0));
-    if (p.sums) copy_rows_of<kRaw>(p.b, next_b, at, whole, 0, tile(stage, 1));
     if constexpr (kFolded) {
       copy_rows_of<kEntryWidth>(p.raw, next_raw, at, whole, 0, entries_tile(stage, 0));
-      if (p.sums) copy_rows_of<kEntryWidth>(p.c, next_c, at, whole, 0, entries_tile(stage, 1));
-    } else if (p.sums) {
-      copy_rows_of<kColumns>(p.c, next_c, at, whole, slice * kColumns, tile(stage, 2));
+    }
+    if (p.sums) {
+      copy_rows_of<kRaw>(p.b, next_b, at, whole, 0, tile(stage, 1));
+      if constexpr (kFolded) {
+        copy_rows_of<kEntryWidth>(p.c, next_c, at, whole, 0, entries_tile(stage, 1));
+      } else {
+        copy_rows_of<kColumns>(p.c, next_c, at, whole, slice * kColumns, tile(stage, 2));
+      }
     }
     commit_copies();
   }
@@ -248,9 +256,9 @@ struct Scan {
   ATTNEXT_DEVICE void map_rows(const ScanRows& x, int at, int column, uint32_t tile_at) const {
     if (x.map == FeatureMap::kIdentity) return;
     constexpr int kElems = Layout<T, kD>::kElems;
-    each_chunk<kD, false>([&](int row, int chunk) {
+    each_chunk<kD, false>([&](int row, int chunk, uint32_t place) {
       if (!is_token(at + row)) return;  // rows of zeros stay
-      const uint32_t where = tile_at + Layout<T, kD>::at(row, chunk);
+      const uint32_t where = tile_at + place;
       const uint4 whole = load_shared(where);
       T elems[kElems];
       memcpy(elems, &whole, 16);
@@ -423,8 +431,12 @@ struct Scan {
     }
     if (is_within()) {
       const bool apart = !are_own_rows_finite(stage);
-      accumulate<T, kColumns, kColumns, 1, kChunk>(out, scores, narrow, tile(stage, 2), 0,
-                                                   apart ? warp * 16 : walked);
+      const int here = apart ? warp * 16 : walked;
+      if constexpr (kGated) {
+        accumulate_finely<T, kColumns, kChunk>(out, scores, narrow, tile(stage, 2), here);
+      } else {
+        accumulate<T, kColumns, kColumns, 1, kChunk>(out, scores, narrow, tile(stage, 2), 0, here);
+      }
       if (apart) add_own_rows(stage, scores[0], out[0]);
     }
     if constexpr (kDeltaBack) {

@@ -52,6 +52,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::add_products(int stage, i
       z[0][half] = fmaf(z[0][half], kept, quad_sum(more[half]) * unit);
     }
   }
+  if (has_sums()) add_sums(stage, operand, w, kept, unit);
 #pragma unroll
   for (int n = 0; n < kDim / 16; ++n) {
     float part[2][4] = {};
@@ -71,7 +72,6 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::add_products(int stage, i
       }
     }
   }
-  if (has_sums()) add_sums(stage, operand, w, kept, unit);
 }
 
 // To the normaliser's: of some of the features by each warp, weighted.
