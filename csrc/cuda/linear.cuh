@@ -125,6 +125,43 @@ ATTNEXT_DEVICE void walked_product(float (&s)[1][kWalk / 8][4],
   }
 }
 
+// out += weights x the columns of the walk, as accumulate; weights of 16 bits are two numbers each,
+// the second of which is what the first, rounded, lacks.
+template <class T, int kDim, int kWalk>
+ATTNEXT_DEVICE void accumulate_finely(float (&out)[1][kDim / 8][4],
+                                      const float (&weights)[1][kWalk / 8][4],
+                                      const WalkLanes<T, kDim>& lanes, uint32_t walk_tile,
+                                      int walked) {
+  using P = Products<T>;
+  if constexpr (sizeof(T) == 4) {
+    accumulate<T, kDim, kDim, 1, kWalk>(out, weights, lanes, walk_tile, 0, walked);
+  } else {
+    const uint32_t at = walk_tile + lanes.transposed;
+#pragma unroll
+    for (int k = 0; k < kWalk / 16; ++k) {
+      if (k * 16 >= walked) break;
+      const auto high = P::round(&weights[0][2 * k]);
+      float rest[2][4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float x, y;
+        unpack<T>(high.x[i], x, y);
+        const float (&of)[4] = weights[0][2 * k + i / 2];
+        rest[i / 2][i % 2 * 2] = of[i % 2 * 2] - x;
+        rest[i / 2][i % 2 * 2 + 1] = of[i % 2 * 2 + 1] - y;
+      }
+      const auto low = P::round(rest);
+#pragma unroll
+      for (int d = 0; d < kDim / 16; ++d) {
+        const auto b =
+            P::template load_right_transposed<kDim>(at, k * 16, d * 16 / Layout<T, kDim>::kElems);
+        P::multiply(out[0][2 * d], out[0][2 * d + 1], low, b);
+        P::multiply(out[0][2 * d], out[0][2 * d + 1], high, b);
+      }
+    }
+  }
+}
+
 // ---- numbers -----------------------------------------------------------------------------------
 
 // 2^x with nothing beyond the largest power; NaN stays.
@@ -195,9 +232,6 @@ struct Tokens {
     const auto h = static_cast<uint32_t>(head);  // 32 bits are enough, and divided quickly
     return batch * t.batch + (group > 1 ? h / static_cast<uint32_t>(group) : h) * t.head +
            token(position) * t.token[2];
-  }
-  ATTNEXT_DEVICE int64_t step(const TensorRef& t) const {
-    return backwards ? -t.token[2] : t.token[2];
   }
   // In what has one number for each [batch, tokens, heads].
   ATTNEXT_DEVICE int64_t index(const LinearLaunch& p, int64_t position) const {

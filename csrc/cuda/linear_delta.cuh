@@ -113,11 +113,13 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::find_key_products(
 // substitution, in fp32. Times beta, it takes its place in the tile of c.
 ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::solve(
     int stage, const float (&by_key)[1][kChunk / 8][4], float (&u)[1][kColumns / 8][4]) const {
-#pragma unroll
+  float own[2][4];
+  find_own(by_key[0], own);
+#pragma unroll 1
   for (int w = 0; w < kWarps; ++w) {
     if (warp == w) {
-      accumulate<T, kColumns, kColumns, 1, kChunk>(u, by_key, narrow, tile(stage, 2), 0, w * 16);
-      substitute(by_key[0][2 * w], by_key[0][2 * w + 1], u[0]);
+      accumulate_finely<T, kColumns, kChunk>(u, by_key, narrow, tile(stage, 2), w * 16);
+      substitute(own[0], own[1], u[0]);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float beta = beta_of(stage, half);
@@ -139,17 +141,25 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::solve(
 ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::substitute(
     const float (&low)[4], const float (&high)[4], float (&u)[kColumns / 8][4]) const {
 #pragma unroll
-  for (int j = 0; j < 15; ++j) {
-    const int from = lane / 4 * 4 + j % 8 / 2, row = j % 8 * 4 + t;
-    const float above = __shfl_sync(~0u, j < 8 ? low[j % 2] : high[j % 2], from);
-    const float below = __shfl_sync(~0u, j < 8 ? low[2 + j % 2] : high[2 + j % 2], from);
+  for (int half = 0; half < 2; ++half) {
+    const float (&weights)[4] = half ? high : low;
+#pragma unroll 1
+    for (int pair = 0; pair < 4; ++pair) {
 #pragma unroll
-    for (int n = 0; n < kColumns / 8; ++n) {
+      for (int odd = 0; odd < 2; ++odd) {
+        const int j = 2 * pair + odd;  // of the half
+        const float above = __shfl_sync(~0u, weights[odd], lane / 4 * 4 + pair);
+        const float below = __shfl_sync(~0u, weights[2 + odd], lane / 4 * 4 + pair);
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float x = __shfl_sync(~0u, u[n][j / 8 * 2 + e], row);
-        if (j < g) u[n][e] = fmaf(above, x, u[n][e]);  // also where x is not finite
-        if (j < g + 8) u[n][2 + e] = fmaf(below, x, u[n][2 + e]);
+        for (int n = 0; n < kColumns / 8; ++n) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const float x = __shfl_sync(~0u, u[n][half * 2 + e], j * 4 + t);
+            // Also where x is not finite.
+            if (half == 0 && j < g) u[n][e] = fmaf(above, x, u[n][e]);
+            if (half == 0 || j < g) u[n][2 + e] = fmaf(below, x, u[n][2 + e]);
+          }
+        }
       }
     }
   }

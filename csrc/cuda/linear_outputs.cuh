@@ -15,7 +15,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::finish_scores(float (&sco
                                                                      int walked,
                                                                      float (&sum)[2]) const {
   const float scale = p.scale * p.inner_scale;
-  const int own = warp * 16 + g - (kGated && p.strict ? 1 : 0);
+  const int own = warp * 16 + g - (kPullsBack && p.strict ? 1 : 0);
 #pragma unroll
   for (int n = 0; n < kChunk / 8; ++n) {
     if (n * 8 >= walked) break;
@@ -92,10 +92,9 @@ ATTNEXT_SCAN_MEMBER bool Scan<T, kDim, kWarps, kKind>::are_own_rows_finite(int s
   return !__any_sync(~0u, sum != 0.f);
 }
 
-// The warp's own rows of a chunk: each value counts only where the mask lets it.
-ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::add_own_rows(
-    int stage, const float (&scores)[kChunk / 8][4], float (&out)[kColumns / 8][4]) const {
-  float own[2][4];
+// Scores of the warp's own rows with each other.
+ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::find_own(
+    const float (&scores)[kChunk / 8][4], float (&own)[2][4]) const {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -109,24 +108,29 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::add_own_rows(
       own[half][e] = x;
     }
   }
-  const int last = g - (kGated && p.strict ? 1 : 0);
+}
+
+// The warp's own rows of a chunk: each value counts only where the mask lets it.
+ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::add_own_rows(
+    int stage, const float (&scores)[kChunk / 8][4], float (&out)[kColumns / 8][4]) const {
+  float own[2][4];
+  find_own(scores, own);
+  const int last = g - (kPullsBack && p.strict ? 1 : 0);
 #pragma unroll 1
-  for (int from = 0; from < 4; ++from) {
+  for (int j = 0; j < 16; ++j) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int j = i / 2 * 8 + 2 * from + i % 2;
+    for (int half = 0; half < 2; ++half) {
+      const float low = j < 8 ? own[0][2 * half] : own[1][2 * half];
+      const float high = j < 8 ? own[0][2 * half + 1] : own[1][2 * half + 1];
+      const float score = __shfl_sync(~0u, j % 2 ? high : low, lane / 4 * 4 + j % 8 / 2);
+      const float weight = Number<T>::widen(Number<T>::narrow(score));
+      if (j > last + half * 8) continue;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float score = __shfl_sync(~0u, own[i / 2][2 * half + i % 2], lane / 4 * 4 + from);
-        const float weight = Number<T>::widen(Number<T>::narrow(score));
-        if (j > last + half * 8) continue;
+      for (int n = 0; n < kColumns / 8; ++n) {
 #pragma unroll
-        for (int n = 0; n < kColumns / 8; ++n) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            float& x = out[n][2 * half + e];
-            x = fmaf(weight, Number<T>::widen(value(stage, warp * 16 + j, n * 8 + 2 * t + e)), x);
-          }
+        for (int e = 0; e < 2; ++e) {
+          float& x = out[n][2 * half + e];
+          x = fmaf(weight, Number<T>::widen(value(stage, warp * 16 + j, n * 8 + 2 * t + e)), x);
         }
       }
     }

@@ -95,12 +95,20 @@ class Plan {
 
   ScanRows rows_of(const TensorRef& t, int64_t heads, int64_t dim,
                    FeatureMap map = FeatureMap::kIdentity) const {
-    return {t, static_cast<int32_t>(p.heads / heads), static_cast<int32_t>(dim), map, aligned(t)};
+    return {t, static_cast<int32_t>(p.heads / heads), static_cast<int32_t>(dim), map, aligned(t),
+            0};
   }
   ScanRows query() const { return rows_of(p.query, p.query_heads, p.head_dim, p.feature_map); }
   ScanRows key() const { return rows_of(p.key, p.key_heads, p.head_dim, p.feature_map); }
   ScanRows value() const { return rows_of(p.value, p.value_heads, p.head_dim_v); }
   ScanRows dout() const { return rows_of(p.dout, p.heads, p.head_dim_v); }
+
+  // Leaves `count` columns from `first` on, a multiple of 16 bytes.
+  void cut(ScanRows* x, int64_t first, int64_t count) const {
+    const int64_t elem = p.dtype == DType::kFloat32 ? 4 : 2;
+    x->rows.data = static_cast<char*>(x->rows.data) + first * elem;
+    x->dim = static_cast<int32_t>(std::min(count, x->dim - first));
+  }
 
   // What all launches share; `order`: that of processing, or its reverse.
   LinearLaunch start(bool against) const {
@@ -158,6 +166,9 @@ class Plan {
     const ScanFacts& scan = scan_of(p.dtype, l.b.dim, kind);
     l.slices = static_cast<int32_t>(l.folds ? fold_slices() : slices(l.c.dim));
     l.outer_scale = 1 / l.inner_scale;
+    for (ScanRows* x : {&l.a, &l.b, &l.c, &l.raw}) {
+      x->step = l.backwards ? -x->rows.token[2] : x->rows.token[2];
+    }
     l.parts = kind == ScanKind::kTaylorWide ? static_cast<int32_t>(parts()) : 1;
     const int64_t blocks = p.num_sequences * p.heads * segments_ * l.slices * l.parts;
     add(scan.name, blocks, 32 * scan.warps, scan.shared_bytes, l);
@@ -223,8 +234,12 @@ class Plan {
     if (!wide() || l.folds) return add_scan(l);
     // In parts, which are added up.
     LinearLaunch sum = l;
-    l.out = {rows_at(take(parts() * rows() * l.out.dim), l.out.dim), 1, l.out.dim,
-             FeatureMap::kIdentity, 0};
+    l.out = {rows_at(take(parts() * rows() * l.out.dim), l.out.dim),
+             1,
+             l.out.dim,
+             FeatureMap::kIdentity,
+             0,
+             0};
     l.out_fp32 = 1;
     if (l.extension == Extension::kColumn) l.part_sums = take(parts() * rows());
     add_scan(l);
@@ -408,10 +423,9 @@ void plan_delta_backward(Plan* plan) {
 void plan_backward(Plan* plan) {
   const LinearParams& p = plan->p;
   if (p.delta()) return plan_delta_backward(plan);
-  if (plan->taylor() && (p.ddecay.data || p.head_dim_v > 64)) {
+  if (plan->taylor() && p.ddecay.data) {
     throw std::invalid_argument(
-        "attnext: gradients of Taylor features on CUDA have a head_dim_v up "
-        "to 64, and none of the decay");
+        "attnext: gradients of Taylor features on CUDA have none of the decay");
   }
   float* numbers = nullptr;
   if (p.normalize) {
@@ -430,17 +444,30 @@ void plan_backward(Plan* plan) {
     l->numbers = numbers;
     l->scale = l->inner_scale = 1;  // in the factors
   };
-  float* folded = nullptr;
-  if (plan->taylor()) {
-    folded = plan->take(plan->fold_slices() * plan->rows() * plan->fold_width());
-  }
-  const auto fold = [&](LinearLaunch* l) {
-    l->folds = plan->taylor();
-    l->folded = folded;
-    l->width = static_cast<int32_t>(plan->fold_width());
-  };
-  const auto finish_fold = [&](const LinearLaunch& l) {
-    if (plan->taylor()) plan->add_fold(l, folded, plan->fold_slices(), plan->fold_width());
+  // The gradient of Taylor features is a sum over the columns of values, of which a scan has so
+  // many.
+  constexpr int64_t kFoldColumns = 64;
+  const int64_t folds = plan->taylor() ? ceil_div(p.head_dim_v, kFoldColumns) : 0;
+  const int64_t of_fold = plan->fold_slices() * plan->rows() * plan->fold_width();
+  float* const folded = folds > 0 ? plan->take(folds * of_fold) : nullptr;
+  // Outputs with columns of values in a and b, and states by these columns.
+  const auto add_by_columns = [&](const LinearLaunch& l, const Plan::States& from, float* after) {
+    if (folds == 0) return plan->add_outputs(l, from, after);
+    for (int64_t k = 0; k < folds; ++k) {
+      const int64_t first = k * kFoldColumns;
+      LinearLaunch part = l;
+      part.folds = true;
+      part.folded = folded + k * of_fold;
+      part.width = static_cast<int32_t>(plan->fold_width());
+      plan->cut(&part.a, first, kFoldColumns);
+      plan->cut(&part.b, first, kFoldColumns);
+      part.z_offset -= first;
+      if (k > 0) part.extension = Extension::kNone;  // it is a column by itself
+      Plan::States states = from;
+      if (states.before) states.before += first * l.row_stride;
+      plan->add_outputs(part, states, after ? after + first * l.row_stride : nullptr);
+    }
+    plan->add_fold(l, folded, folds * plan->fold_slices(), plan->fold_width());
   };
   const bool curved = p.feature_map != FeatureMap::kIdentity || p.ddecay.data;
   const OfDecay of_decay(plan, 1);
@@ -459,9 +486,7 @@ void plan_backward(Plan* plan) {
     if (curved) l.raw = plan->query();
     l.dots = of_decay.dots;
     l.boundaries = of_decay.boundaries;
-    fold(&l);
-    plan->add_outputs(l, states, nullptr);
-    finish_fold(l);
+    add_by_columns(l, states, nullptr);
   }
   auto* const dinitial = static_cast<float*>(p.dinitial_state);
   LinearLaunch l = plan->start(true);
@@ -484,9 +509,7 @@ void plan_backward(Plan* plan) {
   l.dots = of_decay.dots_key;
   l.boundaries = of_decay.boundaries;
   l.meetings = of_decay.meetings;
-  fold(&l);
-  plan->add_outputs(l, states, dinitial);
-  finish_fold(l);
+  add_by_columns(l, states, dinitial);
 
   of_decay.add(plan);
 }

@@ -26,6 +26,7 @@ struct ScanRows {
   int32_t group, dim;
   FeatureMap map;
   int32_t aligned;  // rows start at multiples of 16 bytes
+  int64_t step;     // elements to the next row in the order of a scan
 };
 
 // What a scan has beside the products of a and b with S.

@@ -28,6 +28,10 @@ struct Scan {
   static constexpr bool kGated = kKind != ScanKind::kPlain, kDelta = kKind == ScanKind::kDelta;
   static constexpr bool kDeltaBack = kKind == ScanKind::kDeltaBack;
   static constexpr bool kFolded = S::kFolded;
+  // Gradients that go back through features, or decays: Taylor's fold, and have none of decays.
+  static constexpr bool kPullsBack = kKind == ScanKind::kGated;
+  static constexpr bool kHasFurther = kPullsBack || kFolded;
+  static constexpr bool kHasSums = !kFolded && !kDelta && !kDeltaBack;
   static constexpr bool kIsWide = is_wide(kKind);
   static constexpr int kEntries = kTaylorEntries, kEntryWidth = S::kEntryWidth;
   using P = Products<T>;
@@ -62,7 +66,7 @@ struct Scan {
   WalkLanes<T, kColumns> narrow;
   WalkLanes<T, kEntryWidth> entries;  // fold: of raw and c
   Tokens tokens;
-  uint64_t next_a, next_b, next_c, next_raw;  // addresses of the chunk that is copied next
+  uint64_t next_a, next_b, next_c, next_raw;  // the thread's places in what is copied next
   int64_t sequence;
   int32_t head, segment, slice, part = 0;
   int32_t first, count;      // of the segment's tokens, the first perhaps before the sequence
@@ -104,50 +108,51 @@ struct Scan {
     return reinterpret_cast<Totals*>(memory + S::kTotalsAt)[buffer];
   }
   ATTNEXT_DEVICE float* shared_z() const { return reinterpret_cast<float*>(memory + S::kZAt); }
+  // Of Taylor features in a tensor of states, while the sums are not there.
+  ATTNEXT_DEVICE int* places() const { return reinterpret_cast<int*>(memory + S::kZAt); }
   ATTNEXT_DEVICE float* units() const { return reinterpret_cast<float*>(memory + S::kUnitsAt); }
 
   ATTNEXT_DEVICE void run() {
     locate();
     load_state();
-    if (skipped < chunks) {
-      copy_chunk_rows(skipped * kChunk, skipped % 2);
-      Next next;
-      if (notes()) look_at(skipped * kChunk, next), note(next, skipped % 2);
-      if (p.outputs) copy_state();
-    }
+    // The round before the first chunk only fetches it.
 #pragma unroll 1
-    for (int c = skipped; c < chunks; ++c) {
-      const int stage = c % 2;
-      const bool more = c + 1 < chunks;
-      wait_copies<0>();
-      map_chunk(c * kChunk, stage);
+    for (int c = skipped - 1; c < chunks; ++c) {
+      const int stage = c & 1;
+      const bool there = c >= skipped, more = c + 1 < chunks;
+      if (there) {
+        wait_copies<0>();
+        map_chunk(c * kChunk, stage);
+      }
       __syncthreads();  // rows, numbers and the copy of the state are there
       Next next;
       if (more) {
         copy_chunk_rows((c + 1) * kChunk, stage ^ 1);
         if (notes()) look_at((c + 1) * kChunk, next);
       }
-      if constexpr (kExpanded) {
-        expand(c * kChunk, stage);
-        __syncthreads();
-      }
-      if constexpr (kDelta) replace_values(c * kChunk, stage);
-      if constexpr (kFolded) {
-        expand_slice(c * kChunk, stage);
-        __syncthreads();
-      }
-      if (p.outputs && !solves()) attend(c * kChunk, stage);
-      const bool sums = p.sums && (more || p.after || (kGated && p.boundaries));
-      if (kGated && p.meetings) meet(c);
-      if (sums && !kDeltaBack) add_chunk(stage);
-      if (kGated && p.boundaries && !p.meetings) leave(c);
-      if (sums && p.outputs) {
-        __syncthreads();  // the copy of the state has been read
-        if (more) copy_state();
-      }
+      if (there) walk_over(c, stage, more);
+      if (more && p.outputs && (p.sums || !there)) copy_state();
       if (more && notes()) note(next, stage ^ 1);
     }
     store_state();
+  }
+
+  ATTNEXT_DEVICE void walk_over(int c, int stage, bool more) {
+    if constexpr (kExpanded) {
+      expand(c * kChunk, stage);
+      __syncthreads();
+    }
+    if constexpr (kDelta) replace_values(c * kChunk, stage);
+    if constexpr (kFolded) {
+      expand_slice(c * kChunk, stage);
+      __syncthreads();
+    }
+    if (p.outputs && !solves()) attend(c * kChunk, stage);
+    const bool sums = p.sums && (more || p.after || leaves());
+    if (leaves() && p.meetings) meet(c);
+    if (sums && !kDeltaBack) add_chunk(stage);
+    if (leaves() && !p.meetings) leave(c);
+    if (sums && p.outputs) __syncthreads();  // the copy of the state has been read
   }
 
   ATTNEXT_DEVICE void locate() {
@@ -165,67 +170,83 @@ struct Scan {
     first = static_cast<int32_t>(from);
     count = static_cast<int32_t>(max(min(from + p.segment, tokens.count()) - from, int64_t(0)));
     skipped = max(-first, 0) / kChunk;
-    next_a = row_at(p.a, skipped * kChunk, 0);
-    next_b = row_at(p.b, skipped * kChunk, 0);
-    next_c = row_at(p.c, skipped * kChunk, kFolded ? 0 : slice * kColumns);
-    if constexpr (kFolded) next_raw = row_at(p.raw, skipped * kChunk, 0);
+    next_a = place_in<kRaw>(p.a, 0);
+    next_b = place_in<kRaw>(p.b, 0);
+    if constexpr (kFolded) {
+      next_c = place_in<kEntryWidth>(p.c, 0);
+      next_raw = place_in<kEntryWidth>(p.raw, 0);
+    } else {
+      next_c = place_in<kColumns>(p.c, slice * kColumns);
+    }
     chunks = (count + kChunk - 1) / kChunk;
   }
 
   ATTNEXT_DEVICE bool decays() const { return kGated && p.decay.data; }
-  ATTNEXT_DEVICE bool is_further() const { return kGated && p.extension == Extension::kFeature; }
+  ATTNEXT_DEVICE bool is_further() const {
+    return kHasFurther && p.extension == Extension::kFeature;
+  }
+  ATTNEXT_DEVICE bool has_sums() const { return kHasSums && p.extension == Extension::kColumn; }
+  ATTNEXT_DEVICE bool leaves() const { return kPullsBack && p.boundaries; }
   // The delta rule's values are all that is wanted.
   ATTNEXT_DEVICE bool solves() const { return kDelta && p.written.rows.data; }
   ATTNEXT_DEVICE bool is_token(int row) const { return row < count && first + row >= 0; }
 
   // ---- rows ------------------------------------------------------------------------------------
 
-  template <int kD, class Visit>
+  // visit(row, chunk, place in the tile) for a thread's chunks of a tile.
+  template <int kD, bool kUnrolled, class Visit>
   ATTNEXT_DEVICE void each_chunk(Visit visit) const {
-    constexpr int kChunks = Layout<T, kD>::kChunks, kAtOnce = kThreads / kChunks;
-    static_assert(kThreads % kChunks == 0 && kChunk % kAtOnce == 0, "uneven");
-    const int row0 = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
-#pragma unroll
-    for (int i = 0; i < kChunk / kAtOnce; ++i) visit(row0 + i * kAtOnce, chunk);
+    using L = Layout<T, kD>;
+    constexpr int kAtOnce = kThreads / L::kChunks;
+    static_assert(kThreads % L::kChunks == 0 && kChunk % kAtOnce == 0, "uneven");
+    const int row0 = threadIdx.x / L::kChunks, chunk = threadIdx.x % L::kChunks;
+#pragma unroll(kUnrolled ? kChunk / kAtOnce : 1)
+    for (int i = 0; i < kChunk / kAtOnce; ++i) {
+      const int row = row0 + i * kAtOnce;
+      visit(row, chunk, L::at(row, chunk));
+    }
   }
-  // Where a chunk's first row starts, from a column on.
-  ATTNEXT_DEVICE uint64_t row_at(const ScanRows& x, int at, int column) const {
-    const int64_t offset = tokens.offset(x.rows, x.group, first + at) + column;
-    return reinterpret_cast<uint64_t>(static_cast<const T*>(x.rows.data) + offset);
+  // What the thread copies first of the first chunk, from a column on.
+  template <int kD>
+  ATTNEXT_DEVICE uint64_t place_in(const ScanRows& x, int column) const {
+    using L = Layout<T, kD>;
+    const int row = threadIdx.x / L::kChunks, chunk = threadIdx.x % L::kChunks;
+    const int64_t offset = tokens.offset(x.rows, x.group, first + skipped * kChunk + row) + column;
+    return reinterpret_cast<uint64_t>(static_cast<const T*>(x.rows.data) + offset) + chunk * 16;
   }
   // Copies it, and goes on to the next one. `whole`: all its rows are tokens'.
   template <int kD>
   ATTNEXT_DEVICE void copy_rows_of(const ScanRows& x, uint64_t& start, int at, bool whole,
                                    int column, uint32_t to) const {
     constexpr int kBytes = sizeof(T), kAtOnce = kThreads / Layout<T, kD>::kChunks;
-    const int64_t step = tokens.step(x.rows) * kBytes;
+    const int64_t step = x.step * (kAtOnce * kBytes);
     const int row_bytes = (x.dim - column) * kBytes;
     if (whole && x.aligned && row_bytes >= Layout<T, kD>::kRowBytes) {
-      const char* from = reinterpret_cast<const char*>(start) +
-                         threadIdx.x / Layout<T, kD>::kChunks * step +
-                         threadIdx.x % Layout<T, kD>::kChunks * 16;
-      each_chunk<kD>([&](int row, int chunk) {
-        copy_chunk_async(to + Layout<T, kD>::at(row, chunk), from);
-        from += kAtOnce * step;
+      each_chunk<kD, true>([&](int, int, uint32_t place) {
+        copy_chunk_async(to + place, reinterpret_cast<const void*>(start));
+        start += step;
       });
     } else {
-      each_chunk<kD>([&](int row, int chunk) {
+      each_chunk<kD, false>([&](int row, int chunk, uint32_t place) {
         const int bytes = is_token(at + row) ? min(max(row_bytes - chunk * 16, 0), 16) : 0;
-        copy_chunk<T>(to + Layout<T, kD>::at(row, chunk), bytes > 0 ? start + row * step : 0,
-                      chunk * 16, bytes, x.aligned);
+        copy_chunk<T>(to + place, bytes > 0 ? start : 0, 0, bytes, x.aligned);
+        start += step;
       });
     }
-    start += kChunk * step;
   }
   ATTNEXT_DEVICE void copy_chunk_rows(int at, int stage) {
-    const bool whole = is_token(at) && is_token(at + kChunk - 1);
+    const bool whole = first + at >= 0 && at + kChunk <= count;
     if (p.outputs && !solves()) copy_rows_of<kRaw>(p.a, next_a, at, whole, 0, tile(stage, 0));
-    if (p.sums) copy_rows_of<kRaw>(p.b, next_b, at, whole, 0, tile(stage, 1));
     if constexpr (kFolded) {
       copy_rows_of<kEntryWidth>(p.raw, next_raw, at, whole, 0, entries_tile(stage, 0));
-      if (p.sums) copy_rows_of<kEntryWidth>(p.c, next_c, at, whole, 0, entries_tile(stage, 1));
-    } else if (p.sums) {
-      copy_rows_of<kColumns>(p.c, next_c, at, whole, slice * kColumns, tile(stage, 2));
+    }
+    if (p.sums) {
+      copy_rows_of<kRaw>(p.b, next_b, at, whole, 0, tile(stage, 1));
+      if constexpr (kFolded) {
+        copy_rows_of<kEntryWidth>(p.c, next_c, at, whole, 0, entries_tile(stage, 1));
+      } else {
+        copy_rows_of<kColumns>(p.c, next_c, at, whole, slice * kColumns, tile(stage, 2));
+      }
     }
     commit_copies();
   }
@@ -235,9 +256,9 @@ struct Scan {
   ATTNEXT_DEVICE void map_rows(const ScanRows& x, int at, int column, uint32_t tile_at) const {
     if (x.map == FeatureMap::kIdentity) return;
     constexpr int kElems = Layout<T, kD>::kElems;
-    each_chunk<kD>([&](int row, int chunk) {
+    each_chunk<kD, false>([&](int row, int chunk, uint32_t place) {
       if (!is_token(at + row)) return;  // rows of zeros stay
-      const uint32_t where = tile_at + Layout<T, kD>::at(row, chunk);
+      const uint32_t where = tile_at + place;
       const uint4 whole = load_shared(where);
       T elems[kElems];
       memcpy(elems, &whole, 16);
@@ -257,7 +278,9 @@ struct Scan {
     if (p.outputs && !solves()) map_rows<kRaw>(p.a, at, 0, tile(stage, 0));
     if (p.sums) {
       map_rows<kRaw>(p.b, at, 0, tile(stage, 1));
-      map_rows<kColumns>(p.c, at, slice * kColumns, tile(stage, 2));
+      if constexpr (kPullsBack) {  // only gradients have features there
+        map_rows<kColumns>(p.c, at, slice * kColumns, tile(stage, 2));
+      }
     }
   }
 
@@ -280,7 +303,7 @@ struct Scan {
     if constexpr (kExpanded && kIsWide) {
       return wide_place(part * kDim + f, p.b.dim);
     } else if constexpr (kExpanded) {
-      return place_of_feature(f, p.b.dim);
+      return places()[f];
     } else {
       return f < p.b.dim ? f : -1;
     }
@@ -334,6 +357,7 @@ struct Scan {
   // A product with a masked score of 0 takes over a value that is not finite. Where there are such
   // values in a warp's own rows, it adds these up one by one.
   ATTNEXT_DEVICE bool are_own_rows_finite(int stage) const;
+  ATTNEXT_DEVICE void find_own(const float (&scores)[kChunk / 8][4], float (&own)[2][4]) const;
   ATTNEXT_DEVICE void add_own_rows(int stage, const float (&scores)[kChunk / 8][4],
                                    float (&out)[kColumns / 8][4]) const;
 
@@ -370,14 +394,14 @@ struct Scan {
     for (int panel = 0; panel < S::kPanels; ++panel) {
       if constexpr (kExpanded) rows.load(features(stage, 0, panel), warp * 16);
       add_product<T, kPanel, 1, kColumns, kKept>(out, rows, wide, state_tile(panel));
-      if (p.extension == Extension::kColumn) add_products_with_z(rows, panel * kPanel, by_z);
+      if (has_sums()) add_products_with_z(rows, panel * kPanel, by_z);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float by = kScaledLate ? p.outer_scale : p.scale;
       if (decays()) by *= power(mine[half].decay);
       factor[0][half] = kScaledLate ? p.scale * p.inner_scale : mine[half].factor * unit;
-      if (p.extension == Extension::kColumn) {
+      if (has_sums()) {
         const float total = quad_sum(fmaf(by, by_z[half], sum[half]));
         const float late = kScaledLate ? factor[0][half] : 1.f;
         const int row = at + warp * 16 + half * 8 + g;
@@ -407,8 +431,12 @@ struct Scan {
     }
     if (is_within()) {
       const bool apart = !are_own_rows_finite(stage);
-      accumulate<T, kColumns, kColumns, 1, kChunk>(out, scores, narrow, tile(stage, 2), 0,
-                                                   apart ? warp * 16 : walked);
+      const int here = apart ? warp * 16 : walked;
+      if constexpr (kGated) {
+        accumulate_finely<T, kColumns, kChunk>(out, scores, narrow, tile(stage, 2), here);
+      } else {
+        accumulate<T, kColumns, kColumns, 1, kChunk>(out, scores, narrow, tile(stage, 2), 0, here);
+      }
       if (apart) add_own_rows(stage, scores[0], out[0]);
     }
     if constexpr (kDeltaBack) {
@@ -468,7 +496,7 @@ struct Scan {
 
   ATTNEXT_DEVICE void finish(int at, int stage, float (&out)[1][kColumns / 8][4],
                              float (&factor)[1][2]) {
-    if (kGated && p.raw.rows.data) {
+    if (kPullsBack && p.raw.rows.data) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         pull_back(at + warp * 16 + half * 8 + g, half, factor[0][half], out[0]);
@@ -476,7 +504,7 @@ struct Scan {
       }
     }
     const int dim = p.out.dim - slice * kColumns;
-    if (kGated && p.out_fp32) {
+    if ((kPullsBack || kExpanded) && p.out_fp32) {
       ScanRows to = p.out;
       if constexpr (kIsWide) {
         to.rows.data = static_cast<float*>(to.rows.data) +
@@ -567,18 +595,22 @@ struct Scan {
   // visit(n, e, offset of the number in a tensor of states) for the lane's real numbers of S.
   template <class Visit>
   ATTNEXT_DEVICE void each_state(Visit visit) const {
+    int64_t columns[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int column = state_column(slice * kColumns + warp * 16 + half * 8 + g);
-      if (column < 0) continue;
+      columns[half] = column < 0 ? -1 : column * p.column_stride;
+    }
 #pragma unroll
-      for (int n = 0; n < kDim / 8; ++n) {
+    for (int n = 0; n < kDim / 8; ++n) {
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int row = state_row(n * 8 + 2 * t + e);
-          if (row >= 0) {
-            visit(n, 2 * half + e, row * p.row_stride + column * p.column_stride);
-          }
+      for (int e = 0; e < 2; ++e) {
+        const int row = state_row(n * 8 + 2 * t + e);
+        if (row < 0) continue;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if (columns[half] < 0) continue;
+          visit(n, 2 * half + e, row * p.row_stride + columns[half]);
         }
       }
     }
@@ -588,6 +620,7 @@ struct Scan {
     return (which * p.heads + head) * p.state_size;
   }
 
+  ATTNEXT_DEVICE void find_places() const;
   ATTNEXT_DEVICE void load_state();
   ATTNEXT_DEVICE void store_state() const;
 };

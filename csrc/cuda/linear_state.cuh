@@ -41,7 +41,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::add_products(int stage, i
       });
     }
     if constexpr (kGated) weigh<T>(c[k], w[k]);
-    if (p.extension == Extension::kColumn) {
+    if (has_sums()) {
 #pragma unroll
       for (int i = 0; i < kMine; ++i) w[k][i] *= entry[i];
     }
@@ -52,6 +52,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::add_products(int stage, i
       z[0][half] = fmaf(z[0][half], kept, quad_sum(more[half]) * unit);
     }
   }
+  if (has_sums()) add_sums(stage, operand, w, kept, unit);
 #pragma unroll
   for (int n = 0; n < kDim / 16; ++n) {
     float part[2][4] = {};
@@ -71,7 +72,6 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::add_products(int stage, i
       }
     }
   }
-  if (p.extension == Extension::kColumn) add_sums(stage, operand, w, kept, unit);
 }
 
 // To the normaliser's: of some of the features by each warp, weighted.
@@ -160,10 +160,19 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::copy_state() const {
     }
     if (is_further() && t == 0) shared_z()[row] = z[0][half];
   }
-  if (p.extension == Extension::kColumn) {
+  if (has_sums()) {
     each_z([&](int i, int half, int f) {
       if (t == 0) shared_z()[f] = z[i][half];
     });
+  }
+}
+
+ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::find_places() const {
+  if constexpr (kExpanded && !kIsWide) {
+    __syncthreads();
+#pragma unroll 1
+    for (int f = threadIdx.x; f < kDim; f += kThreads) places()[f] = place_of_feature(f, p.b.dim);
+    __syncthreads();
   }
 }
 
@@ -173,10 +182,11 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::load_state() {
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) z[i][0] = z[i][1] = 0.f;
   if (!p.before) return;
+  find_places();
   const float* from = p.before + state_of(p.before_segments);
   each_state([&](int n, int e, int64_t at) { state[n][e] = from[at]; });
   from += p.z_offset;
-  if (p.extension == Extension::kColumn) {
+  if (has_sums()) {
     each_z([&](int i, int half, int f) {
       const int row = state_row(f);
       if (row >= 0) z[i][half] = from[row * p.z_stride];
@@ -192,10 +202,11 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::load_state() {
 
 ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::store_state() const {
   if (!p.after) return;
+  find_places();
   float* to = p.after + state_of(p.after_segments);
   each_state([&](int n, int e, int64_t at) { to[at] = state[n][e]; });
   to += p.z_offset;
-  if (p.extension == Extension::kColumn && slice == 0) {
+  if (has_sums() && slice == 0) {
     each_z([&](int i, int half, int f) {
       const int row = state_row(f);
       if (t == 0 && row >= 0) to[row * p.z_stride] = z[i][half];

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -194,7 +194,9 @@ REASONS = (
 )
 
 
-def unexplained(kernel: str, execution: Execution) -> list[str]:
+def unexplained(
+    kernel: str, execution: Execution, reasons: Sequence[Reason] = REASONS
+) -> list[str]:
     """Basic blocks that were not executed for none of the reasons."""
     code, ran = execution.function.code, execution.executed()
     starts = [*leaders(code, execution.function.labels, set()), len(code)]
@@ -203,7 +205,7 @@ def unexplained(kernel: str, execution: Execution) -> list[str]:
         missed = [i for i, x in zip(code[start:end], ran[start:end], strict=True) if not x]
         texts = [i.text for i in missed]
         texts += [line_of(*place) for i in missed for place in i.source]
-        known = any(r.of in kernel and r.what in text for r in REASONS for text in texts)
+        known = any(r.of in kernel and r.what in text for r in reasons for text in texts)
         if missed and not known:
             found += [f"PTX line {i.line}: {i.text}: {i.source}" for i in missed]
     return found

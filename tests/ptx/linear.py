@@ -37,7 +37,7 @@ def _room(memory: Memory, call: Any) -> tuple[int, int]:
 
 
 def forward(recorder: Recorder, *problem: Any) -> tuple[Tensor, ...]:
-    linear_ops.check_cuda(problem, grads=False)
+    linear_ops.check_cuda(problem)
     memory = Memory()
     fakes = linear_ops._forward_fake(*problem)
     results = [
@@ -54,7 +54,7 @@ def forward(recorder: Recorder, *problem: Any) -> tuple[Tensor, ...]:
 def backward(recorder: Recorder, *args: Any) -> tuple[Tensor, ...]:
     problem = args[:-6]
     of_decay = problem[linear_ops._DECAY] is not None and args[-1][linear_ops._DECAY]
-    linear_ops.check_cuda(problem, grads=True, of_decay=of_decay)
+    linear_ops.check_cuda(problem, of_decay=of_decay)
     memory = Memory()
     fakes, tensors = linear_ops._backward_tensors(*args)
     *given, wanted = tensors

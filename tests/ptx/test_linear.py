@@ -149,6 +149,24 @@ def test_taylor_features_of_many_entries(dim: int, dtype: torch.dtype) -> None:
     check(*form("reverse", tokens=66, **more, decay=None, normalize=dim > 17))
 
 
+@pytest.mark.parametrize(
+    ("dim", "dim_v", "dtype", "tokens"),
+    [
+        (5, 65, BF16, 40),
+        pytest.param(16, 128, torch.float32, 300, marks=pytest.mark.heavy),
+        pytest.param(17, 100, torch.float16, 70, marks=pytest.mark.heavy),
+    ],
+)
+def test_taylor_features_beside_wide_values(
+    dim: int, dim_v: int, dtype: torch.dtype, tokens: int
+) -> None:
+    """Their gradient sums over all columns of the values, of which a scan has 64."""
+    more = {"feature_map": "taylor2", "dim": dim, "dim_v": dim_v, "dtype": dtype}
+    check(*form("reverse", tokens=tokens, **more, decay=None))
+    check(*form("identity", tokens=tokens, **more, normalize=True))
+    check(*form("identity", tokens=20, **more, normalize=True, is_causal=False))
+
+
 @pytest.mark.heavy
 def test_taylor_features_of_many_entries_in_segments() -> None:
     more = {"feature_map": "taylor2", "normalize": True, "dim": 17, "dim_v": 8}
@@ -344,11 +362,10 @@ def test_what_is_missing_is_said() -> None:
         tensors, options = form("identity", **{"tokens": 3, "state": False, **more})
         with on_executor(), pytest.raises(NotImplementedError, match=what):
             linear_attention(**tensors, **options)
-    for more, what in (({"feature_map": "taylor2", "dim": 4, "dim_v": 65}, "taylor2"),):
-        tensors, options = form("identity", tokens=3, state=False, **more)
-        tensors["query"].requires_grad_()
-        with on_executor(), pytest.raises(NotImplementedError, match=f"gradients of .*{what}"):
-            linear_attention(**tensors, **options).sum().backward()
+    tensors, options = form("identity", tokens=3, state=False, feature_map="taylor2", dim=4)
+    options["decay"] = torch.full((1, 3, tensors["value"].shape[2]), -0.1, requires_grad=True)
+    with on_executor(), pytest.raises(NotImplementedError, match=r"gradient of decay .*taylor2"):
+        linear_attention(**tensors, **options).sum().backward()
 
 
 @pytest.mark.parametrize("name", ["length-65", "step-wide"])
