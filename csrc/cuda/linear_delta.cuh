@@ -56,7 +56,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::replace_gradients(
   add_products(stage, 0, 1.f, 1.f);
   const float beta[2] = {beta_of(stage, 0), beta_of(stage, 1)}, less[2] = {-beta[0], -beta[1]};
   store_numbers<T>(p.written, at, out[0], beta);
-  if (p.out_fp32) {
+  if (sizeof(T) == 2 && p.out_fp32) {
     store_numbers<float>(p.out, at, out[0], less);
   } else {
     store_numbers<T>(p.out, at, out[0], less);

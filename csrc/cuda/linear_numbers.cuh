@@ -21,7 +21,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::look_at(int at, Next& nex
     if constexpr (kDelta || kDeltaBack) {
       next.number[i].y =
           static_cast<const float*>(p.beta.data)[tokens.offset(p.beta, 1, first + row)];
-    } else if (p.side != Side::kNone) {
+    } else if (!is_on(Side::kNone)) {
       next.number[i] = reinterpret_cast<const float2*>(p.numbers)[tokens.index(p, first + row)];
     }
   }
@@ -48,7 +48,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::note(const Next& next, in
   }
   const double before = all - sum, total = __shfl_sync(~0u, all, 31);
   float unit = 1.f, inverse = 1.f;
-  if (p.side == Side::kB) unit_of(top, 0, unit, inverse);
+  if (is_on(Side::kB)) unit_of(top, 0, unit, inverse);
 #pragma unroll
   for (int i = 0; i < kPer; ++i) {
     const double decay = before + until[i];

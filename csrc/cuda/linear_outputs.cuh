@@ -26,7 +26,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::finish_scores(float (&sco
       if constexpr (kGated) {
         const Numbers known = numbers(buffer, j);
         other.decay = known.decay, other.rest = known.rest;
-        if (p.side == Side::kB) other.factor = known.factor, other.entry = known.entry;
+        if (is_on(Side::kB)) other.factor = known.factor, other.entry = known.entry;
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {

@@ -116,8 +116,9 @@ struct Scan {
     locate();
     load_state();
     // The round before the first chunk only fetches it.
+    int c = skipped - 1;
 #pragma unroll 1
-    for (int c = skipped - 1; c < chunks; ++c) {
+    do {
       const int stage = c & 1;
       const bool there = c >= skipped, more = c + 1 < chunks;
       if (there) {
@@ -133,7 +134,7 @@ struct Scan {
       if (there) walk_over(c, stage, more);
       if (more && p.outputs && (p.sums || !there)) copy_state();
       if (more && notes()) note(next, stage ^ 1);
-    }
+    } while (++c < chunks);
     store_state();
   }
 
@@ -186,6 +187,9 @@ struct Scan {
     return kHasFurther && p.extension == Extension::kFeature;
   }
   ATTNEXT_DEVICE bool has_sums() const { return kHasSums && p.extension == Extension::kColumn; }
+  ATTNEXT_DEVICE bool is_on(Side side) const {
+    return kGated && !kDelta && !kDeltaBack && p.side == side;
+  }
   ATTNEXT_DEVICE bool leaves() const { return kPullsBack && p.boundaries; }
   // The delta rule's values are all that is wanted.
   ATTNEXT_DEVICE bool solves() const { return kDelta && p.written.rows.data; }
@@ -214,14 +218,15 @@ struct Scan {
     const int64_t offset = tokens.offset(x.rows, x.group, first + skipped * kChunk + row) + column;
     return reinterpret_cast<uint64_t>(static_cast<const T*>(x.rows.data) + offset) + chunk * 16;
   }
-  // Copies it, and goes on to the next one. `whole`: all its rows are tokens'.
-  template <int kD>
+  // Copies it, and goes on to the next one. `whole`: all its rows are tokens'. kShort: none of them
+  // is as long as the tile's.
+  template <int kD, bool kShort = false>
   ATTNEXT_DEVICE void copy_rows_of(const ScanRows& x, uint64_t& start, int at, bool whole,
                                    int column, uint32_t to) const {
     constexpr int kBytes = sizeof(T), kAtOnce = kThreads / Layout<T, kD>::kChunks;
     const int64_t step = x.step * (kAtOnce * kBytes);
     const int row_bytes = (x.dim - column) * kBytes;
-    if (whole && x.aligned && row_bytes >= Layout<T, kD>::kRowBytes) {
+    if (!kShort && whole && x.aligned && row_bytes >= Layout<T, kD>::kRowBytes) {
       each_chunk<kD, true>([&](int, int, uint32_t place) {
         copy_chunk_async(to + place, reinterpret_cast<const void*>(start));
         start += step;
@@ -236,14 +241,15 @@ struct Scan {
   }
   ATTNEXT_DEVICE void copy_chunk_rows(int at, int stage) {
     const bool whole = first + at >= 0 && at + kChunk <= count;
-    if (p.outputs && !solves()) copy_rows_of<kRaw>(p.a, next_a, at, whole, 0, tile(stage, 0));
+    if (p.outputs && !solves())
+      copy_rows_of<kRaw, kExpanded && !kIsWide>(p.a, next_a, at, whole, 0, tile(stage, 0));
     if constexpr (kFolded) {
-      copy_rows_of<kEntryWidth>(p.raw, next_raw, at, whole, 0, entries_tile(stage, 0));
+      copy_rows_of<kEntryWidth, !kIsWide>(p.raw, next_raw, at, whole, 0, entries_tile(stage, 0));
     }
     if (p.sums) {
-      copy_rows_of<kRaw>(p.b, next_b, at, whole, 0, tile(stage, 1));
+      copy_rows_of<kRaw, kExpanded && !kIsWide>(p.b, next_b, at, whole, 0, tile(stage, 1));
       if constexpr (kFolded) {
-        copy_rows_of<kEntryWidth>(p.c, next_c, at, whole, 0, entries_tile(stage, 1));
+        copy_rows_of<kEntryWidth, !kIsWide>(p.c, next_c, at, whole, 0, entries_tile(stage, 1));
       } else {
         copy_rows_of<kColumns>(p.c, next_c, at, whole, slice * kColumns, tile(stage, 2));
       }
@@ -372,7 +378,7 @@ struct Scan {
       for (int half = 0; half < 2; ++half) {
         const Numbers known = numbers(buffer, warp * 16 + half * 8 + g);
         mine[half].decay = known.decay, mine[half].rest = known.rest;
-        if (p.side == Side::kA) mine[half].factor = known.factor, mine[half].entry = known.entry;
+        if (is_on(Side::kA)) mine[half].factor = known.factor, mine[half].entry = known.entry;
       }
       unit = totals(buffer).unit;
     }
@@ -431,12 +437,8 @@ struct Scan {
     }
     if (is_within()) {
       const bool apart = !are_own_rows_finite(stage);
-      const int here = apart ? warp * 16 : walked;
-      if constexpr (kGated) {
-        accumulate_finely<T, kColumns, kChunk>(out, scores, narrow, tile(stage, 2), here);
-      } else {
-        accumulate<T, kColumns, kColumns, 1, kChunk>(out, scores, narrow, tile(stage, 2), 0, here);
-      }
+      accumulate_finely<T, kColumns, kChunk>(out, scores, narrow, tile(stage, 2),
+                                             apart ? warp * 16 : walked);
       if (apart) add_own_rows(stage, scores[0], out[0]);
     }
     if constexpr (kDeltaBack) {
@@ -504,13 +506,15 @@ struct Scan {
       }
     }
     const int dim = p.out.dim - slice * kColumns;
-    if ((kPullsBack || kExpanded) && p.out_fp32) {
+    if constexpr (kIsWide) {
       ScanRows to = p.out;
-      if constexpr (kIsWide) {
-        to.rows.data = static_cast<float*>(to.rows.data) +
-                       part * p.batch * p.tokens * p.heads * static_cast<int64_t>(p.out.dim);
-      }
+      to.rows.data = static_cast<float*>(to.rows.data) +
+                     part * p.batch * p.tokens * p.heads * static_cast<int64_t>(p.out.dim);
       store_numbers<float>(to, at, out[0], factor[0]);
+      return;
+    }
+    if (sizeof(T) == 2 && (kPullsBack || kExpanded) && p.out_fp32) {
+      store_numbers<float>(p.out, at, out[0], factor[0]);
       return;
     }
     if constexpr (kExpanded && !kIsWide) {
@@ -605,6 +609,7 @@ struct Scan {
     for (int n = 0; n < kDim / 8; ++n) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
+        if (kExpanded && !kIsWide && n * 8 + e > kEntries * (kEntries + 3) / 2) continue;
         const int row = state_row(n * 8 + 2 * t + e);
         if (row < 0) continue;
 #pragma unroll

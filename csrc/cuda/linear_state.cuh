@@ -31,7 +31,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::add_products(int stage, i
         const Numbers known = numbers(buffer, k * kDepth + contraction_row<T>(i));
         const Totals all = totals(buffer);
         if (decays()) w[k][i] = power((all.decay - known.decay) + (all.rest - known.rest));
-        if (p.side == Side::kB) w[k][i] *= known.factor, entry[i] = known.entry;
+        if (is_on(Side::kB)) w[k][i] *= known.factor, entry[i] = known.entry;
       }
     }
     if (is_further()) {
@@ -218,7 +218,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::store_state() const {
       if (column >= 0) to[column * p.z_stride] = z[0][half];
     }
   }
-  if (p.factors && slice == 0 && part == 0 && threadIdx.x == 0) {
+  if (kHasSums && p.factors && slice == 0 && part == 0 && threadIdx.x == 0) {
     p.factors[(sequence * p.segments + segment) * p.heads + head] = kept_all;
   }
 }

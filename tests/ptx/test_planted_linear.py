@@ -58,7 +58,7 @@ BUGS = [
     _bug("no barrier before a chunk", "scan_bf16_32", "plain", "read-write race",
          (SCAN, "__syncthreads();  // rows, numbers and the copy of the state are there\n", "")),
     _bug("state copied while it is read", "scan_bf16_32", "plain", "write-read race",
-         (SCAN, "    if (sums && p.outputs) __syncthreads();  // the copy of the state has been read\n", "")),
+         (SCAN, "__syncthreads();  // the copy of the state has been read\n", ";\n")),
     _bug("copies into the stage that is read", "scan_bf16_32", "plain", EARLY,
          (SCAN, "copy_chunk_rows((c + 1) * kChunk, stage ^ 1);",
           "copy_chunk_rows((c + 1) * kChunk, stage);")),
