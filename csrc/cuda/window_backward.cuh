@@ -26,7 +26,8 @@ struct Chain {
                                  float* weight, float* of_logit, float* of_product) const {
     float slope = 1.f;
     const float x = modifiers(product * unit, entry, has_bias, &slope);
-    *weight = exp2_approx(x - lse - rest);
+    const float relative = x - lse;
+    *weight = exp2_approx(relative - rest);
     *of_logit = *weight * (slope_of_values - delta);
     *of_product = *of_logit * slope;
   }
@@ -51,6 +52,8 @@ struct QueryGradient
   static constexpr bool kExact = sizeof(T) == 4;  // the rest of lse tells only in fp32
   // The gradient of biases that lists have: numbers of slots are their entries.
   static constexpr bool kByEntry = kWanted == Wanted::kBias && !Walk::kRowsBias;
+  // Deltas are kept with the sign that they are added with where that takes no spill.
+  static constexpr float kSign = kDim <= 64 && !kModified && Walk::kRowsBias ? 1.f : -1.f;
   using Rows = LeftRows<T, kDim, kFrags, false>;
 
   float dquery[kFrags][kDim / 8][4];
@@ -79,8 +82,8 @@ struct QueryGradient
     for (int f = 0; f < kFrags; ++f) {
 #pragma unroll
       for (int n = 0; n < kColumns; ++n) {
-        ds[f][n][0] = ds[f][n][1] = -delta[f][0];
-        ds[f][n][2] = ds[f][n][3] = -delta[f][1];
+        ds[f][n][0] = ds[f][n][1] = kSign * delta[f][0];
+        ds[f][n][2] = ds[f][n][3] = kSign * delta[f][1];
       }
     }
     add_product<T, kDim, kFrags, kStep, false>(ds, douts, this->lanes, this->walk_tile(stage, 1));
@@ -150,7 +153,7 @@ struct QueryGradient
     if (row.live) mine = Statistics::of(p)[Statistics::index(w, batch, row.token, head + row.head)];
     spread<kFrags>(mine.lse, lse);
     spread<kFrags>(mine.rest, rest);
-    spread<kFrags>(mine.delta, delta);
+    spread<kFrags>(-kSign * mine.delta, delta);
     if constexpr (kModified) {
       const float scale =
           row.live ? scale_of<kModified>(w, batch, row.token, head + row.head) : 0.f;

@@ -31,8 +31,9 @@ class Variant(NamedTuple):
 
     @property
     def lead(self) -> int:
-        """Additional keys for more than two steps of the widest kernel, and no walk in parts."""
-        return 140 if self.dtype.itemsize == 2 else 70
+        """Additional keys for more than two steps of the widest kernel, and no walk in parts. In 16
+        bits, sinks come to lie across words of a mask."""
+        return 158 if self.dtype.itemsize == 2 else 70
 
     @property
     def has_long(self) -> bool:
@@ -52,17 +53,21 @@ class Variant(NamedTuple):
         return make(op, queries, keys, dim=dim, dim_v=dim_v, dtype=self.dtype, **more)
 
 
+def value_not_finite(tensors: dict[str, Tensor]) -> None:
+    """One number of it: the others still tell what is wrong."""
+    tensors["value"].flatten(1, -3)[:, 7, :, 0] = torch.inf
+
+
+def values_not_finite(tensors: dict[str, Tensor]) -> None:
+    """An additional value too, of the first head."""
+    value_not_finite(tensors)
+    tensors["additional_values"][:, -1, :1, 1] = -torch.inf
+
+
 def keys_not_finite(tensors: dict[str, Tensor]) -> None:
     """A key and a value of those that some queries attend."""
-    tensors["key"].flatten(1, -3)[:, 1] = torch.nan
-    tensors["value"].flatten(1, -3)[:, 3] = torch.inf
-
-
-def not_finite(tensors: dict[str, Tensor]) -> None:
-    """An additional value too."""
-    keys_not_finite(tensors)
-    if "additional_values" in tensors:
-        tensors["additional_values"][:, -1, :1] = -torch.inf
+    value_not_finite(tensors)
+    tensors["key"].flatten(1, -3)[:, 5] = torch.nan
 
 
 def large(tensors: dict[str, Tensor]) -> None:
@@ -70,14 +75,16 @@ def large(tensors: dict[str, Tensor]) -> None:
 
 
 def packed(tensors: dict[str, Tensor]) -> None:
-    """Two sequences."""
-    tokens = tensors["query"].shape[1]
-    tensors["cu_seqlens_q"] = torch.tensor([0, tokens * 3 // 4, tokens], dtype=torch.int32)
+    """Two sequences, each with its share of the keys."""
+    for name, of in (("query", "q"), ("key", "k")):
+        tokens = tensors[name].shape[1]
+        tensors[f"cu_seqlens_{of}"] = torch.tensor([0, tokens * 3 // 4, tokens], dtype=torch.int32)
 
 
 def packed_not_finite(tensors: dict[str, Tensor]) -> None:
     packed(tensors)
-    not_finite(tensors)
+    keys_not_finite(tensors)
+    values_not_finite(tensors)
 
 
 def nobody(tensors: dict[str, Tensor]) -> None:
@@ -109,16 +116,20 @@ def _neighborhood(*shape: list[int], **options: Any) -> Maker:
 
 
 PROBLEMS: dict[str, Maker] = {
-    # several steps, of which some are full and some are skipped
-    "sequence": _sliding([140], window_size=70, heads=2, kv_heads=1, sinks=3, extra=2,
+    # several steps, of which some are full and some are skipped; sinks across two steps or words of
+    # a mask, and far from some boxes
+    "sequence": _sliding([140], [180], window_size=70, heads=2, kv_heads=1, sinks=3, extra=30,
                          edit=packed),
     "left edge": _sliding([160], window_size=100),  # steps that begin before some rows' windows
     "part of a row": lambda variant: variant.make("sliding_window_attention", [140], sinks=3,
                                                   window_size=120, dim=8, dim_v=16,
                                                   extra=variant.lead, sink_logits=True, batch=2),
     "boxes": lambda variant: variant.make("window_attention", [2, 8, 8], window_size=(2, 4, 8),
-                                          dim=8, dim_v=16, spare=16, batch=2),
-    "more boxes": _neighborhood([2, 9, 8], kernel_size=(2, 5, 8)),
+                                          dim=16, spare=16, batch=2),
+    "more boxes": _neighborhood([9, 2, 8], kernel_size=(5, 2, 8)),
+    # rows that a tile lacks have no place in the bias' table, in steps that all others attend
+    "rows to spare": _sliding([65], window_size=(63, 63), is_causal=False, reach=[63], dim_v=16,
+                              spare=16),
     "no step": _sliding([70], [70], window_size=30, edit=nobody),
     # weights that would overflow: logits of one row are hundreds apart
     "large logits": _sliding([70], [128], window_size=None, is_causal=False, edit=large,
@@ -129,18 +140,21 @@ PROBLEMS: dict[str, Maker] = {
                                         extra=variant.lead),
     # results of rows that end within 16 bytes, and are not shared by blocks in any bucket
     "odd": _sliding([64], window_size=6, dim=3, dim_v=5),
-    "far boxes": _neighborhood([3, 6, 6], kernel_size=3, dilation=(1, 2, 2), dim=10, dim_v=13),
+    "far boxes": _neighborhood([4, 6, 6], kernel_size=(2, 3, 3), dilation=2, dim=10, dim_v=13),
     # keys outside of the map, in a walk that is copied from its places
-    "phantoms": _neighborhood([2, 5, 6], kernel_size=3, boundary="zero_pad", dim=8),
+    "phantoms": _neighborhood([5, 2, 6], kernel_size=3, boundary="zero_pad", dim=8),
+    # the last key of a tile is such a one only because its class starts at the second token
+    "phantoms at the end": _neighborhood([141, 1, 1], kernel_size=(3, 1, 1), dilation=(2, 1, 1),
+                                         boundary="zero_pad", dim=8),
     # a row by a warp
-    "alone": _sliding([12], window_size=6, sinks=2, sink_logits=True, heads=4, kv_heads=2, extra=1,
-                      edit=packed_not_finite),
+    "alone": _sliding([12], [24], window_size=6, sinks=2, sink_logits=True, heads=4, kv_heads=2,
+                      extra=1, edit=packed_not_finite),
     "alone, boxes": _neighborhood([2, 2, 5], kernel_size=2, boundary="zero_pad", dim=8, extra=1,
                                   dilation=(1, 1, 2), batch=2, edit=keys_not_finite),
     # a walk by several blocks
     "parts": _sliding([1], [1100], window_size=None, backward=False),
     "parts, alone": _sliding([1], [900], window_size=None, sink_logits=True, extra=2,
-                             edit=not_finite, backward=False),
+                             edit=values_not_finite, backward=False),
     "parts of boxes": _neighborhood([24, 24], kernel_size=24, backward=False),
 }  # fmt: skip
 
@@ -160,7 +174,7 @@ LENGTHS: dict[str, Maker] = {
                             heads=2, edit=packed_not_finite),
     "long, parts": _sliding([70], [1100], window_size=None, backward=False),
     "long, parts, alone": _sliding([70], [900], window_size=None, sink_logits=True, extra=2,
-                                   edit=not_finite, backward=False),
+                                   edit=values_not_finite, backward=False),
 }  # fmt: skip
 
 

@@ -270,7 +270,7 @@ BUGS = [
          "row scale", WRONG, (BACKWARD, "dscale[f][half] += g * x;", "dscale[f][half] += g;")),
     # ---- gradients ----
     _bug("delta missing, dQ", "query_gradient_bf16_32", "sliding", WRONG,
-         (BACKWARD, "ds[f][n][0] = ds[f][n][1] = -delta[f][0];", "ds[f][n][0] = ds[f][n][1] = 0.f;")),
+         (BACKWARD, "ds[f][n][0] = ds[f][n][1] = kSign * delta[f][0];", "ds[f][n][0] = ds[f][n][1] = 0.f;")),
     _bug("delta missing, dK", "key_gradient_bf16_32", "sliding", WRONG,
          (BACKWARD, "g = weight * (g - delta);", "g = weight * g;")),
     _bug("statistics of the group's first head", "key_gradient_bf16_32", "gqa", WRONG,

@@ -87,10 +87,10 @@ def make(
     if spare:
         for name in ("query", "key", "value"):
             tensors[name] = cut_out(tensors[name], spare)
-    cotangents = (
-        normal(batch, *queries, heads, dim_v, dtype=dtype, seed=9),
-        normal(batch, *queries, heads, seed=10),
-    )
+    dout = normal(batch, *queries, heads, dim_v, dtype=dtype, seed=9)
+    if spare:
+        dout = cut_out(dout, 2 * spare)
+    cotangents = dout, normal(batch, *queries, heads, seed=10)
     return Problem(op, tensors, options, cotangents if backward else None)
 
 

@@ -38,7 +38,11 @@ class Equivalent(NamedTuple):
 EQUIVALENT = (
     Equivalent("lanes past the row's end add zeros", "le for lt", "live && d < w.head_dim_v"),
     Equivalent("the rest of lse is below the rounding of 16 bits", "", "s.rest = isfinite(lse)"),
+    Equivalent(
+        "the rest of lse is below the rounding of 16 bits", "add for sub", "relative - rest"
+    ),
     Equivalent("a whole chunk may be stored by numbers", "literal off by one", "left >= L::kElems"),
+    Equivalent("a whole chunk may be stored by numbers", "lt for le", "left >= L::kElems"),
     Equivalent("rows have whole numbers", "lt for le", "e * static_cast<int>(sizeof(T)) < bytes"),
     Equivalent(
         "rows have whole numbers", "literal off by one", "e * static_cast<int>(sizeof(T)) < bytes"
@@ -61,6 +65,11 @@ EQUIVALENT = (
     ),
     Equivalent("all lanes have the same", "", "if (threadIdx.x % 32 == 0) outer[2 * a] = all"),
     Equivalent("only whether it is finite is asked", "sub for add", "bad += (x[f][n][0]"),
+    Equivalent(
+        "rows that attend all that was walked have the same sums by themselves",
+        "or for and: and.b16",
+        "if ((masked || sizeof(T) == 4) && !__all_sync(~0u, is_finite(dquery)))",
+    ),
     Equivalent("beside the row's end is a factor of 0", "literal off by one", "elems[e] = T{};"),
     Equivalent(
         "a chunk has no more", "literal off by one: min", "min(max(bytes - chunk * 16, 0), 16)"
