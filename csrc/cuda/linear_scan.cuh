@@ -587,39 +587,10 @@ struct Scan {
 
   // visit(i, half, feature) for the numbers of z that the warp has.
   template <class Visit>
-  ATTNEXT_DEVICE void each_z(Visit visit) const {
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      const int n = i * kWarps + warp;
-      if (n * 16 >= kDim) continue;
-      visit(i, 0, n * 16 + g);
-      visit(i, 1, n * 16 + 8 + g);
-    }
-  }
+  ATTNEXT_DEVICE void each_z(Visit visit) const;
   // visit(n, e, offset of the number in a tensor of states) for the lane's real numbers of S.
   template <class Visit>
-  ATTNEXT_DEVICE void each_state(Visit visit) const {
-    int64_t columns[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int column = state_column(slice * kColumns + warp * 16 + half * 8 + g);
-      columns[half] = column < 0 ? -1 : column * p.column_stride;
-    }
-#pragma unroll
-    for (int n = 0; n < kDim / 8; ++n) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        if (kExpanded && !kIsWide && n * 8 + e > kEntries * (kEntries + 3) / 2) continue;
-        const int row = state_row(n * 8 + 2 * t + e);
-        if (row < 0) continue;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          if (columns[half] < 0) continue;
-          visit(n, 2 * half + e, row * p.row_stride + columns[half]);
-        }
-      }
-    }
-  }
+  ATTNEXT_DEVICE void each_state(Visit visit) const;
   ATTNEXT_DEVICE int64_t state_of(int32_t segments) const {
     const int64_t which = segments > 1 ? sequence * segments + segment : sequence;
     return (which * p.heads + head) * p.state_size;

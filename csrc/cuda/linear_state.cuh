@@ -7,6 +7,43 @@
 namespace attnext {
 namespace cuda {
 
+template <class T, int kDim, int kWarps, ScanKind kKind>
+template <class Visit>
+ATTNEXT_DEVICE void Scan<T, kDim, kWarps, kKind>::each_z(Visit visit) const {
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    const int n = i * kWarps + warp;
+    if (n * 16 >= kDim) continue;
+    visit(i, 0, n * 16 + g);
+    visit(i, 1, n * 16 + 8 + g);
+  }
+}
+
+template <class T, int kDim, int kWarps, ScanKind kKind>
+template <class Visit>
+ATTNEXT_DEVICE void Scan<T, kDim, kWarps, kKind>::each_state(Visit visit) const {
+  int64_t columns[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int column = state_column(slice * kColumns + warp * 16 + half * 8 + g);
+    columns[half] = column < 0 ? -1 : column * p.column_stride;
+  }
+#pragma unroll
+  for (int n = 0; n < kDim / 8; ++n) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      if (kExpanded && !kIsWide && n * 8 + e > kEntries * (kEntries + 3) / 2) continue;
+      const int row = state_row(n * 8 + 2 * t + e);
+      if (row < 0) continue;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (columns[half] < 0) continue;
+        visit(n, 2 * half + e, row * p.row_stride + columns[half]);
+      }
+    }
+  }
+}
+
 ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::add_chunk(int stage) {
   float kept = 1.f, unit = p.inner_scale;
   if constexpr (kGated) kept = totals(stage).kept, unit *= totals(stage).unit;

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Of one-instruction mutants of the kernels of windows and lists, how many the problems of cover.py
-and cover_routed.py catch.
+"""Of one-instruction mutants of the kernels of windows, lists and linear attention, how many the
+problems of cover.py, cover_routed.py and cover_linear.py catch.
 
 Mutants are drawn with a fixed seed from those of all executed instructions. A survivor counts as
 equivalent only if it is in the table below, with the reason; all others count as missed.
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from . import cover_routed, problems, problems_routed
+from . import cover_linear, cover_routed, problems, problems_routed
 from .cover import PROBLEMS, Variant, line_of
 from .mutants import Recipe, Subject
 from .mutate import Mutant
@@ -110,10 +110,16 @@ def recipe_of_lists(make: Any, variant: Variant) -> Recipe:
     return lambda find: problems_routed.run(make(variant), find, metrics=False)
 
 
+def recipe_of_linear(make: Any, variant: Variant) -> Recipe:
+    return lambda find: cover_linear.run(make(variant.dtype), find, metrics=False)
+
+
 def share(kernel: str, variant: Variant, names: tuple[str, ...], count: int) -> None:
     """Prints the share of mutants that are caught, and holds it to the least."""
     if kernel.startswith("routed"):
         recipes = {n: recipe_of_lists(cover_routed.PROBLEMS[n], variant) for n in names}
+    elif kernel.startswith("linear"):
+        recipes = {n: recipe_of_linear(cover_linear.PROBLEMS[n], variant) for n in names}
     else:
         recipes = {n: recipe_of_windows(PROBLEMS[n], variant) for n in names}
     subject = Subject(kernel, recipes)
@@ -154,3 +160,18 @@ def test_mutants_are_caught() -> None:
 def test_more_mutants_are_caught(kernel: str, modified: bool) -> None:
     known = cover_routed.PROBLEMS if kernel.startswith("routed") else PROBLEMS
     share(kernel, Variant(BF16, modified), tuple(known), 60)
+
+
+@pytest.mark.heavy
+@pytest.mark.sweep
+@pytest.mark.parametrize(
+    ("kernel", "begin"),
+    [
+        ("linear_scan_bf16_32", ("plain", "wide", "not causal")),
+        ("linear_scan_bf16_32_gated", ("elu", "relu", "apart", "shared", "segments", "decayed")),
+        ("linear_scan_bf16_32_delta", ("delta",)),
+    ],
+)
+def test_mutants_of_linear_attention_are_caught(kernel: str, begin: tuple[str, ...]) -> None:
+    names = tuple(name for name in cover_linear.PROBLEMS if name.startswith(begin))
+    share(kernel, Variant(BF16, False), names, 40)

@@ -86,7 +86,7 @@ BUGS = [
     _bug("short chunk at the other end", "scan_fp32_32_gated", "exact", WRONG,
          (SCAN, "(p.exclusive ? whole - tokens.count() : 0)", "0")),
     _bug("a value counts before its token", "scan_bf16_32", "not finite", WRONG,
-         (OUTPUTS, "        if (j > last + half * 8) continue;\n", "")),
+         (OUTPUTS, "      if (j > last + half * 8) continue;\n", "")),
     _bug("values that are not finite are not looked for", "scan_bf16_32", "not finite", WRONG,
          (SCAN, "apart = !are_own_rows_finite(stage);", "apart = false;")),
     # ---- decays ----
