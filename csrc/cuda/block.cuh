@@ -204,7 +204,7 @@ struct Block {
     if (at.kind == Walk::Slot::kToken) {
       return row_address(*t, offset_of(*t, batch, at.token, walk_head));
     }
-    if (at.kind != Walk::Slot::kExtra) return 0;
+    if (!Walk::kHasExtra || at.kind != Walk::Slot::kExtra) return 0;
     return row_address(
         *extra, batch * extra->batch + at.token[2] * extra->token[2] + walk_head * extra->head);
   }

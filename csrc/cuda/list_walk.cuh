@@ -38,6 +38,7 @@ struct ListWalk {
   static constexpr int kWarpInts = kListWarpInts;
   static constexpr bool kRowsBias = false;
   static constexpr bool kPacks = !kByKey;
+  static constexpr bool kHasExtra = false;
   static constexpr int32_t extra = 0;
 
   // Runs are numbered: sinks, windows, entries from 0 on. Slots up to `until` are the run's, which
@@ -135,9 +136,12 @@ struct ListWalk {
     const int64_t rows = p->num_rows, walked = p->num_walked;
     int64_t first = 0, last = walked;
     if (r.query_documents && !p->mixed) {
-      const int32_t mine = row_documents()[token];
-      first = first_not_below(walk_documents(), walked, mine);
-      last = first_not_below(walk_documents(), walked, int64_t(mine) + 1);
+      const int64_t mine = row_documents()[token];
+#pragma unroll 1
+      for (int past = 0; past < 2; ++past) {
+        first = last;
+        last = first_not_below(walk_documents(), walked, mine + past);
+      }
     }
     if constexpr (kByKey) {
       if (token >= allowed_keys()) last = first;
@@ -151,50 +155,43 @@ struct ListWalk {
     return p->row_order ? p->row_order[place] : place;
   }
 
-  // Least and most of what rows up to `last_row` reach. All lanes of a warp call it.
-  ATTNEXT_DEVICE void reach_of_rows(int32_t last_row, Reach* least_of, Reach* most_of) const {
-    if (!p->row_order) {  // ends rise with the row
-      *least_of = reach(first_row), *most_of = reach(last_row);
-      return;
-    }
-    int32_t lo = INT32_MAX, near_lo = INT32_MAX, near_hi = 0, sink_hi = 0;
-#pragma unroll 1
-    for (int32_t i = first_row + threadIdx.x % 32; i <= last_row; i += 32) {
-      const Reach x = reach(p->row_order[i]);
-      lo = min(lo, static_cast<int32_t>(x.lo));
-      near_lo = min(near_lo, static_cast<int32_t>(x.near_lo));
-      near_hi = max(near_hi, static_cast<int32_t>(x.near_hi));
-      sink_hi = max(sink_hi, static_cast<int32_t>(x.sink_hi));
-    }
-    least_of->lo = __reduce_min_sync(~0u, lo);
-    least_of->near_lo = __reduce_min_sync(~0u, near_lo);
-    most_of->near_hi = __reduce_max_sync(~0u, near_hi);
-    most_of->sink_hi = __reduce_max_sync(~0u, sink_hi);
-  }
-
-  // What the tile's rows attend without a list. Keys that rules number lie in order.
+  // What the tile's rows attend without a list. Keys that rules number lie in order. All lanes of a
+  // warp call it.
   ATTNEXT_DEVICE void set_near() {
     const RoutedRules& r = p->rules;
     sinks = near = {0, 0};
     int32_t last_row = min(first_row + places, p->num_rows) - 1;
-    if (kByKey && !p->row_order) {
-      last_row = min(last_row, static_cast<int32_t>(allowed_keys()) - 1);
-    }
+    if (kByKey) last_row = min(last_row, static_cast<int32_t>(allowed_keys()) - 1);
     const bool besides = has_besides(policy);
     const bool windows = policy == HeadPolicy::kDense || (besides && r.has_window);
     if (last_row < first_row || !(windows || (besides && r.sinks > 0))) return;
-    Reach top, bottom;
-    reach_of_rows(last_row, &top, &bottom);
-    if (windows) near = {static_cast<int32_t>(top.near_lo), static_cast<int32_t>(bottom.near_hi)};
+    const int32_t last_sink = besides ? static_cast<int32_t>(least(last_row, r.sinks - 1)) : -1;
+    // Rows out of order are all asked; else what they reach rises with the row.
+    const bool scattered = !kByKey && p->row_order;
+    const int32_t last_asked = scattered ? last_row - first_row : kByKey ? 2 : 1;
+    int32_t lo = INT32_MAX, hi = 0, near_lo = INT32_MAX, near_hi = 0, sink_hi = 0;
+#pragma unroll 1
+    for (int32_t i = scattered ? threadIdx.x % 32 : 0; i <= last_asked; i += scattered ? 32 : 1) {
+      const int32_t place = scattered ? first_row + i
+                            : i == 0  ? first_row
+                            : i == 1  ? last_row
+                                      : max(first_row, last_sink);
+      const Reach x = reach(token_of_row(place));
+      lo = min(lo, static_cast<int32_t>(x.lo));
+      near_lo = min(near_lo, static_cast<int32_t>(x.near_lo));
+      near_hi = max(near_hi, static_cast<int32_t>(x.near_hi));
+      sink_hi = max(sink_hi, static_cast<int32_t>(x.sink_hi));
+      if (place <= last_sink) hi = max(hi, static_cast<int32_t>(x.hi));
+    }
+    if (scattered) {
+      lo = __reduce_min_sync(~0u, lo), near_lo = __reduce_min_sync(~0u, near_lo);
+      near_hi = __reduce_max_sync(~0u, near_hi), sink_hi = __reduce_max_sync(~0u, sink_hi);
+    }
+    if (windows) near = {near_lo, near_hi};
     if (kByKey) {
-      if (besides && first_row < r.sinks) {
-        const Reach sink = reach(static_cast<int32_t>(least(last_row, r.sinks - 1)));
-        near = {static_cast<int32_t>(top.lo),
-                static_cast<int32_t>(windows ? most(sink.hi, bottom.near_hi) : sink.hi)};
-      }
+      if (first_row <= last_sink) near = {lo, windows ? max(hi, near_hi) : hi};
     } else if (besides && r.sinks > 0) {
-      sinks = {static_cast<int32_t>(top.lo), static_cast<int32_t>(bottom.sink_hi)};
-      sinks.end = max(sinks.begin, sinks.end);
+      sinks = {lo, max(lo, sink_hi)};
       near.begin = max(near.begin, sinks.end);
     }
     near.end = max(near.begin, near.end);

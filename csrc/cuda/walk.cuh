@@ -67,6 +67,7 @@ struct BoxWalkOf {
   static constexpr int kWarpInts = kBoxWarpInts;
   static constexpr bool kRowsBias = true;  // where the bias of a key lies depends on the row
   static constexpr bool kPacks = false;    // whether rows may be of several heads
+  static constexpr bool kHasExtra = true;  // keys besides those of the map
   ATTNEXT_DEVICE static uint32_t packed(const WindowLaunch&) { return 1; }
 
   const int32_t* tables;

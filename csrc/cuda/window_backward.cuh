@@ -424,7 +424,9 @@ struct KeyGradient : Block<KeyGradient<Walk, T, kDim, kWarps, kFrags, kStep, kMo
   }
   ATTNEXT_DEVICE uint64_t row_of(const TensorRef& t, const TensorRef& extra, const Row& row) const {
     if (!row.live) return 0;
-    if (!is_extra) return this->row_address(t, offset_of(t, batch, row.token, kv_head));
+    if (!Walk::kHasExtra || !is_extra) {
+      return this->row_address(t, offset_of(t, batch, row.token, kv_head));
+    }
     return this->row_address(
         extra, batch * extra.batch + row.token[2] * extra.token[2] + kv_head * extra.head);
   }
@@ -437,7 +439,7 @@ struct KeyGradient : Block<KeyGradient<Walk, T, kDim, kWarps, kFrags, kStep, kMo
     block /= p.most_tiles + p.extra_tiles;
     kv_head = block % static_cast<uint32_t>(w.kv_heads);
     batch = block / static_cast<uint32_t>(w.kv_heads);
-    is_extra = index >= p.most_tiles;
+    is_extra = Walk::kHasExtra && index >= p.most_tiles;
     has_bias = kModified && w.bias && !is_extra;
     if (is_extra) index -= p.most_tiles;
     const int32_t group = static_cast<int32_t>(w.heads / w.kv_heads);
@@ -494,17 +496,18 @@ struct KeyGradient : Block<KeyGradient<Walk, T, kDim, kWarps, kFrags, kStep, kMo
 
   // One key by one warp, over the queries that attend it and no other.
   ATTNEXT_DEVICE void attend_alone(int r, int32_t group) {
-    start_head(kv_head * group);
-    Row row = walk.row(r);
-    if (!row.live) return;
+    Row row;
     float key[kMine], value[kMine], query[kMine], dout[kMine], dk[kMine], dv[kMine];
-    this->load_row(row_of(w.key, w.extra_key, row), w.head_dim, key);
-    this->load_row(row_of(w.value, w.extra_value, row), w.head_dim_v, value);
 #pragma unroll
     for (int i = 0; i < kMine; ++i) dk[i] = dv[i] = 0.f;
     for (int32_t g = 0; g < group; ++g) {
       start_head(kv_head * group + g);
       row = walk.row(r);
+      if (!row.live) return;
+      if (g == 0) {
+        this->load_row(row_of(w.key, w.extra_key, row), w.head_dim, key);
+        this->load_row(row_of(w.value, w.extra_value, row), w.head_dim_v, value);
+      }
       Chain<kModified> alone;
       alone.modifiers.start(w, head);
       for (int32_t s = 0; s < walk.total; ++s) {

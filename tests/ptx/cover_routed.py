@@ -2,9 +2,9 @@
 """Problems that execute most instructions of the kernels that walk lists, as cover.py has them for
 windows.
 
-What is left is, for the most part, the look-up of runs: the compiler has a copy of it wherever a
-walk begins or goes on, and no problem takes each way (from sinks, from windows, over several runs)
-in each copy.
+What is left is, for the most part, the look-up of runs and of tokens of a map: the compiler has a
+copy of it wherever a walk begins or goes on, and no problem takes each way (from sinks, from windows,
+over several runs) in each copy.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ def _problem(
 def _lists(variant: Variant) -> Problem:
     """Two tiles, rows that end within one, blocks within steps."""
     tensors = _tensors(variant, (100,), (130,), batch=2, heads=4, kv_heads=2)
+    tensors["sink_logits"] = normal(4, seed=6)
     return _problem(
         variant, tensors, lists(100, 16, 4, keys=130), is_causal=True, window_size=30, sinks=3,
         exclude_self=True, head_policy=["list", "dense", "streaming", "off"],
@@ -79,7 +80,8 @@ def _documents(variant: Variant, mixed: bool) -> Problem:
     documents = torch.randint(0, 3, (1, 90), generator=torch.Generator().manual_seed(0))
     documents = documents if mixed else documents.sort(-1).values
     return _problem(
-        variant, _tensors(variant, (90,), heads=2), lists(90, 16, 3), window_size=(5, 20), sinks=2,
+        variant, _tensors(variant, (90,), heads=2, kv_heads=1), lists(90, 16, 3),
+        window_size=(5, 20), sinks=2,
         query_documents=documents, key_documents=documents.flip(-1) if mixed else documents,
     )  # fmt: skip
 
@@ -91,12 +93,16 @@ def _shuffled(variant: Variant) -> Problem:
     )  # fmt: skip
 
 
-def _maps(variant: Variant) -> Problem:
+def _maps(variant: Variant, step: int, lacks: int = 0) -> Problem:
+    """`step`: rows begin at multiples of so many numbers, if it is not 0."""
     indices = torch.randint(-1, 8, (1, 1, 8, 3), generator=torch.Generator().manual_seed(0))
     plan = BlockPlan.of(indices, (3, 5, 7), (2, 3, 4), (4, 3, 5), (2, 2, 3))
     documents = torch.arange(105)[None] % 2, torch.arange(60)[None] % 2
+    tensors = _tensors(variant, (3, 5, 7), (4, 3, 5), heads=2, dim=lacks, dim_v=lacks)
+    if step:
+        tensors = {n: cut_out(x, step) if x.dim() > 1 else x for n, x in tensors.items()}
     return _problem(
-        variant, _tensors(variant, (3, 5, 7), (4, 3, 5), heads=2), plan,
+        variant, tensors, plan,
         head_policy=["list", "dense"], query_documents=documents[0], key_documents=documents[1],
     )  # fmt: skip
 
@@ -128,12 +134,12 @@ def _alone(variant: Variant, scattered: bool) -> Problem:
     tensors["key"][:, 1] = torch.nan
     tensors["value"][:, 3] = torch.inf
     plan = lists(20, 4, 2, seed=1)
-    documents = torch.arange(20)[None] % 3
-    options: dict[str, Any] = {"window_size": 5, "sinks": 1, "exclude_self": True}
-    if scattered:
-        plan, options = shuffled(plan), {**options, "query_documents": documents}
-        options["key_documents"] = documents
-    return _problem(variant, tensors, plan, **options)
+    documents = torch.arange(20)[None]
+    documents = documents % 3 if scattered else documents // 12
+    return _problem(
+        variant, tensors, shuffled(plan) if scattered else plan, window_size=5, sinks=1,
+        exclude_self=True, query_documents=documents, key_documents=documents,
+    )  # fmt: skip
 
 
 def _packed(variant: Variant, heads: int) -> Problem:
@@ -184,7 +190,8 @@ PROBLEMS: dict[str, Maker] = {
     "documents": lambda v: _documents(v, False),
     "mixed documents": lambda v: _documents(v, True),
     "shuffled": _shuffled,
-    "maps": _maps,
+    "maps": lambda v: _maps(v, 0),
+    "maps, far": lambda v: _maps(v, 5, 3),
     "many entries": _many_entries,
     "many heads": _many_heads,
     "large logits": _growing,

@@ -11,7 +11,7 @@ from .cover_routed import PROBLEMS
 from .problems_routed import run
 from .test_coverage import each_variant, executions_of, too_low
 
-LEAST = 0.8
+LEAST = 0.95
 
 
 @pytest.mark.heavy
