@@ -24,15 +24,16 @@ BUDGET = {torch.float32: 2e-6, torch.bfloat16: 2.5e-3, torch.float16: 4e-4}
 
 
 def slack(dtype: torch.dtype, normalize: bool, beta: bool = False) -> dict[str, float]:
-    """What of 16 bits has been rounded more often. Gradients: features of queries and keys, and the
-    state's gradient. That of a normalised query is one of a mean, ``dO . (v - o)`` with the rounded
+    """What of 16 bits has been rounded more often. Outputs that are read off the state alone, whose
+    copy and whose features are rounded. Gradients: features of queries and keys, and the state's
+    gradient. That of a normalised query is one of a mean, ``dO . (v - o)`` with the rounded
     ``o``; that of a decay is what its chunk's later queries have received less what their keys have
     given. Under the delta rule (``beta``) what a token writes has been found from a rounded copy
     of the state, and keys have three parts."""
     if dtype.itemsize > 2:
         return {}
     return {
-        "out": 1.25 if beta else 1.0,
+        "out": 1.25 if beta else 1.1,
         "final_state": 1.25,
         "grad_query": 2.5 if normalize else 1.5,
         "grad_key": 1.5,

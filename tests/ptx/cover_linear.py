@@ -144,7 +144,7 @@ PROBLEMS: dict[str, Maker] = {
     "plain, shared": _make(70, heads=(2, 1, 1), **_packed(0, 66, 4), backward=False),
     "plain, segments": _make(1300, dim=8, dim_v=8, heads=(1, 1, 2), backward=False),
     "plain, apart": _make(70, feature_map="relu", dim=21, dim_v=13, edit=_apart),
-    "plain, not finite": _make(70, edit=_not_finite, backward=False),
+    "plain, not finite": _make(70, dim_v=64, edit=_not_finite, backward=False),
     "elu": _make(100, batch=2, **_ELU, decay="token"),
     "wide elu": _make(70, **_ELU, decay="token", dim=64),
     "relu": _make(90, feature_map="relu", dim_v=64, decay="head", **_packed(0, 66, 1, 23)),
