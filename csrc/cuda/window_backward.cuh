@@ -496,18 +496,17 @@ struct KeyGradient : Block<KeyGradient<Walk, T, kDim, kWarps, kFrags, kStep, kMo
 
   // One key by one warp, over the queries that attend it and no other.
   ATTNEXT_DEVICE void attend_alone(int r, int32_t group) {
-    Row row;
+    start_head(kv_head * group);
+    Row row = walk.row(r);
+    if (!row.live) return;
     float key[kMine], value[kMine], query[kMine], dout[kMine], dk[kMine], dv[kMine];
+    this->load_row(row_of(w.key, w.extra_key, row), w.head_dim, key);
+    this->load_row(row_of(w.value, w.extra_value, row), w.head_dim_v, value);
 #pragma unroll
     for (int i = 0; i < kMine; ++i) dk[i] = dv[i] = 0.f;
     for (int32_t g = 0; g < group; ++g) {
       start_head(kv_head * group + g);
       row = walk.row(r);
-      if (!row.live) return;
-      if (g == 0) {
-        this->load_row(row_of(w.key, w.extra_key, row), w.head_dim, key);
-        this->load_row(row_of(w.value, w.extra_value, row), w.head_dim_v, value);
-      }
       Chain<kModified> alone;
       alone.modifiers.start(w, head);
       for (int32_t s = 0; s < walk.total; ++s) {

@@ -3,8 +3,8 @@
 windows.
 
 What is left is, for the most part, the look-up of runs and of tokens of a map: the compiler has a
-copy of it wherever a walk begins or goes on, and no problem takes each way (from sinks, from windows,
-over several runs) in each copy.
+copy of it wherever a walk begins or goes on, and no problem takes each way (from sinks, from
+windows, over several runs) in each copy.
 """
 
 from __future__ import annotations
