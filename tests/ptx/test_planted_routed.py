@@ -139,7 +139,7 @@ BUGS = [
     _bug("order of keys ignored", "forward_bf16_32", "boxes", WRONG,
          (LIST, "run >= 0 && p->walk_order ? p->walk_order[place] : place", "place")),
     _bug("the next document too", "forward_bf16_32", "documents", WRONG,
-         (LIST, "int64_t(mine) + 1)", "int64_t(mine) + 2)")),
+         (LIST, "walked, mine + past);", "walked, mine + 2 * past);")),
     _bug("near keys lose their bias", "forward_bf16_32_modified", "bias", WRONG,
          (LIST, "exact = kBiased && p->window.bias && count > 0;", "exact = false;")),
     _bug("no barrier before the first look-up", "forward_bf16_32", "lists", "read-write race",
@@ -178,7 +178,7 @@ BUGS = [
                  "static_cast<int32_t>(i % packs);")),
     # ---- out of order ----
     _bug("window of rows in order", "forward_bf16_32", "shuffled", WRONG,
-         (LIST, "    if (!p->row_order) {  //", "    if (true) {  //")),
+         (LIST, "bool scattered = !kByKey && p->row_order;", "bool scattered = false;")),
     _bug("sinks of the first row", "forward_bf16_32", "shuffled", WRONG,
          (LIST, "max(lo, sink_hi)};", "max(lo, sink_hi - 1)};")),
     _bug("windows walked in the order of places", "key_gradient_bf16_32", "shuffled, gradients",
