@@ -64,6 +64,12 @@ def values_not_finite(tensors: dict[str, Tensor]) -> None:
     tensors["additional_values"][:, -1, :1, 1] = -torch.inf
 
 
+def last_not_finite(tensors: dict[str, Tensor]) -> None:
+    """The last key too, which only the last query attends."""
+    values_not_finite(tensors)
+    tensors["key"][:, -1] = torch.nan
+
+
 def keys_not_finite(tensors: dict[str, Tensor]) -> None:
     """A key and a value of those that some queries attend."""
     value_not_finite(tensors)
@@ -153,8 +159,8 @@ PROBLEMS: dict[str, Maker] = {
                                   dilation=(1, 1, 2), batch=2, edit=keys_not_finite),
     # a walk by several blocks
     "parts": _sliding([1], [1100], window_size=None, backward=False),
-    "parts, alone": _sliding([1], [900], window_size=None, sink_logits=True, extra=2,
-                             edit=values_not_finite, backward=False),
+    "parts, alone": _sliding([2], [900], window_size=None, sink_logits=True, extra=2,
+                             edit=last_not_finite, backward=False),
     "parts of boxes": _neighborhood([24, 24], kernel_size=24, backward=False),
 }  # fmt: skip
 
@@ -174,7 +180,7 @@ LENGTHS: dict[str, Maker] = {
                             heads=2, edit=packed_not_finite),
     "long, parts": _sliding([70], [1100], window_size=None, backward=False),
     "long, parts, alone": _sliding([70], [900], window_size=None, sink_logits=True, extra=2,
-                                   edit=values_not_finite, backward=False),
+                                   edit=last_not_finite, backward=False),
 }  # fmt: skip
 
 

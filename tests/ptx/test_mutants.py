@@ -87,6 +87,11 @@ EQUIVALENT = (
         "aligned && left >= L::kElems",
     ),
     Equivalent("a slot without a token gets any row", "ge for gt", "slot + j < walk.total"),
+    Equivalent(
+        "without a bias nobody asks where it is",
+        "literal off by one: mov.u64",
+        "bias = w.bias ? static_cast<const float*>(w.bias)",
+    ),
     Equivalent("64 bits divide what 32 do", "dropped: setp.eq.s64", "w.heads / w.kv_heads"),
     Equivalent("rows that are not there are not read", "dropped: mov.u64", "if (live) {"),
     Equivalent(
