@@ -167,7 +167,8 @@ def test_taylor_features_beside_wide_values(
     more = {"feature_map": "taylor2", "dim": dim, "dim_v": dim_v, "dtype": dtype}
     check(*form("reverse", tokens=tokens, **more, decay=None))
     check(*form("identity", tokens=tokens, **more, normalize=True))
-    check(*form("identity", tokens=20, **more, normalize=True, is_causal=False))
+    few = 1.25  # outputs of 20 tokens, read off a rounded state
+    check(*form("identity", tokens=20, **more, normalize=True, is_causal=False), few=few)
 
 
 @pytest.mark.heavy
