@@ -158,7 +158,7 @@ PROBLEMS: dict[str, Maker] = {
     "alone, boxes": _neighborhood([2, 2, 5], kernel_size=2, boundary="zero_pad", dim=8, extra=1,
                                   dilation=(1, 1, 2), batch=2, edit=keys_not_finite),
     # a walk by several blocks
-    "parts": _sliding([1], [1100], window_size=None, backward=False),
+    "parts": _sliding([1], [2900], window_size=None, heads=3, backward=False),
     "parts, alone": _sliding([2], [900], window_size=None, sink_logits=True, extra=2,
                              edit=last_not_finite, backward=False),
     "parts of boxes": _neighborhood([24, 24], kernel_size=24, backward=False),

@@ -79,6 +79,21 @@ EQUIVALENT = (
         "guard",
         "tile(a).first + axis.dilation * (tile(a).end - 1) >= axis.num_walked",
     ),
+    Equivalent(
+        "rows without phantoms may be copied one by one",
+        "literal off by one: add",
+        "tile(a).first + axis.dilation * (tile(a).end - 1) >= axis.num_walked",
+    ),
+    Equivalent(
+        "a step that all rows attend may be masked",
+        "operands swapped: setp.lt",
+        "one_line &= each.contains(0);",
+    ),
+    Equivalent(
+        "a step that all rows attend may be masked",
+        "literal off by one: setp.gt",
+        "one_line &= each.contains(0);",
+    ),
     Equivalent("the formulas of tanh meet there", "ge for gt: setp.ge.f32", "tanhf(x)"),
     Equivalent("any lane of a quad may have it", "literal off by one", "lane % 4 == 0 ? 1.f : 0.f"),
     Equivalent(
