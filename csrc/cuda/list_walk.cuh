@@ -161,13 +161,15 @@ struct ListWalk {
     const RoutedRules& r = p->rules;
     sinks = near = {0, 0};
     int32_t last_row = min(first_row + places, p->num_rows) - 1;
-    if (kByKey) last_row = min(last_row, static_cast<int32_t>(allowed_keys()) - 1);
+    if (kByKey && !p->row_order) {
+      last_row = min(last_row, static_cast<int32_t>(allowed_keys()) - 1);
+    }
     const bool besides = has_besides(policy);
     const bool windows = policy == HeadPolicy::kDense || (besides && r.has_window);
     if (last_row < first_row || !(windows || (besides && r.sinks > 0))) return;
     const int32_t last_sink = besides ? static_cast<int32_t>(least(last_row, r.sinks - 1)) : -1;
     // Rows out of order are all asked; else what they reach rises with the row.
-    const bool scattered = !kByKey && p->row_order;
+    const bool scattered = p->row_order;
     const int32_t last_asked = scattered ? last_row - first_row : kByKey ? 2 : 1;
     int32_t lo = INT32_MAX, hi = 0, near_lo = INT32_MAX, near_hi = 0, sink_hi = 0;
 #pragma unroll 1

@@ -93,6 +93,15 @@ def _shuffled(variant: Variant) -> Problem:
     )  # fmt: skip
 
 
+def _shuffled_keys(variant: Variant) -> Problem:
+    """A tile of keys in no order, that all queries of their document attend."""
+    plan = shuffled(lists(90, 16, 3, keys=150, key_block=16), "key_blocks")
+    return _problem(
+        variant, _tensors(variant, (90,), (150,), heads=2), plan, head_policy=["list", "dense"],
+        query_documents=torch.arange(90)[None] // 20, key_documents=torch.arange(150)[None] // 37,
+    )  # fmt: skip
+
+
 def _maps(variant: Variant, step: int, lacks: int = 0) -> Problem:
     """`step`: rows begin at multiples of so many numbers, if it is not 0."""
     indices = torch.randint(-1, 8, (1, 1, 8, 3), generator=torch.Generator().manual_seed(0))
@@ -190,6 +199,7 @@ PROBLEMS: dict[str, Maker] = {
     "documents": lambda v: _documents(v, False),
     "mixed documents": lambda v: _documents(v, True),
     "shuffled": _shuffled,
+    "shuffled keys": _shuffled_keys,
     "maps": lambda v: _maps(v, 0),
     "maps, far": lambda v: _maps(v, 5, 3),
     "many entries": _many_entries,

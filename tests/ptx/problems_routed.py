@@ -117,8 +117,9 @@ def lists(
     return BlockPlan.of(indices, tokens, block, keys, key_block, bias=numbers)
 
 
-def shuffled(plan: BlockPlan) -> BlockPlan:
-    """With queries that are out of order."""
-    blocks = plan.query_blocks
+def shuffled(plan: BlockPlan, which: str = "query_blocks") -> BlockPlan:
+    """With queries, or keys (``"key_blocks"``), that are out of order."""
+    blocks = getattr(plan, which)
     order = torch.randperm(blocks.num_tokens, generator=torch.Generator().manual_seed(0)).int()
-    return dataclasses.replace(plan, query_blocks=dataclasses.replace(blocks, order=order))
+    changed: Any = {which: dataclasses.replace(blocks, order=order)}
+    return dataclasses.replace(plan, **changed)

@@ -178,7 +178,7 @@ BUGS = [
                  "static_cast<int32_t>(i % packs);")),
     # ---- out of order ----
     _bug("window of rows in order", "forward_bf16_32", "shuffled", WRONG,
-         (LIST, "bool scattered = !kByKey && p->row_order;", "bool scattered = false;")),
+         (LIST, "bool scattered = p->row_order;", "bool scattered = false;")),
     _bug("sinks of the first row", "forward_bf16_32", "shuffled", WRONG,
          (LIST, "max(lo, sink_hi)};", "max(lo, sink_hi - 1)};")),
     _bug("windows walked in the order of places", "key_gradient_bf16_32", "shuffled, gradients",

@@ -255,6 +255,14 @@ def test_rules_beside_queries_out_of_order() -> None:
         )
 
 
+def test_documents_beside_keys_out_of_order() -> None:
+    """What a tile of keys reaches is not between what its first and its last reach."""
+    plan = shuffled(lists(90, 16, 3, keys=150, key_block=16), "key_blocks")
+    documents: dict[str, Any] = {"query_documents": torch.arange(90)[None] // 20}
+    documents["key_documents"] = torch.arange(150)[None] // 37
+    check(qkv((90,), (150,), heads=2), plan, head_policy=["list", "dense"], **documents)
+
+
 @pytest.mark.parametrize("in_order", [True, False])
 def test_documents_of_maps(in_order: bool) -> None:
     """Boxes, whose tokens are never in order."""
