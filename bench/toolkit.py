@@ -96,7 +96,7 @@ def _run(command: Sequence[str | Path], about: object) -> str:
 
 def virtual(arch: str) -> str:
     """The architecture whose PTX the library has for one: 8.x share theirs (CMakeLists.txt)."""
-    return "compute_80" if arch in ("sm_86", "sm_89") else arch.replace("sm_", "compute_")
+    return "compute_80" if arch.startswith("sm_8") else arch.replace("sm_", "compute_")
 
 
 def compile_cuda(

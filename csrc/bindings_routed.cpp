@@ -334,8 +334,7 @@ void routed_backward(const py::tuple& problem, py::handle out, py::handle lse, p
   cpu::routed_backward(call.params);
 }
 
-// ---- routers' searches
-// ---------------------------------------------------------------------------
+// ---- searches of routers
 
 // query [batch, heads, rows, samples, dim], reach [rows, samples], at [batch, heads, rows, places]
 void largest_products(py::handle query, py::handle reach, py::handle key, py::handle at,

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import LAYOUTS, lay_out
 
-from attnext import _C
 from attnext.routers.hip import _places_of_best
 from attnext.routers.products import largest_products, largest_products_in_torch
+from attnext.testing import available_isas, isa, threads
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LOWEST = -3e38
@@ -56,14 +56,10 @@ def searches(draw):
     return query, reach, lay_out(key, draw(st.sampled_from(LAYOUTS))), at
 
 
-@given(searches(), st.sampled_from(_C.available_isas()))
-def test_largest_products(problem, isa):
-    before = _C.isa()
-    _C.set_isa(isa)
-    try:
+@given(searches(), st.sampled_from(available_isas()))
+def test_largest_products(problem, name):
+    with isa(name):
         got = largest_products(*problem, LOWEST)
-    finally:
-        _C.set_isa(before)
     want = by_definition(*problem)
     assert torch.equal(got, want)
     assert torch.equal(largest_products_in_torch(*problem, LOWEST), want)
@@ -75,13 +71,10 @@ def test_it_does_not_depend_on_threads():
     key = torch.randn(2, 500, 2, 64, generator=generator)
     at = torch.randint(0, 500, (2, 4, 9, 300), generator=generator)
     reach = torch.randint(0, 500, (9, 32), generator=generator)
-    results, threads = [], torch.get_num_threads()
-    try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
+    results = []
+    for n in (1, 2, 3):
+        with threads(n):
             results.append(largest_products(query, reach, key, at, LOWEST))
-    finally:
-        torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
     rows = key.double()[:, at[0, 3, 4]][0, :, 1]
     exact = (query[0, 3, 4].double() @ rows.T).masked_fill(at[0, 3, 4] > reach[4, :, None], LOWEST)

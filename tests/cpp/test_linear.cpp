@@ -2,15 +2,12 @@
 // Linear attention on every instruction set and dtype, without Python: outputs and states against
 // the recurrence in float64, float64's gradients against differences of outputs, those of the other
 // dtypes against float64's.
-#include <omp.h>
-
 #include <algorithm>
 #include <cstdio>
 #include <string>
 
-#include "cpu/isa.h"
 #include "cpu/linear.h"
-#include "cpu/parallel.h"
+#include "everywhere.h"
 #include "tensor.h"
 
 using namespace attnext;
@@ -24,13 +21,6 @@ struct Problem {
   bool packed = false, states = false;
   int64_t chunk = 0;
 };
-
-int failures = 0;
-void expect(bool ok, const std::string& what) {
-  if (ok) return;
-  ++failures;
-  std::printf("FAILED %s\n", what.c_str());
-}
 
 std::vector<double> features_of(FeatureMap map, const std::vector<double>& x, double scale) {
   std::vector<double> f;
@@ -374,10 +364,7 @@ void decode(FeatureMap map, DType type, const std::string& name) {
 }  // namespace
 
 int main(int argc, char** argv) {
-#if defined(__SANITIZE_THREAD__)
-  cpu::avoid_openmp();
-#endif
-  omp_set_num_threads(1);
+  start_threads();
   std::vector<Problem> problems;
   const auto add = [&](Problem c) -> Problem& { return problems.emplace_back(c); };
   add({FeatureMap::kElu, 2, 2, 16, 16, 70});
@@ -396,22 +383,12 @@ int main(int argc, char** argv) {
   all.packed = true;
   add({FeatureMap::kElu, 1, 1, 4, 4, 1}).normalize = true;
   add({FeatureMap::kIdentity, 1, 1, 64, 64, 1100}).chunk = 48;
-  const char* dtypes[] = {"float32", "float64", "bfloat16", "float16"};
-  for (const std::string& isa : cpu::available_isas()) {
-    if (argc > 1 && isa != argv[1]) continue;
-    cpu::set_isa(isa);
-    for (int t = 0; t < kNumDTypes; ++t) {
-      const std::string where = isa + " " + dtypes[t];
-      for (size_t i = 0; i < problems.size(); ++i) {
-        run(problems[i], static_cast<DType>(t), where + " problem " + std::to_string(i),
-            static_cast<unsigned>(i));
-      }
-      for (const FeatureMap map : {FeatureMap::kIdentity, FeatureMap::kElu, FeatureMap::kTaylor2}) {
-        decode(map, static_cast<DType>(t), where);
-      }
-      std::printf("%s: %d failures so far\n", where.c_str(), failures);
-      std::fflush(stdout);
+  return everywhere(argc, argv, [&](DType type, const std::string& where) {
+    for (size_t i = 0; i < problems.size(); ++i) {
+      run(problems[i], type, where + " problem " + std::to_string(i), static_cast<unsigned>(i));
     }
-  }
-  return failures == 0 ? 0 : 1;
+    for (const FeatureMap map : {FeatureMap::kIdentity, FeatureMap::kElu, FeatureMap::kTaylor2}) {
+      decode(map, type, where);
+    }
+  });
 }

@@ -1,17 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Routed attention on every instruction set and dtype against a naive float64 restatement, without
 // Python: for sanitizer builds and for machines that have no torch.
-#include <omp.h>
-
 #include <algorithm>
 #include <cstdio>
 #include <limits>
 #include <string>
 
-#include "cpu/isa.h"
-#include "cpu/parallel.h"
 #include "cpu/routed.h"
 #include "cpu/routed_chunks.h"
+#include "everywhere.h"
 #include "tensor.h"
 
 using namespace attnext;
@@ -26,13 +23,6 @@ struct Problem {
   bool spans = false, bias = false, causal = false, permuted = false, sink_logits = false;
   int64_t window = 0, sinks = 0, within = kFar;
 };
-
-int failures = 0;
-void expect(bool ok, const std::string& what) {
-  if (ok) return;
-  ++failures;
-  std::printf("FAILED %s\n", what.c_str());
-}
 
 std::vector<int32_t> offsets_of(int64_t tokens, int64_t block) {
   std::vector<int32_t> out{0};
@@ -260,10 +250,7 @@ void share(int64_t block, int64_t key_block, bool spans, int heads, unsigned see
 }  // namespace
 
 int main(int argc, char** argv) {
-#if defined(__SANITIZE_THREAD__)
-  cpu::avoid_openmp();
-#endif
-  omp_set_num_threads(1);
+  start_threads();
   std::vector<Problem> problems;
   const auto add = [&](Problem c) -> Problem& { return problems.emplace_back(c); };
   add({2, 2, 16, 16, 70, 70, 16, 16, 3}).causal = true;
@@ -294,18 +281,9 @@ int main(int argc, char** argv) {
       }
     }
   }
-  const char* dtypes[] = {"float32", "float64", "bfloat16", "float16"};
-  for (const std::string& isa : cpu::available_isas()) {
-    if (argc > 1 && isa != argv[1]) continue;
-    cpu::set_isa(isa);
-    for (int t = 0; t < kNumDTypes; ++t) {
-      for (size_t i = 0; i < problems.size(); ++i) {
-        run(problems[i], static_cast<DType>(t),
-            isa + " " + dtypes[t] + " problem " + std::to_string(i), static_cast<unsigned>(i));
-      }
-      std::printf("%s %s: %d failures so far\n", isa.c_str(), dtypes[t], failures);
-      std::fflush(stdout);
+  return everywhere(argc, argv, [&](DType type, const std::string& where) {
+    for (size_t i = 0; i < problems.size(); ++i) {
+      run(problems[i], type, where + " problem " + std::to_string(i), static_cast<unsigned>(i));
     }
-  }
-  return failures == 0 ? 0 : 1;
+  });
 }

@@ -1,21 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // The search of routers on every instruction set and dtype against its definition, without Python.
-#include <omp.h>
-
 #include <algorithm>
 #include <cstdio>
 #include <string>
 
-#include "cpu/isa.h"
-#include "cpu/parallel.h"
 #include "cpu/search.h"
+#include "everywhere.h"
 #include "tensor.h"
 
 using namespace attnext;
 
 namespace {
-
-int failures = 0;
 
 void run(DType type, int64_t samples, int64_t dim, int64_t places, const std::string& name) {
   std::mt19937 rng(static_cast<unsigned>(samples * 1000 + dim));
@@ -59,29 +54,18 @@ void run(DType type, int64_t samples, int64_t dim, int64_t places, const std::st
     const double error = want == p.lowest ? std::fabs(got / want - 1) : std::fabs(got - want);
     worst = error <= worst ? worst : error;  // NaN stays
   }
-  if (worst <= (type == DType::kFloat64 ? 1e-12 : 1e-4)) return;
-  ++failures;
-  std::printf("FAILED %s, %d samples: off by %g\n", name.c_str(), static_cast<int>(samples), worst);
+  expect(worst <= (type == DType::kFloat64 ? 1e-12 : 1e-4),
+         name + ", " + std::to_string(samples) + " samples: off by " + std::to_string(worst));
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-#if defined(__SANITIZE_THREAD__)
-  cpu::avoid_openmp();
-#endif
+  start_threads();
   omp_set_num_threads(2);
-  const char* dtypes[] = {"float32", "float64", "bfloat16", "float16"};
-  for (const std::string& isa : cpu::available_isas()) {
-    if (argc > 1 && isa != argv[1]) continue;
-    cpu::set_isa(isa);
-    for (int t = 0; t < kNumDTypes; ++t) {
-      for (const int64_t samples : {1, 5, 16, 33, 64}) {
-        run(static_cast<DType>(t), samples, samples == 16 ? 64 : 7 + samples, 3 * samples + 1,
-            isa + " " + dtypes[t]);
-      }
-      std::printf("%s %s: %d failures so far\n", isa.c_str(), dtypes[t], failures);
+  return everywhere(argc, argv, [&](DType type, const std::string& where) {
+    for (const int64_t samples : {1, 5, 16, 33, 64}) {
+      run(type, samples, samples == 16 ? 64 : 7 + samples, 3 * samples + 1, where);
     }
-  }
-  return failures == 0 ? 0 : 1;
+  });
 }

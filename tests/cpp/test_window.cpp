@@ -3,8 +3,6 @@
 // sanitizer builds and for machines (or emulators) that have no torch. Also: the result must not
 // depend on the number of threads, and nothing outside a tensor may be read (the sanitizer tells)
 // or written.
-#include <omp.h>
-
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -14,9 +12,8 @@
 #include <string>
 #include <vector>
 
-#include "cpu/isa.h"
-#include "cpu/parallel.h"
 #include "cpu/window.h"
+#include "everywhere.h"
 #include "tensor.h"
 
 using namespace attnext;
@@ -31,8 +28,6 @@ struct Problem {
   bool bias = false, row_scale = false, sink_logits = false, dlse = true;
   double softcap = 0;
 };
-
-int failures = 0;
 
 void expect_close(const char* what, const std::string& where, double got, double want,
                   double tolerance) {
@@ -278,10 +273,7 @@ AxisRule axis(int64_t left, int64_t right, Boundary boundary, int64_t stride = 1
 }  // namespace
 
 int main(int argc, char** argv) {
-#if defined(__SANITIZE_THREAD__)
-  cpu::avoid_openmp();
-#endif
-  omp_set_num_threads(1);
+  start_threads();
   const Boundary in = Boundary::kInward, cut = Boundary::kTruncate, pad = Boundary::kZeroPad;
   const AxisRule self;
   std::vector<Problem> problems;
@@ -324,18 +316,9 @@ int main(int argc, char** argv) {
                       {axis(1, 1, in), axis(2, 1, pad, 2), axis(2, 2, cut)}});
   problems.back().bias = true;
 
-  const char* dtypes[] = {"float32", "float64", "bfloat16", "float16"};
-  for (const std::string& isa : cpu::available_isas()) {
-    if (argc > 1 && isa != argv[1]) continue;
-    cpu::set_isa(isa);
-    for (int t = 0; t < kNumDTypes; ++t) {
-      for (size_t i = 0; i < problems.size(); ++i) {
-        run(problems[i], static_cast<DType>(t),
-            isa + " " + dtypes[t] + " problem " + std::to_string(i), static_cast<unsigned>(i));
-      }
-      std::printf("%s %s: %d failures so far\n", isa.c_str(), dtypes[t], failures);
-      std::fflush(stdout);
+  return everywhere(argc, argv, [&](DType type, const std::string& where) {
+    for (size_t i = 0; i < problems.size(); ++i) {
+      run(problems[i], type, where + " problem " + std::to_string(i), static_cast<unsigned>(i));
     }
-  }
-  return failures == 0 ? 0 : 1;
+  });
 }

@@ -40,9 +40,9 @@ def count(executions: dict[str, Execution], report: Report) -> None:
 
 
 def executions_of(
-    run: Callable[..., Any], makers: Mapping[str, Callable[[Variant], Any]], variant: Variant
+    run: Callable[..., Any], makers: Mapping[str, Callable[[Any], Any]], variant: Any
 ) -> dict[str, Execution]:
-    """By kernel, of all problems, which come out right."""
+    """By kernel, of all problems of a variant, which come out right."""
     executions: dict[str, Execution] = {}
     for name, make in makers.items():
         wrong, reports = run(make(variant), metrics=False)

@@ -9,8 +9,7 @@ import torch
 
 from .cover import unexplained
 from .cover_linear import PROBLEMS, REASONS, run
-from .metrics import Execution
-from .test_coverage import LEAST, count, too_low
+from .test_coverage import LEAST, executions_of, too_low
 
 # Of kernels that are one template those of one bucket.
 COVERED = (
@@ -25,12 +24,7 @@ COVERED = (
     "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.sweep)], ids=str
 )
 def test_nearly_every_instruction_is_executed(dtype: torch.dtype) -> None:
-    executions: dict[str, Execution] = {}
-    for name, make in PROBLEMS.items():
-        wrong, reports = run(make(dtype), metrics=False)
-        assert not wrong, (name, wrong)
-        for report in reports:
-            count(executions, report)
+    executions = executions_of(run, PROBLEMS, dtype)
     short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     names = ["linear_" + name.format(short) for name in COVERED]
     low = too_low({name: executions[name] for name in names}, LEAST)
