@@ -398,6 +398,39 @@ def test_nan_reaches_only_what_attends_it(dtype):
             assert out[:, 21:, 1].isnan().all(dim=-1).all()
 
 
+@pytest.mark.parametrize("isa_name", available_isas())
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_what_is_not_finite(dtype, isa_name):
+    """They are not finite where the recurrence's are not, and nowhere else."""
+    names = ("identity", "taylor2, normalized", "relu, decayed", "delta")
+    for name, which in itertools.product(names, ("query", "key", "dout")):
+        tensors, options = form(name, tokens=75, dtype=dtype)
+        if which != "dout":
+            tensors[which][:, 37, 1, 3] = torch.nan
+        results = []
+        for call in (linear_attention, reference.linear_attention):
+            given = {n: x.detach().clone() for n, x in tensors.items()}
+            if call is not linear_attention:
+                given = {n: x.double() for n, x in given.items()}
+            given = {n: x.requires_grad_() for n, x in given.items()}
+            out = call(**given, **options)
+            out = out[0] if isinstance(out, tuple) else out
+            dout = torch.ones_like(out)
+            if which == "dout":
+                dout[:, 37, 1, 3] = torch.inf
+            with isa(isa_name):
+                out.backward(dout)
+            results.append({n: x.grad for n, x in given.items()})
+        for n, grad in results[0].items():
+            want, where = results[1][n], (name, which, n)
+            rows = [x.view(*tensors[n].shape, -1).isfinite().all(-1) for x in (grad, want)]
+            if grad.dim() == 4:
+                rows = [x.all(-1) for x in rows]
+            assert torch.equal(*rows), where
+            finite = grad.isfinite() & want.isfinite()
+            assert error(grad[finite], want[finite]) <= 4 * BUDGET[dtype], where
+
+
 def test_strides():
     """Heads first, padded by NaN, reversed heads: no copy, no other entry read."""
     tensors, options = form("taylor2, normalized", tokens=40, heads=(4, 4, 4), batch=2)

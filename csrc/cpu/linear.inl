@@ -67,13 +67,12 @@ ATTNEXT_INLINE VecOf<Acc> feature(VecOf<Acc> x) {
   }
 }
 
-// d feature / dx, from the feature.
+// dx of a feature f of x, from that of f.
 template <class Acc>
-ATTNEXT_INLINE VecOf<Acc> feature_slope(FeatureMap map, VecOf<Acc> f) {
-  const VecOf<Acc> one = broadcast(Acc(1));
-  if (map == FeatureMap::kElu) return f > 1 ? one : f;
-  if (map == FeatureMap::kRelu) return f > 0 ? one : VecOf<Acc>{};
-  return one;
+ATTNEXT_INLINE VecOf<Acc> feature_chain(FeatureMap map, VecOf<Acc> f, VecOf<Acc> df) {
+  if (map == FeatureMap::kElu) return f > 1 ? df : f * df;
+  if (map == FeatureMap::kRelu) return f <= 0 ? VecOf<Acc>{} : df;
+  return df;
 }
 
 // At most kLanes x kLanes entries as a whole block, the rest 0.

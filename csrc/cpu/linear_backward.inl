@@ -54,7 +54,7 @@ class LinearBackward : public LinearHead<T> {
     if (decays()) {
       slope_ = arena_.take(2 * ld);
       slope_k_ = slope_ + ld;
-      pairs_ = reinterpret_cast<double*>(arena_.take(4 * ld));
+      pairs_ = reinterpret_cast<double*>(arena_.take(6 * ld));
     }
     if (p.delta()) {
       keys_ = arena_.take(chunk * ld);
@@ -279,6 +279,7 @@ class LinearBackward : public LinearHead<T> {
     }
     unpack_lanes<Acc, Acc>(dp_, ld, count, count, dp_lanes_, ld);
     clear_lanes(dp_lanes_, count, count, lanes);
+    if (!is_finite(count)) return pair_by_pair(count);
     if (rounds_once()) {
       entry_gradients(along_lanes(q_, dim, ld, lanes, query_lanes_),
                       along_lanes(k_, dim, ld, lanes, key_lanes_),
@@ -296,6 +297,53 @@ class LinearBackward : public LinearHead<T> {
                                    scores + j / kDepth * ld + j, ld,
                                    dout_by_rows + j / kDepth * width, width, dv_ + j * width, width,
                                    Mix<Acc>{false, 1, this->outer_scale()});
+    }
+  }
+  // Of a chunk's queries, keys and gradients of outputs.
+  bool is_finite(int64_t count) const {
+    VecOf<Acc> zero{};
+    const auto add = [&](const Acc* x, int64_t rows, int64_t step, int64_t numbers) {
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t i = 0; i < numbers; i += kLanes) zero += load(x + r * step + i) * Acc(0);
+      }
+    };
+    add(q_, p.head_dim, ld, count);
+    add(k_, p.head_dim, ld, count);
+    add(dout_, count, width, columns);
+    return add_lanes<Acc>(zero) == 0;
+  }
+  // The products of `within`, in which 0 times what is not finite has no place: a key meets the
+  // queries from its own on only.
+  void pair_by_pair(int64_t count) {
+    const int64_t dim = p.head_dim;
+    for (int64_t i = 0; i < dim * ld; ++i) dq_[i] = dk_[i] = 0;
+    for (int64_t i = 0; i < count * width; ++i) dv_[i] = 0;
+    for (int64_t j = 0; j < count; ++j) {
+      for (int64_t i = j / kLanes * kLanes; i < count; i += kLanes) {
+        const uint64_t from_key_on = j > i ? ~uint64_t(0) << (j - i) : ~uint64_t(0);
+        for (int64_t d = 0; d < dim; ++d) {
+          const VecOf<Acc> more = k_[d * ld + j] * load(dp_lanes_ + j * ld + i);
+          store(dq_ + d * ld + i,
+                load(dq_ + d * ld + i) + select_bits<Acc>(from_key_on, more, VecOf<Acc>{}));
+        }
+      }
+      for (int64_t i = j; i < count; ++i) {
+        const Acc by = s_[i * ld + j] * this->outer_scale();
+        for (int64_t c = 0; c < width; c += kLanes) {
+          store(dv_ + j * width + c, load(dv_ + j * width + c) + by * load(dout_ + i * width + c));
+        }
+      }
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t j = 0; j <= i; j += kLanes) {
+        const uint64_t up_to_query =
+            j + kLanes > i + 1 ? (uint64_t(2) << (i - j)) - 1 : ~uint64_t(0);
+        for (int64_t d = 0; d < dim; ++d) {
+          const VecOf<Acc> more = q_[d * ld + i] * Acc(p.scale) * load(dp_ + i * ld + j);
+          store(dk_ + d * ld + j,
+                load(dk_ + d * ld + j) + select_bits<Acc>(up_to_query, more, VecOf<Acc>{}));
+        }
+      }
     }
   }
   // Whether gradients in a chunk are sums of rounded numbers times exact ones.
@@ -456,14 +504,25 @@ class LinearBackward : public LinearHead<T> {
       }
       through *= power_of<Acc>(decay_.total);
     }
-    double within = 0, queries = 0, keys = 0;
-    for (int64_t i = 0; i < count; ++i) queries += slope_[i];
-    Acc* ddecay = this->template row<Acc>(p.ddecay, t, p.heads);
+    // Of pairs, sums from both ends: where only one is finite, the other has met pairs that the
+    // decay does not scale.
+    double* const keys = pairs_ + 2 * ld;
+    double earlier = 0, read = 0, within = 0, queries = 0;
     for (int64_t i = 0; i < count; ++i) {
-      ddecay[i * this->step(p.ddecay)] = Acc(through + within + queries + keys);
-      within += pairs_[ld + i] - pairs_[i];
-      queries -= slope_[i];
-      keys += slope_k_[i];
+      const double more = pairs_[ld + i] - pairs_[i];
+      pairs_[ld + i] = more;
+      pairs_[i] = earlier;
+      keys[i] = read;
+      earlier += more;
+      read += slope_k_[i];
+    }
+    Acc* ddecay = this->template row<Acc>(p.ddecay, t, p.heads);
+    for (int64_t i = count - 1; i >= 0; --i) {
+      queries += slope_[i];
+      within -= pairs_[ld + i];
+      const bool is_finite = pairs_[i] - pairs_[i] == 0;
+      const double of_pairs = is_finite ? pairs_[i] : within;
+      ddecay[i * this->step(p.ddecay)] = Acc(through + of_pairs + queries + keys[i]);
     }
   }
 
@@ -474,9 +533,8 @@ class LinearBackward : public LinearHead<T> {
     if (curved || scale != 1) {
       for (int64_t d = 0; d < dim; ++d) {
         for (int64_t i = d * ld; i < d * ld + lanes; i += kLanes) {
-          VecOf<Acc> slope = broadcast(scale);
-          if (curved) slope *= feature_slope<Acc>(p.feature_map, load(f + i));
-          store(dx + i, load(dx + i) * slope);
+          const VecOf<Acc> df = load(dx + i) * scale;
+          store(dx + i, feature_chain<Acc>(p.feature_map, load(f + i), df));
         }
       }
     }
@@ -512,7 +570,7 @@ class LinearBackward : public LinearHead<T> {
   Acc *q_, *k_, *qf_, *kf_, *dq_, *dk_, *df_, *v_, *dout_, *dv_, *v_lanes_, *dout_lanes_, *s_, *dp_,
       *dp_lanes_, *dsum_, *inverse_, *dmean_, *weights_, *after_, *local_, *states_;
   Acc *slope_ = nullptr, *slope_k_ = nullptr;
-  double* pairs_ = nullptr;  // [2][tokens]: sums over the pairs of a query, of a key
+  double* pairs_ = nullptr;  // [3][tokens]: sums over the pairs of a query, of a key; a room
   Acc *keys_ = nullptr, *beta_ = nullptr, *dbeta_ = nullptr, *e_ = nullptr, *y_ = nullptr,
       *h_ = nullptr, *h_lanes_ = nullptr, *later_ = nullptr;
   const Acc* before_[kMostChunks];

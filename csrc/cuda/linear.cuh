@@ -178,7 +178,7 @@ ATTNEXT_DEVICE float feature(FeatureMap map, float x) {
 // d feature / dx, from the feature.
 ATTNEXT_DEVICE float feature_slope(FeatureMap map, float f) {
   if (map == FeatureMap::kElu) return f > 1.f ? 1.f : f;
-  if (map == FeatureMap::kRelu) return f > 0.f ? 1.f : 0.f;
+  if (map == FeatureMap::kRelu) return f <= 0.f ? 0.f : 1.f;
   return 1.f;
 }
 
