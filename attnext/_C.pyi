@@ -39,6 +39,23 @@ def largest_products(
     query: Tensor, reach: Tensor, key: Tensor, at: Tensor, lowest: float, out: Tensor
 ) -> None: ...
 
+# As attnext/selection_ops.py has it; `choice`: score, k, samples, scale, force_first, force_last,
+# tie_high, by_score.
+def select_topk(
+    query: Tensor,
+    candidates: Tensor,
+    factors: Tensor | None,
+    each_end: Tensor | None,
+    begin: Tensor | None,
+    end: Tensor | None,
+    overlap: Tensor | None,
+    share: Tensor | None,
+    exclude: Tensor | None,
+    choice: tuple[int, int, int, float, int, int, bool, bool],
+    indices: Tensor,
+    values: Tensor,
+) -> None: ...
+
 # ---- Linear attention: `problem` as above; `grads` of its first six tensors
 
 def linear_forward(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The best candidates of every query: scores and top-k, a slice of the score matrix at a time."""
+"""The best candidates of every query: scores and top-k, without a matrix of all scores."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .arguments import check_integer, check_scale, kind_of
 from .ops import accumulator_dtype
 from .plans import Blocks
 from .pooling import Windows, bounds_of
+from .selection_ops import SCORES, select_topk_op
 
-SCORES = ("dot", "max_q", "relu_wsum", "group_prob")
 CAUSAL = ("none", "start", "end")
 
 _SLICE = 2**19  # scores in flight
@@ -92,7 +92,8 @@ def select_topk(
         ValueError or TypeError, naming the argument.
 
     Complexity:
-        O(rows * candidates * (D + log k)) time; memory for half a million scores at a time.
+        O(rows * candidates * D) time. On the CPU a kernel scores tiles of 32 rows and keeps the
+        best; on a GPU, and in the gradient, torch has half a million scores at a time.
 
     Source:
         Routers of BiFormer (arXiv 2303.08810), MoBA (2502.13189), NSA (2502.11089); the indexer
@@ -142,6 +143,46 @@ class _Problem:
     known: dict[Any, Tensor] = field(default_factory=dict)  # by device
 
     def select(self, query: Tensor, candidates: Tensor, weights: Any, lse: Any) -> Any:
+        if query.device.type == "cpu":
+            return self._select_on_cpu(query, candidates, lse if weights is None else weights)
+        return self.select_in_torch(query, candidates, weights, lse)
+
+    def _select_on_cpu(self, query: Tensor, candidates: Tensor, factors: Any) -> Any:
+        acc, device = self.acc, query.device
+        if accumulator_dtype(query.dtype) != acc:
+            query = query.to(acc)
+        begin, end = self._ranges(device)
+        if begin is not None:
+            begin, end = torch.broadcast_tensors(begin, end)
+        each_end = index = share = exclude = None
+        samples = 1
+        if self.score == "max_q":
+            samples = self.query_blocks.size
+            if self.causal != "none":
+                tokens = Windows(query.shape[1], 1)
+                each_end = self._seen(tokens, self.candidate_blocks, self.causal, device)
+        elif self.score == "relu_wsum":
+            samples = query.shape[2]
+        elif self.score == "group_prob":
+            assert self.windows is not None
+            samples = query.shape[2] // candidates.shape[2]
+            index, share = overlaps(self.windows, self.candidate_blocks, device)
+            share = share.to(acc)
+            if self.causal != "none":
+                each_end = self._whole_windows(device)
+        if self.exclude is not None:
+            exclude = self.exclude.expand(query.shape[0], self.heads, self.rows, -1)
+        return select_topk_op(
+            query, candidates.to(acc), None if factors is None else factors.to(acc), each_end,
+            begin, end, index, share, exclude, SCORES.index(self.score), self.k, samples,
+            self.heads, self.scale, self.force_first, self.force_last, self.tie == "high",
+            self.order == "score",
+        )  # fmt: skip
+
+    def select_in_torch(
+        self, query: Tensor, candidates: Tensor, weights: Any, lse: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The same by torch's own operators, on any device: scores are written, slice by slice."""
         batch, device = query.shape[0], query.device
         candidates = candidates.to(self.acc)
         begin, end = self._ranges(device)

@@ -521,6 +521,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("lanes"), py::arg("vectors"));
   bind_linear(m);
   bind_routed(m);
+  bind_search(m);
   m.def("isa", &cpu::active_isa);
   m.def("set_isa", &cpu::set_isa, py::arg("name"));
   m.def("available_isas", &cpu::available_isas);

@@ -161,6 +161,25 @@ inline Shape read_tensor(py::handle t, DType dtype, Device device) {
   return s;
 }
 
+template <class T>
+struct Integers {
+  const T* data = nullptr;
+  int64_t count = 0;
+};
+
+// A contiguous tensor of integers.
+template <class T>
+Integers<T> read_integers(py::handle t, Device device) {
+  if (t.is_none()) return {};
+  static const py::object& wanted =
+      *new py::object(py::module_::import("torch").attr(sizeof(T) == 4 ? "int32" : "int64"));
+  require_tensor(t.attr("dtype").ptr() == wanted.ptr() && t.attr("is_contiguous")().cast<bool>() &&
+                     t.attr(device == Device::kCpu ? "is_cpu" : "is_cuda").cast<bool>(),
+                 t);
+  return {reinterpret_cast<const T*>(t.attr("data_ptr")().cast<uintptr_t>()),
+          t.attr("numel")().cast<int64_t>()};
+}
+
 // A result that a CPU kernel is about to fill; may be None.
 inline void expect_writes(py::handle t) {
   if (t.is_none()) return;
@@ -192,5 +211,6 @@ inline py::list describe(const std::vector<cuda::Launch>& launches) {
 
 void bind_linear(py::module_& m);
 void bind_routed(py::module_& m);
+void bind_search(py::module_& m);
 
 }  // namespace attnext

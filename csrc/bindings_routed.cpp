@@ -4,7 +4,6 @@
 
 #include "bindings.h"
 #include "cpu/routed.h"
-#include "cpu/search.h"
 #include "cuda/plan.h"
 
 namespace attnext {
@@ -37,25 +36,6 @@ enum Argument {
 constexpr int kNumGrads = kSinkLogits + 1;
 
 enum Rule { kCausal, kExcludeSelf, kLeft, kRight, kHasWindow, kBefore, kAfter, kSinks, kNumRules };
-
-template <class T>
-struct Integers {
-  const T* data = nullptr;
-  int64_t count = 0;
-};
-
-// A contiguous tensor of integers.
-template <class T>
-Integers<T> read_integers(py::handle t, Device device) {
-  if (t.is_none()) return {};
-  static const py::object& wanted =
-      *new py::object(py::module_::import("torch").attr(sizeof(T) == 4 ? "int32" : "int64"));
-  require_tensor(t.attr("dtype").ptr() == wanted.ptr() && t.attr("is_contiguous")().cast<bool>() &&
-                     t.attr(device == Device::kCpu ? "is_cpu" : "is_cuda").cast<bool>(),
-                 t);
-  return {reinterpret_cast<const T*>(t.attr("data_ptr")().cast<uintptr_t>()),
-          t.attr("numel")().cast<int64_t>()};
-}
 
 struct RoutedCall {
   RoutedParams params{};
@@ -334,49 +314,6 @@ void routed_backward(const py::tuple& problem, py::handle out, py::handle lse, p
   cpu::routed_backward(call.params);
 }
 
-// ---- searches of routers
-
-// query [batch, heads, rows, samples, dim], reach [rows, samples], at [batch, heads, rows, places]
-void largest_products(py::handle query, py::handle reach, py::handle key, py::handle at,
-                      double lowest, py::handle out) {
-  const Shape k = read_tensor(key, Device::kCpu);
-  const DType acc = accumulator(k.dtype);
-  const Shape q = read_tensor(query, acc, Device::kCpu);
-  const Shape o = read_tensor(out, acc, Device::kCpu);
-  const auto seen = read_integers<int64_t>(reach, Device::kCpu);
-  const auto places = read_integers<int64_t>(at, Device::kCpu);
-  require(k.rank == 4 && q.rank == 5 && o.rank == 4, "rank");
-  require(q.contiguous() && o.contiguous(), "query and out must be contiguous");
-  const int64_t kv_heads = k.size[2], heads = q.size[1], dim = q.size[4];
-  require(k.size[0] == q.size[0] && k.last_size() == dim && kv_heads > 0 && heads % kv_heads == 0,
-          "key");
-  require(k.last_stride() == 1 || dim == 1, "head_dim must have unit stride");
-  const int64_t lists = q.size[0] * heads * q.size[2];
-  require(std::equal(o.size, o.size + 3, q.size) && places.count == lists * o.size[3] &&
-              seen.count == q.size[2] * q.size[3],
-          "shape");
-  require(k.size[1] < INT32_MAX / 2, "more than 2^30 tokens");
-  if (places.count == 0) return;
-  require(k.size[1] > 0, "no keys");
-  const cpu::SearchParams p{k.dtype,
-                            q.size[0],
-                            heads,
-                            q.size[2],
-                            o.size[3],
-                            q.size[3],
-                            dim,
-                            k.size[1],
-                            heads / kv_heads,
-                            {k.data, k.stride[0], {0, 0, k.stride[1]}, k.stride[2]},
-                            q.data,
-                            seen.data,
-                            places.data,
-                            o.data,
-                            lowest};
-  const py::gil_scoped_release release;
-  cpu::largest_products(p);
-}
-
 // ---- CUDA: what would be launched. Tables are addresses for one direction, in the order of
 // cuda::ListTables.
 
@@ -472,7 +409,6 @@ void bind_routed(py::module_& m) {
       });
   m.def("routed_forward", &routed_forward);
   m.def("routed_backward", &routed_backward);
-  m.def("largest_products", &largest_products);
 }
 
 }  // namespace attnext

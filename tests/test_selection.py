@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pooling blocks and selecting among them, against loops in float64."""
 
+import contextlib
 import itertools
 import math
 
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 
 from attnext import Blocks, Windows, block_pool, packed_blocks, reference_routers, select_topk
 from attnext import selection as module
+from attnext.selection_ops import select_topk_op
+from attnext.testing import available_isas, isa, threads
 
 F64 = torch.float64
 DTYPES = (torch.float32, F64, torch.bfloat16, torch.float16)
@@ -184,20 +187,33 @@ def selections(draw):
         blocks = draw(st.integers(1, 9))
         candidates = draw(st.sampled_from((Windows(keys, blocks), Blocks.of(keys, blocks))))
     first, last = draw(st.integers(0, 2)), draw(st.integers(0, 2))
-    return {
+    way = draw(st.sampled_from(("in torch", *available_isas())))
+    return (way, {
         "score": score, "causal": causal, "query_blocks": queries, "candidate_blocks": candidates,
         "force_first": first, "force_last": last,
         "k": max(1, first + last) + draw(st.integers(0, 4)),
         "tie": draw(st.sampled_from(("low", "high"))),
         "order": draw(st.sampled_from(("index", "score"))),
-    }, draw(st.sampled_from(DTYPES)), draw(st.booleans()), draw(st.integers(0, 99))  # fmt: skip
+    }), draw(st.sampled_from(DTYPES)), draw(st.booleans()), draw(st.integers(0, 99))  # fmt: skip
+
+
+@contextlib.contextmanager
+def by(way):
+    """Selection "in torch", as on a GPU, or by the kernels of an instruction set."""
+    if way != "in torch":
+        with isa(way):
+            yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module._Problem, "select", module._Problem.select_in_torch)
+        yield
 
 
 @given(selections(), st.booleans())
 @settings(max_examples=200)
 def test_selection_is_the_loop(problem, ties):
     """Scores are of small integers, exact in every dtype: ties are ties, and everywhere."""
-    options, dtype, excluding, seed = problem
+    (way, options), dtype, excluding, seed = problem
     generator = torch.Generator().manual_seed(seed)
     score, causal = options["score"], options["causal"]
     queries, candidates = options["query_blocks"], options["candidate_blocks"]
@@ -244,14 +260,11 @@ def test_selection_is_the_loop(problem, ties):
     if excluding:
         exclude = torch.rand(2, 1, num_rows, count, generator=generator) < 0.3
 
-    before = module._SLICE
-    module._SLICE = 1 + seed * 7  # a row or a few at a time
-    try:
+    with pytest.MonkeyPatch.context() as patch, by(way):
+        patch.setattr(module, "_SLICE", 1 + seed * 7)  # a row or a few at a time
         indices, values = select_topk(
             query, table, **options, exclude=exclude, return_values=True, **given_more
         )
-    finally:
-        module._SLICE = before
     assert indices.dtype == torch.int32 and indices.shape == (2, list_heads, num_rows, options["k"])
     if score == "group_prob":  # not exact: held to the scores, not to the lists
         tolerance = 1e-10 if dtype == F64 else 1e-4
@@ -374,6 +387,80 @@ def test_gradient_of_values_does_not_depend_on_the_slices(monkeypatch):
         grads.append([leaf.grad for leaf in leaves])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, atol=0.0, rtol=2**-7)
+
+
+@pytest.mark.parametrize("score", module.SCORES)
+@pytest.mark.parametrize("way", available_isas())
+def test_kernel_is_what_torch_selects(way, score):
+    """More rows than a tile has, more candidates than a block, few and many entries; strides."""
+    generator = torch.Generator().manual_seed(0)
+    for rows, count, dim, k in ((1, 300, 70, 5), (3, 40, 3, 50), (75, 150, 16, 7), (33, 7, 1, 1)):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+
+            def small(*shape, dtype=dtype):
+                return torch.randint(-9, 10, shape, generator=generator).to(dtype)
+
+            tokens = 4 * rows - 1 if score == "max_q" else rows
+            query = small(2, 4, tokens, dim + 3).transpose(1, 2)[..., 2 : 2 + dim]
+            table = small(2, 2, count, dim).transpose(1, 2)
+            options = {
+                "score": score, "k": k, "causal": "start", "force_last": 1,
+                "query_blocks": Windows(tokens, 4 if score == "max_q" else 1),
+                "candidate_blocks": Windows(count * 3, 3),
+            }  # fmt: skip
+            if score == "relu_wsum":
+                options["weights"] = small(2, rows, 4)
+            if score == "group_prob":
+                options |= {"windows": Windows(count * 3, 3), "scale": 0.1 / dim,
+                            "lse": torch.full((2, rows, 4), 3.0, dtype=dtype)}  # fmt: skip
+                options["lse"][:, ::5] = -math.inf
+                options["candidate_blocks"] = Windows(count * 3, 8)
+            found = []
+            for which, number in ((way, 1), (way, 2), ("in torch", 1)):
+                with by(which), threads(number):
+                    found.append(select_topk(query, table, **options, return_values=True))
+            assert all(torch.equal(a, b) for a, b in zip(*found[:2], strict=True))
+            (indices, values), _, (want, exact) = found
+            if score == "group_prob":
+                torch.testing.assert_close(values, exact, atol=1e-30, rtol=1e-5)
+            else:
+                assert torch.equal(indices, want) and torch.equal(values, exact)
+
+
+def operator_arguments(**change):
+    arguments = {
+        "query": normal(2, 9, 4, 5, dtype=torch.float32),
+        "candidates": normal(2, 7, 2, 5, dtype=torch.float32),
+        "factors": None, "each_end": None, "begin": None, "end": torch.full((1, 9), 7),
+        "overlap": None, "share": None, "exclude": None, "score": 0, "k": 3, "samples": 1,
+        "lists": 4, "scale": 1.0, "force_first": 0, "force_last": 0, "tie_high": False,
+        "by_score": False,
+    }  # fmt: skip
+    return tuple((arguments | change).values())
+
+
+def test_operator():
+    torch.library.opcheck(select_topk_op, operator_arguments())
+    change = {"score": 2, "lists": 1, "samples": 4, "factors": torch.rand(2, 9, 4)}
+    torch.library.opcheck(select_topk_op, operator_arguments(**change))
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"candidates": torch.zeros(2, 7, 3, 5)}, "candidates"),
+        ({"candidates": torch.zeros(2, 7, 2, 4)}, "candidates"),
+        ({"candidates": torch.zeros(2, 7, 2, 5, dtype=F64)}, "float64"),
+        ({"lists": 3}, "lists"),
+        ({"end": torch.zeros(1, 8, dtype=torch.int64)}, "ranges"),
+        ({"begin": torch.zeros(2, 9, dtype=torch.int64)}, "ranges"),
+        ({"factors": torch.zeros(2, 9, 3)}, "factors"),
+        ({"exclude": torch.zeros(2, 4, 9, 6, dtype=torch.bool)}, "exclude"),
+    ],
+)
+def test_operator_refuses(change, what):
+    with pytest.raises((ValueError, TypeError, IndexError), match=what):
+        select_topk_op(*operator_arguments(**change))
 
 
 def test_compile_whole_graph():

@@ -88,6 +88,10 @@ const SearchKernels& search_kernels(DType dtype) {
   return current().load()->unit->search[static_cast<int>(dtype)];
 }
 
+const SelectKernels& select_kernels(DType dtype) {
+  return current().load()->unit->select[static_cast<int>(dtype)];
+}
+
 double fma_peak(const std::string& isa, DType dtype, double seconds) {
   const auto loop = find(isa).unit->peak_loop[static_cast<int>(dtype)];
   const int threads = max_threads();

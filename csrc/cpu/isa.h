@@ -9,6 +9,7 @@
 #include "linear.h"
 #include "routed.h"
 #include "search.h"
+#include "select.h"
 #include "window.h"
 
 namespace attnext {
@@ -22,6 +23,7 @@ const WindowKernels& window_kernels(DType dtype);
 const LinearKernels& linear_kernels(DType dtype);
 const RoutedKernels& routed_kernels(DType dtype);
 const SearchKernels& search_kernels(DType dtype);
+const SelectKernels& select_kernels(DType dtype);
 
 // Multiply-adds per second over all threads, times two: the machine's measured peak.
 double fma_peak(const std::string& isa, DType dtype, double seconds);

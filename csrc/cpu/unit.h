@@ -5,6 +5,7 @@
 #include "linear.h"
 #include "routed.h"
 #include "search.h"
+#include "select.h"
 #include "window.h"
 
 namespace attnext {
@@ -15,6 +16,7 @@ struct IsaUnit {
   LinearKernels linear[kNumDTypes];
   RoutedKernels routed[kNumDTypes];
   SearchKernels search[kNumDTypes];
+  SelectKernels select[kNumDTypes];
   double (*peak_loop[kNumDTypes])(int64_t iterations, double* sink);
 };
 

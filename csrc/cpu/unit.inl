@@ -6,6 +6,7 @@
 #include "peak.inl"
 #include "routed.inl"
 #include "search.inl"
+#include "select.inl"
 #include "unit.h"
 #include "window_unit.inl"
 
@@ -23,6 +24,8 @@ inline const IsaUnit* unit() {
        RoutedEntry<fp16>::table()},
       {SearchEntry<float>::table(), SearchEntry<double>::table(), SearchEntry<bf16>::table(),
        SearchEntry<fp16>::table()},
+      {SelectEntry<float>::table(), SelectEntry<double>::table(), SelectEntry<bf16>::table(),
+       SelectEntry<fp16>::table()},
       {peak_loop<float>, peak_loop<double>, peak_loop<ElemOf<bf16>::type>, peak_loop<float>}};
   return &table;
 }
