@@ -270,7 +270,7 @@ class _Problem:
                 rank = rank.masked_fill_(forced, math.inf)
             if allowed is not None:
                 rank = rank.masked_fill_(~allowed, -math.inf)
-            best, index = _largest(rank, k, self.tie, ordered=self.order == "score")
+            best, index = largest(rank, k, self.tie, ordered=self.order == "score")
             valid = None if allowed is None else best != -math.inf
         values = scores.gather(-1, index)
         if valid is not None:
@@ -378,7 +378,7 @@ def overlaps(windows: Windows, blocks: Blocks | Windows, device: Any) -> tuple[T
     return index, torch.where(inside, common.clamp(min=0), 0) / windows.stride
 
 
-def _largest(rank: Tensor, k: int, tie: str, ordered: bool) -> tuple[Tensor, Tensor]:
+def largest(rank: Tensor, k: int, tie: str, ordered: bool) -> tuple[Tensor, Tensor]:
     """The ``k`` largest and where they are, of equal ones the lowest (or highest) places; -inf is
     no number. ``ordered``: falling, equal ones by place too."""
     count = rank.shape[-1]

@@ -15,6 +15,7 @@ from ..functional import sliding_window_attention
 from ..merging import merge, merge_attentions
 from ..plans import BlockPlan
 from ..routed import routed_attention
+from ..selection import largest
 from .inputs import Rows, by_group, check_indices, check_integer, check_sequences, exact, steps
 
 Power = float | Fraction
@@ -195,14 +196,13 @@ def superlinear_search(
                 begin = part.start + num_keys - num_queries + 1
                 scores = _shifted_scores(q[:, part], k, [begin - root for root in roots])
             else:
-                scores = _gathered_scores(q[:, part], k, at)  # [B, n, anchors, H]
-            scores = scores.masked_fill(~valid[..., None] | scores.isnan(), -math.inf)
-            for s in range(num_spans):
-                best = scores.argmax(2, keepdim=True)
-                found = scores.gather(2, best) > -math.inf
-                place = at[..., None].expand(batch, -1, -1, heads).gather(2, best)
-                anchors[:, part, :, s] = torch.where(found, place, -1)[:, :, 0]
-                scores = scores.scatter(2, best, -math.inf)
+                scores = _gathered_scores(q[:, part], k, at)  # [B, H, n, anchors]
+            scores = scores.masked_fill(~valid[:, None] | scores.isnan(), -math.inf)
+            count = min(num_spans, offsets.numel())
+            best, place = largest(scores, count, tie="low", ordered=True)
+            chosen = at[:, None].expand(batch, heads, -1, -1).gather(-1, place)
+            chosen = torch.where(best > -math.inf, chosen, -1)
+            anchors[:, part, :, :count] = chosen.transpose(1, 2)
 
         ago = (positions + 1 - starts[:, None]).clamp(min=0)
         back, forth = (
@@ -244,7 +244,7 @@ def _shifted_scores(q: Tensor, k: Tensor, first: list[int]) -> Tensor:
             keys = exact(k[:, begin + skip : end, :, None])
             to = slice(skip, end - begin)
             scores[i, :, to] = torch.linalg.vecdot(q[:, to], keys)
-    return scores.movedim(0, 2).flatten(3)
+    return scores.permute(1, 3, 4, 2, 0).flatten(1, 2)
 
 
 def _gathered_scores(q: Tensor, k: Tensor, at: Tensor) -> Tensor:
@@ -252,7 +252,7 @@ def _gathered_scores(q: Tensor, k: Tensor, at: Tensor) -> Tensor:
     head = torch.arange(k.shape[2], device=k.device)[:, None]
     keys = exact(Rows(k)(item, at.clamp(0, k.shape[1] - 1)[:, :, None], head))
     scores = exact(q) @ keys.transpose(-1, -2)  # [B, n, Hkv, G, anchors]
-    return scores.movedim(-1, 2).flatten(3)
+    return scores.permute(0, 2, 3, 1, 4).flatten(1, 2)
 
 
 def superlinear_attention(

@@ -20,6 +20,7 @@ class Search {
   static constexpr int kLanes = Simd<Acc>::kLanes;
   static constexpr bool kInPlace = Same<T, Acc>::value;
   static constexpr int64_t kBlock = 64;  // keys whose products stay in L1; whole vectors
+  static constexpr int64_t kFewSamples = kLanes >= 8 ? 2 : 1;  // most lanes would be idle
 
   Search(const SearchParams& params, void* scratch) : p(params), arena(scratch) {
     width = (p.samples + kLanes - 1) / kLanes * kLanes;
@@ -28,6 +29,7 @@ class Search {
     keys = arena.template take<const Acc*>(kBlock);
     products = arena.template take<Acc>(kBlock * 2 * kLanes);
     largest = arena.template take<Acc>(kBlock * kLanes);
+    if (p.samples <= kFewSamples) row = arena.template take<Acc>(p.dim + kLanes);
     if (!kInPlace) staged = arena.template take<Acc>(kBlock * p.dim);
   }
   int64_t scratch_bytes() const { return arena.used(); }
@@ -42,6 +44,10 @@ class Search {
     for (int64_t j = 0; j < p.places; j += kBlock) {
       const int64_t count = min64(kBlock, p.places - j);
       take_keys(head, at + j, count);
+      if (p.samples <= kFewSamples) {
+        one_by_one(at + j, count, out + j);
+        continue;
+      }
       for (int64_t m = 0; m < kBlock; ++m) store(largest + m * kLanes, broadcast(Acc(p.lowest)));
       Int nan = {};
       int64_t lane = 0;
@@ -119,6 +125,22 @@ class Search {
     return nan;
   }
 
+  void one_by_one(const int64_t* at, int64_t count, Acc* out) {
+    bool nan[kBlock] = {};
+    for (int64_t m = 0; m < count; ++m) out[m] = Acc(p.lowest);
+    for (int64_t s = 0; s < p.samples; ++s) {
+      memset(row, 0, sizeof(Acc) * (p.dim + kLanes));
+      for (int64_t c = 0; c < p.dim; ++c) row[c] = columns[c * width + s];
+      row_scores<Acc>(keys, 0, count, p.dim, row, products, 1);
+      for (int64_t m = 0; m < count; ++m) {
+        if (reach[s] < place(at[m])) continue;
+        nan[m] |= products[m] != products[m];
+        out[m] = products[m] > out[m] ? products[m] : out[m];
+      }
+    }
+    for (int64_t m = 0; m < count; ++m) out[m] = nan[m] ? Acc(p.lowest) : out[m];
+  }
+
   void reduce(int64_t count, Acc* out) {
     for (int64_t m = 0; m < count; m += kLanes) {
       Vec r[kLanes];
@@ -150,7 +172,7 @@ class Search {
   const SearchParams& p;
   Arena arena;
   int64_t width;
-  Acc *columns, *products, *largest, *staged = nullptr;
+  Acc *columns, *products, *largest, *row = nullptr, *staged = nullptr;
   Lane* reach;
   const Acc** keys;
 };
