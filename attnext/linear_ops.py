@@ -10,17 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import _C
+from .autograd import differentiable, needs_autograd, one_slice_at_a_time
 from .device_tables import DeviceTables
-from .ops import (
-    LIBRARY,
-    accumulator_dtype,
-    one_slice_at_a_time,
-    sequence_ends,
-    transforms_are_active,
-)
+from .ops import LIBRARY, accumulator_dtype, sequence_ends
 
 FEATURE_MAPS = ("identity", "elu", "relu", "taylor2")  # in the order of FeatureMap in params.h
 
@@ -301,70 +295,6 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
     return grads
 
 
-class _Linear(torch.autograd.Function):
-    """linear_forward with its gradients, for reverse mode once."""
-
-    @staticmethod
-    def forward(*problem: Any) -> Any:
-        return _forward(*problem)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        out, denominator, _ = output
-        ctx.save_for_backward(*inputs[:_NUM_TENSORS], out, denominator)
-        ctx.plain = inputs[_NUM_TENSORS:]
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, dout: Tensor | None, ddenominator: Tensor | None, dstate: Tensor | None
-    ) -> Any:
-        *tensors, out, denominator = ctx.saved_tensors
-        nothing = (None,) * len(ctx.plain)
-        if not ctx.plain[_OUTPUT_STATE - _NUM_TENSORS]:
-            dstate = None
-        if not ctx.plain[_NORMALIZE - _NUM_TENSORS]:
-            ddenominator = None
-        if dout is None and ddenominator is None and dstate is None:
-            return (None,) * _NUM_TENSORS + nothing
-        if dout is None:
-            dout = torch.zeros_like(out)
-        needs = [bool(n) for n in ctx.needs_input_grad[:_NUM_GRADS]]
-        backward = _LinearBackward.apply if transforms_are_active() else _backward
-        grads = backward(*tensors, *ctx.plain, out, denominator, dout, ddenominator, dstate, needs)
-        wanted = (
-            g if t is not None and need else None
-            for g, t, need in zip(grads, tensors[:_NUM_GRADS], needs, strict=True)
-        )
-        return (*wanted, None, *nothing)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *problem: Any) -> Any:
-        return _batched(_Linear.apply, info.batch_size, in_dims, problem, ())
-
-
-class _LinearBackward(torch.autograd.Function):
-    """linear_backward; exists for its vmap rule, and to refuse a second derivative."""
-
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        return _backward(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError("attnext: linear attention has no second derivative")
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        tail = range(len(args) - 6, len(args) - 1)  # out, denominator, gradients
-        return _batched(_LinearBackward.apply, info.batch_size, in_dims, args, tuple(tail))
-
-
 def _batched(
     apply: Any, size: int, in_dims: Any, args: tuple[Any, ...], more: tuple[int, ...]
 ) -> Any:
@@ -388,13 +318,25 @@ def _batched(
     return one_slice_at_a_time(apply, size, in_dims, args)
 
 
+def _results_asked(plain: Any, grads: Any) -> Any:
+    dout, ddenominator, dstate = grads
+    return (
+        dout,
+        ddenominator if plain[_NORMALIZE - _NUM_TENSORS] else None,
+        dstate if plain[_OUTPUT_STATE - _NUM_TENSORS] else None,
+    )
+
+
+_apply = differentiable(
+    "linear attention", _forward, _backward, _batched, _NUM_TENSORS, _NUM_GRADS, num_results=3,
+    results_asked=_results_asked,
+)  # fmt: skip
+
+
 def linear_op(*problem: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs, denominators and final state (empty if not wanted), entering autograd only where it
     is needed."""
-    needs_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in problem[:_NUM_GRADS]
-    )
-    function: Any = _Linear.apply if needs_grad or transforms_are_active() else _forward
+    function: Any = _apply if needs_autograd(problem[:_NUM_GRADS]) else _forward
     results: tuple[Tensor, Tensor, Tensor] = function(*problem)
     return results
 

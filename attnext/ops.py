@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
 from . import _C
+from .autograd import differentiable, needs_autograd, one_slice_at_a_time
 from .device_tables import DeviceTables
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -189,63 +189,6 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
     return torch.ops.attnext.window_backward.default(*args)
 
 
-class _Window(torch.autograd.Function):
-    """window_forward with its gradients, for reverse mode once."""
-
-    @staticmethod
-    def forward(*problem: Any) -> Any:
-        return _forward(*problem)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output)
-        ctx.plain = inputs[_NUM_TENSORS:]
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
-        *tensors, out, lse = ctx.saved_tensors
-        nothing = (None,) * len(ctx.plain)
-        if dout is None and dlse is None:
-            return (None,) * _NUM_TENSORS + nothing
-        if dout is None:
-            dout = torch.zeros_like(out)
-        needs = [bool(n) for n in ctx.needs_input_grad[:_NUM_GRADS]]
-        backward = _WindowBackward.apply if transforms_are_active() else _backward
-        grads = backward(*tensors, *ctx.plain, out, lse, dout, dlse, needs)
-        wanted = (
-            g if t is not None and need else None
-            for g, t, need in zip(grads, tensors[:_NUM_GRADS], needs, strict=True)
-        )
-        return (*wanted, None, None, *nothing)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *problem: Any) -> Any:
-        return _batched(_Window.apply, info.batch_size, in_dims, problem, ())
-
-
-class _WindowBackward(torch.autograd.Function):
-    """window_backward; exists for its vmap rule, and to refuse a second derivative."""
-
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        return _backward(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError("attnext: window attention has no second derivative")
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        tail = range(len(args) - 5, len(args) - 1)  # out, lse, dout, dlse
-        return _batched(_WindowBackward.apply, info.batch_size, in_dims, args, tuple(tail))
-
-
 def _batched(
     apply: Any, size: int, in_dims: Any, args: tuple[Any, ...], more: tuple[int, ...]
 ) -> Any:
@@ -271,35 +214,17 @@ def _batched(
     return one_slice_at_a_time(apply, size, in_dims, args)
 
 
-def one_slice_at_a_time(apply: Any, size: int, in_dims: Any, args: tuple[Any, ...]) -> Any:
-    """Runs an op over a vmapped dimension that nothing folds into the batch."""
-    slices = [
-        apply(
-            *(
-                a.select(d, i) if isinstance(d, int) else a
-                for a, d in zip(args, in_dims, strict=True)
-            )
-        )
-        for i in range(size)
-    ]
-    outputs = tuple(torch.stack(parts) for parts in zip(*slices, strict=True))
-    return outputs, (0,) * len(outputs)
-
-
-def transforms_are_active() -> bool:
-    """Under torch.func a tensor's requires_grad does not tell, and vmap needs its rule."""
-    return not is_compiling() and torch._C._are_functorch_transforms_active()
+_apply = differentiable(
+    "window attention", _forward, _backward, _batched, _NUM_TENSORS, _NUM_GRADS, num_results=2
+)
 
 
 def window_op(want_lse: bool, *problem: Any) -> tuple[Tensor, Tensor | None]:
     """window_forward, entering autograd only when something needs a gradient: that costs more than
     a small window too. Without ``want_lse`` the second result may be None."""
-    if torch.is_grad_enabled():
-        for t in problem[:_NUM_GRADS]:
-            if t is not None and t.requires_grad:
-                return _Window.apply(*problem)
-    if transforms_are_active():
-        return _Window.apply(*problem)
+    if needs_autograd(problem[:_NUM_GRADS]):
+        results: tuple[Tensor, Tensor] = _apply(*problem)
+        return results
     query, key, value = problem[:3]
     if want_lse or not query.is_cpu or not _is_plain(query, key, value):
         return _forward(*problem)

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import _C
-from .ops import LIBRARY, _where, accumulator_dtype, one_slice_at_a_time, transforms_are_active
+from .autograd import differentiable, needs_autograd, one_slice_at_a_time
+from .ops import LIBRARY, _where, accumulator_dtype
 from .routed_tables import Facts, Lists, ListTables, Remembered, facts, list_tables
 
 HEAD_POLICIES = ("list", "dense", "streaming", "off")  # in the order of HeadPolicy in params.h
@@ -242,63 +242,9 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
     return grads
 
 
-class _Routed(torch.autograd.Function):
-    """routed_forward with its gradients, for reverse mode once."""
-
-    @staticmethod
-    def forward(*problem: Any) -> Any:
-        return _forward(*problem)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output)
-        ctx.plain = inputs[_NUM_TENSORS:]
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
-        *tensors, out, lse = ctx.saved_tensors
-        nothing = (None,) * (_NUM_TENSORS - _NUM_GRADS + len(ctx.plain))
-        if dout is None and dlse is None:
-            return (None,) * _NUM_GRADS + nothing
-        if dout is None:
-            dout = torch.zeros_like(out)
-        needs = [bool(n) for n in ctx.needs_input_grad[:_NUM_GRADS]]
-        backward = _RoutedBackward.apply if transforms_are_active() else _backward
-        grads = backward(*tensors, *ctx.plain, out, lse, dout, dlse, needs)
-        wanted = (
-            g if t is not None and need else None
-            for g, t, need in zip(grads, tensors[:_NUM_GRADS], needs, strict=True)
-        )
-        return (*wanted, *nothing)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *problem: Any) -> Any:
-        return _sliced(_Routed.apply, info.batch_size, in_dims, problem)
-
-
-class _RoutedBackward(torch.autograd.Function):
-    """routed_backward; exists for its vmap rule, and to refuse a second derivative."""
-
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        return _backward(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError("attnext: routed attention has no second derivative")
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _sliced(_RoutedBackward.apply, info.batch_size, in_dims, args)
-
-
-def _sliced(apply: Any, size: int, in_dims: Any, args: tuple[Any, ...]) -> Any:
+def _sliced(
+    apply: Any, size: int, in_dims: Any, args: tuple[Any, ...], more: tuple[int, ...]
+) -> Any:
     """Lists may differ in each slice; the binary takes whole ones."""
 
     def whole(*slices: Any) -> Any:
@@ -307,11 +253,13 @@ def _sliced(apply: Any, size: int, in_dims: Any, args: tuple[Any, ...]) -> Any:
     return one_slice_at_a_time(whole, size, in_dims, args)
 
 
+_apply = differentiable(
+    "routed attention", _forward, _backward, _sliced, _NUM_TENSORS, _NUM_GRADS, num_results=2
+)
+
+
 def routed_op(*problem: Any) -> tuple[Tensor, Tensor]:
     """Outputs and lse, entering autograd only where it is needed."""
-    needs_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in problem[:_NUM_GRADS]
-    )
-    function: Any = _Routed.apply if needs_grad or transforms_are_active() else _forward
+    function: Any = _apply if needs_autograd(problem[:_NUM_GRADS]) else _forward
     results: tuple[Tensor, Tensor] = function(*problem)
     return results
