@@ -21,12 +21,11 @@ from .arguments import (
     unit_stride,
 )
 from .functional import sliding_window_attention
-from .geometry import UNLIMITED
 from .merging import merge_attentions
 from .ops import accumulator_dtype
 from .plans import BlockPlan, Blocks
 from .routed import routed_attention
-from .routed_ops import LANDMARK_POLICY, routed_op
+from .routed_ops import LANDMARK_POLICY, Rules, routed_op
 from .selection import select_topk
 
 _SLICE = 2**21  # logits in flight
@@ -175,7 +174,7 @@ def _walked(
         *(unit_stride(t) for t in (query, key, value)), None, None,
         places.new_empty(1, 1, queries.num_blocks, 0), None, None,
         queries.offsets, None, torch.cat(ends), None, None, None, None,
-        [LANDMARK_POLICY] * query.shape[2], [1, 0, UNLIMITED, UNLIMITED, 0, 0, 0, 0], [1, 1],
+        [LANDMARK_POLICY] * query.shape[2], Rules(is_causal=True).integers(), [1, 1],
         scale, 0.0,
     )  # fmt: skip
 

@@ -24,7 +24,7 @@ from .arguments import (
 from .geometry import UNLIMITED
 from .ops import accumulator_dtype
 from .plans import INDEX_DTYPES, BlockPlan, Blocks
-from .routed_ops import HEAD_POLICIES, routed_op
+from .routed_ops import HEAD_POLICIES, Rules, routed_op
 
 
 def routed_attention(
@@ -148,6 +148,9 @@ def routed_attention(
     if sink_logits is not None:
         check_modifier("sink_logits", sink_logits, (query.shape[-2],), query)
         sink_logits = sink_logits.to(acc).contiguous()
+    rules = Rules(
+        is_causal, exclude_self, left, right, window_size is not None, before, after, sinks
+    )
     out, lse = routed_op(
         unit_stride(query),
         unit_stride(key),
@@ -161,16 +164,7 @@ def routed_attention(
         *documents,
         key_lengths,
         policy,
-        [
-            int(is_causal),
-            int(exclude_self),
-            left,
-            right,
-            int(window_size is not None),
-            before,
-            after,
-            sinks,
-        ],
+        rules.integers(),
         list(plan.list_shape),
         check_scale(scale, query.shape[-1] ** -0.5),
         check_softcap(softcap),

@@ -5,23 +5,40 @@ should."""
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _C
 from .autograd import differentiable, needs_autograd, one_slice_at_a_time
+from .geometry import UNLIMITED
 from .ops import LIBRARY, _where, accumulator_dtype
 from .routed_tables import Facts, Lists, ListTables, Remembered, facts, list_tables
 
 HEAD_POLICIES = ("list", "dense", "streaming", "off")  # in the order of HeadPolicy in params.h
 LANDMARK_POLICY = 4  # of landmark attention alone, on the CPU
 
-# Integers of `rules`: is_causal, exclude_self, left and right of `within`, whether there is a
-# window, left and right of it, sinks. `list_shape`: batch items and heads that have lists. Keys
-# without offsets have the blocks of the queries, and without documents theirs: an autograd.Function
-# that is compiled takes no tensor twice.
+
+class Rules(NamedTuple):
+    """Who attends whom among what is listed, and what is attended besides."""
+
+    is_causal: bool = False
+    exclude_self: bool = False
+    left: int = UNLIMITED  # of `within`
+    right: int = UNLIMITED
+    has_window: bool = False
+    before: int = 0
+    after: int = 0
+    sinks: int = 0
+
+    def integers(self) -> list[int]:
+        return [int(x) for x in self]
+
+
+# `rules`: those of Rules. `list_shape`: batch items and heads that have lists. Keys without offsets
+# have the blocks of the queries, and without documents theirs: an autograd.Function that is
+# compiled takes no tensor twice.
 _PROBLEM = (
     "Tensor query, Tensor key, Tensor value, Tensor? entry_bias, Tensor? sink_logits, "
     "Tensor lists, Tensor? ends, Tensor? indptr, Tensor query_offsets, Tensor? query_order, "
