@@ -143,11 +143,11 @@ class _Problem:
     known: dict[Any, Tensor] = field(default_factory=dict)  # by device
 
     def select(self, query: Tensor, candidates: Tensor, weights: Any, lse: Any) -> Any:
-        if query.device.type == "cpu":
-            return self._select_on_cpu(query, candidates, lse if weights is None else weights)
+        if query.device.type in ("cpu", "meta"):
+            return self._select_by_kernel(query, candidates, lse if weights is None else weights)
         return self.select_in_torch(query, candidates, weights, lse)
 
-    def _select_on_cpu(self, query: Tensor, candidates: Tensor, factors: Any) -> Any:
+    def _select_by_kernel(self, query: Tensor, candidates: Tensor, factors: Any) -> Any:
         acc, device = self.acc, query.device
         if accumulator_dtype(query.dtype) != acc:
             query = query.to(acc)
@@ -408,39 +408,38 @@ class _Values(torch.autograd.Function):
     """The scores of selected candidates, with their gradients, slice by slice."""
 
     @staticmethod
-    def forward(ctx: Any, problem: _Problem, indices: Tensor, values: Tensor, *tensors: Any) -> Any:
-        ctx.problem = problem
-        ctx.save_for_backward(indices, *tensors)
+    def forward(problem: _Problem, indices: Tensor, values: Tensor, *tensors: Any) -> Any:
         return values.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.problem, indices, _, *tensors = inputs
+        ctx.save_for_backward(indices, *tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         indices, *tensors = ctx.saved_tensors
         problem = ctx.problem
-        needed = ctx.needs_input_grad[3:]
-        leaves = [
-            None if t is None else t.detach().to(grad.dtype).requires_grad_(need)
-            for t, need in zip(tensors, needed, strict=True)
-        ]
-        wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
-        sums = [torch.zeros_like(leaf) for leaf in wanted]
+        wide: list[Any] = [None if t is None else t.detach().to(grad.dtype) for t in tensors]
+        wanted = [i for i, need in enumerate(ctx.needs_input_grad[3:]) if need]
+        sums = [torch.zeros_like(wide[i]) for i in wanted]
         count = problem.num_candidates
         for low, high in problem.slices(indices.shape[0]):
+
+            def scores_of(*some: Tensor, low: int = low, high: int = high) -> Tensor:
+                given = dict(zip(wanted, some, strict=True))
+                mixed = (given.get(i, t) for i, t in enumerate(wide))
+                return problem.scores(*mixed, low, high, count)
+
+            scores, chain, *_ = torch.func.vjp(scores_of, *(wide[i] for i in wanted))
             chosen = indices[:, :, low:high].long()
-            with torch.enable_grad():
-                scores = problem.scores(*leaves, low, high, count)
             spread = scores.new_zeros(*scores.shape[:-1], count + 1)
             spread.scatter_(-1, torch.where(chosen < 0, count, chosen), grad[:, :, low:high])
-            for total, part in zip(
-                sums, torch.autograd.grad(scores, wanted, spread[..., :count]), strict=True
-            ):
+            for total, part in zip(sums, chain(spread[..., :count]), strict=True):
                 total += part
-        parts = iter(sums)
-        grads = [
-            next(parts).to(t.dtype) if need else None
-            for t, need in zip(tensors, needed, strict=True)
-        ]
+        of = dict(zip(wanted, sums, strict=True))
+        grads = [of[i].to(t.dtype) if i in of else None for i, t in enumerate(tensors)]
         return (None, None, None, *grads)
 
 

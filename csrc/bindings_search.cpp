@@ -113,7 +113,9 @@ void select_topk(py::handle query, py::handle candidates, py::handle factors, py
   }
   if (!exclude.is_none()) {
     const py::object shape = exclude.attr("shape"), stride = exclude.attr("stride")();
-    require(py::len(shape) == 4 && exclude.attr("element_size")().cast<int>() == 1, "exclude");
+    require_tensor(exclude.attr("is_cpu").cast<bool>() && py::len(shape) == 4 &&
+                       exclude.attr("element_size")().cast<int>() == 1,
+                   exclude);
     const int64_t want[] = {p.batch, p.lists, p.rows, p.num_candidates};
     for (int a = 0; a < 4; ++a) {
       require(shape[py::int_(a)].cast<int64_t>() == want[a], "exclude");

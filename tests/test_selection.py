@@ -427,6 +427,20 @@ def test_kernel_is_what_torch_selects(way, score):
                 assert torch.equal(indices, want) and torch.equal(values, exact)
 
 
+def test_transforms():
+    """torch.func sees what autograd does; shapes are known without numbers."""
+    q, k = normal(1, 12, 2, 4), normal(1, 12, 2, 4)
+
+    def best(q):
+        return select_topk(q, k, 3, return_values=True)[1].sum()
+
+    leaf = q.clone().requires_grad_()
+    best(leaf).backward()
+    assert torch.equal(torch.func.grad(best)(q), leaf.grad)
+    indices, values = select_topk(q.to("meta"), k.to("meta"), 3, return_values=True)
+    assert indices.shape == values.shape == (1, 2, 12, 3) and values.dtype == F64
+
+
 def operator_arguments(**change):
     arguments = {
         "query": normal(2, 9, 4, 5, dtype=torch.float32),
