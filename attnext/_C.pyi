@@ -56,6 +56,9 @@ def select_topk(
     values: Tensor,
 ) -> None: ...
 
+# Of the `count` largest of each row, rising.
+def best_places(numbers: Tensor, count: int, places: Tensor) -> None: ...
+
 # ---- Linear attention: `problem` as above; `grads` of its first six tensors
 
 def linear_forward(

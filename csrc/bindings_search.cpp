@@ -129,11 +129,24 @@ void select_topk(py::handle query, py::handle candidates, py::handle factors, py
   cpu::select_best(p);
 }
 
+// numbers [..., n], float32 or float64, places int64 [..., count]
+void best_places(py::handle numbers, int64_t count, py::handle places) {
+  const Shape x = read_tensor(numbers, Device::kCpu);
+  const auto at = read_integers<int64_t>(places, Device::kCpu);
+  require(x.rank > 0 && x.contiguous() && accumulator(x.dtype) == x.dtype, "numbers");
+  int64_t rows = 1;
+  for (int a = 0; a + 1 < x.rank; ++a) rows *= x.size[a];
+  require(count > 0 && count <= x.last_size() && at.count == rows * count, "places");
+  const py::gil_scoped_release release;
+  cpu::best_places(x.dtype, x.data, rows, x.last_size(), count, const_cast<int64_t*>(at.data));
+}
+
 }  // namespace
 
 void bind_search(py::module_& m) {
   m.def("largest_products", &largest_products);
   m.def("select_topk", &select_topk);
+  m.def("best_places", &best_places);
 }
 
 }  // namespace attnext

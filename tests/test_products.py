@@ -10,8 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import LAYOUTS, lay_out
 
-from attnext.routers.hip import _places_of_best
-from attnext.routers.products import largest_products, largest_products_in_torch
+from attnext.routers.products import (
+    best_places,
+    best_places_in_torch,
+    largest_products,
+    largest_products_in_torch,
+)
 from attnext.testing import available_isas, isa, threads
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -114,10 +118,20 @@ def test_what_does_not_fit_is_refused(change):
         largest_products(**{**arguments, **change}, lowest=LOWEST)
 
 
-@given(st.integers(0, 2**31), st.integers(1, 20), st.integers(1, 20))
-def test_the_first_of_equal_ones_are_kept(seed, places, count):
+@given(st.integers(0, 2**31), st.integers(1, 20), st.integers(1, 20), st.sampled_from(DTYPES[:2]))
+def test_the_first_of_equal_ones_are_kept(seed, places, count, dtype):
     generator = torch.Generator().manual_seed(seed)
-    scores = torch.randint(-3, 4, (2, 3, places), generator=generator).float()
-    scores = scores.masked_fill(scores == -3, -torch.inf)
+    scores = torch.randint(-3, 4, (2, 3, places), generator=generator).to(dtype)
+    scores, count = scores.masked_fill(scores == -3, -torch.inf), min(count, places)
     order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
-    assert torch.equal(_places_of_best(scores, count), order.sort(-1).values)
+    for found in (best_places(scores, count), best_places_in_torch(scores, count)):
+        assert torch.equal(found, order.sort(-1).values)
+
+
+def test_operator_of_places():
+    scores = torch.rand(3, 4, 10).transpose(1, 2)
+    torch.library.opcheck(best_places, (scores, 3))
+    assert best_places(scores, 0).shape == (3, 10, 0)
+    for wrong, count in ((scores, 5), (scores.half(), 2), (scores.long(), 2)):
+        with pytest.raises((TypeError, ValueError)):
+            best_places(wrong, count)

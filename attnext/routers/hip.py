@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from ..plans import BlockPlan
 from ..routed import routed_attention
@@ -22,7 +21,7 @@ from .inputs import (
     exact,
     steps,
 )
-from .products import largest_products
+from .products import best_places, largest_products
 
 _INVISIBLE = -3e38  # below any score, above the score of an empty range
 
@@ -79,20 +78,8 @@ def _scores(samples: _Samples, key: Tensor, at: Tensor) -> Tensor:
 def _keep(scores: Tensor, empty: Tensor, count: int) -> Tensor:
     """Places of the ``count`` best that are not empty, in rising order; of equals the first."""
     scores = scores.clamp(min=_INVISIBLE).masked_fill(empty, -torch.inf)
-    if scores.device.type == "cpu" and not is_compiling():
-        return _places_of_best(scores, count)
-    best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
-    return best.sort(-1).values
-
-
-def _places_of_best(scores: Tensor, count: int) -> Tensor:
-    """The same without sorting: all above the least of the best, and the first that equal it."""
-    count = min(count, scores.shape[-1])
-    least = scores.kthvalue(scores.shape[-1] - count + 1, keepdim=True).values
-    kept, equal = scores > least, scores == least
-    left = count - kept.sum(-1, keepdim=True, dtype=torch.int32)
-    kept |= equal & (equal.cumsum(-1, dtype=torch.int32) <= left)
-    return kept.nonzero()[:, -1].view(*scores.shape[:-1], count)
+    places: Tensor = best_places(scores, min(count, scores.shape[-1]))
+    return places
 
 
 def _visible(

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registered operator by which routers score keys that they name one by one."""
+"""The registered operators by which routers score keys that they name one by one, and keep the
+best."""
 
 from __future__ import annotations
 
@@ -54,3 +55,30 @@ LIBRARY.impl("largest_products", largest_products_in_torch, "CUDA")
 torch.library.register_fake("attnext::largest_products", _fake, lib=LIBRARY)
 
 largest_products = torch.ops.attnext.largest_products
+
+# Places of the `count` largest of each row, int64, rising; of equal ones the first. No NaN.
+LIBRARY.define("best_places(Tensor numbers, int count) -> Tensor")
+
+
+def _best_places_fake(numbers: Tensor, count: int) -> Tensor:
+    return numbers.new_empty((*numbers.shape[:-1], count), dtype=torch.int64)
+
+
+def _best_places_cpu(numbers: Tensor, count: int) -> Tensor:
+    places = _best_places_fake(numbers, count)
+    if places.numel():
+        _C.best_places(numbers.contiguous(), count, places)
+    return places
+
+
+def best_places_in_torch(numbers: Tensor, count: int) -> Tensor:
+    """The same by torch's own operators, on any device."""
+    best = numbers.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    return best.sort(-1).values
+
+
+LIBRARY.impl("best_places", _best_places_cpu, "CPU")
+LIBRARY.impl("best_places", best_places_in_torch, "CUDA")
+torch.library.register_fake("attnext::best_places", _best_places_fake, lib=LIBRARY)
+
+best_places = torch.ops.attnext.best_places

@@ -50,5 +50,10 @@ struct SelectKernels {
 
 void select_best(const SelectParams& params);
 
+// Of rows of n numbers, none of which is NaN, the places of the `count` largest, rising; of equal
+// ones the first.
+void best_places(DType type, const void* numbers, int64_t rows, int64_t n, int64_t count,
+                 int64_t* places);
+
 }  // namespace cpu
 }  // namespace attnext
