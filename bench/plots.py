@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,9 @@ def draw(record: dict[str, Any], folder: Path) -> list[Path]:
         if by_mode:
             axis = "tokens" if group == "length" else "window (keys)"
             written.append(_lines(by_mode, axis, label, record, folder / f"{name}.png"))
+    routers = [r for r in record["results"] if r["group"] == "router-length"]
+    if routers:
+        written.append(_searches(routers, record, folder / "router-length.png"))
     bars = [r for r in record["results"] if r["group"] not in ("length", "window")]
     if any(_ratios(r) for r in bars):
         written.append(_bars(bars, record, folder / "versus.png"))
@@ -117,6 +121,39 @@ def _lines(
         ax.grid(True, which="both", alpha=0.25)
     axes[0][0].set_ylabel(label)
     axes[0][-1].legend(fontsize=8)
+    return _finish(figure, record, path)
+
+
+def _searches(results: list[Result], record: dict[str, Any], path: Path) -> Path:
+    """Whole calls of routed methods and their searches against length, beside T log T and T^1.5."""
+    figure, ax = plt.subplots(figsize=(6.4, 4.8))
+    methods = sorted({str(r["problem"]).split(",")[0] for r in results})
+    for colour, method in enumerate(methods):
+        points = sorted(
+            (r["tokens"], e["time"]["median"], e["searching"])
+            for r in results
+            for e in r["contenders"]
+            if str(r["problem"]).split(",")[0] == method and "time" in e and "searching" in e
+        )
+        if not points:
+            continue
+        tokens, whole, search = zip(*points, strict=True)
+        ax.plot(tokens, whole, "o-", color=f"C{colour}", label=method)
+        ax.plot(tokens, search, "o--", color=f"C{colour}", label=f"{method}, search alone")
+        for growth, curve, style in (
+            ("hip", lambda t: t * math.log(t), "T log T"),
+            ("superlinear", lambda t: t**1.5, "T^1.5"),
+        ):
+            if growth == method:
+                guide = [search[0] * curve(t) / curve(tokens[0]) for t in tokens]
+                ax.plot(tokens, guide, ":", color="0.4", lw=1)
+                ax.annotate(style, (tokens[-1], guide[-1]), fontsize=8, color="0.4")
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_xlabel("tokens")
+    ax.set_ylabel("seconds")
+    ax.grid(True, which="both", alpha=0.25)
+    ax.legend(fontsize=8)
     return _finish(figure, record, path)
 
 

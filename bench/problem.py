@@ -163,6 +163,7 @@ class Prepared:
     leaves: dict[str, Tensor]
     layouts: dict[str, Layout]
     detail: str = ""
+    searching: float = 0.0  # seconds of a routed method's search alone
     output_grad: Tensor | None = field(default=None)
 
     def arm(self, output_grad: Tensor) -> Prepared:

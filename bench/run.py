@@ -172,6 +172,8 @@ def _admit(
         entry["preparation"] = round(time.perf_counter() - start, 3)
         if prepared.detail:
             entry["detail"] = prepared.detail
+        if prepared.searching:
+            entry["searching"] = prepared.searching
         if windowed not in references:
             references[windowed] = reference_for(problem, training, windowed)
         verdict = references[windowed].check(prepared)

@@ -60,7 +60,7 @@ class Attnext(Contender):
             method = method_of(case)
             searching = method.seconds_of_routing(problem.query, problem.key, problem.value)
             detail = f"its search takes {searching * 1e3:.1f} ms" if searching else ""
-            return Prepared(lambda: method.whole(q, k, v), leaves, layouts, detail)
+            return Prepared(lambda: method.whole(q, k, v), leaves, layouts, detail, searching)
 
         state = problem.state if isinstance(case, LinearStepCase) else None
 
