@@ -28,11 +28,13 @@ class Equivalent(NamedTuple):
     why: str
     what: str
     line: str
+    of: str = ""  # another line that the instruction is of
 
     def fits(self, mutant: Mutant) -> bool:
-        lines = (line_of(*place) for place in mutant.before.source)
+        lines = [line_of(*place) for place in mutant.before.source]
         said = f"{mutant.what}: {mutant.before.text}"
-        return said.startswith(self.what) and any(self.line in line for line in lines)
+        there = all(any(wanted in line for line in lines) for wanted in (self.line, self.of))
+        return there and said.startswith(self.what)
 
 
 EQUIVALENT = (
@@ -129,6 +131,48 @@ EQUIVALENT = (
         "bits below 0 are no bits",
         "dropped: max",
         "add(max(i.begin + to_sinks, walk.extra - slot), min(i.end + to_sinks, last));",
+    ),
+    Equivalent("a slot without a token gets any row", "ge for gt", "at.kind = s < total ?"),
+    Equivalent("a slot without a token gets any row", "gt for ge", "at.kind = s < total ?"),
+    Equivalent("a look-up that nobody waits for", "ge for gt", "if (slot + 2 * kStep < to) {"),
+    Equivalent(
+        "rows may be copied number by number", "guard lost", "if (aligned) {", "copy_rows<T, kDim"
+    ),
+    Equivalent("steps are powers of two", "gt for ge: setp.gt.u32", "while (step > 1) {"),
+    Equivalent("weights may be brought down in any step", "dropped: or.pred", "grows |= m > limit"),
+    Equivalent(
+        "of a step that all rows attend a row has a maximum",
+        "dropped: mov.f32",
+        "now == -INFINITY ? 1.f",
+        "visit(Bool<false>(), stage, numbers, mask);",
+    ),
+    Equivalent(
+        "all lanes have the same",
+        "literal off by one",
+        "if (threadIdx.x % 32 == 0) *reinterpret_cast<Common*>(shared) = mine;",
+    ),
+    Equivalent(
+        "shared memory begins at 0",
+        "sub for add: add.s32",
+        "walk_tile(stage, operand) + Layout<T, kDim>::at(row0 + i * kAtOnce, chunk);",
+    ),
+    Equivalent(
+        "a step that all rows attend may be masked",
+        "dropped: not.b32",
+        "if (c.rows & ~rows) return false;",
+    ),
+    Equivalent(
+        "it is that already", "dropped: mov.u64", "else if (has_besides(policy) && r.has_window)"
+    ),
+    Equivalent(
+        "a sequence is a map of one line",
+        "dropped: ld.param",
+        "if (p->walk_extent[0] * p->walk_extent[1] == 1) return;",
+    ),
+    Equivalent(
+        "a walk may begin before what its rows attend",
+        "operands swapped: selp",
+        "if (first_row <= last_sink) near = {lo,",
     ),
 )
 
