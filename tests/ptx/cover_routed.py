@@ -67,6 +67,11 @@ def _far(variant: Variant) -> Problem:
     )
 
 
+def _odd(variant: Variant) -> Problem:
+    """Results that end within 16 bytes, of a walk that no blocks share."""
+    return _problem(variant, _tensors(variant, (40,), dim=3, dim_v=5), lists(40, 16, 2, seed=1))
+
+
 def _part_of_a_row(variant: Variant) -> Problem:
     tensors = _tensors(variant, (70,), (200,), dim=8, dim_v=16)
     tensors = {n: cut_out(x, 16) if x.dim() == 4 else x for n, x in tensors.items()}
@@ -78,7 +83,7 @@ def _documents(variant: Variant, mixed: bool) -> Problem:
     documents = documents if mixed else documents.sort(-1).values
     return _problem(
         variant, _tensors(variant, (90,), heads=2, kv_heads=1), lists(90, 16, 3),
-        window_size=(5, 20), sinks=9 if mixed else 2, is_causal=mixed, biased=False,
+        window_size=(5, 20), sinks=9 if mixed else 2, is_causal=mixed, biased=mixed,
         query_documents=documents, key_documents=documents.flip(-1) if mixed else documents,
     )  # fmt: skip
 
@@ -133,10 +138,14 @@ def _two_lines(variant: Variant) -> Problem:
     return _problem(variant, _turned(_tensors(variant, (1, 2, 70), (2, 1, 70))), plan)
 
 
-def _one(variant: Variant) -> Problem:
+def _one(variant: Variant, alone: bool) -> Problem:
     """No row but the first is there to be copied, nor another place in an order."""
     plan = shuffled(shuffled(lists(1, 1, 1, seed=1)), "key_blocks")
-    return _problem(variant, _tensors(variant, (1,)), plan)
+    tensors = _tensors(variant, (1,))
+    if alone:
+        tensors["value"][..., 3] = torch.inf
+    document = torch.zeros(1, 1).int()
+    return _problem(variant, tensors, plan, query_documents=document, key_documents=document)
 
 
 def _many_sinks(variant: Variant) -> Problem:
@@ -248,7 +257,8 @@ def _alone(variant: Variant, scattered: bool) -> Problem:
     documents = documents % 3 if scattered else documents // 11
     return _problem(
         variant, tensors, shuffled(plan) if scattered else plan, window_size=5, sinks=1,
-        exclude_self=True, query_documents=documents, key_documents=documents, key_lengths=torch.tensor([15, 13]),
+        biased=not scattered, exclude_self=True, query_documents=documents,
+        key_documents=documents, key_lengths=torch.tensor([15, 13]),
     )  # fmt: skip
 
 
@@ -311,6 +321,7 @@ PROBLEMS: dict[str, Maker] = {
     "lists": _lists,
     "whole steps": _whole,
     "far": _far,
+    "odd": _odd,
     "part of a row": _part_of_a_row,
     "documents": lambda v: _documents(v, False),
     "mixed documents": lambda v: _documents(v, True),
@@ -320,7 +331,8 @@ PROBLEMS: dict[str, Maker] = {
     "maps, far": lambda v: _maps(v, 5, 3),
     "shuffled, far": _shuffled_far,
     "two lines": _two_lines,
-    "one": _one,
+    "one": lambda v: _one(v, False),
+    "one, alone": lambda v: _one(v, True),
     "step": _step,
     "late": lambda v: _late(v, False),
     "late, by key": lambda v: _late(v, True),

@@ -161,6 +161,28 @@ EQUIVALENT = (
         "dropped: not.b32",
         "if (c.rows & ~rows) return false;",
     ),
+    *(
+        Equivalent(f"a step that {rows} attend may be {done}", what, line)
+        for what in ("ge for gt", "gt for ge", "le for lt", "lt for le")
+        for rows, done, line in (
+            ("all rows", "masked", "return (c.lo_max <= begin && end <= c.sink_min) ||"),
+            ("all rows", "masked", "c.sink_max) <= begin && end <= c.near_hi_min);"),
+            ("all rows", "masked", "if (walk.exact) return c.lo_max <= begin"),
+            ("all rows", "masked", "return (c.sink_max <= begin && end <= c.near_lo_min) ||"),
+            ("all rows", "masked", "c.sink_max) <= begin && end <= c.hi_min);"),
+            ("no rows", "walked", "if (end <= c.lo_min || c.hi_max <= begin) return true;"),
+            ("no rows", "walked", "(end <= c.near_lo_min || c.near_hi_max <= begin);"),
+            ("no rows", "walked", "return !walk.exact && c.near_lo_max <= begin"),
+        )
+    ),
+    Equivalent(
+        "a step may be masked, or walked", "literal off by one: selp", "const auto least_of = "
+    ),
+    Equivalent(
+        "a step that no rows attend may be walked",
+        "or for and: and.b32",
+        "if (!(c.rows & rows)) return true;",
+    ),
     Equivalent(
         "it is that already", "dropped: mov.u64", "else if (has_besides(policy) && r.has_window)"
     ),
