@@ -59,17 +59,18 @@ def _whole(variant: Variant) -> Problem:
 
 
 def _far(variant: Variant) -> Problem:
-    """Rows that do not begin at multiples of 16 bytes."""
-    tensors = _tensors(variant, (150,), (200,), dim=7, dim_v=3)
+    """Rows that do not begin at multiples of 16 bytes; sinks that do not begin at the first key."""
+    tensors = _tensors(variant, (150,), (300,), dim=7, dim_v=3)
     tensors = {n: cut_out(x, 5) if x.dim() == 4 else x for n, x in tensors.items()}
     return _problem(
-        variant, tensors, lists(150, 16, 9, keys=200), window_size=5, sinks=70, within=(60, None)
+        variant, tensors, lists(150, 16, 9, keys=300), window_size=5, sinks=90, within=(140, None)
     )
 
 
 def _odd(variant: Variant) -> Problem:
-    """Results that end within 16 bytes, of a walk that no blocks share."""
-    return _problem(variant, _tensors(variant, (40,), dim=3, dim_v=5), lists(40, 16, 2, seed=1))
+    """Results that end within 16 bytes, of a walk that no blocks share; one sink."""
+    tensors = _tensors(variant, (40,), heads=2, kv_heads=1, dim=3, dim_v=5)
+    return _problem(variant, tensors, lists(40, 16, 2, seed=1), sinks=1)
 
 
 def _part_of_a_row(variant: Variant) -> Problem:
@@ -248,17 +249,17 @@ def _growing(variant: Variant) -> Problem:
 
 def _alone(variant: Variant, scattered: bool) -> Problem:
     """Rows by one warp each: something is not finite."""
-    tensors = _tensors(variant, (15,), heads=2, kv_heads=1, batch=2)
+    tensors = _tensors(variant, (15,), (17,), heads=2, kv_heads=1, batch=2)
     tensors["sink_logits"] = normal(2, seed=6)
     tensors["key"][:, 1] = torch.nan
     tensors["value"][:, 3] = torch.inf
-    plan = lists(15, 4, 2, seed=1)
-    documents = torch.arange(15).expand(2, -1)
-    documents = documents % 3 if scattered else documents // 11
+    plan = lists(15, 4, 2, keys=17, seed=1)
+    queries, keys = (torch.arange(n).expand(2, -1) for n in (15, 17))
+    documents = (queries % 3, keys % 3) if scattered else (queries // 11, keys // 11)
     return _problem(
         variant, tensors, shuffled(plan) if scattered else plan, window_size=5, sinks=1,
-        biased=not scattered, exclude_self=True, query_documents=documents,
-        key_documents=documents, key_lengths=torch.tensor([15, 13]),
+        biased=not scattered, exclude_self=True, query_documents=documents[0],
+        key_documents=documents[1], key_lengths=torch.tensor([17, 13]),
     )  # fmt: skip
 
 

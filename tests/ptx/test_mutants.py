@@ -146,10 +146,24 @@ EQUIVALENT = (
         "now == -INFINITY ? 1.f",
         "visit(Bool<false>(), stage, numbers, mask);",
     ),
+    *(
+        Equivalent(
+            "all lanes have the same",
+            what,
+            "if (threadIdx.x % 32 == 0) *reinterpret_cast<Common*>(shared) = mine;",
+        )
+        for what in ("literal off by one", "ne for eq")
+    ),
+    Equivalent("all lanes have the same", "dropped: setp", "__syncwarp();  // the last walk's is"),
     Equivalent(
-        "all lanes have the same",
-        "literal off by one",
-        "if (threadIdx.x % 32 == 0) *reinterpret_cast<Common*>(shared) = mine;",
+        "the sums of a product begin with zeros",
+        "fragment 3 in another order: mma",
+        "product<T, kDim, kFrags, kStep,",
+    ),
+    Equivalent(
+        "a step that no rows attend may be walked",
+        "dropped: mov.u16",
+        "bool full = end <= walk.total, skip = true;",
     ),
     Equivalent(
         "shared memory begins at 0",
@@ -176,6 +190,25 @@ EQUIVALENT = (
         )
     ),
     Equivalent(
+        "other coordinates of a sequence count nothing",
+        "dropped: mov.u32",
+        "if (p->walk_extent[0] * p->walk_extent[1] == 1) return;",
+    ),
+    Equivalent(
+        "what a row attends that is not there is not asked",
+        "literal off by one: mov.u32",
+        "return row;",
+        "ListRow row = where(r);",
+    ),
+    Equivalent(
+        "no row's index is below 0", "literal off by one: shr.u32", "bool full = end <= walk.total"
+    ),
+    Equivalent(
+        "rows that attend all that was walked have the same sums by themselves",
+        "dropped: mov.u16",
+        "if (from < to) {",
+    ),
+    Equivalent(
         "a step may be masked, or walked", "literal off by one: selp", "const auto least_of = "
     ),
     Equivalent(
@@ -186,10 +219,19 @@ EQUIVALENT = (
     Equivalent(
         "it is that already", "dropped: mov.u64", "else if (has_besides(policy) && r.has_window)"
     ),
+    *(
+        Equivalent(
+            "a sequence is a map of one line",
+            what,
+            "if (p->walk_extent[0] * p->walk_extent[1] == 1) return;",
+        )
+        for what in ("dropped: ld.param", "dropped: mul")
+    ),
+    Equivalent("all rows have one scale", "and for or: or.b32", "spread<kFrags>(mine.lse, lse);"),
     Equivalent(
-        "a sequence is a map of one line",
-        "dropped: ld.param",
-        "if (p->walk_extent[0] * p->walk_extent[1] == 1) return;",
+        "a walk may begin before what its rows attend",
+        "dropped: mov.u32",
+        "near.begin = max(near.begin, sinks.end);",
     ),
     Equivalent(
         "a walk may begin before what its rows attend",
