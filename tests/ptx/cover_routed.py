@@ -98,7 +98,7 @@ def _shuffled(variant: Variant) -> Problem:
 
 def _shuffled_far(variant: Variant) -> Problem:
     """Rows copied from their addresses, in no order."""
-    tensors = _tensors(variant, (150,), (140,), dim=7, dim_v=3)
+    tensors = _tensors(variant, (150,), (140,), dim=6, dim_v=2)
     plan = shuffled(shuffled(lists(150, 16, 9, keys=140)), "key_blocks")
     return _problem(variant, tensors, plan)
 

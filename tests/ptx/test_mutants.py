@@ -208,16 +208,20 @@ EQUIVALENT = (
         "dropped: mov.u16",
         "if (from < to) {",
     ),
+    *(
+        Equivalent("a step may be masked, or walked", what, "const auto least_of = ")
+        for what in ("literal off by one: selp", "dropped: redux.sync.min")
+    ),
     Equivalent(
-        "a step may be masked, or walked", "literal off by one: selp", "const auto least_of = "
+        "what is near to the first head of a group is found once more, head by head",
+        "",
+        "start_head(kv_head * group);",
+        "set_near();",
     ),
     Equivalent(
         "a step that no rows attend may be walked",
         "or for and: and.b32",
         "if (!(c.rows & rows)) return true;",
-    ),
-    Equivalent(
-        "it is that already", "dropped: mov.u64", "else if (has_besides(policy) && r.has_window)"
     ),
     *(
         Equivalent(
