@@ -70,7 +70,6 @@ ATTNEXT_DEVICE void entry_bias_gradient(Kernel& k) {
     k.batch = list / p.list_heads + static_cast<int32_t>(i / packs);
     k.start(index);
     if (k.walk.count == 0) continue;  // by the head's policy
-    k.walk.leave_near();
     k.walk_tile_of(k.walk.row(k.warp * Kernel::kWarpRows + k.lane % Kernel::kWarpRows));
     __syncthreads();
   }

@@ -28,8 +28,9 @@ struct ListRow {
 template <int kStep, class Walk>
 struct ListSteps;
 
-// kByKey: rows are keys and queries are walked. kBiased: slots may have biases.
-template <bool kByKey, bool kBiased>
+// kByKey: rows are keys and queries are walked. kBiased: slots may have biases. kOnlyLists: they
+// have, and nothing else is walked.
+template <bool kByKey, bool kBiased, bool kOnlyLists = false>
 struct ListWalk {
   using Launch = RoutedLaunch;
   using Row = ListRow;
@@ -39,6 +40,7 @@ struct ListWalk {
   static constexpr bool kRowsBias = false;
   static constexpr bool kPacks = !kByKey;
   static constexpr bool kHasExtra = false;
+  static constexpr bool kScalesRows = false;
   static constexpr int32_t extra = 0;
 
   // Runs are numbered: sinks, windows, entries from 0 on. Slots up to `until` are the run's, which
@@ -56,6 +58,7 @@ struct ListWalk {
   Interval sinks, near;  // walked before the entries
   int32_t total;         // slots
   bool exact;            // near tokens that are listed are left to the lists
+  ATTNEXT_DEVICE static bool is_listed(int32_t run) { return kOnlyLists || run >= 0; }
 
   // ---- rows
 
@@ -82,26 +85,18 @@ struct ListWalk {
       entries += at[0];
       count = static_cast<int32_t>(at[1] - at[0]);
     }
-    exact = kBiased && p->window.bias && count > 0;
+    exact = kOnlyLists || (kBiased && p->window.bias && count > 0);
     set_near();
-    set_total();
-    return true;
-  }
-  ATTNEXT_DEVICE bool start_keys(const RoutedLaunch& launch, int32_t of_batch, int32_t head,
-                                 int32_t index, bool) {
-    return start(launch, of_batch, head, index);
-  }
-  // Leaves out what has no slot.
-  ATTNEXT_DEVICE void leave_near() {
-    sinks = near = {0, 0};
-    set_total();
-  }
-  ATTNEXT_DEVICE void set_total() {
     total = listed_at();
     if (count > 0) {
       const ListEntry& last = entries[count - 1];
       total += last.at + last.walk_end - last.walk_begin;
     }
+    return true;
+  }
+  ATTNEXT_DEVICE bool start_keys(const RoutedLaunch& launch, int32_t of_batch, int32_t head,
+                                 int32_t index, bool) {
+    return start(launch, of_batch, head, index);
   }
 
   // Where documents do not decrease, those of a row are a run.
@@ -160,6 +155,7 @@ struct ListWalk {
   ATTNEXT_DEVICE void set_near() {
     const RoutedRules& r = p->rules;
     sinks = near = {0, 0};
+    if (kOnlyLists) return;
     int32_t last_row = min(first_row + places, p->num_rows) - 1;
     if (kByKey && !p->row_order) {
       last_row = min(last_row, static_cast<int32_t>(allowed_keys()) - 1);
@@ -174,10 +170,10 @@ struct ListWalk {
     int32_t lo = INT32_MAX, hi = 0, near_lo = INT32_MAX, near_hi = 0, sink_hi = 0;
 #pragma unroll 1
     for (int32_t i = scattered ? threadIdx.x % 32 : 0; i <= last_asked; i += scattered ? 32 : 1) {
-      const int32_t place = scattered ? first_row + i
-                            : i == 0  ? first_row
-                            : i == 1  ? last_row
-                                      : max(first_row, last_sink);
+      const int32_t place = scattered           ? first_row + i
+                            : i == 0            ? first_row
+                            : !kByKey || i == 1 ? last_row
+                                                : max(first_row, last_sink);
       const Reach x = reach(token_of_row(place));
       lo = min(lo, static_cast<int32_t>(x.lo));
       near_lo = min(near_lo, static_cast<int32_t>(x.near_lo));
@@ -199,7 +195,8 @@ struct ListWalk {
     near.end = max(near.begin, near.end);
   }
 
-  ATTNEXT_DEVICE ListRow row(int r) const {
+  // Which token row r is; what it attends is another matter.
+  ATTNEXT_DEVICE ListRow where(int r) const {
     ListRow row;
     row.head = 0, row.index = r;
     if (!kByKey && p->packed > 1) row.index = r / p->packed, row.head = r - row.index * p->packed;
@@ -214,7 +211,12 @@ struct ListWalk {
     const int32_t line = token / p->row_extent[2];
     row.token[1] = line % p->row_extent[1];
     row.token[0] = line / p->row_extent[1];
-    const Reach x = reach(token);
+    return row;
+  }
+  ATTNEXT_DEVICE ListRow row(int r) const {
+    ListRow row = where(r);
+    if (!row.live) return row;
+    const Reach x = reach(token_of_row(first_row + row.index));
     row.allowed = {static_cast<int32_t>(x.lo), static_cast<int32_t>(x.hi)};
     row.near = {static_cast<int32_t>(x.near_lo), static_cast<int32_t>(x.near_hi)};
     row.sink_end = static_cast<int32_t>(x.sink_hi);
@@ -228,15 +230,16 @@ struct ListWalk {
     return sinks.end - sinks.begin + near.end - near.begin;
   }
   ATTNEXT_DEVICE int32_t at(int32_t run) const {
-    if (run >= 0) return listed_at() + entries[run].at;
-    return run == kWindowRun ? sinks.end - sinks.begin : 0;
+    if (is_listed(run)) return listed_at() + entries[run].at;
+    return (run - kSinkRun) * (sinks.end - sinks.begin);
   }
   ATTNEXT_DEVICE int32_t first_place(int32_t run) const {
-    return run >= 0 ? entries[run].walk_begin : run == kWindowRun ? near.begin : sinks.begin;
+    if (is_listed(run)) return entries[run].walk_begin;
+    return run == kWindowRun ? near.begin : sinks.begin;
   }
   // Rows of the tile that a run is of: 32 from `index` / 32 * 32 on.
   ATTNEXT_DEVICE uint32_t rows_of(int32_t run, int32_t index) const {
-    return run >= 0 ? entries[run].rows[index / 32] : ~0u;
+    return is_listed(run) ? entries[run].rows[index / 32] : ~0u;
   }
   ATTNEXT_DEVICE bool has_row(int32_t run, const ListRow& row) const {
     return rows_of(run, row.index) >> (row.index % 32) & 1;
@@ -248,27 +251,32 @@ struct ListWalk {
   // The last run that begins at slot s or before: from the cursor on, in steps that double.
   ATTNEXT_DEVICE void seek(int32_t s, Cursor& cursor) const {
     if (s < cursor.until) return;
-    int32_t step = 1;
-    const auto begins_by = [&](int32_t which) { return which < count && at(which) <= s; };
+    if (s >= sinks.end - sinks.begin) {
+      cursor.run = max(cursor.run, kWindowRun);
+      const int32_t listed = s - listed_at();
+      const auto begins_by = [&](int32_t e) { return e < count && entries[e].at <= listed; };
+      int32_t step = 1;
 #pragma unroll 1
-    while (begins_by(cursor.run + step)) cursor.run += step, step *= 2;
+      while (begins_by(cursor.run + step)) cursor.run += step, step *= 2;
 #pragma unroll 1
-    while (step > 1) {
-      step /= 2;
-      if (begins_by(cursor.run + step)) cursor.run += step;
+      while (step > 1) {
+        step /= 2;
+        if (begins_by(cursor.run + step)) cursor.run += step;
+      }
     }
     set(cursor);
   }
   // The same from anywhere.
   ATTNEXT_DEVICE Cursor find(int32_t s) const {
-    int32_t lo = kSinkRun, hi = count;
+    const int32_t listed = s - listed_at();
+    int32_t lo = kWindowRun, hi = count;
 #pragma unroll 1
     while (hi - lo > 1) {
       const int32_t middle = (lo + hi) >> 1;
-      const bool by = at(middle) <= s;
+      const bool by = entries[middle].at <= listed;
       lo = by ? middle : lo, hi = by ? hi : middle;
     }
-    Cursor cursor{lo};
+    Cursor cursor{s < sinks.end - sinks.begin ? kSinkRun : lo};
     set(cursor);
     return cursor;
   }
@@ -283,7 +291,7 @@ struct ListWalk {
 
   // Of the lists; windows and sinks are walked token by token.
   ATTNEXT_DEVICE int32_t token_at(int32_t run, int32_t place) const {
-    return run >= 0 && p->walk_order ? p->walk_order[place] : place;
+    return is_listed(run) && p->walk_order ? p->walk_order[place] : place;
   }
   ATTNEXT_DEVICE int32_t place_of(int32_t s, const Cursor& cursor) const {
     return s < total ? s + cursor.shift : 0;
@@ -349,7 +357,7 @@ struct ListWalk {
   }
   // Whether a row that a run is of attends the token at one of its places.
   ATTNEXT_DEVICE bool attends(const ListRow& row, int32_t run, int32_t place) const {
-    const bool listed = run >= 0;
+    const bool listed = is_listed(run);
     const int32_t token = token_at(run, place);
     bool found = false;
     intervals(row, listed,
@@ -446,8 +454,8 @@ struct ListSteps {
       const int32_t to = min(min(until, walk.total), end);
       if (from < to) {
         const uint32_t rows = walk.rows_of(which, c.first_row);
-        full &= covers(walk, c, which >= 0, rows, from + shift, to + shift);
-        skip &= misses(walk, c, which >= 0, rows, from + shift, to + shift);
+        full &= covers(walk, c, walk.is_listed(which), rows, from + shift, to + shift);
+        skip &= misses(walk, c, walk.is_listed(which), rows, from + shift, to + shift);
       }
       if (until >= end || ++which >= walk.count || !(full || skip)) break;
       typename Walk::Cursor next;
@@ -503,7 +511,7 @@ struct ListSteps {
   ATTNEXT_DEVICE static void add_run(const Walk& walk, const ListRow& row, int32_t which,
                                      int32_t first, int32_t from, int32_t to,
                                      uint32_t (&bits)[kWords]) {
-    const bool listed = which >= 0;
+    const bool listed = walk.is_listed(which);
     const auto part = [&](int32_t begin, int32_t end, int w) {
       return bit_range(max(begin - first, from) - 32 * w, min(end - first, to) - 32 * w);
     };

@@ -65,9 +65,10 @@ struct BoxWalkOf {
   using Steps = BoxSteps<BoxWalkOf, kStep>;
   struct Cursor {};  // what a thread keeps from one look-up to the next
   static constexpr int kWarpInts = kBoxWarpInts;
-  static constexpr bool kRowsBias = true;  // where the bias of a key lies depends on the row
-  static constexpr bool kPacks = false;    // whether rows may be of several heads
-  static constexpr bool kHasExtra = true;  // keys besides those of the map
+  static constexpr bool kRowsBias = true;    // where the bias of a key lies depends on the row
+  static constexpr bool kPacks = false;      // whether rows may be of several heads
+  static constexpr bool kHasExtra = true;    // keys besides those of the map
+  static constexpr bool kScalesRows = true;  // whether queries may have scales of their own
   ATTNEXT_DEVICE static uint32_t packed(const WindowLaunch&) { return 1; }
 
   const int32_t* tables;
@@ -180,6 +181,9 @@ struct BoxWalkOf {
     }
     return row;
   }
+
+  // The same; walks of lists look up less.
+  ATTNEXT_DEVICE BoxRow where(int r) const { return row(r); }
 
   // ---- slots -----------------------------------------------------------------------------------
 

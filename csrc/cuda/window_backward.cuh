@@ -48,7 +48,7 @@ struct QueryGradient
       Base::warp;
   using Base::kColumns, Base::kMine, Base::kRows, Base::kWarpRows;
   using typename Base::Cursor, typename Base::Mask, typename Base::Row, typename Base::S;
-  static constexpr bool kReadsBias = kModified;
+  static constexpr bool kReadsBias = kModified, kScaled = kModified && Walk::kScalesRows;
   static constexpr bool kExact = sizeof(T) == 4;  // the rest of lse tells only in fp32
   // The gradient of biases that lists have: numbers of slots are their entries.
   static constexpr bool kByEntry = kWanted == Wanted::kBias && !Walk::kRowsBias;
@@ -108,7 +108,7 @@ struct QueryGradient
                     &weight, &of_logit, &of_product);
               g = kWanted == Wanted::kBias ? of_logit : of_product;
               if (!attended) g = 0.f;
-              if (kWanted == Wanted::kQuery && attended) dscale[f][half] += g * x;
+              if (kWanted == Wanted::kQuery && kScaled && attended) dscale[f][half] += g * x;
             } else {
               float y = fmaf(x, p.unit, -lse[f][half]);
               if constexpr (kExact) y -= rest[f][half];
@@ -155,8 +155,7 @@ struct QueryGradient
     spread<kFrags>(mine.rest, rest);
     spread<kFrags>(-kSign * mine.delta, delta);
     if constexpr (kModified) {
-      const float scale =
-          row.live ? scale_of<kModified>(w, batch, row.token, head + row.head) : 0.f;
+      const float scale = row.live ? scale_of<kScaled>(w, batch, row.token, head + row.head) : 0.f;
       spread<kFrags>(Modifiers::unit(w, scale), row_unit);
       if constexpr (Walk::kRowsBias) spread<kFrags>(Walk::bias_origin(w, row), row_bias);
       chain.modifiers.start(w, head);
@@ -190,16 +189,16 @@ struct QueryGradient
       return;
     }
     // Not kept over the walk: that would take registers.
-    const Row row = walk.row(warp * kWarpRows + lane % kWarpRows);
+    const Row row = walk.where(warp * kWarpRows + lane % kWarpRows);
     const bool mine = row.live && lane < kWarpRows;
     float factor[kFrags][2];
     const int32_t of_row = head + row.head;
-    spread<kFrags>(row.live ? scale_of<kModified>(w, batch, row.token, of_row) : 0.f, factor);
+    spread<kFrags>(row.live ? scale_of<kScaled>(w, batch, row.token, of_row) : 0.f, factor);
     const uint64_t to_row =
         mine ? this->row_address(w.dquery, offset_of(w.dquery, batch, row.token, of_row)) : 0;
     store_rows<T, kDim, kDim, kFrags>(this->held_tile(0), warp * kWarpRows, dquery, factor, to_row,
                                       static_cast<int>(w.head_dim), p.aligned_out);
-    if constexpr (kModified) {
+    if constexpr (kScaled) {
 #pragma unroll
       for (int f = 0; f < kFrags; ++f) {
         dscale[f][0] = quad_sum(dscale[f][0]);
@@ -228,7 +227,7 @@ struct QueryGradient
 #pragma unroll
     for (int i = 0; i < kMine; ++i) sum[i] = 0.f;
     const Statistics mine = Statistics::of(p)[Statistics::index(w, batch, row.token, of_row)];
-    const float scale = scale_of<kModified>(w, batch, row.token, of_row);
+    const float scale = scale_of<kScaled>(w, batch, row.token, of_row);
     float total = 0.f;
     Chain<kModified> alone;
     alone.modifiers.start(w, head);
@@ -250,7 +249,7 @@ struct QueryGradient
     for (int i = 0; i < kMine; ++i) sum[i] *= scale;
     this->store_row(this->row_address(w.dquery, offset_of(w.dquery, batch, row.token, of_row)),
                     w.head_dim, sum);
-    if (kModified && w.drow_scale.data && lane == 0) store_dscale(row, total);
+    if (kScaled && w.drow_scale.data && lane == 0) store_dscale(row, total);
   }
 
   // ---- the bias
@@ -326,7 +325,7 @@ struct KeyGradient : Block<KeyGradient<Walk, T, kDim, kWarps, kFrags, kStep, kMo
   using Base::kColumns, Base::kMine, Base::kRows, Base::kWarpRows;
   using typename Base::Cursor, typename Base::Mask, typename Base::Row;
   static constexpr int kOut = kDim / kSlices;
-  static constexpr bool kReadsBias = kModified;
+  static constexpr bool kReadsBias = kModified, kScaled = kModified && Walk::kScalesRows;
   static constexpr bool kExact = sizeof(T) == 4;
   using Rows = LeftRows<T, kDim, kFrags, false>;
   // Numbers of a walked query: its statistics, and what modifiers ask for.
@@ -349,7 +348,7 @@ struct KeyGradient : Block<KeyGradient<Walk, T, kDim, kWarps, kFrags, kStep, kMo
                      real ? 16 : 0);
     if constexpr (kModified) {
       const typename Walk::Slot at = walk.slot(slot, cursor);
-      const float scale = real ? scale_of<kModified>(w, batch, at.token, head) : 0.f;
+      const float scale = real ? scale_of<kScaled>(w, batch, at.token, head) : 0.f;
       this->number(numbers, kUnit)[j] = Modifiers::unit(w, scale);
       this->number(numbers, kScale)[j] = scale;
       this->integer(numbers, kBias)[j] = has_bias && real ? walk.bias_entry(w, at) : kNoBias;
@@ -475,7 +474,7 @@ struct KeyGradient : Block<KeyGradient<Walk, T, kDim, kWarps, kFrags, kStep, kMo
       for (int r = 0; r < kWarpRows; ++r) attend_alone(warp * kWarpRows + r, group);
       return;
     }
-    row = walk.row(warp * kWarpRows + lane % kWarpRows);  // not kept: that would take registers
+    row = walk.where(warp * kWarpRows + lane % kWarpRows);  // not kept: that would take registers
     float factor_key[kFrags][2], factor_value[kFrags][2];
 #pragma unroll
     for (int f = 0; f < kFrags; ++f) {
@@ -515,7 +514,7 @@ struct KeyGradient : Block<KeyGradient<Walk, T, kDim, kWarps, kFrags, kStep, kMo
         this->load_row(this->slot_address(&w.query, nullptr, at), w.head_dim, query);
         this->load_row(this->slot_address(&w.dout, nullptr, at), w.head_dim_v, dout);
         const Statistics of = Statistics::of(p)[Statistics::index(w, batch, at.token, head)];
-        const float scale = scale_of<kModified>(w, batch, at.token, head);
+        const float scale = scale_of<kScaled>(w, batch, at.token, head);
         const int32_t place = has_bias ? walk.bias_entry(w, at) : 0;
         const bool biased = has_bias && (Walk::kRowsBias || place != kNoBias);
         const int32_t entry = has_bias ? Walk::bias_of_key(Walk::bias_key(w, row), place) : 0;
@@ -564,11 +563,12 @@ extern __shared__ __align__(1024) uint8_t shared_memory[];
                   Wanted::kQuery>(p, shared_memory)                                       \
         .run();                                                                           \
   }
-#define ATTNEXT_ROUTED_BIAS_GRADIENT(name, T, dim, warps, frags, step, modified, slices)          \
-  ATTNEXT_GRADIENT(name, (warps) * 32, 0, RoutedLaunch) {                                         \
-    QueryGradient<ListWalk<false, modified>, T, dim, warps, frags, step, modified, Wanted::kBias> \
-        kernel(p, shared_memory);                                                                 \
-    entry_bias_gradient(kernel);                                                                  \
+#define ATTNEXT_ROUTED_BIAS_GRADIENT(name, T, dim, warps, frags, step, modified, slices) \
+  ATTNEXT_GRADIENT(name, (warps) * 32, 0, RoutedLaunch) {                                \
+    QueryGradient<ListWalk<false, modified, true>, T, dim, warps, frags, step, modified, \
+                  Wanted::kBias>                                                         \
+        kernel(p, shared_memory);                                                        \
+    entry_bias_gradient(kernel);                                                         \
   }
 #define ATTNEXT_ROUTED_KEY_GRADIENT(name, T, dim, warps, frags, step, modified, slices)  \
   ATTNEXT_GRADIENT(name, (warps) * 32, 0, RoutedLaunch) {                                \

@@ -24,7 +24,7 @@ struct Forward : Block<Forward<Walk, T, kDim, kWarps, kFrags, kStep, kModified>,
       Base::warp;
   using Base::kColumns, Base::kMine, Base::kRows, Base::kWarpRows;
   using typename Base::Cursor, typename Base::Mask, typename Base::Row;
-  static constexpr bool kReadsBias = kModified;
+  static constexpr bool kReadsBias = kModified, kScaled = kModified && Walk::kScalesRows;
   static constexpr bool kKept = sizeof(T) == 2 && kDim <= 32;
   using Rows = LeftRows<T, kDim, kFrags, kKept>;
 
@@ -186,13 +186,12 @@ struct Forward : Block<Forward<Walk, T, kDim, kWarps, kFrags, kStep, kModified>,
           attend<decltype(is_masked)::value>(stage, numbers, rows, mask);
         });
     // Not kept over the walk: that would take registers.
-    finish(walk.row(warp * kWarpRows + lane % kWarpRows), from, to, part, masked);
+    finish(walk.where(warp * kWarpRows + lane % kWarpRows), from, to, part, masked);
   }
 
   ATTNEXT_DEVICE void start_rows(const Row& row, bool with_sink) {
     if constexpr (kModified) {
-      const float scale =
-          row.live ? scale_of<kModified>(w, batch, row.token, head + row.head) : 1.f;
+      const float scale = row.live ? scale_of<kScaled>(w, batch, row.token, head + row.head) : 1.f;
       spread<kFrags>(Modifiers::unit(w, scale), row_unit);
       if constexpr (Walk::kRowsBias) spread<kFrags>(Walk::bias_origin(w, row), row_bias);
       modifiers.start(w, head);
@@ -284,7 +283,7 @@ struct Forward : Block<Forward<Walk, T, kDim, kWarps, kFrags, kStep, kModified>,
                    w.head_dim, query);
 #pragma unroll
     for (int i = 0; i < kMine; ++i) o[i] = 0.f;
-    const float factor = Modifiers::unit(w, scale_of<kModified>(w, batch, row.token, mine));
+    const float factor = Modifiers::unit(w, scale_of<kScaled>(w, batch, row.token, mine));
     const bool sink = w.sink_logits && part == 0;
     float high = sink_level(sink, row), total = sink ? 1.f : 0.f;
     for (int32_t s = from; s < to; ++s) {
@@ -338,7 +337,7 @@ ATTNEXT_DEVICE void merge_parts(const typename Walk::Launch& p, int rows) {
   const int64_t size = w.head_dim_v + 2;
   const int32_t parts = max(1, (walk.total + p.split_step - 1) / p.split_step);
   for (int r = warp; r < rows; r += warps) {
-    const typename Walk::Row row = walk.row(r);
+    const typename Walk::Row row = walk.where(r);
     if (!row.live) continue;
     const int32_t head = first_head + row.head;
     const auto part = [&](int i) {

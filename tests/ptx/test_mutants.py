@@ -28,11 +28,13 @@ class Equivalent(NamedTuple):
     why: str
     what: str
     line: str
+    of: str = ""  # another line that the instruction is of
 
     def fits(self, mutant: Mutant) -> bool:
-        lines = (line_of(*place) for place in mutant.before.source)
+        lines = [line_of(*place) for place in mutant.before.source]
         said = f"{mutant.what}: {mutant.before.text}"
-        return said.startswith(self.what) and any(self.line in line for line in lines)
+        there = all(any(wanted in line for line in lines) for wanted in (self.line, self.of))
+        return there and said.startswith(self.what)
 
 
 EQUIVALENT = (
@@ -129,6 +131,116 @@ EQUIVALENT = (
         "bits below 0 are no bits",
         "dropped: max",
         "add(max(i.begin + to_sinks, walk.extra - slot), min(i.end + to_sinks, last));",
+    ),
+    Equivalent("a slot without a token gets any row", "ge for gt", "at.kind = s < total ?"),
+    Equivalent("a slot without a token gets any row", "gt for ge", "at.kind = s < total ?"),
+    Equivalent("a look-up that nobody waits for", "ge for gt", "if (slot + 2 * kStep < to) {"),
+    Equivalent(
+        "rows may be copied number by number", "guard lost", "if (aligned) {", "copy_rows<T, kDim"
+    ),
+    Equivalent("steps are powers of two", "gt for ge: setp.gt.u32", "while (step > 1) {"),
+    Equivalent("weights may be brought down in any step", "dropped: or.pred", "grows |= m > limit"),
+    Equivalent(
+        "of a step that all rows attend a row has a maximum",
+        "dropped: mov.f32",
+        "now == -INFINITY ? 1.f",
+        "visit(Bool<false>(), stage, numbers, mask);",
+    ),
+    *(
+        Equivalent(
+            "all lanes have the same",
+            what,
+            "if (threadIdx.x % 32 == 0) *reinterpret_cast<Common*>(shared) = mine;",
+        )
+        for what in ("literal off by one", "ne for eq")
+    ),
+    Equivalent("all lanes have the same", "dropped: setp", "__syncwarp();  // the last walk's is"),
+    Equivalent(
+        "the sums of a product begin with zeros",
+        "fragment 3 in another order: mma",
+        "product<T, kDim, kFrags, kStep,",
+    ),
+    Equivalent(
+        "a step that no rows attend may be walked",
+        "dropped: mov.u16",
+        "bool full = end <= walk.total, skip = true;",
+    ),
+    Equivalent(
+        "shared memory begins at 0",
+        "sub for add: add.s32",
+        "walk_tile(stage, operand) + Layout<T, kDim>::at(row0 + i * kAtOnce, chunk);",
+    ),
+    Equivalent(
+        "a step that all rows attend may be masked",
+        "dropped: not.b32",
+        "if (c.rows & ~rows) return false;",
+    ),
+    *(
+        Equivalent(f"a step that {rows} attend may be {done}", what, line)
+        for what in ("ge for gt", "gt for ge", "le for lt", "lt for le")
+        for rows, done, line in (
+            ("all rows", "masked", "return (c.lo_max <= begin && end <= c.sink_min) ||"),
+            ("all rows", "masked", "c.sink_max) <= begin && end <= c.near_hi_min);"),
+            ("all rows", "masked", "if (walk.exact) return c.lo_max <= begin"),
+            ("all rows", "masked", "return (c.sink_max <= begin && end <= c.near_lo_min) ||"),
+            ("all rows", "masked", "c.sink_max) <= begin && end <= c.hi_min);"),
+            ("no rows", "walked", "if (end <= c.lo_min || c.hi_max <= begin) return true;"),
+            ("no rows", "walked", "(end <= c.near_lo_min || c.near_hi_max <= begin);"),
+            ("no rows", "walked", "return !walk.exact && c.near_lo_max <= begin"),
+        )
+    ),
+    Equivalent(
+        "other coordinates of a sequence count nothing",
+        "dropped: mov.u32",
+        "if (p->walk_extent[0] * p->walk_extent[1] == 1) return;",
+    ),
+    Equivalent(
+        "what a row attends that is not there is not asked",
+        "literal off by one: mov.u32",
+        "return row;",
+        "ListRow row = where(r);",
+    ),
+    Equivalent(
+        "no row's index is below 0", "literal off by one: shr.u32", "bool full = end <= walk.total"
+    ),
+    Equivalent(
+        "rows that attend all that was walked have the same sums by themselves",
+        "dropped: mov.u16",
+        "if (from < to) {",
+    ),
+    *(
+        Equivalent("a step may be masked, or walked", what, "const auto least_of = ")
+        for what in ("literal off by one: selp", "dropped: redux.sync.min")
+    ),
+    Equivalent(
+        "what is near to the first head of a group is found once more, head by head",
+        "",
+        "start_head(kv_head * group);",
+        "set_near();",
+    ),
+    Equivalent(
+        "a step that no rows attend may be walked",
+        "or for and: and.b32",
+        "if (!(c.rows & rows)) return true;",
+    ),
+    *(
+        Equivalent(
+            "a sequence is a map of one line",
+            what,
+            "if (p->walk_extent[0] * p->walk_extent[1] == 1) return;",
+        )
+        for what in ("dropped: ld.param", "dropped: mul")
+    ),
+    Equivalent("all rows have one scale", "and for or: or.b32", "spread<kFrags>(mine.lse, lse);"),
+    Equivalent(
+        "a walk may begin before what its rows attend",
+        "dropped: mov.u32",
+        "near.begin = max(near.begin, sinks.end);",
+    ),
+    Equivalent(
+        "a walk may begin before what its rows attend",
+        "operands swapped: selp",
+        "if (first_row <= last_sink) near = {lo,",
     ),
 )
 
