@@ -206,8 +206,9 @@ def _words(variant: Variant) -> Problem:
     queries, keys = (torch.randint(0, 3, (1, 160), generator=generator) for _ in range(2))
     plan = BlockPlan.of(indices, 160, 32, 160, 32)
     return _problem(
-        variant, _tensors(variant, (160,)), plan, query_documents=queries, key_documents=keys
-    )
+        variant, _tensors(variant, (160,)), plan, query_documents=queries, key_documents=keys,
+        biased=False,
+    )  # fmt: skip
 
 
 def _many_entries(variant: Variant) -> Problem:
@@ -378,7 +379,10 @@ REASONS = (
         "places of keys are asked for beside windows, which keys have only in order",
         "p->walk_places ? p->walk_places[token] : token",
     ),
-    Reason("a tile without entries is left out before", "if (from < to) {", "bias_gradient"),
+    *(
+        Reason("a tile without entries is left out before", what, "bias_gradient")
+        for what in ("if (from < to) {", "commit_copies();  // what is held")
+    ),
     Reason("a sum that is not finite, in the other rows that a lane has", "logf(sum)", "forward"),
     Reason("a row that one head of a group has all have", "if (!row.live) return row;", "gradient"),
 )
