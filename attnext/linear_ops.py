@@ -207,7 +207,7 @@ class _Sequences:
 _sequences = functools.lru_cache(maxsize=64)(_Sequences)
 
 
-def check_cuda(problem: tuple[Any, ...], of_decay: bool = False) -> None:
+def check_cuda(problem: tuple[Any, ...]) -> None:
     """Errors: NotImplementedError for what the CUDA kernels lack."""
     query, value = problem[0], problem[2]
     feature_map = problem[_FEATURE_MAP]
@@ -216,8 +216,6 @@ def check_cuda(problem: tuple[Any, ...], of_decay: bool = False) -> None:
         what = "float64"
     elif FEATURE_MAPS[feature_map] == "taylor2" and query.shape[-1] > _MAX_TAYLOR_DIM:
         what = f"feature_map 'taylor2' with a head_dim above {_MAX_TAYLOR_DIM}"
-    elif FEATURE_MAPS[feature_map] == "taylor2" and of_decay:
-        what = "a gradient of decay beside feature_map 'taylor2'"
     elif max(query.shape[-1], value.shape[-1]) > _MAX_HEAD_DIM:
         what = f"a head_dim above {_MAX_HEAD_DIM}"
     if what:
@@ -246,7 +244,7 @@ def _forward_cuda(*problem: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _backward_cuda(*args: Any) -> tuple[Tensor, ...]:
     problem, query = args[:-6], args[0]
-    check_cuda(problem, of_decay=problem[_DECAY] is not None and args[-1][_DECAY])
+    check_cuda(problem)
     with torch.cuda.device(query.device):
         grads, tensors = _backward_tensors(*args)
         call = _C.CudaLinearBackward(_native(problem), tensors[-1][_DECAY] is not None)

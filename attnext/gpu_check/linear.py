@@ -157,6 +157,30 @@ def _problems() -> list[LinearProblem]:
         LinearProblem(name="taylor", tokens=1000, head_dim=16, options=taylor),
         LinearProblem(name="taylor-small", tokens=200, head_dim=5, batch=3, options=taylor),
         LinearProblem(
+            name="taylor-decayed", tokens=1000, head_dim=16, decay="token", options=taylor
+        ),
+        LinearProblem(
+            name="taylor-decayed-packed",
+            tokens=1500,
+            ends=ends,
+            heads=(4, 2, 1),
+            head_dim=16,
+            head_dim_v=100,
+            decay="token",
+            options={"feature_map": "taylor2"},
+        ),
+        LinearProblem(
+            name="taylor-decayed-many", tokens=700, head_dim=33, decay="token", options=taylor
+        ),
+        LinearProblem(
+            name="taylor-decayed-reverse",
+            tokens=300,
+            head_dim=64,
+            head_dim_v=40,
+            decay="token",
+            options={"feature_map": "taylor2", "reverse": True},
+        ),
+        LinearProblem(
             name="taylor-not-causal",
             tokens=900,
             head_dim=16,

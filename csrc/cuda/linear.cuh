@@ -196,6 +196,11 @@ ATTNEXT_DEVICE void pair_of_feature(int f, int dim, int& a, int& b) {
   while (a < dim && b >= dim - a) b -= dim - a, ++a;
   b += a;
 }
+// The feature that is it, of kTaylorEntries.
+constexpr ATTNEXT_DEVICE int feature_of_pair(int a, int b) {
+  const int least = a < b ? a : b;
+  return 1 + kTaylorEntries + least * kTaylorEntries - least * (least + 1) / 2 + (a < b ? b : a);
+}
 // Of kTaylorEntries, a feature's place in a tensor of states, where entries may be fewer; -1: none.
 ATTNEXT_DEVICE int place_of_feature(int f, int dim) {
   if (f <= kTaylorEntries) return f <= dim ? f : -1;

@@ -111,7 +111,8 @@ struct ScanShared {
   // A warp's own rows of a, once read, are room enough for its outputs unless they are too short.
   static constexpr bool kOutApart = kRaw < kColumns && !kExpanded;
   static constexpr int kOutAt = kStateAt + kPanels * kColumns * kPanel * kElem;
-  static constexpr int kOutBytes = kFolded ? kChunk * kColumns * 4 : kOutApart ? kNarrow : 0;
+  static constexpr int kRoom = kColumns + 1;  // fold: of a row in fp32, which begin in other banks
+  static constexpr int kOutBytes = kFolded ? kChunk * kRoom * 4 : kOutApart ? kNarrow : 0;
   static constexpr int kNumbersAt = kOutAt + kOutBytes;
   static constexpr int kTotalsAt = kNumbersAt + 2 * kChunk * 16;
   static constexpr int kZAt = kTotalsAt + 2 * 16;

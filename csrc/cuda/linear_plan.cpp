@@ -289,25 +289,48 @@ void plan_forward(Plan* plan) {
   plan->add_outputs(l, states, last);
 }
 
+float* further(float* numbers, int64_t by) { return numbers ? numbers + by : nullptr; }
+
+// The gradient of Taylor features is a sum over the columns of values, of which a scan has so many.
+constexpr int64_t kFoldColumns = 64;
+int64_t folds_of(const Plan& plan) {
+  return plan.taylor() ? ceil_div(plan.p.head_dim_v, kFoldColumns) : 0;
+}
+
 // What gradients of decays need: products of the gradients with what they belong to, and states to
-// meet their gradients; `sets` of either.
+// meet their gradients; of either so many sets.
 struct OfDecay {
   float *dots = nullptr, *dots_key = nullptr, *boundaries = nullptr, *meetings = nullptr;
-  int64_t slices, of_set = 0;  // numbers of a set of meetings
-  int32_t num_meetings, chunk, sets;
+  int64_t slices, of_dots = 0, of_meetings = 0, of_boundaries = 0;  // numbers of a set
+  int32_t num_dots, num_meetings, chunk, sets;
 
-  OfDecay(Plan* plan, int32_t of_sets) : slices(plan->slices(plan->p.head_dim)), sets(of_sets) {
+  // Under the delta rule two gradients meet the same states; folds have columns of their own.
+  explicit OfDecay(Plan* plan) {
     const LinearParams& p = plan->p;
-    const ScanFacts& scan = scan_of(p.dtype, p.head_dim_v, ScanKind::kGated);  // of dq and dk
+    const int64_t folds = folds_of(*plan);
+    const ScanFacts& scan =  // of dq and dk
+        folds > 0 ? scan_of(p.dtype, kFoldColumns, ScanKind::kFold)
+                  : scan_of(p.dtype, p.head_dim_v, ScanKind::kGated);
+    slices = folds > 0 ? plan->fold_slices() : plan->slices(p.head_dim);
+    sets = p.delta() ? 2 : static_cast<int32_t>(std::max<int64_t>(folds, 1));
+    num_dots = static_cast<int32_t>(slices + (folds > 0));
     num_meetings = scan.warps;
     chunk = 16 * scan.warps;
     if (!p.ddecay.data) return;
     const int64_t states = p.num_sequences * p.heads * slices * plan->chunks();
-    of_set = states * num_meetings;
-    dots = plan->take(sets * slices * plan->rows());
-    dots_key = plan->take(sets * slices * plan->rows());
-    boundaries = plan->take(states * (scan.dim / 8 + 1) * 4 * 32 * scan.warps);
-    meetings = plan->take(sets * of_set);
+    of_dots = num_dots * plan->rows();
+    of_meetings = states * num_meetings;
+    of_boundaries = states * (scan.dim / 8 + 1) * 4 * 32 * scan.warps;
+    dots = plan->take(sets * of_dots);
+    dots_key = plan->take(sets * of_dots);
+    boundaries = plan->take(std::max<int64_t>(folds, 1) * of_boundaries);
+    meetings = plan->take(sets * of_meetings);
+  }
+  // From a launch's first set to that of a fold.
+  void move(LinearLaunch* l, int64_t fold) const {
+    l->dots = further(l->dots, fold * of_dots);
+    l->boundaries = further(l->boundaries, fold * of_boundaries);
+    l->meetings = further(l->meetings, fold * of_meetings);
   }
   void add(Plan* plan) const {
     const LinearParams& p = plan->p;
@@ -316,6 +339,7 @@ struct OfDecay {
     d.dots = dots;
     d.dots_key = dots_key;
     d.slices = static_cast<int32_t>(slices);
+    d.num_dots = num_dots;
     d.meetings = meetings;
     d.num_meetings = num_meetings;
     d.sets = sets;
@@ -346,7 +370,7 @@ void plan_delta_backward(Plan* plan) {
   float* const dbeta = plan->take(plan->slices(p.head_dim_v) * plan->rows());
   const int64_t part = plan->rows() * p.head_dim;
   float* const dkeys = plan->take(3 * part);
-  const OfDecay of_decay(plan, 2);
+  const OfDecay of_decay(plan);
   const auto* const initial = static_cast<const float*>(p.initial_state);
   const auto* const dfinal = static_cast<const float*>(p.dfinal_state);
   const bool curved = p.feature_map != FeatureMap::kIdentity || p.ddecay.data;
@@ -392,12 +416,10 @@ void plan_delta_backward(Plan* plan) {
     of.dots = dots;
     plan->add_scan(ScanKind::kGated, of);
   };
-  const int64_t of_set = of_decay.slices * plan->rows();
-  const auto second = [&](float* set, int64_t numbers) { return set ? set + numbers : nullptr; };
   l = start(false, u, plan->key(), initial);
   l.scale = 1;
   l.strict = 1;
-  add_part(0, l, h, plan->key(), second(of_decay.dots, of_set));
+  add_part(0, l, h, plan->key(), further(of_decay.dots, of_decay.of_dots));
   l = start(true, plan->dout(), plan->query(), dfinal);
   l.boundaries = of_decay.boundaries;
   l.meetings = of_decay.meetings;
@@ -406,8 +428,8 @@ void plan_delta_backward(Plan* plan) {
   l.inner_scale = 1;
   l.strict = 1;
   l.boundaries = of_decay.boundaries;
-  l.meetings = second(of_decay.meetings, of_decay.of_set);
-  add_part(2, l, u, plan->key(), second(of_decay.dots_key, of_set));
+  l.meetings = further(of_decay.meetings, of_decay.of_meetings);
+  add_part(2, l, u, plan->key(), further(of_decay.dots_key, of_decay.of_dots));
 
   l = plan->start(false);
   set_result(*plan, &l, p.dkey, p.key_heads, p.head_dim);
@@ -423,10 +445,6 @@ void plan_delta_backward(Plan* plan) {
 void plan_backward(Plan* plan) {
   const LinearParams& p = plan->p;
   if (p.delta()) return plan_delta_backward(plan);
-  if (plan->taylor() && p.ddecay.data) {
-    throw std::invalid_argument(
-        "attnext: gradients of Taylor features on CUDA have none of the decay");
-  }
   float* numbers = nullptr;
   if (p.normalize) {
     numbers = plan->take(2 * plan->rows());
@@ -444,12 +462,10 @@ void plan_backward(Plan* plan) {
     l->numbers = numbers;
     l->scale = l->inner_scale = 1;  // in the factors
   };
-  // The gradient of Taylor features is a sum over the columns of values, of which a scan has so
-  // many.
-  constexpr int64_t kFoldColumns = 64;
-  const int64_t folds = plan->taylor() ? ceil_div(p.head_dim_v, kFoldColumns) : 0;
+  const int64_t folds = folds_of(*plan);
   const int64_t of_fold = plan->fold_slices() * plan->rows() * plan->fold_width();
   float* const folded = folds > 0 ? plan->take(folds * of_fold) : nullptr;
+  const OfDecay of_decay(plan);
   // Outputs with columns of values in a and b, and states by these columns.
   const auto add_by_columns = [&](const LinearLaunch& l, const Plan::States& from, float* after) {
     if (folds == 0) return plan->add_outputs(l, from, after);
@@ -463,6 +479,7 @@ void plan_backward(Plan* plan) {
       plan->cut(&part.b, first, kFoldColumns);
       part.z_offset -= first;
       if (k > 0) part.extension = Extension::kNone;  // it is a column by itself
+      of_decay.move(&part, k);
       Plan::States states = from;
       if (states.before) states.before += first * l.row_stride;
       plan->add_outputs(part, states, after ? after + first * l.row_stride : nullptr);
@@ -470,7 +487,6 @@ void plan_backward(Plan* plan) {
     plan->add_fold(l, folded, folds * plan->fold_slices(), plan->fold_width());
   };
   const bool curved = p.feature_map != FeatureMap::kIdentity || p.ddecay.data;
-  const OfDecay of_decay(plan, 1);
 
   const auto* const initial = static_cast<const float*>(p.initial_state);
   const auto* const dfinal = static_cast<const float*>(p.dfinal_state);

@@ -77,7 +77,9 @@ struct LinearLaunch {
   Extension extension;
   Side side;
   float* numbers;  // [batch, tokens, heads] of {factor, further entry}, for `side`
-  float* dots;     // [slices, batch, tokens, heads] out . features of raw; may be null
+  // [slices, batch, tokens, heads] features of raw . gradient; may be null. A fold's are what comes
+  // from the state, and of one slice more what comes from the chunk.
+  float* dots;
   int64_t batch;
   // States after each chunk, as threads hold them: written by a scan in order, and met by the
   // gradients of the same states in a scan against it, whose products go to `meetings`, one number
@@ -99,6 +101,7 @@ struct LinearLaunch {
   const float* dots_key;  // linear_decay_gradient: those of queries less those of keys
   TensorRef ddecay;
   int32_t chunk, num_meetings, sets;  // tokens; numbers a chunk; how many scans have left such
+  int32_t num_dots;                   // slices of dots
 };
 
 // `params.sequences` is an address on the device, or null for sequences of `length` tokens; where

@@ -28,7 +28,7 @@ struct Scan {
   static constexpr bool kGated = kKind != ScanKind::kPlain, kDelta = kKind == ScanKind::kDelta;
   static constexpr bool kDeltaBack = kKind == ScanKind::kDeltaBack;
   static constexpr bool kFolded = S::kFolded;
-  // Gradients that go back through features, or decays: Taylor's fold, and have none of decays.
+  // Gradients that go back through features, or to decays; those of Taylor features are a fold's.
   static constexpr bool kPullsBack = kKind == ScanKind::kGated;
   static constexpr bool kHasFurther = kPullsBack || kFolded;
   static constexpr bool kHasSums = !kFolded && !kDelta && !kDeltaBack;
@@ -74,6 +74,7 @@ struct Scan {
   float state[kDim / 8][4];  // transposed: rows are columns of S
   float z[kOwn][2];
   float kept_all = 1.f;
+  float of_keys = 0.f;  // fold: the lane's part of what they get from the state's gradient
 
   ATTNEXT_DEVICE Scan(const LinearLaunch& launch, uint8_t* shared_memory)
       : p(launch), memory(shared_memory), shared(shared_address(shared_memory)) {
@@ -149,10 +150,11 @@ struct Scan {
       __syncthreads();
     }
     if (p.outputs && !solves()) attend(c * kChunk, stage);
-    const bool sums = p.sums && (more || p.after || leaves());
-    if (leaves() && p.meetings) meet(c);
+    const bool sums = p.sums && (more || p.after || (leaves() && !kFolded));
+    if (leaves() && p.meetings) meet(c, stage);
+    if (kFolded && leaves() && !p.meetings) leave(c);
     if (sums && !kDeltaBack) add_chunk(stage);
-    if (leaves() && !p.meetings) leave(c);
+    if (!kFolded && leaves() && !p.meetings) leave(c);
     if (sums && p.outputs) __syncthreads();  // the copy of the state has been read
   }
 
@@ -190,7 +192,7 @@ struct Scan {
   ATTNEXT_DEVICE bool is_on(Side side) const {
     return kGated && !kDelta && !kDeltaBack && p.side == side;
   }
-  ATTNEXT_DEVICE bool leaves() const { return kPullsBack && p.boundaries; }
+  ATTNEXT_DEVICE bool leaves() const { return kHasFurther && p.boundaries; }
   // The delta rule's values are all that is wanted.
   ATTNEXT_DEVICE bool solves() const { return kDelta && p.written.rows.data; }
   ATTNEXT_DEVICE bool is_token(int row) const { return row < count && first + row >= 0; }
@@ -359,7 +361,7 @@ struct Scan {
   // ---- outputs ---------------------------------------------------------------------------------
 
   // Whether products within the chunk are the block's.
-  ATTNEXT_DEVICE bool is_within() const { return p.sums && part == 0; }
+  ATTNEXT_DEVICE bool is_within() const { return p.sums && part == 0 && (!kFolded || slice == 0); }
   // A product with a masked score of 0 takes over a value that is not finite. Where there are such
   // values in a warp's own rows, it adds these up one by one.
   ATTNEXT_DEVICE bool are_own_rows_finite(int stage) const;
@@ -387,7 +389,7 @@ struct Scan {
     if (is_within()) {
       walked_product<T, kRaw, kChunk, kKept>(scores, rows, wide, tile(stage, 1), walked);
       finish_scores(scores[0], buffer, mine, walked, sum);
-      if constexpr (kFolded) times_slope(scores, stage, walked);
+      if constexpr (kFolded) times_slope(scores, at, stage, walked, mine, unit);
     }
 
     float out[1][kColumns / 8][4], factor[1][2];
@@ -459,14 +461,26 @@ struct Scan {
         reinterpret_cast<const T*>(from + Raw::at(row, i / Raw::kElems))[i % Raw::kElems]);
   }
 
-  ATTNEXT_DEVICE void times_slope(float (&scores)[1][kChunk / 8][4], int stage, int walked) const;
+  ATTNEXT_DEVICE void times_slope(float (&scores)[1][kChunk / 8][4], int at, int stage, int walked,
+                                  const Numbers (&mine)[2], float unit) const;
 
   ATTNEXT_DEVICE void fold(int at, int stage, const float (&out)[kColumns / 8][4],
                            const float (&scores)[1][kChunk / 8][4], const float (&factor)[2],
-                           int walked) const;
+                           int walked);
   ATTNEXT_DEVICE void fold_wide(int at, int stage, const float (&out)[kColumns / 8][4],
                                 const float (&scores)[1][kChunk / 8][4], const float (&factor)[2],
-                                int walked) const;
+                                int walked);
+  ATTNEXT_DEVICE void store_dot(int set, int row, float dot) const {
+    if (is_token(row)) {
+      p.dots[set * p.batch * p.tokens * p.heads + tokens.index(p, first + row)] = dot;
+    }
+  }
+  // What of a row's features with their gradient is of the state: two lanes a row have a part each.
+  ATTNEXT_DEVICE void of_state(int row, float dot) {
+    of_keys = is_token(row) ? dot : 0.f;
+    dot += __shfl_xor_sync(~0u, dot, 16);
+    if (lane < 16) store_dot(slice, row, dot);
+  }
   ATTNEXT_DEVICE void add_within(int stage, const float (&scores)[1][kChunk / 8][4],
                                  const float (&factor)[2], int walked, float* room,
                                  float (&sum)[kEntryWidth / 2]) const;
@@ -571,7 +585,8 @@ struct Scan {
 
   // The decays of a chunk's tokens scale, besides what passes between the tokens, all that the
   // state after it means for later ones: its product with its gradient. In the order of tokens
-  // states are left for the scan against it.
+  // states are left for the scan against it. A fold knows what the chunk's keys have of that
+  // product, and leaves the state before them: what decays let through is no difference then.
   static constexpr int kLeft = kDim / 8 + 1;  // float4 of a thread, the last for z
   ATTNEXT_DEVICE int64_t boundary(int64_t chunk) const {
     return ((sequence * p.heads + head) * p.slices + slice) * p.chunks + chunk;
@@ -581,7 +596,7 @@ struct Scan {
            threadIdx.x;
   }
   ATTNEXT_DEVICE void leave(int c) const;
-  ATTNEXT_DEVICE void meet(int c) const;
+  ATTNEXT_DEVICE void meet(int c, int stage) const;
 
   ATTNEXT_DEVICE void copy_state() const;
 

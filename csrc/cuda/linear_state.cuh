@@ -143,7 +143,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::leave(int c) const {
   to[kDim / 8 * kThreads] = make_float4(z[0][0], z[0][1], 0.f, 0.f);
 }
 
-ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::meet(int c) const {
+ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::meet(int c, int stage) const {
   const int64_t per = p.segment / kChunk;
   const int64_t all = (tokens.count() + p.segment - 1) / p.segment * per;
   const int64_t chunk = all - 1 - segment * per - c;
@@ -158,6 +158,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::meet(int c) const {
     const float4 x = from[kDim / 8 * kThreads];
     sum += x.x * z[0][0] + x.y * z[0][1];
   }
+  if constexpr (kFolded) sum = fmaf(sum, totals(stage).kept, of_keys);
   sum = warp_sum(sum);
   if (lane == 0) p.meetings[boundary(chunk) * kWarps + warp] = sum;
 }

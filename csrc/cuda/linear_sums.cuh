@@ -116,7 +116,7 @@ ATTNEXT_DEVICE void find_decay_gradient(const LinearLaunch& p) {
     if (live) {
       const int64_t index = tokens.index(p, position);
       const int64_t rows = p.batch * p.tokens * p.heads;
-      for (int64_t s = 0; s < p.sets * p.slices; ++s) {
+      for (int64_t s = 0; s < p.sets * p.num_dots; ++s) {
         mine += double(p.dots[s * rows + index]) - p.dots_key[s * rows + index];
       }
     }

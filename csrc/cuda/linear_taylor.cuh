@@ -112,88 +112,117 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::expand_part(int at, int s
                 });
 }
 
-// The polynomial's slope by the entries of raw, less those of c.
+// The polynomial's slope by the entries of raw, less those of c. What of a row's features with
+// their gradient is of the chunk's tokens, the scores with the polynomial itself, are dots after
+// those of the slices.
 ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::times_slope(
-    float (&scores)[1][kChunk / 8][4], int stage, int walked) const {
+    float (&scores)[1][kChunk / 8][4], int at, int stage, int walked, const Numbers (&mine)[2],
+    float unit) const {
   LeftRows<T, kEntryWidth, 1, false> raw;
   raw.load(entries_tile(stage, 0), warp * 16);
   float s[1][kChunk / 8][4];
   product<T, kEntryWidth, 1, kChunk, false>(s, raw, entries, entries_tile(stage, 1), walked);
+  float dot[2] = {0.f, 0.f};
 #pragma unroll
   for (int n = 0; n < kChunk / 8; ++n) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      scores[0][n][e] *= p.polynomial_scale * fmaf(s[0][n][e], p.polynomial_scale, 1.f);
+      const float x = s[0][n][e] * p.polynomial_scale;
+      dot[e / 2] = fmaf(scores[0][n][e], fmaf(fmaf(x, 0.5f, 1.f), x, 1.f), dot[e / 2]);
+      scores[0][n][e] *= p.polynomial_scale * (x + 1.f);
     }
+  }
+  if (!p.dots) return;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float of_row = quad_sum(dot[half]) * (mine[half].factor * unit);
+    if (t == 0) store_dot(p.slices, at + warp * 16 + half * 8 + g, of_row);
   }
 }
 
 // From the gradient of features, by way of shared memory, and from the products within the chunk.
+// Features with their gradient are 1 with its own, and entries with that of theirs: once of what
+// comes from them as they are, half of what comes from products of two.
 ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::fold(int at, int stage,
                                                             const float (&out)[kColumns / 8][4],
                                                             const float (&scores)[1][kChunk / 8][4],
-                                                            const float (&factor)[2],
-                                                            int walked) const {
-  float inner[1][4][4] = {};
-  if (p.sums && slice == 0) {
-    accumulate<T, 32, 32, 1, kChunk>(inner, scores, entries, entries_tile(stage, 1), 0, walked);
-  }
-  float* const room = reinterpret_cast<float*>(memory + S::kOutAt) + warp * 16 * kColumns;
+                                                            const float (&factor)[2], int walked) {
+  float* const room = reinterpret_cast<float*>(memory + S::kOutAt) + warp * 16 * S::kRoom;
 #pragma unroll
   for (int n = 0; n < kColumns / 8; ++n) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      room[(e / 2 * 8 + g) * kColumns + n * 8 + 2 * t + e % 2] = out[n][e] * factor[e / 2];
+      room[(e / 2 * 8 + g) * S::kRoom + n * 8 + 2 * t + e % 2] = out[n][e] * factor[e / 2];
     }
   }
   __syncwarp();
-  // Two lanes a row, eight entries each.
-  constexpr int kHalf = kEntries / 2;
-  const int row = lane % 16, first_entry = lane / 16 * kHalf, low = slice * kColumns;
+  // Two lanes a row, of two entries one each: where the one's feature is, the other's is not far.
+  // Which features are the slice's is known as it is compiled.
+  constexpr int kHalf = kEntries / 2, kFeatures = 1 + kEntries * (kEntries + 3) / 2;
+  constexpr int kLast = (kFeatures - 1) / kColumns;
+  const int row = lane % 16, odd = lane / 16;
+  const float* const mine = room + row * S::kRoom;
   const float by = p.weighted_b ? 1.f : p.polynomial_scale, square = p.weighted_b ? 2.f : 1.f;
-  float x[kEntries], sum[kHalf];
+  float x[kEntries], sum[kHalf], dot = 0.f;
 #pragma unroll
   for (int i = 0; i < kEntries; ++i) x[i] = by * entry(entries_tile(stage, 0), warp * 16 + row, i);
-  const auto of_feature = [&](int f) {
-    return low <= f && f < low + kColumns ? room[row * kColumns + f - low] : 0.f;
-  };
+  const auto sum_slice = [&](auto known) {
+    constexpr int kLow = decltype(known)::value * kColumns;
+    const auto of_feature = [&](int f, int further) {  // or of the odd lane's, so much further
+      f -= kLow;
+      const bool in = 0 <= f && f < kColumns, odd_in = -further <= f && f < kColumns - further;
+      return (odd ? odd_in : in) ? (mine + odd * further)[f] : 0.f;
+    };
+    if (kLow == 0 && !odd) dot = mine[0];
 #pragma unroll
-  for (int i = 0; i < kHalf; ++i) {
-    const int a = first_entry + i;
-    sum[i] = of_feature(1 + a);
+    for (int i = 0; i < kHalf; ++i) {
+      const int a = 2 * i, run = kEntries - 1 - a;  // from a pair of a to the next entry's
+      const float own = sum[i] = of_feature(1 + a, 1);
 #pragma unroll
-    for (int b = 0; b < kEntries; ++b) {
-      const int m = min(a, b), f = 1 + kEntries + m * kEntries - m * (m - 1) / 2 + max(a, b) - m;
-      sum[i] = fmaf(of_feature(f), a == b ? x[b] * square : x[b], sum[i]);
+      for (int b = 0; b < kEntries; ++b) {
+        const float weight = b / 2 != i ? x[b] : x[b] * (odd == b % 2 ? square : 1.f);
+        sum[i] = fmaf(of_feature(feature_of_pair(a, b), b <= a ? 1 : run), weight, sum[i]);
+      }
+      dot = fmaf(0.5f * (odd ? x[a + 1] : x[a]), own + sum[i], dot);
     }
+  };
+  static_assert(kLast == 2 || kLast == 4, "slices");
+  if (slice == 0) sum_slice(std::integral_constant<int, 0>());
+  if (slice == 1) sum_slice(std::integral_constant<int, 1>());
+  if (slice == 2) sum_slice(std::integral_constant<int, 2>());
+  if constexpr (kLast == 4) {
+    if (slice == 3) sum_slice(std::integral_constant<int, 3>());
+    if (slice == 4) sum_slice(std::integral_constant<int, 4>());
+  }
+  if (p.dots) of_state(at + warp * 16 + row, dot);
+  float inner[1][4][4] = {};
+  if (is_within()) {
+    accumulate<T, 32, 32, 1, kChunk>(inner, scores, entries, entries_tile(stage, 1), 0, walked);
   }
   __syncwarp();
 #pragma unroll
   for (int n = 0; n < kEntries / 8; ++n) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      room[(e / 2 * 8 + g) * kColumns + n * 8 + 2 * t + e % 2] = inner[0][n][e] * factor[e / 2];
+      room[(e / 2 * 8 + g) * S::kRoom + n * 8 + 2 * t + e % 2] = inner[0][n][e] * factor[e / 2];
     }
   }
   __syncwarp();
   const int token = at + warp * 16 + row;
   if (is_token(token)) {
     float* to = p.folded +
-                (slice * p.batch * p.tokens * p.heads + tokens.index(p, first + token)) * kEntries +
-                first_entry;
+                (slice * p.batch * p.tokens * p.heads + tokens.index(p, first + token)) * kEntries;
 #pragma unroll
-    for (int i = 0; i < kHalf; ++i) {
-      to[i] = fmaf(sum[i], by, room[row * kColumns + first_entry + i]);
-    }
+    for (int i = 0; i < kHalf; ++i) to[2 * i + odd] = fmaf(sum[i], by, mine[2 * i + odd]);
   }
 }
 
 // As fold. A slice's features are the products of few entries with later ones, run after run.
 ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::fold_wide(
     int at, int stage, const float (&out)[kColumns / 8][4], const float (&scores)[1][kChunk / 8][4],
-    const float (&factor)[2], int walked) const {
+    const float (&factor)[2], int walked) {
   constexpr int kHalf = kEntryWidth / 2;  // entries of a lane, two lanes a row
-  float* const room = reinterpret_cast<float*>(memory + S::kOutAt) + warp * 16 * kColumns;
+  float* const room = reinterpret_cast<float*>(memory + S::kOutAt) + warp * 16 * S::kRoom;
   const uint32_t raw = entries_tile(stage, 0);
   const int row = lane % 16, first_entry = lane / 16 * kHalf, low = slice * kColumns;
   const int dim = p.c.dim;
@@ -202,17 +231,18 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::fold_wide(
   for (int n = 0; n < kColumns / 8; ++n) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      room[(e / 2 * 8 + g) * kColumns + n * 8 + 2 * t + e % 2] = out[n][e] * factor[e / 2];
+      room[(e / 2 * 8 + g) * S::kRoom + n * 8 + 2 * t + e % 2] = out[n][e] * factor[e / 2];
     }
   }
   __syncwarp();
-  const float* const mine = room + row * kColumns;
-  float x[kHalf], sum[kHalf];
+  const float* const mine = room + row * S::kRoom;
+  float x[kHalf], sum[kHalf], twice = low == 0 && lane < 16 ? 2.f * mine[0] : 0.f;
 #pragma unroll
   for (int i = 0; i < kHalf; ++i) {
     const int f = 1 + first_entry + i - low;
     x[i] = by * entry(raw, warp * 16 + row, first_entry + i);
     sum[i] = first_entry + i < dim && 0 <= f && f < kColumns ? mine[f] : 0.f;
+    twice = fmaf(x[i], sum[i], twice);
   }
   int a = 0, b = 0;
   pair_of_feature(max(low, 1 + dim), dim, a, b);
@@ -236,8 +266,12 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::fold_wide(
     }
   }
 #pragma unroll
-  for (int i = 0; i < kHalf; ++i) sum[i] *= by;
-  if (p.sums && slice == 0) add_within(stage, scores, factor, walked, room, sum);
+  for (int i = 0; i < kHalf; ++i) {
+    twice = fmaf(x[i], sum[i], twice);
+    sum[i] *= by;
+  }
+  if (p.dots) of_state(at + warp * 16 + row, 0.5f * twice);
+  if (is_within()) add_within(stage, scores, factor, walked, room, sum);
   const int token = at + warp * 16 + row;
   if (!is_token(token)) return;
   float* to = p.folded +
@@ -264,7 +298,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::add_within(
     for (int n = 0; n < kAtOnce / 8; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        room[(e / 2 * 8 + g) * kColumns + n * 8 + 2 * t + e % 2] =
+        room[(e / 2 * 8 + g) * S::kRoom + n * 8 + 2 * t + e % 2] =
             inner[0][from / 8 + n][e] * factor[e / 2];
       }
     }
@@ -272,7 +306,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::add_within(
     const int first_entry = lane / 16 * kHalf - from;
     if (first_entry < 0 || first_entry >= kAtOnce) continue;
 #pragma unroll
-    for (int i = 0; i < kHalf; ++i) sum[i] += room[lane % 16 * kColumns + first_entry + i];
+    for (int i = 0; i < kHalf; ++i) sum[i] += room[lane % 16 * S::kRoom + first_entry + i];
   }
 }
 

@@ -53,8 +53,7 @@ def forward(recorder: Recorder, *problem: Any) -> tuple[Tensor, ...]:
 
 def backward(recorder: Recorder, *args: Any) -> tuple[Tensor, ...]:
     problem = args[:-6]
-    of_decay = problem[linear_ops._DECAY] is not None and args[-1][linear_ops._DECAY]
-    linear_ops.check_cuda(problem, of_decay=of_decay)
+    linear_ops.check_cuda(problem)
     memory = Memory()
     fakes, tensors = linear_ops._backward_tensors(*args)
     *given, wanted = tensors

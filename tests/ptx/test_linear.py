@@ -133,7 +133,7 @@ def test_every_bucket(dim: int, dim_v: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("dim", "dtype"), [(7, torch.float32), (16, BF16), (16, torch.float16)])
 def test_taylor_features(dim: int, dtype: torch.dtype) -> None:
     more = {"feature_map": "taylor2", "normalize": True, "dim": dim, "dim_v": 40, "dtype": dtype}
-    check(*form("identity", tokens=65, **more, decay="token"), grads=False)
+    check(*form("identity", tokens=65, **more, decay="token"))
     check(*form("identity", tokens=65, **more))
 
 
@@ -148,8 +148,44 @@ def test_taylor_features(dim: int, dtype: torch.dtype) -> None:
 )
 def test_taylor_features_of_many_entries(dim: int, dtype: torch.dtype) -> None:
     more = {"feature_map": "taylor2", "dim": dim, "dim_v": 24, "dtype": dtype}
-    check(*form("identity", tokens=66, **more, decay="token", normalize=True), grads=False)
+    check(*form("identity", tokens=66, **more, decay="token", normalize=dim < 64))
     check(*form("reverse", tokens=66, **more, decay=None, normalize=dim > 17))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_decays_beside_taylor_features(dtype: torch.dtype) -> None:
+    more = {"feature_map": "taylor2", "dtype": dtype}
+    check(*form("reverse", tokens=70, **more, dim=16))
+    check(*form("identity", tokens=20, **more, dim=3, dim_v=8, decay="head", heads=(4, 2, 1)))
+    ends = torch.tensor([0, 0, 66, 67, 90], dtype=torch.int32)
+    packed = {"states": 4, "cu_seqlens": ends, "normalize": True}
+    check(*form("reverse", tokens=90, **more, **packed, dim=5, dim_v=8))
+
+
+@pytest.mark.parametrize(
+    ("dim", "tokens", "dtype"),
+    [
+        (5, 70, BF16),
+        pytest.param(5, 270, torch.float32, marks=pytest.mark.heavy),
+        pytest.param(20, 40, torch.float16, marks=pytest.mark.heavy),
+    ],
+)
+def test_gradients_of_decays_beside_taylor_features_and_wide_values(
+    dim: int, tokens: int, dtype: torch.dtype
+) -> None:
+    """Each part of the columns has states of its own, in segments too."""
+    more = {"feature_map": "taylor2", "dim": dim, "dim_v": 70, "dtype": dtype, "decay": "token"}
+    check(*form("identity", tokens=tokens, **more))
+    blocks = {"window_size": 40, "state": False, "normalize": True}
+    check(*form("reverse", tokens=tokens, **more, **blocks))
+
+
+def test_a_decay_beside_taylor_features_that_lets_nothing_through() -> None:
+    for dtype in (torch.float32, BF16):
+        more = {"feature_map": "taylor2", "dim": 5, "dim_v": 8, "dtype": dtype}
+        tensors, options = form("identity", tokens=80, decay="token", **more)
+        tensors["decay"][:, ::7] = -50.0
+        check(tensors, options)
 
 
 @pytest.mark.parametrize(
@@ -366,10 +402,6 @@ def test_what_is_missing_is_said() -> None:
         tensors, options = form("identity", **{"tokens": 3, "state": False, **more})
         with on_executor(), pytest.raises(NotImplementedError, match=what):
             linear_attention(**tensors, **options)
-    tensors, options = form("identity", tokens=3, state=False, feature_map="taylor2", dim=4)
-    options["decay"] = torch.full((1, 3, tensors["value"].shape[2]), -0.1, requires_grad=True)
-    with on_executor(), pytest.raises(NotImplementedError, match=r"gradient of decay .*taylor2"):
-        linear_attention(**tensors, **options).sum().backward()
 
 
 @pytest.mark.parametrize("name", ["length-65", "step-wide"])
