@@ -154,6 +154,13 @@ def test_pairs_that_are_not_full(tokens, dim, dim_v):
         check(*problem(dim=entries, feature_map=feature_map, **shape), budget=5e-3)
 
 
+def test_pairs_of_entries_in_a_long_chunk():
+    """What is not full takes as much room as what is."""
+    for tokens in (150, 250):
+        check(*problem(tokens, dim=5, dim_v=8, dtype=torch.bfloat16, state=True,
+                       feature_map="taylor2"), budget=5e-3)  # fmt: skip
+
+
 def test_taylor_of_an_odd_and_a_large_head_dim():
     for dim in (15, 33):
         check(

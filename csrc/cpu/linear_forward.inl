@@ -35,8 +35,8 @@ class LinearForward : public LinearHead<T> {
     sum_ = arena_.take(ld);
     weights_ = arena_.take(ld);
     before_ = arena_.take(this->state_size());
-    query_room_ = room(dim * ld);
-    key_room_ = room(dim * ld);
+    query_room_ = room((dim + 1) * ld);
+    key_room_ = room((dim + 1) * ld);
     value_room_ = room((chunk + 1) * width);
     score_room_ = room(kBlock * ld);
     state_room_ = room((features + 1) * width);
