@@ -28,7 +28,7 @@ struct Scan {
   static constexpr bool kGated = kKind != ScanKind::kPlain, kDelta = kKind == ScanKind::kDelta;
   static constexpr bool kDeltaBack = kKind == ScanKind::kDeltaBack;
   static constexpr bool kFolded = S::kFolded;
-  // Gradients that go back through features, or decays: Taylor's fold.
+  // Gradients that go back through features, or to decays; those of Taylor features are a fold's.
   static constexpr bool kPullsBack = kKind == ScanKind::kGated;
   static constexpr bool kHasFurther = kPullsBack || kFolded;
   static constexpr bool kHasSums = !kFolded && !kDelta && !kDeltaBack;
