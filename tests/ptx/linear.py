@@ -109,5 +109,6 @@ def on_executor(**options: Any) -> Iterator[Recorder]:
     linear.step_op = functools.partial(step, recorder)
     try:
         yield recorder
+        assert recorder.calls, "all went past the executor"
     finally:
         linear_ops._forward, linear_ops._backward, linear.step_op = kept

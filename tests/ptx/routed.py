@@ -118,5 +118,6 @@ def on_executor(**options: Any) -> Iterator[Recorder]:
     routed_ops._backward = functools.partial(backward, recorder)
     try:
         yield recorder
+        assert recorder.calls, "all went past the executor"
     finally:
         routed_ops._forward, routed_ops._backward = kept

@@ -400,7 +400,7 @@ def test_what_is_missing_is_said() -> None:
         ({"dim": 129}, "head_dim above 128"),
     ):
         tensors, options = form("identity", **{"tokens": 3, "state": False, **more})
-        with on_executor(), pytest.raises(NotImplementedError, match=what):
+        with pytest.raises(NotImplementedError, match=what), on_executor():
             linear_attention(**tensors, **options)
 
 
