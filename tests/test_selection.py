@@ -459,6 +459,23 @@ def test_operator():
     torch.library.opcheck(select_topk_op, operator_arguments(**change))
 
 
+def test_operator_reads_no_window_that_there_is_not():
+    share = torch.ones(3, 2)
+    change = {
+        "score": 3, "lists": 2, "samples": 2, "factors": torch.zeros(2, 9, 4), "share": share,
+        "end": torch.full((1, 9), 3),
+    }  # fmt: skip
+    wild = {
+        "overlap": torch.tensor([[0, -5], [6, 7], [2, 2**40]]),
+        "each_end": torch.full((9,), 99),
+    }
+    tame = {"overlap": torch.tensor([[0, 0], [6, 0], [2, 0]]), "each_end": torch.full((9,), 7)}
+    _, values = select_topk_op(*operator_arguments(**change, **wild))
+    change["share"] = torch.tensor([[1.0, 0], [1, 0], [1, 0]])
+    _, want = select_topk_op(*operator_arguments(**change, **tame))
+    assert torch.equal(values, want)
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [

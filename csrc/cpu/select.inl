@@ -38,7 +38,8 @@ class Select {
     lanes = count > kLanes ? 2 * kLanes : kLanes;
     int64_t met = grouped() ? 0 : seen;
     for (int64_t r = 0; grouped() && r < count; ++r) {
-      met = max64(met, p.each_end ? p.each_end[first + r] : p.num_products);
+      const int64_t end = p.each_end ? p.each_end[first + r] : p.num_products;
+      met = max64(met, min64(end, p.num_products));
     }
     if (p.score != Score::kDot) {
       const Vec none = broadcast(p.score == Score::kMaxQ ? Acc(-INFINITY) : Acc(0));
@@ -160,7 +161,8 @@ class Select {
       for (int64_t l = 0; l < lanes; l += kLanes) {
         Vec sum{};
         for (int64_t s = c * p.slots; s < (c + 1) * p.slots; ++s) {
-          if (p.overlap[s] < met) sum += load(table + p.overlap[s] * lanes + l) * share[s];
+          if (p.overlap[s] >= 0 && p.overlap[s] < met)
+            sum += load(table + p.overlap[s] * lanes + l) * share[s];
         }
         store(sums + c * lanes + l, sum);
       }
