@@ -124,6 +124,13 @@ def _lines(
     return _finish(figure, record, path)
 
 
+# What the time of a method's search is to grow as.
+_GROWTH: dict[str, tuple[str, Callable[[float], float]]] = {
+    "hip": ("T log T", lambda t: t * math.log(t)),
+    "superlinear": ("T^1.5", lambda t: t**1.5),
+}
+
+
 def _searches(results: list[Result], record: dict[str, Any], path: Path) -> Path:
     """Whole calls of routed methods and their searches against length, beside T log T and T^1.5."""
     figure, ax = plt.subplots(figsize=(6.4, 4.8))
@@ -140,14 +147,11 @@ def _searches(results: list[Result], record: dict[str, Any], path: Path) -> Path
         tokens, whole, search = zip(*points, strict=True)
         ax.plot(tokens, whole, "o-", color=f"C{colour}", label=method)
         ax.plot(tokens, search, "o--", color=f"C{colour}", label=f"{method}, search alone")
-        for growth, curve, style in (
-            ("hip", lambda t: t * math.log(t), "T log T"),
-            ("superlinear", lambda t: t**1.5, "T^1.5"),
-        ):
-            if growth == method:
-                guide = [search[0] * curve(t) / curve(tokens[0]) for t in tokens]
-                ax.plot(tokens, guide, ":", color="0.4", lw=1)
-                ax.annotate(style, (tokens[-1], guide[-1]), fontsize=8, color="0.4")
+        if method in _GROWTH:
+            style, curve = _GROWTH[method]
+            guide = [search[0] * curve(t) / curve(tokens[0]) for t in tokens]
+            ax.plot(tokens, guide, ":", color="0.4", lw=1)
+            ax.annotate(style, (tokens[-1], guide[-1]), fontsize=8, color="0.4")
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.set_xlabel("tokens")

@@ -77,6 +77,25 @@ def test_from_the_command_line_to_table_and_plot(tmp_path: Path) -> None:
     assert (tmp_path / "versus.png").stat().st_size > 1000
 
 
+def test_searches_are_drawn(tmp_path: Path) -> None:
+    plots = pytest.importorskip("bench.plots")
+    environment = {"cpu": "", "threads": 1, "isa": "", "commit": "", "date": "2000-01-01"}
+    results = [
+        {
+            "case": f"{method}-{tokens}", "group": "router-length",
+            "problem": f"{method}, {tokens}", "tokens": tokens, "mode": "fwd", "dtype": "float32",
+            "contenders": [
+                {"name": "attnext", "time": {"median": tokens / 1e5}, "searching": tokens / 2e5}
+            ],
+        }
+        for method in ("hip", "infinite-hip") for tokens in (8192, 16384)
+    ]  # fmt: skip
+    record = {"environment": environment, "results": results}
+    written = plots.draw(record, tmp_path)
+    assert [path.name for path in written] == ["router-length.png"]
+    assert written[0].stat().st_size > 10_000
+
+
 def test_mistakes_are_named() -> None:
     for arguments, word in (
         (("run", "no-such-case"), "no-such-case"),
