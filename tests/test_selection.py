@@ -460,20 +460,21 @@ def test_operator():
 
 
 def test_operator_reads_no_window_that_there_is_not():
-    share = torch.ones(3, 2)
-    change = {
-        "score": 3, "lists": 2, "samples": 2, "factors": torch.zeros(2, 9, 4), "share": share,
+    same = {
+        "query": normal(2, 9, 4, 5, dtype=torch.float32, seed=0),
+        "candidates": normal(2, 7, 2, 5, dtype=torch.float32, seed=1),
+        "score": 3, "lists": 2, "samples": 2, "factors": torch.zeros(2, 9, 4),
         "end": torch.full((1, 9), 3),
     }  # fmt: skip
-    wild = {
-        "overlap": torch.tensor([[0, -5], [6, 7], [2, 2**40]]),
-        "each_end": torch.full((9,), 99),
-    }
-    tame = {"overlap": torch.tensor([[0, 0], [6, 0], [2, 0]]), "each_end": torch.full((9,), 7)}
-    _, values = select_topk_op(*operator_arguments(**change, **wild))
-    change["share"] = torch.tensor([[1.0, 0], [1, 0], [1, 0]])
-    _, want = select_topk_op(*operator_arguments(**change, **tame))
-    assert torch.equal(values, want)
+    found = []
+    for index, share, end in (
+        ([[0, -5], [6, 7], [2, 2**40]], [[1.0, 1.0]] * 3, 99),
+        ([[0, 0], [6, 0], [2, 0]], [[1.0, 0.0]] * 3, 7),
+    ):
+        change = {"overlap": torch.tensor(index), "share": torch.tensor(share)}
+        change["each_end"] = torch.full((9,), end)
+        found.append(select_topk_op(*operator_arguments(**same, **change)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize(
