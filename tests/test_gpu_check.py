@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -22,6 +23,9 @@ from attnext.gpu_check.isolation import run_isolated
 from attnext.gpu_check.names import PROBLEMS, names
 from attnext.gpu_check.problems import DTYPES, LAYOUTS, WINDOWS, lay_out
 from attnext.gpu_check.routed import ROUTED, plan_of
+from attnext.gpu_check.timed_case import FORWARD, Case
+from attnext.gpu_check.timed_lists import LIST_CASES
+from attnext.gpu_check.timed_windows import WINDOW_CASES
 from attnext.routed_ops import HEAD_POLICIES
 
 
@@ -145,30 +149,65 @@ def test_what_dies_or_hangs_costs_one_check() -> None:
 # ---- times ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", timing.CASES)
-def test_cases_are_the_windows_they_say(name: str) -> None:
-    """The mask for FlexAttention, the dense one and attnext's own rule, on fewer tokens."""
-    full = timing.CASES[name]
-    tokens = tuple(max(9, n // 256) if len(full.tokens) == 1 else 9 for n in full.tokens)
-    window = tuple(min(w, n - 2) for w, n in zip(full.window, tokens, strict=True))
-    about = {field: getattr(full, field) for field in ("op", "dilation", "shift")}
-    dilation = min(about.pop("dilation"), 2)
-    window = tuple(w // dilation for w in window)
-    case = timing.Case(
-        name=name, tokens=tokens, window=window, dilation=dilation, heads=2, head_dim=8,
-        dtype="float32", **about,
-    )  # fmt: skip
-    cpu = torch.device("cpu")
-    dense = geometry.dense_mask(case.rules, tokens, tokens)
-    index = torch.arange(dense.shape[0])
-    assert torch.equal(timing.mask_of(case, cpu)(index, index, index[:, None], index[None]), dense)
-    assert case.pairs == 2 * int(dense.sum())
-    inputs = case.inputs(cpu)
-    out = timing._attnext(case, cpu)(*inputs[:3])
+CPU = torch.device("cpu")
+
+
+def check_case(case: Case, dense: torch.Tensor) -> torch.Tensor:
+    """A case's own accounts of who attends whom (``dense``: ``[heads or 1, queries, keys]``), and
+    that a wrong result of it would be noticed. Returns attnext's."""
+    index = torch.arange(dense.shape[-1])
+    heads = torch.arange(case.heads)[:, None, None]
+    mask = case.mask(CPU)(torch.zeros_like(heads), heads, index[:, None], index)
+    assert torch.equal(
+        mask.expand(case.heads, -1, -1), dense.repeat_interleave(case.heads // dense.shape[0], 0)
+    )
+    assert case.pairs == case.batch * int(dense.sum()) * case.heads // dense.shape[0]
+    inputs = case.inputs(CPU)
+    out = case.contenders["attnext"](CPU)(*inputs[:3])
     timing._assert_right(case, inputs, out)
-    torch.testing.assert_close(timing._sdpa(case, cpu)(*inputs[:3]), out)
     with pytest.raises(AssertionError, match="float64"):
         timing._assert_right(case, inputs, out * 1.1)
+    return out
+
+
+@pytest.mark.parametrize("name", WINDOW_CASES)
+def test_cases_are_the_windows_they_say(name: str) -> None:
+    """The mask for FlexAttention, the dense one and attnext's own rule, on fewer tokens."""
+    full = WINDOW_CASES[name]
+    tokens = tuple(max(9, n // 256) if len(full.tokens) == 1 else 9 for n in full.tokens)
+    window = tuple(min(w, n - 2) for w, n in zip(full.window, tokens, strict=True))
+    dilation = min(full.dilation, 2)
+    window = tuple(w // dilation for w in window)
+    case = dataclasses.replace(
+        full, tokens=tokens, window=window, dilation=dilation, batch=1, heads=2,
+        kv_heads=min(full.kv_heads, 1), head_dim=8, dtype="float32",
+    )  # fmt: skip
+    out = check_case(case, geometry.dense_mask(case.rules, tokens, tokens)[None])
+    others = case.contenders
+    torch.testing.assert_close(others["SDPA, dense mask"](CPU)(*case.inputs(CPU)[:3]), out)
+
+
+@pytest.mark.parametrize("name", LIST_CASES)
+def test_cases_are_the_lists_they_say(name: str) -> None:
+    full = LIST_CASES[name]
+    on_map = len(full.tokens) > 1
+    case = dataclasses.replace(
+        full, tokens=(10, 13) if on_map else (130,), block=(4, 5) if on_map else (16,),
+        query_block=full.query_block, slots=3, batch=1, heads=4, kv_heads=min(full.kv_heads, 2),
+        head_dim=8, dtype="float32",
+    )  # fmt: skip
+    order = case.plan.key_blocks.order
+    places = torch.arange(130) if order is None else order.long()
+    keys, queries = (
+        torch.arange(x.num_blocks).repeat_interleave(x.counts.long())
+        for x in (case.plan.key_blocks, case.plan.query_blocks)
+    )
+    dense = torch.zeros((case.plan.lists.shape[1], 130, 130), dtype=torch.bool)
+    for head, lists in enumerate(case.plan.lists[0].tolist()):
+        for row in range(130):
+            for block in lists[int(queries[row])]:
+                dense[head, places[row], places[keys == block]] |= block >= 0
+    check_case(case, dense if on_map else dense.tril())
 
 
 # ---- the command and its report ------------------------------------------------------------------
@@ -253,8 +292,9 @@ def test_report(fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         return record
 
     def run_timing(name: str, device: str, seconds: float) -> dict[str, Any]:
-        results = {"attnext": timing._summary([2.0, 1.0, 3.0]), "NATTEN": {"missing": "not here"}}
-        row = {"about": name, "mode": timing.FORWARD, "flops": 1e12, "results": results}
+        ours = timing._summary([2.0, 1.0, 3.0]) | {"kernels": 1.25}
+        results = {"attnext": ours, "NATTEN": {"missing": "not here"}}
+        row = {"about": name, "mode": FORWARD, "flops": 1e12, "results": results}
         return {"name": name, "passed": True, "fatal": False, "rows": [row]}
 
     def in_process(names: list[str], work: Any, device: str, patience: float) -> Any:
@@ -273,6 +313,9 @@ def test_report(fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert f"**{total - fails} of {total} checks passed.**" in text
     assert len(record["checks"]) == total and len(record["timings"]) == len(timing.CASES)
     assert record["environment"]["torch"] == torch.__version__ in text
-    assert "| `causal-15/bf16` |" in text and "attnext: 2.000 (1.500 to 2.500, n 3) [500.0]" in text
+    assert (
+        "| `causal-15/bf16` |" in text
+        and "attnext: 2.000 (1.500 to 2.500, n 3); kernels 1.250 [800.0]" in text
+    )
     assert "NATTEN: none (not here)" in text
     assert ("compute-sanitizer" in text) == fails == ("an illegal memory access" in text)

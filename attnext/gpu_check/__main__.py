@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import functools
 import json
 import sys
@@ -43,6 +44,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--device", type=int, default=0, metavar="N", help="which GPU (default: 0)")
     found.add_argument("--no-timing", action="store_true", help="check only")
     found.add_argument(
+        "--timed", default="*", metavar="PATTERN", help="cases to time, e.g. 'lists-*'"
+    )
+    found.add_argument(
         "--seconds", type=float, default=1.0, metavar="S",
         help="spent on timing each case in each mode (default: %(default)s)",
     )  # fmt: skip
@@ -78,7 +82,9 @@ def _run(options: argparse.Namespace, chosen: list[str]) -> dict[str, Any]:
         print(f"{'ok  ' if check['passed'] else 'FAIL'} {check['name']} {check.get('error', '')}")
     if not options.no_timing:
         work = functools.partial(run_timing, seconds=options.seconds)
-        for timing in run_isolated([*CASES], work, device, max(600.0, options.patience)):
+        for timing in run_isolated(
+            fnmatch.filter(CASES, options.timed), work, device, max(600.0, options.patience)
+        ):
             record["timings"].append(timing)
             print(f"timed {timing['name']} {timing.get('error', '')}")
     return record

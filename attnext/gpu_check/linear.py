@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import linear
 from ..linear_ops import num_features
 from .problems import DTYPES, lay_out
+from .timing import kernel_milliseconds
 
 # Root mean square, relative: of 16 bits, the rounding of an output and of one operand on the way.
 BUDGET = {torch.float32: 2e-6, torch.bfloat16: 2.5e-3, torch.float16: 4e-4}
@@ -264,7 +265,8 @@ STEPS: list[tuple[int, int, int, Mapping[str, Any]]] = [  # batch, heads, head_d
 def time_case(
     device: torch.device, batch: int, tokens: int, heads: int, dim: int, given: Mapping[str, Any]
 ) -> str:
-    """Milliseconds of the forward pass and of both, bfloat16, median of 20."""
+    """Milliseconds of the forward pass and of both, bfloat16: of a call, median of 20, and of its
+    kernels alone; the least traffic a second in that time."""
     options = dict(given)
     rows, dim_v = (batch, tokens, heads), max(dim, 64)
     leaves = [
@@ -303,8 +305,9 @@ def time_case(
             end.record()
             end.synchronize()
             times.append(start.elapsed_time(end))
-        median = sorted(times)[10]
-        words.append(f"{name} {median:.3f} ms ({traffic[name] * bytes_of / median / 1e9:.2f} TB/s)")
+        median, kernels = sorted(times)[10], kernel_milliseconds(run)
+        rate = traffic[name] * bytes_of / kernels / 1e9
+        words.append(f"{name} {median:.3f} ms, kernels {kernels:.3f} ms ({rate:.2f} TB/s)")
     return " ".join(words)
 
 

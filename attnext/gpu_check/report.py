@@ -24,8 +24,8 @@ SANITIZER = (
 )
 
 TIMES = (
-    "Milliseconds: median of interleaved samples, the L2 cache overwritten before each "
-    "(quartiles); useful TFLOP/s in brackets."
+    "Milliseconds of a call: median of interleaved samples, the L2 cache overwritten before each "
+    "(quartiles); then of its kernels alone, and their useful TFLOP/s."
 )
 
 
@@ -144,10 +144,10 @@ def markdown(record: dict[str, Any]) -> str:
 def _figure(name: str, result: dict[str, Any], flops: float) -> str:
     if "missing" in result:
         return f"{name}: none ({result['missing']})"
-    rate = flops / result["median"] / 1e9
     return (
         f"{name}: {result['median']:.3f} ({result['q25']:.3f} to {result['q75']:.3f}, "
-        f"n {result['n']}) [{rate:.1f}]"
+        f"n {result['n']}); kernels {result['kernels']:.3f} "
+        f"[{flops / result['kernels'] / 1e9:.1f}]"
     )
 
 
