@@ -27,8 +27,9 @@ from .plans import BlockPlan, Blocks
 from .routed import routed_attention
 from .routed_ops import LANDMARK_POLICY, Rules, routed_op
 from .selection import select_topk
+from .slices import slices
 
-_SLICE = 2**21  # logits in flight
+_SLICE = 2**21  # logits in flight on a CPU
 _QUERIES = 64  # of a work item
 _LONGEST = 64  # keys of a block, its landmark among them, that the CPU's kernels take
 
@@ -337,9 +338,8 @@ class _Part:
 def _slices(query: Tensor, key: Tensor, sections: _Sections, scale: float, acc: torch.dtype) -> Any:
     batch, num_queries, heads, _ = query.shape
     kv_heads, offset = key.shape[2], key.shape[1] - num_queries
-    step = max(1, _SLICE // max(1, batch * heads * key.shape[1]))
-    for low in range(0, num_queries, step):
-        high = min(low + step, num_queries)
+    for part in slices(num_queries, batch * heads * key.shape[1], _SLICE, query.device):
+        low, high = part.start, part.stop
         columns = _columns(query[:, low:high], kv_heads, acc)
         seen = max(0, high + offset)
         yield _Part(low, high, seen, columns, sections, scale, batch, kv_heads)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +18,11 @@ from .ops import accumulator_dtype
 from .plans import Blocks
 from .pooling import Windows, bounds_of
 from .selection_ops import SCORES, select_topk_op
+from .slices import slices
 
 CAUSAL = ("none", "start", "end")
 
-_SLICE = 2**19  # scores in flight
+_SLICE = 2**19  # scores in flight on a CPU
 
 
 def select_topk(
@@ -93,7 +95,8 @@ def select_topk(
 
     Complexity:
         O(rows * candidates * D) time. On the CPU a kernel scores tiles of 32 rows and keeps the
-        best; on a GPU, and in the gradient, torch has half a million scores at a time.
+        best; on a GPU, and in the gradient, torch has a bounded number of scores at a time (on a
+        CPU half a million).
 
     Source:
         Routers of BiFormer (arXiv 2303.08810), MoBA (2502.13189), NSA (2502.11089); the indexer
@@ -187,7 +190,8 @@ class _Problem:
         candidates = candidates.to(self.acc)
         begin, end = self._ranges(device)
         parts = []
-        for low, high in self.slices(batch):
+        for part in self.slices(batch, device):
+            low, high = part.start, part.stop
             seen = self._most_seen(end, high)
             scores = self.scores(query, candidates, weights, lse, low, high, seen)
             allowed, forced = self._rules(
@@ -204,9 +208,8 @@ class _Problem:
             return parts[0]
         return torch.cat(indices, 2), torch.cat(values, 2)
 
-    def slices(self, batch: int) -> list[tuple[int, int]]:
-        step = max(1, _SLICE // max(batch * self.scores_per_row, 1))
-        return [(low, min(low + step, self.rows)) for low in range(0, self.rows, step)]
+    def slices(self, batch: int, device: torch.device) -> Iterator[slice]:
+        return slices(self.rows, batch * self.scores_per_row, _SLICE, device)
 
     def _ranges(self, device: Any) -> tuple[Any, Any]:
         """First candidate of each row and one past its last, ``[B or 1, rows]``; None: all."""
@@ -425,7 +428,8 @@ class _Values(torch.autograd.Function):
         wanted = [i for i, need in enumerate(ctx.needs_input_grad[3:]) if need]
         sums = [torch.zeros_like(wide[i]) for i in wanted]
         count = problem.num_candidates
-        for low, high in problem.slices(indices.shape[0]):
+        for part in problem.slices(indices.shape[0], grad.device):
+            low, high = part.start, part.stop
 
             def scores_of(*some: Tensor, low: int = low, high: int = high) -> Tensor:
                 given = dict(zip(wanted, some, strict=True))
@@ -436,8 +440,8 @@ class _Values(torch.autograd.Function):
             chosen = indices[:, :, low:high].long()
             spread = scores.new_zeros(*scores.shape[:-1], count + 1)
             spread.scatter_(-1, torch.where(chosen < 0, count, chosen), grad[:, :, low:high])
-            for total, part in zip(sums, chain(spread[..., :count]), strict=True):
-                total += part
+            for total, share in zip(sums, chain(spread[..., :count]), strict=True):
+                total += share
         of = dict(zip(wanted, sums, strict=True))
         grads = [of[i].to(t.dtype) if i in of else None for i, t in enumerate(tensors)]
         return (None, None, None, *grads)

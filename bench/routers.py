@@ -285,11 +285,11 @@ def _superlinear(heads: int, sw_index: int = 65, **options: Any) -> Method:
 def _landmark(heads: int, period: int, topk: int | None = None) -> Method:
     """The last token of every ``period`` is a landmark."""
 
-    def marks(num_keys: int) -> Tensor:
-        return torch.arange(num_keys) % period == period - 1
+    def marks(num_keys: int, device: torch.device | None = None) -> Tensor:
+        return torch.arange(num_keys, device=device) % period == period - 1
 
     def whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out: Tensor = attnext.landmark_attention(q, k, v, marks(k.shape[1]), topk=topk)
+        out: Tensor = attnext.landmark_attention(q, k, v, marks(k.shape[1], k.device), topk=topk)
         return out
 
     def row(q: Tensor, k: Tensor, v: Tensor, i: int, found: None, h: int) -> Tensor:

@@ -167,7 +167,7 @@ def hip_plan(
     samples_each = heads // lists * max(query_block // query_stride, 1)
     entries = batch * lists * 2 * keep * (dim + samples_each)
     with torch.no_grad():
-        for part in steps(blocks, entries):
+        for part in steps(blocks, entries, key.device):
             seen, _ = _visible(query, key, part, query_block, is_causal)
             samples = _sample(
                 query, num_keys, lists, part, query_block, query_stride, "stride", is_causal
@@ -337,7 +337,8 @@ class _Cascade:
         coarse = -(-num_queries // self.stages[0][0])
         with torch.no_grad():
             parts = [
-                self.to_blocks(*prune(part)) for part in steps(coarse, max(chunks) * ratio * row)
+                self.to_blocks(*prune(part))
+                for part in steps(coarse, max(chunks) * ratio * row, self.key.device)
             ]
             if not parts:
                 shape = (self.query.shape[0], self.lists, 0, 1)

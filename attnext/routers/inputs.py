@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from ..arguments import check_flag, check_integer, check_sequences, kind_of
 from ..ops import accumulator_dtype
+from ..slices import slices
 
-# Entries of the largest temporary: routers go through their queries in steps that keep below it.
+# Entries of the largest temporary on a CPU: routers go through their queries in steps that keep
+# below it.
 STEP_ENTRIES = 2**22
 
 # Rotates [B, N, H, D] to positions int64 [N]. Scores of rotated queries and keys must depend on the
@@ -41,12 +43,11 @@ def check_indices(name: str, t: Any, shapes: tuple[tuple[int, ...], ...]) -> Non
         raise ValueError(f"{name} must have shape {allowed}, got {tuple(t.shape)}")
 
 
-def steps(total: int, entries: int, most: int | None = None) -> Iterator[slice]:
+def steps(
+    total: int, entries: int, device: torch.device, most: int | None = None
+) -> Iterator[slice]:
     """Slices of ``range(total)``, of which each item costs ``entries`` temporary entries."""
-    size = max(1, STEP_ENTRIES // max(entries, 1))
-    size = size if most is None else min(size, most)
-    for begin in range(0, total, size):
-        yield slice(begin, min(begin + size, total))
+    return slices(total, entries, STEP_ENTRIES, device, most)
 
 
 def exact(t: Tensor) -> Tensor:

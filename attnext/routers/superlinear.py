@@ -187,7 +187,7 @@ def superlinear_search(
         q, k = by_group(search_query.detach(), key), key.detach()
         row = heads if shifted else heads + k.shape[2] * k.shape[3]
         per_query = offsets.numel() * batch * row
-        for part in steps(num_queries, per_query, chunk_size):
+        for part in steps(num_queries, per_query, device, chunk_size):
             at = positions[:, part, None] - offsets + 1  # [B or 1, n, anchors]
             valid = (at >= starts[:, None, None]) & (at < num_keys)
             if not offsets.numel():
