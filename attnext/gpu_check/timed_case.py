@@ -46,6 +46,11 @@ class Case:
         """Makers of calls, attnext first; they raise :class:`Unavailable`."""
         raise NotImplementedError
 
+    @property
+    def others(self) -> frozenset[str]:
+        """Contenders that compute something else, and are not held to attnext's result."""
+        return frozenset()
+
     def flops(self, mode: str) -> float:
         """2 D a pair for q.k and for p.v; the backward pass has five such products."""
         return self.pairs * self.head_dim * (4.0 if mode == FORWARD else 14.0)

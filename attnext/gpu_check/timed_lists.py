@@ -17,6 +17,8 @@ from attnext.plans import BlockPlan, Blocks
 
 from .timed_case import Call, Case, Mask, Unavailable, heads_first
 
+ALL_KEYS = "FlashAttention-2, all keys"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ListCase(Case):
@@ -101,7 +103,11 @@ class ListCase(Case):
     @property
     def contenders(self) -> Mapping[str, Callable[[torch.device], Call]]:
         made = {"attnext": self._attnext, "FlexAttention": self._flex}
-        return made | {"FlashAttention-2, all keys": self._flash}
+        return made | {ALL_KEYS: self._flash}
+
+    @property
+    def others(self) -> frozenset[str]:
+        return frozenset({ALL_KEYS})
 
     def describe(self) -> str:
         def times(x: tuple[int, ...]) -> str:
@@ -161,12 +167,17 @@ class ListCase(Case):
         else:
             blocks = BlockMask.from_kv_blocks(*sort(listed & False), *sort(listed), BLOCK_SIZE=size)
         compiled: Any = torch.compile(flex_attention, dynamic=False)
+        # By itself it takes tiles that may not divide small blocks.
+        tiles = ("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2")
+        options = dict.fromkeys(tiles, 64) if min(size) < 128 else None
 
         def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k, v = (heads_first(x) for x in (q, k, v))
             if order is not None:
                 q, k, v = (x[:, :, order] for x in (q, k, v))
-            out: Tensor = compiled(q, k, v, block_mask=blocks, enable_gqa=self.kv_heads > 0)
+            out: Tensor = compiled(
+                q, k, v, block_mask=blocks, enable_gqa=self.kv_heads > 0, kernel_options=options
+            )
             if order is not None:
                 out = torch.empty_like(out).index_copy(2, order, out)
             return out.transpose(1, 2).unflatten(1, self.tokens)

@@ -81,7 +81,7 @@ def time_case(case: Case, device: torch.device, seconds: float) -> Iterator[dict
                         _assert_right(case, inputs, got[0])
                     expected = got
                 off = max(_distance(x, y) for x, y in zip(got, expected, strict=True))
-                if not off <= AGREE:
+                if not (off <= AGREE or name in case.others):
                     raise Unavailable(f"differs from attnext by {off:.2g} of the largest entry")
                 steps[name] = step
             except Exception as error:  # a peer may raise whatever it likes
