@@ -325,7 +325,7 @@ def _router_cases() -> list[Case]:
         kv_heads: int = 0, modes: tuple[str, ...] = (FORWARD,), head_dim: int = 64, **options: Any,
     ) -> None:  # fmt: skip
         extents = (length,) if isinstance(length, int) else length
-        words = [method, "x".join(map(str, extents))]
+        words = [method, "x".join(map(str, extents)), *(["h1"] if heads == 1 else [])]
         cases.append(
             RouterCase(
                 name="-".join(["smoke", method] if group == "smoke" else words), group=group,
@@ -348,8 +348,7 @@ def _router_cases() -> list[Case]:
     router("bilevel", (56, 56), head_dim=32, modes=MODES, region_size=8, topk=4)
     for power in range(13, 18):
         for method in ("hip", "infinite-hip", "superlinear"):
-            if 2**power != n:
-                router(method, 2**power, "router-length", heads=1)
+            router(method, 2**power, "router-length", heads=1)
     smoke: dict[str, Any] = {"group": "smoke", "heads": 2, "head_dim": 16, "modes": MODES}
     router("moba", 150, block_size=16, topk=3, **smoke)
     router("hip", 150, mask_k=32, query_block=16, window_size=16, **smoke)

@@ -19,7 +19,8 @@ class Search {
   using Int = IntOf<Acc>;
   static constexpr int kLanes = Simd<Acc>::kLanes;
   static constexpr bool kInPlace = Same<T, Acc>::value;
-  static constexpr int64_t kBlock = 64;  // keys whose products stay in L1; whole vectors
+  static constexpr int64_t kBlock = 64;     // keys whose products stay in L1; whole vectors
+  static constexpr int64_t kMostAsked = 8;  // lines of a key
   static constexpr int64_t kFewSamples = kLanes >= 8 ? 2 : 1;  // most lanes would be idle
 
   Search(const SearchParams& params, void* scratch) : p(params), arena(scratch) {
@@ -41,8 +42,13 @@ class Search {
     const T* head = static_cast<const T*>(p.key.data) + b * p.key.batch + h / p.group * p.key.head;
     const int64_t* at = p.at + list * p.places;
     Acc* out = static_cast<Acc*>(p.products) + list * p.places;
+    if (row == 0) ask_for(head, at, min64(kBlock, p.places));
     for (int64_t j = 0; j < p.places; j += kBlock) {
       const int64_t count = min64(kBlock, p.places - j);
+      // The keys of the next block, be it of the next list, are on their way meanwhile.
+      const int64_t after = j + kBlock < p.places ? j + kBlock : p.places;
+      const int64_t rest = after < p.places ? p.places - after : (row + 1 < p.rows) * p.places;
+      ask_for(head, at + after, min64(kBlock, rest));
       take_keys(head, at + j, count);
       if (p.samples <= kFewSamples) {
         one_by_one(at + j, count, out + j);
@@ -84,12 +90,20 @@ class Search {
   }
   int64_t place(int64_t at) const { return clamp64(at, 0, p.num_keys - 1); }
 
+  void ask_for(const T* head, const int64_t* at, int64_t count) const {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    const int64_t size = min64(p.dim, kMostAsked * kLine);
+    for (int64_t m = 0; m < count; ++m) {
+      const T* key = head + place(at[m]) * p.key.token[2];
+      for (int64_t c = 0; c < size; c += kLine) __builtin_prefetch(key + c, 0, 2);
+    }
+  }
+
   void take_keys(const T* head, const int64_t* at, int64_t count) {
     for (int64_t m = 0; m < count; ++m) {
       const T* row = head + place(at[m]) * p.key.token[2];
       if constexpr (kInPlace) {
         keys[m] = row;
-        __builtin_prefetch(row), __builtin_prefetch(row + 64 / sizeof(T));
       } else {
         Acc* to = staged + m * p.dim;
         int64_t c = 0;

@@ -2,7 +2,6 @@
 #include "select.h"
 
 #include <algorithm>
-#include <functional>
 #include <limits>
 #include <vector>
 
@@ -113,36 +112,20 @@ void select_rows(const SelectParams& p, const SelectKernels& kernels) {
   });
 }
 
-template <class Acc>
-void best_places(const Acc* numbers, int64_t rows, int64_t n, int64_t count, int64_t* places) {
-  const double work = static_cast<double>(rows) * n * 8;
-  parallel_for(rows, 1, work < kSerialWork, [&](int64_t begin, int64_t end) {
-    std::vector<Acc> order(n);
-    for (int64_t r = begin; r < end; ++r) {
-      const Acc* const x = numbers + r * n;
-      std::copy(x, x + n, order.begin());
-      std::nth_element(order.begin(), order.begin() + (count - 1), order.end(),
-                       std::greater<Acc>());
-      const Acc least = order[count - 1];
-      int64_t equal = count, *to = places + r * count;  // of the least ones
-      for (int64_t i = 0; i < n; ++i) equal -= x[i] > least;
-      for (int64_t i = 0; i < n; ++i) {
-        if (x[i] < least || (x[i] == least && equal-- <= 0)) continue;
-        *to++ = i;
-      }
-    }
-  });
-}
-
 }  // namespace
 
 void best_places(DType type, const void* numbers, int64_t rows, int64_t n, int64_t count,
                  int64_t* places) {
-  if (type == DType::kFloat64) {
-    best_places(static_cast<const double*>(numbers), rows, n, count, places);
-  } else {
-    best_places(static_cast<const float*>(numbers), rows, n, count, places);
-  }
+  const SelectKernels& kernels = select_kernels(type);
+  const int64_t bytes = n * (type == DType::kFloat64 ? 8 : 4);
+  const double work = static_cast<double>(rows) * n * 8;
+  parallel_for(rows, 1, work < kSerialWork, [&](int64_t begin, int64_t end) {
+    void* const scratch = thread_buffer(0, bytes);
+    for (int64_t r = begin; r < end; ++r) {
+      kernels.best_places(static_cast<const char*>(numbers) + r * bytes, n, count, scratch,
+                          places + r * count);
+    }
+  });
 }
 
 void select_best(const SelectParams& p) {

@@ -46,6 +46,9 @@ struct SelectKernels {
   // acc out[count][num_candidates] of rows from `first` on; those below `seen` are written.
   void (*scores)(const SelectParams&, int64_t batch, int64_t list, int64_t first, int64_t count,
                  int64_t seen, void* out, void* scratch);
+  // Of one row, as below. Scratch: n entries of the type.
+  void (*best_places)(const void* numbers, int64_t n, int64_t count, void* scratch,
+                      int64_t* places);
 };
 
 void select_best(const SelectParams& params);

@@ -198,6 +198,56 @@ class Select {
   alignas(64) Lane ends[kRowsOfTile];
 };
 
+inline uint32_t count_of(int32_t x) { return static_cast<uint32_t>(x); }
+inline uint64_t count_of(int64_t x) { return static_cast<uint64_t>(x); }
+
+// Halves the range of the last number that is kept: counting takes no branches, as sorting would.
+template <class Acc>
+struct BestPlaces {
+  using Key = typename Simd<Acc>::Lane;
+  using Count = decltype(count_of(Key()));
+
+  static void run(const Acc* numbers, int64_t n, int64_t count, Key* keys, int64_t* places) {
+    constexpr Key kMagnitude = static_cast<Key>(~Count(0) >> 1);
+    for (int64_t i = 0; i < n; ++i) {
+      const Acc x = numbers[i] + Acc(0);  // -0 is 0
+      Key bits;
+      memcpy(&bits, &x, sizeof(bits));
+      keys[i] = bits ^ ((bits >> (sizeof(Key) * 8 - 1)) & kMagnitude);  // in the order of numbers
+    }
+    Key low = keys[0], high = keys[0];
+    for (int64_t i = 1; i < n; ++i) {
+      low = keys[i] < low ? keys[i] : low;
+      high = keys[i] > high ? keys[i] : high;
+    }
+    // The largest key that `count` or more reach.
+    Key least = low;
+    Count reach = static_cast<Count>(n), width = static_cast<Count>(high) - static_cast<Count>(low);
+    while (width > 0 && reach != static_cast<Count>(count)) {
+      const Count step = width - width / 2;
+      const Key middle = static_cast<Key>(static_cast<Count>(least) + step);
+      Count found = 0;
+      for (int64_t i = 0; i < n; ++i) found += keys[i] >= middle;
+      if (found >= static_cast<Count>(count)) {
+        least = middle;
+        reach = found;
+        width -= step;
+      } else {
+        width = step - 1;
+      }
+    }
+    Count above = 0;
+    for (int64_t i = 0; i < n; ++i) above += keys[i] > least;
+    int64_t equal = count - static_cast<int64_t>(above), last = 0;
+    for (int64_t i = 0; i < n && last < count; ++i) {
+      const bool same = keys[i] == least;
+      places[last] = i;
+      last += (keys[i] > least) | (same & (equal > 0));
+      equal -= same;
+    }
+  }
+};
+
 template <class T>
 struct SelectEntry {
   using Acc = typename Select<T>::Acc;
@@ -206,7 +256,15 @@ struct SelectEntry {
                      int64_t seen, void* out, void* scratch) {
     Select<T>(p, scratch).run(b, list, first, count, seen, static_cast<Acc*>(out));
   }
-  static constexpr SelectKernels table() { return {Select<T>::kRowsOfTile, scratch, scores}; }
+  static void best_places(const void* numbers, int64_t n, int64_t count, void* scratch,
+                          int64_t* places) {
+    using Best = BestPlaces<Acc>;
+    Best::run(static_cast<const Acc*>(numbers), n, count, static_cast<typename Best::Key*>(scratch),
+              places);
+  }
+  static constexpr SelectKernels table() {
+    return {Select<T>::kRowsOfTile, scratch, scores, best_places};
+  }
 };
 
 }  // namespace ATTNEXT_ISA
