@@ -559,7 +559,8 @@ def attends(problem):
 @settings(max_examples=40)
 @given(problem=problems(), data=st.data())
 def test_what_is_not_finite_stays_local(name, problem, data):
-    """One spoiled entry reaches the results of the rows that attend it, and no other bit moves."""
+    """One spoiled entry reaches the results of the rows that attend it. No other bit moves, but in
+    sums over queries: beside a spoiled one the others of its tile are added one at a time."""
     tensors = problem.tensors
     which = data.draw(st.sampled_from(("query", "key", "value", "cotangent")))
     victim = problem.cotangents[0] if which == "cotangent" else tensors[which]
@@ -606,7 +607,11 @@ def test_what_is_not_finite_stays_local(name, problem, data):
 
     def same(result, allowed):
         a, b = (x[result].masked_fill(allowed[..., None], 0) for x in (clean, dirty))
-        assert torch.equal(a, b), f"{result} changed where it does not see the spoiled {which}"
+        if result in ("key", "value"):
+            unit = 16 * torch.finfo(a.dtype).eps * a.abs().amax() if a.numel() else 0.0
+            assert ((a - b).abs() <= unit).all(), f"{result}, beside the spoiled {which}"
+        else:
+            assert torch.equal(a, b), f"{result} changed where it does not see the spoiled {which}"
 
     forward = rows if which != "cotangent" else torch.zeros_like(rows)
     same("out", forward)

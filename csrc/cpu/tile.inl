@@ -117,8 +117,9 @@ ATTNEXT_INLINE void accumulate_tile(const Elem* const* rows, int64_t begin, int6
                                     const Elem* p, int64_t ld_p, AccOf<Elem>* o, int64_t ld_o,
                                     const VecOf<AccOf<Elem>>* factor) {
   using C = Contraction<Elem>;
-  constexpr int kLanes = Simd<AccOf<Elem>>::kLanes;
-  VecOf<AccOf<Elem>> acc[M][N];
+  using Acc = AccOf<Elem>;
+  constexpr int kLanes = Simd<Acc>::kLanes;
+  VecOf<Acc> acc[M][N];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 2
@@ -126,7 +127,7 @@ ATTNEXT_INLINE void accumulate_tile(const Elem* const* rows, int64_t begin, int6
   }
   for (int64_t j = begin; j < end; ++j) {
     const Elem* row = rows[j] + d;
-    VecOf<AccOf<Elem>> weight[N];
+    VecOf<Acc> weight[N];
 #pragma GCC unroll 2
     for (int n = 0; n < N; ++n) weight[n] = C::load_elems(p + j * ld_p + n * kLanes);
 #pragma GCC unroll 16
@@ -169,20 +170,24 @@ void accumulate(const Elem* const* rows, int64_t begin, int64_t end, int64_t dim
 template <class Elem, int M, int N>
 ATTNEXT_INLINE void outer_tile(const Elem* p, int64_t ld_p, int64_t depth, const Elem* b,
                                int64_t ld_b, AccOf<Elem>* const* out, int64_t d) {
-  constexpr int kLanes = Simd<AccOf<Elem>>::kLanes;
+  using Acc = AccOf<Elem>;
+  constexpr int kLanes = Simd<Acc>::kLanes;
   const Elem* rows[M];
-  VecOf<AccOf<Elem>> acc[M][N];
+  VecOf<Acc> acc[M][N];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
     rows[m] = p + m * ld_p;
 #pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) acc[m][n] = load(out[m] + d + n * kLanes);
+    for (int n = 0; n < N; ++n) acc[m][n] = VecOf<Acc>{};
   }
   product_tile<Elem, M, N>(rows, depth, b + d, ld_b, acc);
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) store(out[m] + d + n * kLanes, acc[m][n]);
+    for (int n = 0; n < N; ++n) {
+      Acc* const to = out[m] + d + n * kLanes;
+      store(to, load(to) + acc[m][n]);  // one rounding of the sum so far, not one a lane
+    }
   }
 }
 

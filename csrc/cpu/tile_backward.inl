@@ -325,8 +325,7 @@ class TileBackward : public Window<T, Keys> {
     }
     // Something is not finite: one query at a time, so that 0 * NaN reaches no other row.
     for (int i = 0; i < tile.lanes; ++i) {
-      // VDPBF16PS adds the odd one of a pair first; so does this, for the same bits in dK and dV.
-      tile.live = tile.whole & uint64_t(1) << (kPairs ? i ^ 1 : i);
+      tile.live = tile.whole & uint64_t(1) << i;
       if (!tile.live) continue;
       load_tile(b, h);
       add_sinks(dsink);
