@@ -391,7 +391,7 @@ def test_what_is_not_finite_stays_where_it_is_attended_by_few(dtype):
 
 
 def test_sums_over_many_queries_do_not_drift():
-    """A key that 16384 queries attend: added one at a time, its gradients would be off by 2.5e-7."""
+    """A key that 16384 queries attend; added one at a time, its gradients were off by 2.5e-7."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, n, 1, 16, generator=generator) for n in (16384, 64, 64))
     cotangent = 1 + torch.rand(1, 16384, 1, 16, generator=generator)
