@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import linear
 from ..linear_ops import num_features
+from ..reference import linear_features
 from .problems import DTYPES, lay_out
 from .timing import kernel_milliseconds
 
@@ -94,13 +95,21 @@ class LinearProblem:
             tensors["key"] = torch.nn.functional.normalize(tensors["key"].float(), dim=-1).to(dtype)
             tensors["beta"] = normal(*rows, most, kind=torch.float32).sigmoid()
         if self.state:
-            count = max(self.batch, len(self.ends) - 1)
-            features = num_features(self.options.get("feature_map", "identity"), self.head_dim)
-            columns = self.head_dim_v + bool(self.options.get("normalize"))
-            tensors["initial_state"] = normal(
-                count, most, features, columns, kind=torch.float32
-            ).abs()
+            shape = (max(self.batch, len(self.ends) - 1), 40, most)
+            tensors["initial_state"] = self._state_of(
+                normal(*shape, self.head_dim, kind=torch.float64),
+                normal(*shape, self.head_dim_v, kind=torch.float64),
+            ).to(device)
         return tensors
+
+    def _state_of(self, key: Tensor, value: Tensor) -> Tensor:
+        """What earlier tokens leave: of numbers that are no sums of features a normaliser may come
+        out near 0."""
+        features = linear_features(key.cpu() / 2, self.options.get("feature_map", "identity"))
+        value = value.cpu()
+        if self.options.get("normalize"):
+            value = torch.cat([value, torch.ones_like(value[..., :1])], -1)
+        return torch.einsum("bnhf,bnhd->bhfd", features, value).float()
 
     def results(
         self, dtype: torch.dtype, device: torch.device | str, wide: bool = False
