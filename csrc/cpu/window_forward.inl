@@ -139,7 +139,7 @@ class WindowForward : public Window<T, Keys> {
     for (int lane = 0; sink && lane < tile.lanes; ++lane) {
       maximum[lane] = static_cast<const Acc*>(p.sink_logits)[h + tile.head[lane]] * Acc(kLog2E);
     }
-    memset(ot, 0, sizeof(Acc) * dvp * tile.lanes);
+    memset(in_rows ? this->rows : ot, 0, sizeof(Acc) * dvp * tile.lanes);
   }
   // Runs the live lanes of the current tile; false if something non-finite met a mask, in which
   // case 0 * NaN may have reached a row that does not attend it.
@@ -152,7 +152,7 @@ class WindowForward : public Window<T, Keys> {
     this->load_queries(b, h);
     const Walk walk(p, plan, tile, this->zeros, this->walk_mask, nullptr, b,
                     h / (p.heads / p.kv_heads));
-    const bool again = keep && kept > 0;
+    const bool again = keep && kept > 0, near = this->adds_up_near();
     bool masked = false;
     for (int64_t k = 0; again ? recall(walk, k) : this->next_block(walk, &from, to, false); ++k) {
       if (keep && !again) remember(walk);
@@ -174,12 +174,17 @@ class WindowForward : public Window<T, Keys> {
       }
       if (sparse) {
         sparse_accumulate(factor);
+      } else if (near) {
+        auto& keys = this->near[again ? k : keep ? kept - 1 : 0];
+        if (!again) this->find_near(&keys);
+        this->near_products(keys, weights());
+        if (!in_rows) this->add_rows(factor);
       } else {
         this->block_accumulate(value_rows, p.head_dim_v, weights(), ot, factor);
       }
     }
     if (!masked || !(tile.live & (tile.live - 1))) return true;
-    return this->output_is_finite(p.head_dim_v);
+    return in_rows ? this->is_finite(this->rows, dvp) : this->output_is_finite(p.head_dim_v);
   }
 
   void finish_forward(int64_t b, int64_t h) {
@@ -195,12 +200,18 @@ class WindowForward : public Window<T, Keys> {
           sum[lane] == 0 ? Acc(-INFINITY)
                          : static_cast<Acc>(maximum[lane] / kLog2E + ::log(double(sum[lane])));
     }
-    this->store_rows(p.out, p.head_dim_v, inverse, b, h);
+    if (in_rows) {
+      this->store_own_rows(p.out, p.head_dim_v, inverse, b, h);
+    } else {
+      this->store_rows(p.out, p.head_dim_v, inverse, b, h);
+    }
   }
   // One head of the tile that was started.
   void forward(int64_t b, int64_t h, int64_t from, int64_t to, const Acc* bias, Acc* partial) {
     to = min64(to, tile.total);
     const bool with_sink = from == 0;
+    // The output of one block alone needs not be turned round to meet others.
+    in_rows = !partial && to - from <= this->kMost && this->adds_up_near();
     if (forward_lanes(b, h, from, to, bias, with_sink)) {
       partial ? save_partial(partial) : finish_forward(b, h);
       return;
@@ -267,6 +278,7 @@ class WindowForward : public Window<T, Keys> {
   void merge_partials(int64_t b, int64_t h, const int64_t index[3], int64_t count,
                       const Acc* partials) {
     this->start_tile(index);
+    in_rows = false;
     const int64_t size = partial_size(p, plan);
     memset(ot, 0, sizeof(Acc) * dvp * tile.lanes);
     for (uint64_t rest = tile.live; rest; rest &= rest - 1) {
@@ -300,7 +312,8 @@ class WindowForward : public Window<T, Keys> {
   alignas(64) Acc sum[kMaxLanes];
   // Sum of the weights as the output took them, if they were rounded.
   alignas(64) Acc norm[kMaxLanes];
-  bool keep = false;  // the blocks of the walk, which belong to the head at these offsets
+  bool in_rows = false;  // lies the output, and not in `ot`
+  bool keep = false;     // the blocks of the walk, which belong to the head at these offsets
   int64_t kept_key = 0, kept_value = 0;
 };
 
