@@ -48,30 +48,67 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::finish_scores(float (&sco
   }
 }
 
-ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::pull_back(int row, int half, float factor,
-                                                                 float (&out)[kColumns / 8][4]) {
-  const bool live = is_token(row);
+template <class T, int kDim, int kWarps, ScanKind kKind>
+template <class Visit>
+ATTNEXT_DEVICE void Scan<T, kDim, kWarps, kKind>::visit_raw(int row, int half,
+                                                            float (&out)[kColumns / 8][4],
+                                                            Visit visit) const {
+  if (!is_token(row)) return;
   const int dim = p.out.dim - slice * kColumns;
-  const T* raw = static_cast<const T*>(p.raw.rows.data) + slice * kColumns;
-  if (live) raw += tokens.offset(p.raw.rows, p.raw.group, first + row);
-  float dot = 0.f;
+  const T* raw = static_cast<const T*>(p.raw.rows.data) + slice * kColumns +
+                 tokens.offset(p.raw.rows, p.raw.group, first + row);
 #pragma unroll
   for (int n = 0; n < kColumns / 8; ++n) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int column = n * 8 + 2 * t + e;
-      float& x = out[n][2 * half + e];
-      x *= factor;
-      if (!live || column >= dim) continue;
-      const float f = feature(p.raw.map, Number<T>::widen(raw[column]));
-      dot = fmaf(x, Number<T>::widen(Number<T>::narrow(f)), dot);  // as the products have it
-      x *= feature_slope(p.raw.map, f);
+      if (column >= dim) continue;
+      visit(out[n][2 * half + e], feature(p.raw.map, Number<T>::widen(raw[column])), column);
     }
   }
-  dot = quad_sum(dot);
-  if (p.dots && live && t == 0) {
-    p.dots[slice * p.batch * p.tokens * p.heads + tokens.index(p, first + row)] = dot;
+}
+
+ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::take_self(float (&scores)[kChunk / 8][4],
+                                                                 float (&self)[2]) const {
+#pragma unroll
+  for (int n = 0; n < kChunk / 8; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      if (n * 8 + 2 * t + e % 2 != warp * 16 + e / 2 * 8 + g) continue;
+      self[e / 2] = scores[n][e];
+      scores[n][e] = 0.f;
+    }
   }
+  self[0] = quad_sum(self[0]), self[1] = quad_sum(self[1]);
+}
+
+ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::pull_back(int at, int stage, int half,
+                                                                 float factor, float self,
+                                                                 float (&out)[kColumns / 8][4]) {
+  const int row = warp * 16 + half * 8 + g;
+  float dot = 0.f;
+  visit_raw(at + row, half, out, [&](float& x, float f, int column) {
+    x *= factor;
+    dot = fmaf(x, round(f), dot);
+    if (p.dots) x = fmaf(self * factor, Number<T>::widen(value(stage, row, column)), x);
+    x *= feature_slope(p.raw.map, f);
+  });
+  if (!p.dots) return;
+  dot = quad_sum(dot);
+  if (t == 0) store_dot(slice, at + row, dot);
+}
+
+ATTNEXT_SCAN_MEMBER float Scan<T, kDim, kWarps, kKind>::of_state_alone(
+    int at, float (&out)[kColumns / 8][4], const float (&factor)[2]) const {
+  float sum = 0.f;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float dot = 0.f;
+    visit_raw(at + warp * 16 + half * 8 + g, half, out,
+              [&](float x, float f, int) { dot = fmaf(x, round(f), dot); });
+    sum = fmaf(dot, factor[half], sum);
+  }
+  return sum;
 }
 
 ATTNEXT_SCAN_MEMBER bool Scan<T, kDim, kWarps, kKind>::are_own_rows_finite(int stage) const {

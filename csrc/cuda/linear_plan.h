@@ -81,8 +81,8 @@ struct LinearLaunch {
   // from the state, and of one slice more what comes from the chunk.
   float* dots;
   int64_t batch;
-  // States after each chunk, as threads hold them: written by a scan in order, and met by the
-  // gradients of the same states in a scan against it, whose products go to `meetings`, one number
+  // States before each chunk, as threads hold them: written by a scan in order, and met by the
+  // gradients of those after it in a scan against it, whose products go to `meetings`, one number
   // for each chunk, slice and warp. May be null.
   float* boundaries;
   float* meetings;

@@ -31,6 +31,9 @@ struct Scan {
   // Gradients that go back through features, or to decays; those of Taylor features are a fold's.
   static constexpr bool kPullsBack = kKind == ScanKind::kGated;
   static constexpr bool kHasFurther = kPullsBack || kFolded;
+  // What keys get from the state's gradient is summed over the tokens before another, where it may
+  // be small beside its parts: the gradient's copy and what that lacks take part.
+  static constexpr bool kFinerState = kPullsBack && sizeof(T) == 2;
   static constexpr bool kHasSums = !kFolded && !kDelta && !kDeltaBack;
   static constexpr bool kIsWide = is_wide(kKind);
   static constexpr int kEntries = kTaylorEntries, kEntryWidth = S::kEntryWidth;
@@ -150,11 +153,10 @@ struct Scan {
       __syncthreads();
     }
     if (p.outputs && !solves()) attend(c * kChunk, stage);
-    const bool sums = p.sums && (more || p.after || (leaves() && !kFolded));
+    const bool sums = p.sums && (more || p.after);
     if (leaves() && p.meetings) meet(c, stage);
-    if (kFolded && leaves() && !p.meetings) leave(c);
+    if (leaves() && !p.meetings) leave(c);
     if (sums && !kDeltaBack) add_chunk(stage);
-    if (!kFolded && leaves() && !p.meetings) leave(c);
     if (sums && p.outputs) __syncthreads();  // the copy of the state has been read
   }
 
@@ -404,6 +406,14 @@ struct Scan {
       add_product<T, kPanel, 1, kColumns, kKept>(out, rows, wide, state_tile(panel));
       if (has_sums()) add_products_with_z(rows, panel * kPanel, by_z);
     }
+    if constexpr (kFinerState) {
+      if (p.meetings) {
+        __syncthreads();  // all have read the copy
+        copy_state<true>();
+        __syncthreads();
+        add_product<T, kPanel, 1, kColumns, kKept>(out, rows, wide, state_tile(0));
+      }
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float by = kScaledLate ? p.outer_scale : p.scale;
@@ -437,7 +447,10 @@ struct Scan {
       }
       return;
     }
+    if (kPullsBack && p.meetings) of_keys = of_state_alone(at, out[0], factor[0]);
+    float self[2] = {0.f, 0.f};
     if (is_within()) {
+      if (kPullsBack && p.dots) take_self(scores[0], self);
       const bool apart = !are_own_rows_finite(stage);
       accumulate_finely<T, kColumns, kChunk>(out, scores, narrow, tile(stage, 2),
                                              apart ? warp * 16 : walked);
@@ -446,7 +459,7 @@ struct Scan {
     if constexpr (kDeltaBack) {
       replace_gradients(at, stage, rows, out);
     } else {
-      finish(at, stage, out, factor);
+      finish(at, stage, out, factor, self);
     }
   }
 
@@ -511,11 +524,11 @@ struct Scan {
   }
 
   ATTNEXT_DEVICE void finish(int at, int stage, float (&out)[1][kColumns / 8][4],
-                             float (&factor)[1][2]) {
+                             float (&factor)[1][2], const float (&self)[2]) {
     if (kPullsBack && p.raw.rows.data) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        pull_back(at + warp * 16 + half * 8 + g, half, factor[0][half], out[0]);
+        pull_back(at, stage, half, factor[0][half], self[half], out[0]);
         factor[0][half] = 1.f;
       }
     }
@@ -572,8 +585,21 @@ struct Scan {
     }
   }
 
+  // visit(gradient, feature, column) for what the lane has of a row of features' gradients.
+  template <class Visit>
+  ATTNEXT_DEVICE void visit_raw(int row, int half, float (&out)[kColumns / 8][4],
+                                Visit visit) const;
+  // As the products have a feature.
+  ATTNEXT_DEVICE static float round(float f) { return Number<T>::widen(Number<T>::narrow(f)); }
+  // What a row's token gets from itself, which no decay has a part in, and may be large beside all
+  // else: taken out of the scores.
+  ATTNEXT_DEVICE void take_self(float (&scores)[kChunk / 8][4], float (&self)[2]) const;
   // From a row's gradient of features to that of what they are features of.
-  ATTNEXT_DEVICE void pull_back(int row, int half, float factor, float (&out)[kColumns / 8][4]);
+  ATTNEXT_DEVICE void pull_back(int at, int stage, int half, float factor, float self,
+                                float (&out)[kColumns / 8][4]);
+  // The lane's part of the rows' features with their gradient, which so far comes from the state.
+  ATTNEXT_DEVICE float of_state_alone(int at, float (&out)[kColumns / 8][4],
+                                      const float (&factor)[2]) const;
 
   // ---- the state -------------------------------------------------------------------------------
 
@@ -583,10 +609,10 @@ struct Scan {
   ATTNEXT_DEVICE void add_sums(int stage, int operand, const float (&w)[kSteps][kMine], float kept,
                                float unit);
 
-  // The decays of a chunk's tokens scale, besides what passes between the tokens, all that the
-  // state after it means for later ones: its product with its gradient. In the order of tokens
-  // states are left for the scan against it. A fold knows what the chunk's keys have of that
-  // product, and leaves the state before them: what decays let through is no difference then.
+  // The decays of a chunk's tokens scale, besides what passes between the tokens, what reaches them
+  // from the state before, what they leave to the one after it, and what passes by them: the state
+  // before, decayed, with the gradient of the one after. In the order of tokens states are left for
+  // the scan against it. Each is a sum by itself: no difference of large ones.
   static constexpr int kLeft = kDim / 8 + 1;  // float4 of a thread, the last for z
   ATTNEXT_DEVICE int64_t boundary(int64_t chunk) const {
     return ((sequence * p.heads + head) * p.slices + slice) * p.chunks + chunk;
@@ -598,6 +624,7 @@ struct Scan {
   ATTNEXT_DEVICE void leave(int c) const;
   ATTNEXT_DEVICE void meet(int c, int stage) const;
 
+  template <bool kRest = false>
   ATTNEXT_DEVICE void copy_state() const;
 
   // visit(i, half, feature) for the numbers of z that the warp has.

@@ -158,13 +158,15 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::meet(int c, int stage) co
     const float4 x = from[kDim / 8 * kThreads];
     sum += x.x * z[0][0] + x.y * z[0][1];
   }
-  if constexpr (kFolded) sum = fmaf(sum, totals(stage).kept, of_keys);
+  sum = fmaf(sum, totals(stage).kept, of_keys);
   sum = warp_sum(sum);
   if (lane == 0) p.meetings[boundary(chunk) * kWarps + warp] = sum;
 }
 
-// Rounded, for products with a.
-ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::copy_state() const {
+// Rounded, for products with a; or what it lacks by that.
+template <class T, int kDim, int kWarps, ScanKind kKind>
+template <bool kRest>
+ATTNEXT_DEVICE void Scan<T, kDim, kWarps, kKind>::copy_state() const {
   float unit = 1.f, inverse = 1.f;
   if constexpr (kUnits) {
     float top = 0.f;
@@ -183,7 +185,11 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::copy_state() const {
     const int row = warp * 16 + half * 8 + g;
 #pragma unroll
     for (int n = 0; n < kDim / 8; ++n) {
-      const float x = state[n][2 * half] * inverse, y = state[n][2 * half + 1] * inverse;
+      float x = state[n][2 * half] * inverse, y = state[n][2 * half + 1] * inverse;
+      if constexpr (kRest) {
+        x -= Number<T>::widen(Number<T>::narrow(x));
+        y -= Number<T>::widen(Number<T>::narrow(y));
+      }
       const uint32_t to = state_tile(n * 8 / kPanel);
       const int chunk = n * 8 % kPanel / Wide::kElems;
       if constexpr (sizeof(T) == 4) {

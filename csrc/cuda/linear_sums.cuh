@@ -90,7 +90,8 @@ ATTNEXT_DEVICE void fold_slices(const LinearLaunch& p) {
 
 // A warp for each chunk. A decay scales all that goes from the tokens before it to its own and
 // those after: the sum of q.dq less that of k.dk, features and their gradients, over these tokens.
-// Within the chunk it is taken so; beyond, it is the state after the chunk times its gradient.
+// Within the chunk it is taken so; what goes beyond is what its keys, and the state before them,
+// mean for the state after it.
 constexpr int kDecayThreads = 128;
 
 ATTNEXT_DEVICE void find_decay_gradient(const LinearLaunch& p) {

@@ -352,6 +352,21 @@ def test_a_large_decay_does_not_blur_the_small_ones_after_it() -> None:
     check(tensors, options)
 
 
+@pytest.mark.parametrize("name", ["identity", "elu, normalized, decayed", "delta"])
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
+def test_a_decay_has_a_small_part_in_all_that_there_is(dtype: torch.dtype, name: str) -> None:
+    """Its gradient is a sum of what tokens get from others less what they give: that of a token
+    that gets most from itself, or of a state that passes many, must not be lost beside it."""
+    more = {"beta": True} if name == "delta" else {}
+    for decay in (-8.0,) if more else (-8.0, -0.001):
+        made, options = form(name.replace("delta", "identity"), decay="token", dtype=dtype, **more)
+        made["decay"].fill_(decay)
+        if not more:
+            made["query"] *= 4
+            made["key"] = made["query"].clone()
+        check(made, options)
+
+
 @pytest.mark.parametrize("name", ["identity", "delta", "taylor"])
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
 def test_what_is_not_finite_reaches_later_tokens_only(dtype: torch.dtype, name: str) -> None:
@@ -406,9 +421,20 @@ def test_what_is_missing_is_said() -> None:
             linear_attention(**tensors, **options)
 
 
-@pytest.mark.parametrize("name", ["length-65", "step-wide"])
-def test_a_check_for_gpus(name: str) -> None:
-    with on_executor() as recorder:
-        results = PROBLEMS[name].results(BF16, "cpu")
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("length-65", BF16),
+        ("step-wide", BF16),
+        ("length-63", BF16),  # and those where the gradient of a decay has been off
+        ("length-64", torch.float16),
+        ("length-129", BF16),
+        ("dims-128-100-gated", torch.float16),
+    ],
+    ids=str,
+)
+def test_a_check_for_gpus(name: str, dtype: torch.dtype) -> None:
+    with on_executor(metrics=False) as recorder:
+        results = PROBLEMS[name].results(dtype, "cpu")
     assert recorder.reports
-    compare(PROBLEMS[name], BF16, results)
+    compare(PROBLEMS[name], dtype, results)

@@ -22,7 +22,10 @@ linear_attention: Any = attnext.linear_attention
 SCAN, STATE, SUMS = "linear_scan.cuh", "linear_state.cuh", "linear_sums.cuh"
 OUTPUTS = "linear_outputs.cuh"
 DELTA, TAYLOR, NUMBERS = "linear_delta.cuh", "linear_taylor.cuh", "linear_numbers.cuh"
-
+LEAVE = "    if (leaves() && !p.meetings) leave(c);\n"
+ADD = "    if (sums && !kDeltaBack) add_chunk(stage);\n"
+# After the last chunk of all, too.
+LATE_LEAVE = ((SCAN, LEAVE + ADD, ADD + LEAVE), (SCAN, "(more || p.after);", "true;"))
 
 _bug = functools.partial(planted_bug, "linear")
 
@@ -33,6 +36,7 @@ PROBLEMS: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "wide": ("elu, normalized, decayed", False, {"tokens": 20, "dim_v": 70, "decay": None}),
     "gated": ("elu, normalized, decayed", False, {"tokens": 150}),
     "gradients": ("elu, normalized, decayed", True, {"tokens": 80}),
+    "strong decays": ("elu, normalized, decayed", True, {"tokens": 20}),
     "exact": ("elu, normalized, decayed", True, {"tokens": 50, "dtype": torch.float32}),
     "large": ("identity", False, {"tokens": 70, "dtype": torch.float16}),
     "not finite": ("identity", False, {"tokens": 40}),
@@ -110,6 +114,24 @@ BUGS = [
          (SUMS, "    sum += __shfl_sync(~0u, mine, 0);\n", "")),
     _bug("gradient of decays without the state", "decay_gradient", "gradients", WRONG,
          (SUMS, "sum += meetings[i];", "sum += 0. * meetings[i];")),
+    _bug("states left after their chunk, of entries", "scan_bf16_32_gated", "gradients", WRONG,
+         *LATE_LEAVE),
+    _bug("what keys get from the state left out of what meets", "scan_bf16_32_gated", "gradients",
+         WRONG, (STATE, "sum = fmaf(sum, totals(stage).kept, of_keys);",
+                 "sum *= totals(stage).kept;")),
+    _bug("what a token gets from itself is lost", "scan_bf16_32_gated", "gradients", WRONG,
+         (OUTPUTS, "if (p.dots) x = fmaf(self * factor,", "if (p.dots) x = fmaf(0.f,")),
+    _bug("what a token gets from itself has a part in its decay", "scan_bf16_32_gated",
+         "strong decays", WRONG,
+         (SCAN, "      if (kPullsBack && p.dots) take_self(scores[0], self);\n", "")),
+    _bug("what the copy lacks before it has been read", "scan_bf16_32_gated", "gradients",
+         "write-read race",
+         (SCAN, "        __syncthreads();  // all have read the copy\n        copy",
+          "        copy")),
+    _bug("what the copy lacks read while it is written", "scan_bf16_32_gated", "gradients",
+         "read-write race",
+         (SCAN, "        copy_state<true>();\n        __syncthreads();\n",
+          "        copy_state<true>();\n")),
     _bug("not decayed where the state is read", "scan_bf16_32_delta", "delta", WRONG,
          (DELTA, "2 * t + i)) - of_state * x;", "2 * t + i)) - x;")),
     _bug("beta left out within a warp", "scan_bf16_32_delta", "delta", WRONG,
@@ -139,10 +161,7 @@ BUGS = [
     _bug("what meets is not decayed", "scan_bf16_fold", "fold decays", WRONG,
          (STATE, "sum = fmaf(sum, totals(stage).kept, of_keys);", "sum += of_keys;")),
     _bug("states left after their chunk", "scan_bf16_fold", "fold decays", WRONG,
-         (SCAN, "    if (kFolded && leaves() && !p.meetings) leave(c);\n", ""),
-         (SCAN, "    if (!kFolded && leaves() && !p.meetings)",
-          "    if (leaves() && !p.meetings)"),
-         (SCAN, "(leaves() && !kFolded)", "leaves()")),
+         *LATE_LEAVE),
     _bug("what comes from the chunk left out", "decay_gradient", "fold decays", WRONG,
          (SUMS, "s < p.sets * p.num_dots; ++s)", "s < p.sets * p.slices; ++s)")),
     _bug("features of c read while they are made", "scan_bf16_fold", "fold", "read-write race",
@@ -232,6 +251,10 @@ def make(name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     tensors, options = form(kind, **more)
     if name == "not finite":
         tensors["value"][:, 21, :, 3] = torch.nan
+    if name == "strong decays":
+        tensors["decay"].fill_(-8.0)
+        tensors["query"] *= 4
+        tensors["key"] = tensors["query"].clone()
     return tensors, options
 
 
