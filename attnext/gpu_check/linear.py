@@ -29,9 +29,9 @@ def slack(dtype: torch.dtype, normalize: bool, beta: bool = False) -> dict[str, 
     """What of 16 bits has been rounded more often. Outputs that are read off the state alone, whose
     copy and whose features are rounded. Gradients: features of queries and keys, and the state's
     gradient. That of a normalised query is one of a mean, ``dO . (v - o)`` with the rounded
-    ``o``; that of a decay is of features, and of states of them. Under the delta rule (``beta``)
-    what a token writes has been found from a rounded copy of the state, and keys have three
-    parts."""
+    ``o``; that of a decay has the rounding of features in it, which beside a normaliser have one
+    sign, so that it adds up. Under the delta rule (``beta``) what a token writes has been found
+    from a rounded copy of the state, and keys have three parts."""
     if dtype.itemsize > 2:
         return {}
     return {
@@ -40,7 +40,7 @@ def slack(dtype: torch.dtype, normalize: bool, beta: bool = False) -> dict[str, 
         "grad_query": 2.5 if normalize else 1.5,
         "grad_key": 2.0 if beta else 1.5,
         "grad_value": 2.0 if normalize else 1.25,
-        "grad_decay": 1.5,
+        "grad_decay": 1.75 if normalize else 1.25,
         "grad_beta": 1.5,
         "grad_initial_state": 1.5,
     }
