@@ -40,7 +40,7 @@ def slack(dtype: torch.dtype, normalize: bool, beta: bool = False) -> dict[str, 
         "grad_query": 2.5 if normalize else 1.5,
         "grad_key": 2.0 if beta else 1.5,
         "grad_value": 2.0 if normalize else 1.25,
-        "grad_decay": 1.75 if normalize else 1.25,
+        "grad_decay": 2.0 if beta else 1.75 if normalize else 1.25,
         "grad_beta": 1.5,
         "grad_initial_state": 1.5,
     }
