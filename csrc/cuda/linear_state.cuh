@@ -202,9 +202,9 @@ ATTNEXT_DEVICE void Scan<T, kDim, kWarps, kKind>::copy_state() const {
         store_shared(to + Wide::at(row, chunk) + t * 4, Number<T>::pack(x, y));
       }
     }
-    if (is_further() && t == 0) shared_z()[row] = z[0][half];
+    if (!kRest && is_further() && t == 0) shared_z()[row] = z[0][half];
   }
-  if (has_sums()) {
+  if (!kRest && has_sums()) {
     each_z([&](int i, int half, int f) {
       if (t == 0) shared_z()[f] = z[i][half];
     });
