@@ -72,6 +72,11 @@ EQUIVALENT = (
         "or for and: and.b16",
         "if ((masked || sizeof(T) == 4) && !__all_sync(~0u, is_finite(dquery)))",
     ),
+    Equivalent(
+        "their products with zeros tell whether they are finite, in any order",
+        "fragment",
+        "const auto b = P::template load_right_transposed<kColumns>(",
+    ),
     Equivalent("beside the row's end is a factor of 0", "literal off by one", "elems[e] = T{};"),
     Equivalent(
         "a chunk has no more", "literal off by one: min", "min(max(bytes - chunk * 16, 0), 16)"
