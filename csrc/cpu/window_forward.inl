@@ -3,16 +3,16 @@
 // result is merged with those of the others.
 #pragma once
 
-#include "window.inl"
+#include "near_output.inl"
 
 namespace attnext {
 namespace cpu {
 namespace ATTNEXT_ISA {
 
 template <class T, class Keys>
-class WindowForward : public Window<T, Keys> {
+class WindowForward : public NearOutput<T, Keys> {
  public:
-  using Base = Window<T, Keys>;
+  using Base = NearOutput<T, Keys>;
   using Base::block;
   using Base::dvp;
   using Base::kDepth;
@@ -36,7 +36,7 @@ class WindowForward : public Window<T, Keys> {
   static constexpr bool kShared = Keys::kHeadsWalkAlike;
 
   WindowForward(const WindowParams& params, const Plan& view, void* scratch)
-      : Base(params, view, scratch, false) {}
+      : Base(params, view, scratch) {}
 
   template <bool kMasked>
   void softmax(int v, Vec in_base_2, Vec* factor) {
@@ -152,7 +152,7 @@ class WindowForward : public Window<T, Keys> {
     this->load_queries(b, h);
     const Walk walk(p, plan, tile, this->zeros, this->walk_mask, nullptr, b,
                     h / (p.heads / p.kv_heads));
-    const bool again = keep && kept > 0, near = this->adds_up_near();
+    const bool again = keep && kept > 0;
     bool masked = false;
     for (int64_t k = 0; again ? recall(walk, k) : this->next_block(walk, &from, to, false); ++k) {
       if (keep && !again) remember(walk);
@@ -174,7 +174,7 @@ class WindowForward : public Window<T, Keys> {
       }
       if (sparse) {
         sparse_accumulate(factor);
-      } else if (near) {
+      } else if (this->is_near) {
         auto& keys = this->near[again ? k : keep ? kept - 1 : 0];
         if (!again) this->find_near(&keys);
         this->near_products(keys, weights());
@@ -211,7 +211,7 @@ class WindowForward : public Window<T, Keys> {
     to = min64(to, tile.total);
     const bool with_sink = from == 0;
     // The output of one block alone needs not be turned round to meet others.
-    in_rows = !partial && to - from <= this->kMost && this->adds_up_near();
+    in_rows = this->is_near && !partial && to - from <= this->kMost;
     if (forward_lanes(b, h, from, to, bias, with_sink)) {
       partial ? save_partial(partial) : finish_forward(b, h);
       return;
