@@ -274,6 +274,8 @@ def test_which_gpus_a_build_is_for(built: str, capability: tuple[int, int], runs
 def test_wrong_arguments() -> None:
     status, _, error = run("--only", "nothing-of-the-kind")
     assert status == 2 and "nothing-of-the-kind" in error
+    status, _, error = run("--timed", "no-such-*")
+    assert status == 2 and "no-such-*" in error
     with pytest.raises(SystemExit) as exit:
         run("--dtype", "fp64")
     assert exit.value.code == 2

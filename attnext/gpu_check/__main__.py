@@ -70,7 +70,7 @@ def _show_list() -> None:
         print(f"{name:24} timed: {case.describe()}")
 
 
-def _run(options: argparse.Namespace, chosen: list[str]) -> dict[str, Any]:
+def _run(options: argparse.Namespace, chosen: list[str], timed: list[str]) -> dict[str, Any]:
     record: dict[str, Any] = {
         "environment": environment(options.device), "checks": [], "timings": []
     }  # fmt: skip
@@ -80,13 +80,10 @@ def _run(options: argparse.Namespace, chosen: list[str]) -> dict[str, Any]:
     for check in run_isolated(chosen, run_check, device, options.patience):
         record["checks"].append(check)
         print(f"{'ok  ' if check['passed'] else 'FAIL'} {check['name']} {check.get('error', '')}")
-    if not options.no_timing:
-        work = functools.partial(run_timing, seconds=options.seconds)
-        for timing in run_isolated(
-            fnmatch.filter(CASES, options.timed), work, device, max(600.0, options.patience)
-        ):
-            record["timings"].append(timing)
-            print(f"timed {timing['name']} {timing.get('error', '')}")
+    work = functools.partial(run_timing, seconds=options.seconds)
+    for timing in run_isolated(timed, work, device, max(600.0, options.patience)):
+        record["timings"].append(timing)
+        print(f"timed {timing['name']} {timing.get('error', '')}")
     return record
 
 
@@ -98,6 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         chosen = names(options.only, options.dtype or [*DTYPES])
+        timed = [] if options.no_timing else fnmatch.filter(CASES, options.timed)
+        if not (timed or options.no_timing):
+            raise ValueError(f"no case is called {options.timed!r}; --list names them")
     except ValueError as error:
         print(f"python -m attnext.gpu_check: {error}", file=sys.stderr)
         return 2
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.output.parent.is_dir():
         print(f"python -m attnext.gpu_check: no folder {options.output.parent}", file=sys.stderr)
         return 2
-    record = _run(options, chosen)
+    record = _run(options, chosen, timed)
     text = markdown(record)
     paths[0].write_text(text)
     paths[1].write_text(json.dumps(record, indent=1) + "\n")
