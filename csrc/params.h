@@ -23,6 +23,7 @@ struct WindowParams {
   int64_t query_extent[3], key_extent[3];
   bool one_line;  // see Geometry::one_line
   TensorRef query, key, value;
+  TensorRef sink_key, sink_value;    // of sinks, where `key` is a copy of a box of keys; or null
   TensorRef extra_key, extra_value;  // [batch, extra_keys, kv_heads, dim], seen by every query
   TensorRef out, lse;                // lse in the accumulator type; its data may be null
   TensorRef row_scale;               // accumulator type, may be null: logits are scale * row_scale

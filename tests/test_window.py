@@ -273,6 +273,37 @@ def test_heads_that_take_a_tile_together(dilation, dtype):
                 )
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"op": "sliding_window_attention", "extents": (700,), "window_size": 130},
+        {"op": "sliding_window_attention", "extents": (700,), "window_size": 20, "sinks": 3},
+        {"op": "sliding_window_attention", "extents": (400,), "window_size": None},
+        {"op": "neighborhood_attention", "extents": (33, 34), "kernel_size": (7, 13)},
+        {"op": "neighborhood_attention", "extents": (36, 35), "kernel_size": 5, "dilation": (3, 2)},
+        {"op": "neighborhood_attention", "extents": (9, 12, 15), "kernel_size": (5, 3, 7),
+         "boundary": "zero_pad"},
+        {"op": "window_attention", "extents": (24, 30), "window_size": 8, "shift": 4},
+    ],
+    ids=lambda options: f"{options['op']}{options['extents']}",
+)  # fmt: skip
+@pytest.mark.parametrize("kv_heads", [8, 4])
+def test_where_rows_lie_changes_no_bit(options, kv_heads, dtype):
+    """Heads side by side, whose rows collide in a cache and may be read from a copy, give what
+    heads apart from each other give."""
+    side_by_side = plain_problem(**options, heads=8, kv_heads=kv_heads, dim=16, dim_v=8,
+                                 batch=2, dtype=dtype)  # fmt: skip
+    apart = {
+        name: x.movedim(-2, 1).contiguous().movedim(1, -2)
+        for name, x in side_by_side.tensors.items()
+    }
+    other = Problem(side_by_side.op, apart, side_by_side.options, side_by_side.cotangents)
+    for name in ISAS:
+        with isa(name):
+            assert_same_bits(run(side_by_side), run(other))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nan_reaches_no_bias_that_nobody_reads(dtype):
     """Entries of keys after the query, under a causal rule: lanes without a query have no mask."""

@@ -322,13 +322,13 @@ struct KeyWalk {
         c2 < axis[2].num_keys ? (axis[2].num_keys - c2 - 1) / axis[2].dilation + 1 : 0;
     const int64_t real_begin = phantom ? n : clamp64(-u, 0, n);
     const int64_t real_end = phantom ? n : clamp64(size2 - u, real_begin, n);
-    const T* key = static_cast<const T*>(p.key.data) + key_base;
-    const T* value = static_cast<const T*>(p.value.data) + value_base;
-    const int64_t key_step = axis[2].dilation * p.key.token[2];
-    const int64_t value_step = axis[2].dilation * p.value.token[2];
-    const int64_t key_at = x[0] * p.key.token[0] + x[1] * p.key.token[1] + x[2] * p.key.token[2];
-    const int64_t value_at =
-        x[0] * p.value.token[0] + x[1] * p.value.token[1] + x[2] * p.value.token[2];
+    const bool elsewhere = sink && p.sink_key.data;
+    const TensorRef& keys = elsewhere ? p.sink_key : p.key;
+    const TensorRef& values = elsewhere ? p.sink_value : p.value;
+    const T* key = static_cast<const T*>(keys.data) + at(keys, b, x, h_kv);
+    const T* value = static_cast<const T*>(values.data) + at(values, b, x, h_kv);
+    const int64_t key_step = axis[2].dilation * keys.token[2];
+    const int64_t value_step = axis[2].dilation * values.token[2];
     int64_t bias_at = 0;
     for (int a = 0; a < 3; ++a) bias_at += (index[a] - tile.bias_origin[a]) * tile.bias_stride[a];
     int64_t row_at = 0;
@@ -347,8 +347,8 @@ struct KeyWalk {
       const bool real = k >= real_begin && k < real_end && (mask & tile.live);
       block->mask[j] = mask | ~tile.live;
       all &= block->mask[j];
-      block->key[j] = real ? key + (key_at + k * key_step) : zeros;
-      block->value[j] = real ? value + (value_at + k * value_step) : zeros;
+      block->key[j] = real ? key + k * key_step : zeros;
+      block->value[j] = real ? value + k * value_step : zeros;
       block->fresh[j] = u + k >= tile.fresh;
       if (block->fresh[j]) block->fetch_rows(j, p.head_dim, p.head_dim_v);
       if (with_bias) block->bias[j] = bias_at + k * tile.bias_stride[2];

@@ -29,7 +29,7 @@ void parallel_for(int64_t n, int64_t grain, bool serial, F f) {
 
 // This thread's buffer number `slot`, at least `bytes` long, aligned to a cache line, kept between
 // calls. Throws std::bad_alloc.
-constexpr int kBufferSlots = 3;
+constexpr int kBufferSlots = 4;
 void* thread_buffer(int slot, size_t bytes);
 
 }  // namespace cpu

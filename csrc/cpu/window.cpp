@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "key_box.h"
 #include "memory.h"
 #include "parallel.h"
 
@@ -91,6 +92,44 @@ void tile_index(const PlanView& v, int64_t t, int64_t out[3]) {
   out[0] = t / v.axis[1].num_groups;
 }
 
+// The box of a tile's keys, as far as they are real. Sinks lie elsewhere.
+KeyBox key_box(const PlanView& v, const int64_t tile[3]) {
+  KeyBox box;
+  for (int a = 0; a < 3; ++a) {
+    const AxisView& axis = v.axis[a];
+    const Group& g = axis.groups[tile[a]];
+    const int64_t keys = AxisTable::class_size(g.cls, axis.num_keys, axis.dilation);
+    const int64_t end = std::clamp<int64_t>(g.end, 0, keys);
+    box.cls[a] = g.cls;
+    box.begin[a] = std::clamp<int64_t>(g.begin, 0, end);
+    box.size[a] = end - box.begin[a];
+  }
+  return box;
+}
+
+bool has_sinks(const PlanView& v, const int64_t tile[3]) {
+  const Group& g = v.axis[2].groups[tile[2]];
+  return g.sink_begin < g.sink_end;
+}
+
+// The least box that holds both; false if they are of different classes.
+bool join(const KeyBox& other, KeyBox* box) {
+  for (int a = 0; a < 3; ++a) {
+    if (box->cls[a] != other.cls[a]) return false;
+  }
+  if (other.rows() == 0) return true;
+  if (box->rows() == 0) {
+    *box = other;
+    return true;
+  }
+  for (int a = 0; a < 3; ++a) {
+    const int64_t end = std::max(box->begin[a] + box->size[a], other.begin[a] + other.size[a]);
+    box->begin[a] = std::min(box->begin[a], other.begin[a]);
+    box->size[a] = end - box->begin[a];
+  }
+  return true;
+}
+
 // Keys on a tile's walk.
 int64_t walk_length(const WindowParams& p, const PlanView& v, const int64_t tile[3]) {
   int64_t box = 1;
@@ -169,19 +208,49 @@ void window_forward(const WindowParams& p, const Geometry& geometry, const int32
   }
   if (most_splits == 1) {
     const int64_t grain = std::clamp<int64_t>(items / (8 * max_threads()), 1, 16);
+    const int64_t group_heads = p.heads / p.kv_heads;
+    const KeyBoxes boxes(p, problem.views[0]);
+    // Params for the tiles from `i` on, whose keys may have been brought together; `shared_to`:
+    // where those end that they are for.
+    const auto near_keys = [&](int64_t i, int64_t end, int64_t* shared_to) {
+      const Item item = item_at(i);
+      const int64_t first_head = item.h / group_heads;
+      const int64_t heads = (item.h + item.heads - 1) / group_heads - first_head + 1;
+      KeyBox box{};
+      int64_t reads = 0, k = i;
+      for (; k < end; ++k) {
+        const Item other = item_at(k);
+        const PlanView& v = problem.view_of(other.h);
+        if (other.b != item.b || other.h != item.h) break;
+        if (item.heads > 1 && has_sinks(v, other.tile)) break;  // heads step alike from key to key
+        const KeyBox own = key_box(v, other.tile);
+        KeyBox both = k == i ? own : box;
+        if (!join(own, &both) || !boxes.fit(both, heads)) break;
+        box = both;
+        reads += own.rows() * item.heads;
+      }
+      *shared_to = std::max(k, i + 1);
+      return boxes.worth_copying(box, heads, reads)
+                 ? boxes.copy(box, item.b, first_head, heads,
+                              thread_buffer(3, boxes.bytes(box, heads)))
+                 : p;
+    };
     parallel_for(items, grain, problem.serial, [&](int64_t begin, int64_t end) {
       void* memory = thread_buffer(0, scratch);
       Item next = item_at(begin), last{};
+      WindowParams near = p;
+      int64_t shared_to = begin;
       for (int64_t i = begin; i < end; ++i) {
         const Item item = next;
         const PlanView& v = problem.view_of(item.h);
         const bool follows = i > begin && follow(v, last, item);
         last = item;
+        if (i == shared_to) near = near_keys(i, end, &shared_to);
         if (i + 1 < end) {
           next = item_at(i + 1);
           kernels.fetch_queries(p, problem.view_of(next.h), next.b, next.h, next.tile);
         }
-        kernels.forward(p, v, item.b, item.h, item.heads, item.tile, follows,
+        kernels.forward(near, v, item.b, item.h, item.heads, item.tile, follows,
                         p.bias ? problem.bias.data() : nullptr, memory);
       }
     });
@@ -240,6 +309,19 @@ struct ClassSlabs {
   int64_t first = 0, count = 0;                     // in the plans' slab lists
   std::vector<std::pair<int64_t, int64_t>> shared;  // key coordinates that are not one slab's own
 };
+
+// Keys on the walks of a slab's tiles, but for sinks and extra keys.
+int64_t walk_lengths(const PlanView& v, const SlabItem& item) {
+  int64_t all = 1;
+  for (int a = 0; a < 3; ++a) {
+    int64_t keys = 0;
+    for (int64_t g = item.first_group[a]; g < item.last_group[a]; ++g) {
+      keys += v.axis[a].groups[g].end - v.axis[a].groups[g].begin;
+    }
+    all *= keys;
+  }
+  return all;
+}
 
 }  // namespace
 
@@ -354,6 +436,7 @@ void window_backward(const WindowParams& p, const Geometry& geometry, const int3
     const int64_t cls = n % sharing / p.kv_heads, head = n % p.kv_heads;
     return ((b * p.kv_heads + head) * d0 * d1 + cls) * num_slabs + slab;
   };
+  const KeyBoxes boxes(p, problem.views[0]);
   parallel_for(items, 1, problem.serial, [&](int64_t begin, int64_t end) {
     void* memory = thread_buffer(0, scratch);
     void* rows = thread_buffer(1, most_rows * row_bytes);
@@ -364,8 +447,10 @@ void window_backward(const WindowParams& p, const Geometry& geometry, const int3
       const int64_t used =
           item.size[0] * item.size[1] * item.size[2] + sink_rows + p.extra_keys + 1;
       std::fill_n(static_cast<char*>(rows), used * row_bytes, 0);
-      for (int64_t g = 0; g < group_heads; ++g) {
-        const int64_t h = item.kv_head * group_heads + g;
+      const KeyBox box{{item.cls[0], item.cls[1], item.cls[2]},
+                       {item.begin[0], item.begin[1], item.begin[2]},
+                       {item.size[0], item.size[1], item.size[2]}};
+      const auto place_groups = [&](int64_t h) {
         const WindowPlan& plan = problem.plans[head_rule[h]];
         for (int a = 0; a < 3; ++a) {
           const std::vector<int32_t>& first = plan.axis[a].class_first_group;
@@ -373,8 +458,18 @@ void window_backward(const WindowParams& p, const Geometry& geometry, const int3
           item.last_group[a] =
               a == s ? plan.slabs[i % num_slabs].last_group : first[item.cls[a] + 1];
         }
-        kernels.backward(p, problem.view_of(h), item, h, problem.bias_of(h), rows, dbias,
-                         want_table ? table_of(i, g) : nullptr, memory);
+      };
+      const int64_t first_head = item.kv_head * group_heads;
+      place_groups(first_head);
+      const int64_t reads = group_heads * walk_lengths(problem.view_of(first_head), item);
+      const WindowParams near =
+          boxes.worth_copying(box, 1, reads)
+              ? boxes.copy(box, item.batch, item.kv_head, 1, thread_buffer(3, boxes.bytes(box, 1)))
+              : p;
+      for (int64_t h = first_head; h < first_head + group_heads; ++h) {
+        place_groups(h);
+        kernels.backward(near, problem.view_of(h), item, h, problem.bias_of(h), rows, dbias,
+                         want_table ? table_of(i, h - first_head) : nullptr, memory);
       }
       kernels.finish_slab(p, problem.views[0], item, rows, halo_of(i));
     }

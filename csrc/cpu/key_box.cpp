@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "key_box.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <numeric>
+
+#include "memory.h"
+
+namespace attnext {
+namespace cpu {
+namespace {
+
+constexpr int64_t kLine = 64;
+constexpr int64_t kPage = 4096;  // sets of a first cache times its lines; what repeats, collides
+constexpr int64_t kRatio = 4;    // reads of a row that pay for its copy
+
+// Bytes of copies that leave room for the rest of a tile's work in the second cache.
+int64_t most_bytes() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const int64_t size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#else
+  static const int64_t size = 0;
+#endif
+  return std::clamp<int64_t>(size, 1 << 20, 4 << 20) / 2;
+}
+
+// Whether rows that are `step` bytes apart leave most of a cache to others.
+bool rows_collide(int64_t step, int64_t bytes) {
+  const int64_t period = std::gcd(std::abs(step), kPage);
+  return 2 * bytes < period;
+}
+
+}  // namespace
+
+KeyBoxes::KeyBoxes(const WindowParams& params, const PlanView& plan)
+    : p_(params), element_(size_of(params.dtype)), most_bytes_(most_bytes()) {
+  int64_t step = 1;
+  for (int a = 0; a < 3; ++a) {
+    dilation_[a] = plan.axis[a].dilation;
+    step = std::lcm(step, dilation_[a]);
+  }
+  // Coordinates step by the dilation, rows by a whole number of elements for each.
+  const int64_t unit = std::lcm(step, kLine / element_);
+  key_pitch_ = (p_.head_dim + unit - 1) / unit * unit;
+  value_pitch_ = (p_.head_dim_v + unit - 1) / unit * unit;
+  const int64_t row = (key_pitch_ + value_pitch_) * element_;
+  if (row > 2 * (p_.head_dim + p_.head_dim_v) * element_ + 2 * kLine) return;
+  const auto apart = [&](const TensorRef& t) { return dilation_[2] * t.token[2] * element_; };
+  collide_ = rows_collide(apart(p_.key), p_.head_dim * element_) ||
+             rows_collide(apart(p_.value), p_.head_dim_v * element_);
+}
+
+bool KeyBoxes::worth_copying(const KeyBox& box, int64_t heads, int64_t reads) const {
+  return box.rows() > 0 && fit(box, heads) && reads >= kRatio * heads * box.rows();
+}
+
+WindowParams KeyBoxes::copy(const KeyBox& box, int64_t batch, int64_t kv_head, int64_t heads,
+                            void* memory) const {
+  WindowParams copied = p_;
+  char* const keys = static_cast<char*>(memory);
+  copied.sink_key = p_.key, copied.sink_value = p_.value;
+  copied.key = copy(p_.key, box, p_.head_dim, key_pitch_, batch, kv_head, heads, keys);
+  copied.value = copy(p_.value, box, p_.head_dim_v, value_pitch_, batch, kv_head, heads,
+                      keys + heads * box.rows() * key_pitch_ * element_);
+  return copied;
+}
+
+TensorRef KeyBoxes::copy(const TensorRef& from, const KeyBox& box, int64_t dim, int64_t pitch,
+                         int64_t batch, int64_t kv_head, int64_t heads, char* memory) const {
+  const int64_t bytes = dim * element_;
+  const auto first = [&](int a) { return box.cls[a] + dilation_[a] * box.begin[a]; };
+  char* to = memory;
+  for (int64_t h = kv_head; h < kv_head + heads; ++h) {
+    for (int64_t y0 = 0; y0 < box.size[0]; ++y0) {
+      for (int64_t y1 = 0; y1 < box.size[1]; ++y1) {
+        const int64_t at = batch * from.batch + h * from.head + first(2) * from.token[2] +
+                           (first(0) + dilation_[0] * y0) * from.token[0] +
+                           (first(1) + dilation_[1] * y1) * from.token[1];
+        const char* row = static_cast<const char*>(from.data) + at * element_;
+        const int64_t step = dilation_[2] * from.token[2] * element_;
+        for (int64_t y2 = 0; y2 < box.size[2]; ++y2, row += step, to += pitch * element_) {
+          constexpr int64_t kAhead = 8;
+          if (y2 + kAhead < box.size[2]) {
+            for (int64_t c = 0; c < bytes; c += kLine) __builtin_prefetch(row + kAhead * step + c);
+          }
+          std::memcpy(to, row, bytes);
+        }
+      }
+    }
+  }
+  TensorRef copied;
+  copied.batch = 0;
+  copied.head = box.rows() * pitch;
+  int64_t stride = pitch;
+  int64_t origin = kv_head * copied.head;
+  for (int a = 2; a >= 0; --a) {
+    copied.token[a] = stride / dilation_[a];
+    origin += first(a) * copied.token[a];
+    stride *= box.size[a];
+  }
+  // Where coordinate 0 would be; no reader goes there.
+  copied.data = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(memory) -
+                                        static_cast<uintptr_t>(origin * element_));
+  return copied;
+}
+
+}  // namespace cpu
+}  // namespace attnext
