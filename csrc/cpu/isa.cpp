@@ -6,6 +6,11 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "parallel.h"
 #include "unit.h"
 
@@ -18,9 +23,21 @@ struct Level {
   const IsaUnit* unit;
 };
 
+#if ATTNEXT_HAVE_AMX
+// Linux hands out the state of tile registers on demand, to the whole process (x86/xstate.rst in
+// its documentation).
+bool may_use_tiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
 // Ascending. __builtin_cpu_supports asks the CPU and, through XGETBV, the operating system.
 std::vector<Level> detect() {
   std::vector<Level> levels{{"baseline", unit_baseline()}};
+#if ATTNEXT_AMX_LOOPS
+  levels.push_back({"amx-loops", unit_amx_loops()});
+#endif
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") ||
@@ -34,6 +51,12 @@ std::vector<Level> detect() {
   }
   levels.push_back({"avx512", unit_avx512()});
   if (__builtin_cpu_supports("avx512bf16")) levels.push_back({"avx512bf16", unit_avx512bf16()});
+#if ATTNEXT_HAVE_AMX
+  if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
+      __builtin_cpu_supports("amx-bf16") && may_use_tiles()) {
+    levels.push_back({"amx", unit_amx()});
+  }
+#endif
 #endif
   return levels;
 }

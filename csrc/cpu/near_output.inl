@@ -146,20 +146,6 @@ class NearOutput : public Window<T, Keys> {
       }
     }
   }
-  // ot[d][lanes] = ot * factor + rows.
-  void add_rows(const Vec* factor) {
-    this->each_block(dvp, [&](int lane, int64_t c, Vec* r) {
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) r[i] = load(rows + (lane + i) * dvp + c);
-      transpose_vectors<Acc>(r);
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) {
-        Acc* const to = ot + (c + i) * tile.lanes + lane;
-        store(to, load(to) * factor[lane / kLanes] + r[i]);
-      }
-    });
-  }
-
   // rows[lane] * factor[lane] -> the tensor's rows, rounded once.
   void store_own_rows(const TensorRef& t, int64_t dim, const Acc* factor, int64_t b, int64_t h) {
     for (uint64_t rest = tile.live; rest; rest &= rest - 1) {

@@ -3,7 +3,7 @@
 // has.
 #pragma once
 
-#include "tile.inl"
+#include "matrix_tiles.inl"
 
 namespace attnext {
 namespace cpu {
@@ -33,6 +33,24 @@ double peak_loop(int64_t iterations, double* sink) {
   for (int k = 0; k < kChains; ++k) *sink += static_cast<double>(acc[k][0]);
   return 2.0 * C::kDepth * kChains * Simd<Acc>::kLanes * static_cast<double>(iterations);
 }
+
+#if ATTNEXT_MATRIX_TILES
+// The same of tiles: four sums, as the kernels have.
+inline double peak_of_tiles(int64_t iterations, double* sink) {
+  const tiles::Session session;
+  alignas(64) const bf16 ones[tiles::kNumbers] = {{0x3f80}};
+  alignas(64) float sum[tiles::kSide * tiles::kSide];
+  tiles::zero<0>(), tiles::zero<1>(), tiles::zero<2>(), tiles::zero<3>();
+  tiles::load<4>(ones, 64), tiles::load<5>(ones, 64);
+  tiles::load<6>(ones, 64), tiles::load<7>(ones, 64);
+  for (int64_t i = 0; i < iterations; ++i) {
+    tiles::dot<0, 4, 6>(), tiles::dot<1, 4, 7>(), tiles::dot<2, 5, 6>(), tiles::dot<3, 5, 7>();
+  }
+  tiles::store<0>(sum, 64);
+  *sink += sum[0];
+  return 4.0 * 2 * tiles::kSide * tiles::kNumbers * static_cast<double>(iterations);
+}
+#endif
 
 }  // namespace ATTNEXT_ISA
 }  // namespace cpu

@@ -17,6 +17,7 @@ class TileBackward : public Window<T, Keys> {
   using Base::kBlock;
   using Base::kLanes;
   using Base::kPairs;
+  using Base::kTiles;
   using Base::p;
   using Base::plan;
   using Base::tile;
@@ -31,6 +32,9 @@ class TileBackward : public Window<T, Keys> {
     if (kPairs) {
       pair_key = this->arena.template take<Elem>(kBlock / 2 * this->dp);
       pair_key_rows = this->arena.template take<const Elem*>(kBlock);
+      if (kTiles) {
+        tile_sums = this->arena.template take<Acc>(tiles::kSide * max64(this->dp, this->dvp));
+      }
     }
   }
 
@@ -182,6 +186,11 @@ class TileBackward : public Window<T, Keys> {
       this->dk_rows[j] = accumulators + block.row[j] * stride;
       this->dv_rows[j] = this->dk_rows[j] + this->dp;
     }
+    if constexpr (kTiles) {
+      tile_contract(this->s, this->lane_p, this->do_rows, this->dvp, this->dv_rows);
+      tile_contract(this->ds, this->lane_ds, this->q_rows, this->dp, this->dk_rows);
+      return;
+    }
     for (int64_t from = 0; from < block.count;) {
       int64_t to = block.count;
       int first = vectors, last = -1;
@@ -224,6 +233,27 @@ class TileBackward : public Window<T, Keys> {
                   out + from, dim);
     }
   }
+  // The same for all of the block in whole tiles: where a vector is not concerned, weights are 0.
+  void tile_contract(const Acc* weights, Elem* pairs, const Elem* lane_rows, int64_t dim,
+                     Acc* const* out) {
+    if constexpr (kTiles) {
+      const int64_t lanes = tiles::round_up(tile.lanes, tiles::kSpan);
+      const int64_t all = tiles::round_up(block.count, tiles::kSide);
+      bf16* const rounded = reinterpret_cast<bf16*>(pairs);
+      for (int64_t v = 0; v < lanes / kLanes; ++v) {
+        const bool there = v < tile.vectors;
+        for (int64_t j = 0; j < all; ++j) {
+          const bool inside = there && block.lo[v] <= j && j < block.hi[v];
+          const Vec w = inside ? load(weights + j * tile.lanes + v * kLanes) : Vec{};
+          narrow_quickly(rounded + j * lanes + v * kLanes, w);
+        }
+      }
+      for (int64_t j = 0; j < block.count; j += tiles::kSide) {
+        tiles::outer(rounded + j * lanes, lanes, lane_rows, dim, dim, out + j,
+                     min64(tiles::kSide, block.count - j), tile_sums);
+      }
+    }
+  }
   static ATTNEXT_INLINE void round_lanes(const Acc* src, Elem* dst) {
     if constexpr (kPairs) narrow(reinterpret_cast<bf16*>(dst), load(src));
   }
@@ -241,6 +271,7 @@ class TileBackward : public Window<T, Keys> {
     } else {
       memset(this->ot, 0, sizeof(Acc) * this->dp * tile.lanes);
     }
+    if (kTiles) memset(this->rows, 0, sizeof(Acc) * this->dp * tile.lanes);
     const Walk walk(p, plan, tile, this->zeros, this->walk_mask, &local, b,
                     h / (p.heads / p.kv_heads));
     for (int lane = 0; lane < tile.lanes; ++lane) dscale[lane] = 0;
@@ -269,9 +300,15 @@ class TileBackward : public Window<T, Keys> {
         if (p.softcap > 0 || dbias) chain(v, dbias);
         if (p.drow_scale.data) scale_gradient(v);
       }
-      this->block_accumulate(rows_by_key, p.head_dim, this->pack_keys(this->ds), this->ot, nullptr);
+      const Elem* const weights = this->pack_keys(this->ds);
+      if (kTiles) {
+        this->tile_accumulate(rows_by_key, p.head_dim, weights, nullptr);
+      } else {
+        this->block_accumulate(rows_by_key, p.head_dim, weights, this->ot, nullptr);
+      }
       if (accumulators) key_gradients(accumulators, stride);
     }
+    if (kTiles) this->add_rows(this->dp, nullptr);
     if (masked && (tile.live & (tile.live - 1)) && !this->output_is_finite(p.head_dim))
       return false;
     resting ? this->lay_down(this->ot, this->dp, resting) : finish_query(b, h);
@@ -339,6 +376,7 @@ class TileBackward : public Window<T, Keys> {
  private:
   Elem* pair_key = nullptr;
   const Elem** pair_key_rows = nullptr;
+  Acc* tile_sums = nullptr;
   alignas(64) Acc lse2[kMaxLanes];  // log-sum-exp in base 2, and what rounding took from it
   alignas(64) Acc lse2_rest[kMaxLanes];
   alignas(64) Acc dscale[kMaxLanes];

@@ -21,10 +21,16 @@ struct IsaUnit {
 };
 
 const IsaUnit* unit_baseline();
+#if ATTNEXT_AMX_LOOPS  // in the C++ tests
+const IsaUnit* unit_amx_loops();
+#endif
 #if defined(__x86_64__)
 const IsaUnit* unit_avx2();
 const IsaUnit* unit_avx512();
 const IsaUnit* unit_avx512bf16();
+#if ATTNEXT_HAVE_AMX  // the compiler knows it
+const IsaUnit* unit_amx();
+#endif
 #endif
 
 }  // namespace cpu

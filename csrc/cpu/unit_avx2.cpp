@@ -5,6 +5,7 @@
 #define ATTNEXT_TILE_ROWS 6  // rows of 2 vectors of accumulators
 #define ATTNEXT_TILE_VECTORS 4
 #define ATTNEXT_BF16_DOT 0
+#define ATTNEXT_MATRIX_TILES 0
 #include "unit.inl"
 
 namespace attnext {

@@ -5,6 +5,7 @@
 #define ATTNEXT_TILE_ROWS 8  // rows of 2 vectors of accumulators
 #define ATTNEXT_TILE_VECTORS 2
 #define ATTNEXT_BF16_DOT 1
+#define ATTNEXT_MATRIX_TILES 0
 #include "unit.inl"
 
 namespace attnext {

@@ -10,6 +10,7 @@
 #define ATTNEXT_TILE_ROWS ATTNEXT_BASELINE_ROWS  // rows of 2 vectors of accumulators
 #define ATTNEXT_TILE_VECTORS 2
 #define ATTNEXT_BF16_DOT 0
+#define ATTNEXT_MATRIX_TILES 0
 #include "unit.inl"
 
 namespace attnext {

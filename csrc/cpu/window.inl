@@ -15,7 +15,7 @@
 #include <math.h>
 
 #include "keywalk.inl"
-#include "tile.inl"
+#include "matrix_tiles.inl"
 #include "window.h"
 
 namespace attnext {
@@ -36,13 +36,16 @@ class Window {
   static constexpr int kDepth = Contraction<Elem>::kDepth;
   static constexpr bool kInPlace = Same<T, Elem>::value;
   static constexpr bool kPairs = kDepth == 2;
+  // Whether products are those of matrix_tiles.inl.
+  static constexpr bool kTiles = ATTNEXT_MATRIX_TILES && kPairs;
   // Keys per block, at most: one softmax rescale per block; blocks that are widened first stay in
   // L1.
   static constexpr int64_t kBlock = kInPlace ? 160 : kPairs ? 128 : 64;
   static constexpr int64_t kMost = kBlock / kRows * kRows;  // whole tiles of rows
   // Blocks that are kept for the heads that follow.
   static constexpr int64_t kKeptBlocks = 8;
-  static constexpr int64_t kPad = kLanes;  // accumulator rows are whole vectors
+  // Accumulator rows are whole vectors, and what is contracted over dims whole tiles.
+  static constexpr int64_t kPad = kTiles ? tiles::kSpan : kLanes;
 
   static int64_t padded(int64_t d) { return (d + kPad - 1) / kPad * kPad; }
 
@@ -81,6 +84,11 @@ class Window {
     row_out = arena.template take<Acc>(dvp);
     s = arena.template take<Acc>(kBlock * max_lanes);
     if (kPairs) pair_s = arena.template take<Elem>(kBlock / 2 * max_lanes);
+    if (kTiles) {
+      turned = arena.template take<bf16>(kBlock * max_lanes);
+      key_groups = arena.template take<tiles::RowGroup>(kBlock / tiles::kSide + 1);
+      value_groups = arena.template take<tiles::RowGroup>(kBlock / tiles::kSide + 1);
+    }
     ot = arena.template take<Acc>((backward ? widest : dvp) * max_lanes);
     if (backward) {
       dot_t = arena.template take<Elem>(dvp * max_lanes);
@@ -114,7 +122,7 @@ class Window {
   }
   void tile_is_placed() {
     // A query that is redone alone must come out with the same bits.
-    sparse = __builtin_popcountll(tile.whole) <= kFewQueries;
+    sparse = !kTiles && __builtin_popcountll(tile.whole) <= kFewQueries;
     kept = 0;
   }
 
@@ -155,12 +163,12 @@ class Window {
       const T* src = static_cast<const T*>(t.data) + offset_of(t, lane, b, h);
       int64_t d = 0;
       for (; d + kLanes <= dim; d += kLanes) store(dst + d, widen(src + d));
-      if (d < ld) store(dst + d, widen_tail(src + d, dim - d));
+      for (; d < ld; d += kLanes) store(dst + d, widen_tail(src + d, dim - d));
     }
   }
   static ATTNEXT_INLINE Vec widen_tail(const T* src, int64_t n) {
     T tail[kLanes] = {};
-    memcpy(tail, src, sizeof(T) * n);
+    if (n > 0) memcpy(tail, src, sizeof(T) * n);
     return widen(tail);
   }
 
@@ -216,6 +224,10 @@ class Window {
                 make_pairs(load(rows + l * ld + d), load(rows + (l + 1) * ld + d)));
         }
       }
+      if (kTiles) {
+        const int64_t first = tile.lanes / 2, last = tiles::round_up(tile.lanes, tiles::kSpan) / 2;
+        memset(dst + first * ld, 0, sizeof(Elem) * (last - first) * ld);
+      }
     } else {
       memcpy(dst, rows, sizeof(Acc) * tile.lanes * ld);
     }
@@ -237,6 +249,20 @@ class Window {
       transpose_vectors<Acc>(r);
       for (int i = 0; i < kLanes; ++i) {
         if (tile.live >> (lane + i) & 1) store(dst[lane + i] + c, r[i]);
+      }
+    });
+  }
+  // ot[d][lanes] = ot * factor + rows[lane][d]; without `factor`, all 1.
+  void add_rows(int64_t ld, const Vec* factor) {
+    each_block(ld, [&](int lane, int64_t c, Vec* r) {
+      const Vec f = factor ? factor[lane / kLanes] : broadcast(Acc(1));
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) r[i] = load(rows + (lane + i) * ld + c);
+      transpose_vectors<Acc>(r);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        Acc* const to = ot + (c + i) * tile.lanes + lane;
+        store(to, load(to) * f + r[i]);
       }
     });
   }
@@ -351,6 +377,15 @@ class Window {
     return true;
   }
   void stage_block(bool backward) {
+    if (kTiles) {
+      line_up(block.key, p.head_dim, dp, staged_key, key_groups);
+      if (backward) {
+        line_up(block.value, p.head_dim_v, dvp, staged_value, value_groups);
+      } else {
+        interleave(block.value, p.head_dim_v, dvp, staged_value, value_rows);
+      }
+      return;
+    }
     stage(block.key, p.head_dim, dp, staged_key, key_rows, true);
     stage(block.value, p.head_dim_v, dvp, staged_value, value_rows, backward);
   }
@@ -381,15 +416,42 @@ class Window {
       }
     }
   }
+  // Rows of ld numbers in groups that are one step apart: where they lie, if they do, or copied.
+  void line_up(const T** src, int64_t dim, int64_t ld, Elem* staged, tiles::RowGroup* out) {
+    constexpr int64_t kSide = tiles::kSide;
+    T* to = reinterpret_cast<T*>(staged);
+    for (int64_t j = 0; j < block.count; j += kSide, ++out, to += kSide * ld) {
+      const int64_t count = min64(kSide, block.count - j);
+      const int64_t step =
+          reinterpret_cast<intptr_t>(src[j + (count > 1)]) - reinterpret_cast<intptr_t>(src[j]);
+      bool in_place = dim == ld && count == kSide;
+      for (int64_t i = 1; in_place && i < kSide; ++i) {
+        in_place = reinterpret_cast<intptr_t>(src[j + i]) ==
+                   reinterpret_cast<intptr_t>(src[j + i - 1]) + step;
+      }
+      if (in_place) {
+        *out = {reinterpret_cast<const char*>(src[j]), step};
+        continue;
+      }
+      *out = {reinterpret_cast<const char*>(to), static_cast<int64_t>(sizeof(T)) * ld};
+      memset(to, 0, sizeof(T) * kSide * ld);
+      for (int64_t i = 0; i < count; ++i) memcpy(to + i * ld, src[j + i], sizeof(T) * dim);
+    }
+  }
   void interleave(const T** src, int64_t dim, int64_t ld, Elem* staged, const Elem** out) {
     if constexpr (kPairs) {
+      if (kTiles) {
+        const int64_t count = block.count / 2;
+        const int64_t all = tiles::round_up(block.count, tiles::kSpan) / 2;
+        memset(staged + count * ld, 0, sizeof(Elem) * (all - count) * ld);
+      }
       for (int64_t j = 0; j < block.count; j += 2) {
         Acc* dst = reinterpret_cast<Acc*>(staged + j / 2 * ld);
         int64_t d = 0;
         for (; d + kLanes <= dim; d += kLanes) {
           store(dst + d, join(widen(src[j] + d), widen(src[j + 1] + d)));
         }
-        if (d < dim) {
+        for (; d < (kTiles ? ld : dim); d += kLanes) {
           store(dst + d,
                 join(widen_tail(src[j] + d, dim - d), widen_tail(src[j + 1] + d, dim - d)));
         }
@@ -428,7 +490,29 @@ class Window {
     }
   }
 
+  // The active keys of two vectors, or of one that is the last, in whole tiles of `size` keys.
+  template <class F>
+  ATTNEXT_INLINE void for_tiles(int64_t size, F f) const {
+    for (int v = 0; v < tile.vectors; v += 2) {
+      const bool two = v + 1 < tile.vectors;
+      int64_t lo = block.lo[v], hi = block.hi[v];
+      if (two && (lo >= hi || block.lo[v + 1] < block.hi[v + 1])) {
+        lo = lo < hi ? min64(lo, block.lo[v + 1]) : block.lo[v + 1];
+        hi = max64(hi, block.hi[v + 1]);
+      }
+      if (lo < hi) f(v, two, lo / size * size, tiles::round_up(hi, size));
+    }
+  }
+
   void block_scores(const Elem* const* keys, int64_t dim, const Elem* columns_in, Acc* out) const {
+    if constexpr (kTiles) {
+      const tiles::RowGroup* const groups = keys == key_rows ? key_groups : value_groups;
+      return for_tiles(tiles::kSide, [&](int v, bool two, int64_t begin, int64_t end) {
+        const auto products = two ? tiles::scores<true> : tiles::scores<false>;
+        products(groups, begin / tiles::kSide, end / tiles::kSide, padded(dim),
+                 columns_in + v * kLanes, out + v * kLanes, tile.lanes);
+      });
+    }
     const int64_t depth = (dim + kDepth - 1) / kDepth;
     const int ld = tile.lanes;
     for_ranges([&](int v, int n, int64_t begin, int64_t end) {
@@ -457,6 +541,30 @@ class Window {
       return weights;
     }
   }
+  // rows[lane][d] = rows * factor + sum over the block of key[d] * w[lane], w [pairs of
+  // keys][lanes].
+  void tile_accumulate(const Elem* const* keys, int64_t dim, const Elem* w, const Vec* factor) {
+    if constexpr (kTiles) {
+      const int64_t ld = padded(dim);
+      for (int lane = 0; factor && lane < tile.lanes; ++lane) {
+        const Acc f = factor[lane / kLanes][lane % kLanes];
+        if (f == 1) continue;
+        for (int64_t d = 0; d < ld; d += kLanes) {
+          store(rows + lane * ld + d, load(rows + lane * ld + d) * f);
+        }
+      }
+      for_tiles(tiles::kSpan, [&](int v, bool two, int64_t begin, int64_t end) {
+        const int64_t count = (end - begin) / tiles::kSpan;
+        for (int k = 0; k < 1 + two; ++k) {
+          tiles::turn_weights(w + (v + k) * kLanes, tile.lanes, begin, end, block.lo[v + k],
+                              block.hi[v + k], turned + k * count * tiles::kNumbers);
+        }
+        const auto products = two ? tiles::accumulate<true> : tiles::accumulate<false>;
+        products(turned, count, keys[0] + begin / 2 * ld, ld, rows + v * kLanes * ld, ld);
+      });
+    }
+  }
+
   // target[d][lanes] = target * factor + sum over the block of row[d] * w[lanes].
   void block_accumulate(const Elem* const* row, int64_t dim, const Elem* w, Acc* target,
                         const Vec* factor) {
@@ -592,6 +700,10 @@ class Window {
   Elem *qt, *q_row;
   Acc *row_out, *s, *ot;
   Elem* pair_s = nullptr;
+  bf16* turned = nullptr;  // two vectors' weights as left factors
+  // What stands for key_rows and value_rows in products over dims.
+  tiles::RowGroup *key_groups = nullptr, *value_groups = nullptr;
+  [[no_unique_address]] tiles::SessionIf<kTiles> session;
   Elem *dot_t = nullptr, *q_rows = nullptr, *do_rows = nullptr;
   Acc *ds = nullptr, *slope = nullptr, *raw = nullptr;
   Elem *lane_p = nullptr, *lane_ds = nullptr;

@@ -19,6 +19,7 @@ class WindowForward : public NearOutput<T, Keys> {
   using Base::kept;
   using Base::kLanes;
   using Base::kPairs;
+  using Base::kTiles;
   using Base::max_lanes;
   using Base::ot;
   using Base::p;
@@ -43,19 +44,27 @@ class WindowForward : public NearOutput<T, Keys> {
     const int ld = tile.lanes, shift = v * kLanes;
     Acc* x = s + shift;
     const Vec lowest = broadcast(Acc(-INFINITY));
-    Vec top = lowest;
-    for (int64_t j = block.lo[v]; j < block.hi[v]; ++j) {
+    // Four maxima, and not one that waits for the one before.
+    Vec tops[4] = {lowest, lowest, lowest, lowest};
+    const auto raise = [&](int64_t j, int r) {
       Vec y = load(x + j * ld);
       if constexpr (kMasked) y = select_bits<Acc>(block.mask[j] >> shift, y, lowest);
-      top = max_or_second(y, top);
+      tops[r] = max_or_second(y, tops[r]);
+    };
+    int64_t k = block.lo[v];
+    for (; k + 4 <= block.hi[v]; k += 4) {
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) raise(k + r, r);
     }
+    for (; k < block.hi[v]; ++k) raise(k, 0);
+    Vec top = max_or_second(max_or_second(tops[0], tops[1]), max_or_second(tops[2], tops[3]));
     const Vec before = load(maximum + shift);
     top = max_or_second(top * in_base_2, before);
     const Vec base = top == lowest ? Vec{} : top;  // a row that saw nothing yet
     *factor = exp2(before - base);
     // Four sums, by the key's place in the block: many equal weights added to one would all be
     // rounded the same way.
-    Vec part[4] = {}, applied = kPairs ? load(norm + shift) * *factor : Vec{};
+    Vec part[4] = {}, applied[2] = {};  // of the weights, and of what pairs make of them
     const auto weight = [&](int64_t j) {
       const Vec w = exp2(load(x + j * ld) * in_base_2 - base);
       return kMasked ? select_bits<Acc>(block.mask[j] >> shift, w, Vec{}) : w;
@@ -67,7 +76,8 @@ class WindowForward : public NearOutput<T, Keys> {
         const Vec other = weight(j + 1);
         part[r + 1] += other;
         const Vec pair = make_pairs(w, other);
-        applied = (applied + even_of(pair)) + odd_of(pair);
+        applied[0] += even_of(pair);
+        applied[1] += odd_of(pair);
         store(reinterpret_cast<Acc*>(this->pair_s) + j / 2 * ld + shift, pair);
       } else {
         store(x + j * ld, w);
@@ -83,7 +93,9 @@ class WindowForward : public NearOutput<T, Keys> {
     const Vec total = load(sum + shift) * *factor + ((part[0] + part[1]) + (part[2] + part[3]));
     store(maximum + shift, top);
     store(sum + shift, total);
-    if constexpr (kPairs) store(norm + shift, applied);
+    if constexpr (kPairs) {
+      store(norm + shift, load(norm + shift) * *factor + (applied[0] + applied[1]));
+    }
   }
 
   // What the softmax made of the scores.
@@ -172,13 +184,15 @@ class WindowForward : public NearOutput<T, Keys> {
           softmax<false>(v, this->logit_unit(v, modified), factor + v);
         }
       }
-      if (sparse) {
+      if (kTiles) {
+        this->tile_accumulate(value_rows, p.head_dim_v, weights(), factor);
+      } else if (sparse) {
         sparse_accumulate(factor);
       } else if (this->is_near) {
         auto& keys = this->near[again ? k : keep ? kept - 1 : 0];
         if (!again) this->find_near(&keys);
         this->near_products(keys, weights());
-        if (!in_rows) this->add_rows(factor);
+        if (!in_rows) this->add_rows(dvp, factor);
       } else {
         this->block_accumulate(value_rows, p.head_dim_v, weights(), ot, factor);
       }
@@ -211,7 +225,7 @@ class WindowForward : public NearOutput<T, Keys> {
     to = min64(to, tile.total);
     const bool with_sink = from == 0;
     // The output of one block alone needs not be turned round to meet others.
-    in_rows = this->is_near && !partial && to - from <= this->kMost;
+    in_rows = kTiles || (this->is_near && !partial && to - from <= this->kMost);
     if (forward_lanes(b, h, from, to, bias, with_sink)) {
       partial ? save_partial(partial) : finish_forward(b, h);
       return;
@@ -243,7 +257,10 @@ class WindowForward : public NearOutput<T, Keys> {
   void save_partial(Acc* partial) const {
     for (uint64_t rest = tile.live; rest; rest &= rest - 1) {
       const int lane = __builtin_ctzll(rest);
-      for (int64_t d = 0; d < dvp; ++d) partial[d * max_lanes + lane] = ot[d * tile.lanes + lane];
+      for (int64_t d = 0; d < dvp; ++d) {
+        partial[d * max_lanes + lane] =
+            in_rows ? this->rows[lane * dvp + d] : ot[d * tile.lanes + lane];
+      }
       partial[dvp * max_lanes + lane] = maximum[lane];
       partial[(dvp + 1) * max_lanes + lane] = sum[lane];
       partial[(dvp + 2) * max_lanes + lane] = norm[lane];
@@ -255,7 +272,18 @@ class WindowForward : public NearOutput<T, Keys> {
     return Base::padded(p.head_dim_v) + Base::padded(3);
   }
   void take_up_states(Acc* const* rows) {
-    this->take_up(rows, dvp, ot);
+    if (in_rows) {
+      for (int lane = 0; lane < tile.lanes; ++lane) {
+        Acc* const own = this->rows + lane * dvp;
+        if (tile.live >> lane & 1) {
+          memcpy(own, rows[lane], sizeof(Acc) * dvp);
+        } else {
+          memset(own, 0, sizeof(Acc) * dvp);
+        }
+      }
+    } else {
+      this->take_up(rows, dvp, ot);
+    }
     for (int lane = 0; lane < tile.lanes; ++lane) {
       const bool live = tile.live >> lane & 1;
       maximum[lane] = live ? rows[lane][dvp] : Acc(-INFINITY);
@@ -264,9 +292,10 @@ class WindowForward : public NearOutput<T, Keys> {
     }
   }
   void lay_down_states(Acc* const* rows) const {
-    this->lay_down(ot, dvp, rows);
+    if (!in_rows) this->lay_down(ot, dvp, rows);
     for (uint64_t rest = tile.live; rest; rest &= rest - 1) {
       const int lane = __builtin_ctzll(rest);
+      if (in_rows) memcpy(rows[lane], this->rows + lane * dvp, sizeof(Acc) * dvp);
       rows[lane][dvp] = maximum[lane];
       rows[lane][dvp + 1] = sum[lane];
       rows[lane][dvp + 2] = norm[lane];
@@ -312,8 +341,8 @@ class WindowForward : public NearOutput<T, Keys> {
   alignas(64) Acc sum[kMaxLanes];
   // Sum of the weights as the output took them, if they were rounded.
   alignas(64) Acc norm[kMaxLanes];
-  bool in_rows = false;  // lies the output, and not in `ot`
-  bool keep = false;     // the blocks of the walk, which belong to the head at these offsets
+  bool in_rows = kTiles;  // lies the output, and not in `ot`
+  bool keep = false;      // the blocks of the walk, which belong to the head at these offsets
   int64_t kept_key = 0, kept_value = 0;
 };
 

@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+// The unit for AMX with loops for its instructions, so that tests and sanitizers see it on any
+// machine.
+#define ATTNEXT_ISA amx_loops
+#define ATTNEXT_VECTOR_BYTES 64
+#define ATTNEXT_TILE_ROWS 8  // rows of 2 vectors of accumulators
+#define ATTNEXT_TILE_VECTORS 4
+#define ATTNEXT_BF16_DOT 1
+#define ATTNEXT_MATRIX_TILES 1
+#include "cpu/unit_amx.inl"
+
+namespace attnext {
+namespace cpu {
+const IsaUnit* unit_amx_loops() {
+  static const IsaUnit table = amx_loops::unit_with_tiles(*unit_baseline());
+  return &table;
+}
+}  // namespace cpu
+}  // namespace attnext
