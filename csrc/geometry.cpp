@@ -384,7 +384,7 @@ void choose_slabs(const std::vector<AxisTable>& tables, int64_t independent_item
   }
   // Wanted for parallelism, allowed by the halo, and forced by the size of the accumulators.
   const int64_t wanted = (kTargetItems + items - 1) / items;
-  int64_t length = std::max((n + wanted - 1) / wanted, reach[best]);
+  int64_t length = std::max((n + wanted - 1) / wanted, 2 * reach[best]);
   if (items * ((n + length - 1) / length) < kFewItems) {
     const int64_t few = (kFewItems + items - 1) / items;
     length = std::max<int64_t>((n + few - 1) / few, 1);

@@ -18,14 +18,14 @@ constexpr int64_t kLine = 64;
 constexpr int64_t kPage = 4096;  // sets of a first cache times its lines; what repeats, collides
 constexpr int64_t kRatio = 4;    // reads of a row that pay for its copy
 
-// Bytes of copies that leave room for the rest of a tile's work in the second cache.
+// Of a thread's copies. A tile walks through a part of them, so they need not all stay in a cache.
 int64_t most_bytes() {
 #ifdef _SC_LEVEL2_CACHE_SIZE
   static const int64_t size = sysconf(_SC_LEVEL2_CACHE_SIZE);
 #else
   static const int64_t size = 0;
 #endif
-  return std::clamp<int64_t>(size, 1 << 20, 4 << 20) / 2;
+  return std::clamp<int64_t>(size, 1 << 20, 4 << 20) * 2;
 }
 
 // Whether rows that are `step` bytes apart leave most of a cache to others.

@@ -22,7 +22,7 @@ class KeyBoxes {
  public:
   KeyBoxes(const WindowParams& params, const PlanView& plan);
 
-  // Whether a copy of the box would stay in the second cache, `heads` of it.
+  // Whether there is room for a copy of the box, `heads` of it.
   bool fit(const KeyBox& box, int64_t heads) const {
     return collide_ && bytes(box, heads) <= most_bytes_;
   }
