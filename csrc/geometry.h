@@ -180,6 +180,7 @@ struct PlanView {
   int32_t stack_axis;
   int32_t vectors;
   int32_t slab_axis;
+  int32_t heads_in_lanes = 1;  // of one key head: with few queries a tile has lanes for them
 };
 
 PlanView view(const WindowPlan& plan);

@@ -274,6 +274,46 @@ def test_heads_that_take_a_tile_together(dilation, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"sinks": 3}, {"softcap": 2.0}], ids=str)
+@pytest.mark.parametrize("queries", [1, 3, 5])
+@pytest.mark.parametrize("window", [None, 700])
+def test_heads_of_few_queries_share_a_tile(window, queries, options, dtype):
+    """Decoding with shared keys: what each head gives on its own, and NaN stays where it is."""
+    sinks = normal(6, seed=8)
+    query = normal(2, queries, 6, 20, dtype=dtype, seed=1)
+    key, value = (normal(2, 1500, 2, 20, dtype=dtype, seed=i) for i in (2, 3))
+    query[0, queries - 1, 4, 7] = torch.nan
+    value[1, 1400, 1, 3] = torch.inf
+    scale = normal(6, seed=9)
+
+    def attend(heads, tensors):
+        return attnext.sliding_window_attention(
+            *tensors, window, sink_logits=sinks[heads], scale=scale[heads], return_lse=True,
+            **options,
+        )  # fmt: skip
+
+    for name in ISAS:
+        with isa(name), threads(1):
+            together = attend(slice(0, 6), (query, key, value))
+        with isa(name), threads(3):
+            assert_same_bits(
+                dict(enumerate(together)), dict(enumerate(attend(slice(0, 6), (query, key, value))))
+            )
+        for head in range(6):
+            one, shared = slice(head, head + 1), slice(head // 3, head // 3 + 1)
+            tensors = query[:, :, one], key[:, :, shared], value[:, :, shared]
+            with isa(name), threads(1):
+                alone = attend(one, tensors)
+            for got, expected in zip(together, alone, strict=True):
+                tolerance = (
+                    1e-12 if dtype == torch.float64 else 1e-5 if dtype == torch.float32 else 2e-2
+                )
+                torch.testing.assert_close(
+                    got[:, :, one], expected, atol=tolerance, rtol=tolerance, equal_nan=True
+                )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "options",
     [

@@ -145,6 +145,21 @@ struct Tile : Lanes {
         }
       }
     }
+    if (plan.heads_in_lanes > 1) add_heads(plan.heads_in_lanes, kLanes);
+  }
+  // The queries of one head, then those of the next.
+  void add_heads(int count, int kLanes) {
+    const Lanes placed = *this;
+    int lane = 0;
+    for (int h = 0; h < count; ++h) {
+      for (uint64_t rest = placed.whole; rest; rest &= rest - 1, ++lane) {
+        for (int a = 0; a < 3; ++a) query[a][lane] = placed.query[a][__builtin_ctzll(rest)];
+        head[lane] = h;
+      }
+    }
+    whole = (uint64_t(2) << (lane - 1)) - 1;
+    vectors = (lane + kLanes - 1) / kLanes;
+    lanes = vectors * kLanes;
   }
 
   void init(const PlanView& plan, const int64_t index[3], int kLanes, int64_t extra_keys) {

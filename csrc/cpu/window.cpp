@@ -49,6 +49,17 @@ struct Problem {
     if (p.bias) expand_bias();
   }
 
+  // Lets a single tile hold the queries of all heads that share a key head, if it has lanes for
+  // them: each key is then read once, and not once per head.
+  bool put_heads_in_lanes() {
+    const int64_t count = params.heads / params.kv_heads;
+    const int64_t queries =
+        params.query_extent[0] * params.query_extent[1] * params.query_extent[2];
+    if (count == 1 || views.size() > 1 || params.bias || num_tiles(views[0]) != 1) return false;
+    if (queries * count > kernels.lanes * kernels.vectors) return false;
+    views[0].heads_in_lanes = static_cast<int32_t>(count);
+    return true;
+  }
   const PlanView& view_of(int64_t head) const { return views[head_rule[head]]; }
   const void* bias_of(int64_t head) const { return params.bias ? bias[head] : nullptr; }
   // How many heads take a tile together, so that its walk is worked out once: those whose keys stay
@@ -144,8 +155,9 @@ int64_t walk_length(const WindowParams& p, const PlanView& v, const int64_t tile
 }  // namespace
 
 void window_forward(const WindowParams& p, const Geometry& geometry, const int32_t* head_rule) {
-  const Problem problem(p, geometry, head_rule, false);
+  Problem problem(p, geometry, head_rule, false);
   const WindowKernels& kernels = problem.kernels;
+  const bool heads_in_lanes = problem.put_heads_in_lanes();
 
   // Item = (batch, turn, heads, tile). A head's tiles are neighbours, so that its keys stay in the
   // caches. Where the heads of a token lie side by side they take turns, so that its pages do too:
@@ -165,7 +177,8 @@ void window_forward(const WindowParams& p, const Geometry& geometry, const int32
   const auto first_tile = [&](int64_t turn, int64_t h) {
     return num_tiles(problem.view_of(h)) * turn / turns;
   };
-  const int64_t together = problem.heads_together(kManyItems * max_threads());
+  const int64_t together =
+      heads_in_lanes ? p.heads / p.kv_heads : problem.heads_together(kManyItems * max_threads());
   const int64_t runs = (p.heads - 1) / together + 1;
   std::vector<int64_t> first(1, 0);  // item, per turn and run of heads
   for (int64_t turn = 0; turn < turns; ++turn) {
@@ -190,7 +203,7 @@ void window_forward(const WindowParams& p, const Geometry& geometry, const int32
     i %= first.back();
     const int64_t k = std::upper_bound(first.begin(), first.end(), i) - first.begin() - 1;
     item.h = k % runs * together;
-    item.heads = std::min(together, p.heads - item.h);
+    item.heads = heads_in_lanes ? 1 : std::min(together, p.heads - item.h);
     tile_index(problem.view_of(item.h), first_tile(k / runs, item.h) + i - first[k], item.tile);
     return item;
   };
