@@ -366,21 +366,24 @@ struct LinearHead {
   // Starts loading rows of the chunk after the one at t, if there is one: as many as a tile has,
   // since more at once would wait for each other. Inlined, for a call would be thought to be
   // without effect, and go.
+  template <int64_t kCount>
   ATTNEXT_INLINE void fetch_next(const TensorRef& ref, int64_t t, int64_t i, int64_t heads,
                                  int64_t dim) const {
     const int64_t next = t + chunk + i;
     if (next >= item.end) return;
-    fetch_rows<0>(row<const T>(ref, next, heads), step(ref), min64(kRows, item.end - next), dim);
+    fetch_rows<0>(row<const T>(ref, next, heads), step(ref), min64(kCount, item.end - next), dim);
   }
   // The same of the chunk before it, in a walk from the last to the first.
+  template <int64_t kCount>
   ATTNEXT_INLINE void fetch_earlier(const TensorRef& ref, int64_t t, int64_t i, int64_t heads,
                                     int64_t dim) const {
     if (t == item.begin) return;
-    fetch_rows<0>(row<const T>(ref, t - chunk + i, heads), step(ref), kRows, dim);
+    fetch_rows<0>(row<const T>(ref, t - chunk + i, heads), step(ref), kCount, dim);
   }
+  template <int64_t kCount>
   ATTNEXT_INLINE void fetch_out(const TensorRef& ref, int64_t t, int64_t i, int64_t heads,
                                 int64_t dim) const {
-    fetch_rows<1>(row<const T>(ref, t + i, heads), step(ref), min64(kRows, item.end - t - i), dim);
+    fetch_rows<1>(row<const T>(ref, t + i, heads), step(ref), min64(kCount, item.end - t - i), dim);
   }
   int64_t step(const TensorRef& ref) const { return p.reverse ? -ref.token[2] : ref.token[2]; }
 

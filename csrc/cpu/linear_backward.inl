@@ -117,6 +117,7 @@ class LinearBackward : public LinearHead<T> {
   }
 
  private:
+  static constexpr int64_t kBlock = kRowBlock<Elem>;  // rows of pairs at a time
   static constexpr int64_t kMostChunks = 16;
   static constexpr int64_t kDepth = Contraction<Elem>::kDepth;
 
@@ -238,11 +239,11 @@ class LinearBackward : public LinearHead<T> {
     const Elem* const key = along_rows(k_, dim, ld, lanes, key_rows_);
     const Elem* const value = along_rows(v_lanes_, columns, ld, lanes, value_rows_);
     const Elem* const dout = along_rows(dout_lanes_, columns, ld, lanes, dout_rows_);
-    for (int64_t i = 0; i < count; i += kRows) {
-      const int64_t rows = min64(kRows, count - i), seen = whole_vectors<Acc>(i + rows);
-      this->fetch_earlier(p.query, t, i, p.query_heads, dim);
-      this->fetch_earlier(p.dout, t, i, p.heads, columns);
-      if (p.normalize) this->fetch_earlier(p.out, t, i, p.heads, columns);
+    for (int64_t i = 0; i < count; i += kBlock) {
+      const int64_t rows = min64(kBlock, count - i), seen = whole_vectors<Acc>(i + rows);
+      this->template fetch_earlier<kBlock>(p.query, t, i, p.query_heads, dim);
+      this->template fetch_earlier<kBlock>(p.dout, t, i, p.heads, columns);
+      if (p.normalize) this->template fetch_earlier<kBlock>(p.out, t, i, p.heads, columns);
       product<By::kColumns>(rows, seen, elements<Elem>(dim), query + i, ld, key, ld, s_ + i * ld,
                             ld, false);
       product<By::kColumns>(rows, seen, elements<Elem>(columns), dout + i, ld, value, ld,
@@ -290,10 +291,10 @@ class LinearBackward : public LinearHead<T> {
     }
     const Elem* const scores = along_rows(s_, count, ld, lanes, score_rows_);
     const Elem* const dout_by_rows = along_rows(dout_, count, width, width, dout_room_);
-    for (int64_t j = 0; j < count; j += kRows) {  // queries from the key on
-      this->fetch_earlier(p.key, t, j, p.key_heads, dim);
-      this->fetch_earlier(p.value, t, j, p.value_heads, columns);
-      product<By::kColumns, false>(min64(kRows, count - j), width, elements<Elem>(count - j),
+    for (int64_t j = 0; j < count; j += kBlock) {  // queries from the key on
+      this->template fetch_earlier<kBlock>(p.key, t, j, p.key_heads, dim);
+      this->template fetch_earlier<kBlock>(p.value, t, j, p.value_heads, columns);
+      product<By::kColumns, false>(min64(kBlock, count - j), width, elements<Elem>(count - j),
                                    scores + j / kDepth * ld + j, ld,
                                    dout_by_rows + j / kDepth * width, width, dv_ + j * width, width,
                                    Mix<Acc>{false, 1, this->outer_scale()});
@@ -565,6 +566,7 @@ class LinearBackward : public LinearHead<T> {
   }
 
   LinearForward<T, Elem> again_;  // makes states once more
+  [[no_unique_address]] tiles::SessionIf<kInTiles<Elem>> session_;
   Scratch<Acc> arena_;
   ChunkDecay<Acc> decay_;
   Acc *q_, *k_, *qf_, *kf_, *dq_, *dk_, *df_, *v_, *dout_, *dv_, *v_lanes_, *dout_lanes_, *s_, *dp_,

@@ -84,8 +84,8 @@ class LinearForward : public LinearHead<T> {
   void sum_chunk(int64_t t, int64_t count, Acc* local, bool fresh) {
     pack_keys(t, count, fresh ? nullptr : local);
     for (int64_t i = 0; i < count; i += kRows) {
-      this->fetch_next(p.key, t, i, p.key_heads, p.head_dim);
-      this->fetch_next(p.value, t, i, p.value_heads, columns);
+      this->template fetch_next<kRows>(p.key, t, i, p.key_heads, p.head_dim);
+      this->template fetch_next<kRows>(p.value, t, i, p.value_heads, columns);
     }
     add_chunk(count, local, fresh);
   }
@@ -101,7 +101,7 @@ class LinearForward : public LinearHead<T> {
   double chunk_decay() const { return decays() ? decay_.total : 0; }
 
  private:
-  static constexpr int64_t kBlock = kRows;  // rows of scores at a time
+  static constexpr int64_t kBlock = kRowBlock<Elem>;  // rows of scores at a time
 
   static constexpr int64_t kDepth = Contraction<Elem>::kDepth;
   Elem* room(int64_t numbers) {
@@ -157,7 +157,7 @@ class LinearForward : public LinearHead<T> {
     for (int64_t i = 0; i < count; i += kBlock) {
       const int64_t rows = min64(kBlock, count - i);
       Acc* const out = out_ + i * width;
-      this->fetch_next(p.query, t, i, p.query_heads, dim);
+      this->template fetch_next<kBlock>(p.query, t, i, p.query_heads, dim);
       if (state) {
         product<By::kColumns>(rows, width, elements<Elem>(features), feature + i, ld, read, width,
                               out, width, false);
@@ -165,13 +165,13 @@ class LinearForward : public LinearHead<T> {
           scale_all(out + r * width, 1, 0, width, decay_.from_start[i + r]);
         }
       }
-      this->fetch_out(p.out, t, i, p.heads, columns);
+      this->template fetch_out<kBlock>(p.out, t, i, p.heads, columns);
       if (!p.causal) continue;
-      this->fetch_next(p.key, t, i, p.key_heads, dim);
+      this->template fetch_next<kBlock>(p.key, t, i, p.key_heads, dim);
       product<By::kColumns>(rows, whole_vectors<Acc>(i + rows), elements<Elem>(dim), query + i, ld,
                             key, ld, scores_, ld, false);
       const Elem* const scores = finish_scores(i, rows);
-      this->fetch_next(p.value, t, i, p.value_heads, columns);
+      this->template fetch_next<kBlock>(p.value, t, i, p.value_heads, columns);
       product_lower(i, rows, width, scores, ld / kDepth, value_, width, out, width,
                     state != nullptr);
     }
@@ -243,6 +243,7 @@ class LinearForward : public LinearHead<T> {
     }
   }
 
+  [[no_unique_address]] tiles::SessionIf<kInTiles<Elem>> session_;
   Scratch<Acc> arena_;
   ChunkDecay<Acc> decay_;
   Acc *q_, *k_, *qf_, *kf_, *v_, *out_, *scores_, *sum_, *weights_, *before_;

@@ -10,7 +10,7 @@
 // in any cut of the problem.
 #pragma once
 
-#include "tile.inl"
+#include "matrix_tiles.inl"
 
 namespace attnext {
 namespace cpu {
@@ -120,10 +120,29 @@ void product_columns(int64_t rows, const Elem* a, int64_t lda, int64_t depth, co
   }
 }
 
+// Whether products of these elements are those of tiles, and the rows of a product at a time.
+template <class Elem>
+constexpr bool kInTiles = ATTNEXT_MATRIX_TILES && Contraction<Elem>::kDepth == 2;
+template <class Elem>
+constexpr int64_t kRowBlock = kInTiles<Elem> ? tiles::kSide : kRows;
+
+}  // namespace ATTNEXT_ISA
+}  // namespace cpu
+}  // namespace attnext
+
+#include "linear_tiles.inl"
+
+namespace attnext {
+namespace cpu {
+namespace ATTNEXT_ISA {
+
 // `depth` counts elements: pairs, if they are pairs.
 template <By kBy, bool kTriangle, class Elem>
 void product(int64_t rows, int64_t columns, int64_t depth, const Elem* a, int64_t lda,
              const Elem* b, int64_t ldb, AccOf<Elem>* c, int64_t ldc, Mix<AccOf<Elem>> mix) {
+  if constexpr (kInTiles<Elem> && !kTriangle) {
+    return tiles::product<kBy>(rows, columns, depth, a, lda, b, ldb, c, ldc, mix);
+  }
   constexpr int64_t kLanes = Simd<AccOf<Elem>>::kLanes;
   int64_t n = 0;
   for (; n + kLanes < columns; n += 2 * kLanes) {
@@ -140,11 +159,44 @@ void product(int64_t rows, int64_t columns, int64_t depth, const Elem* a, int64_
   product<kBy, false>(rows, columns, depth, a, lda, b, ldb, c, ldc, Mix<AccOf<Elem>>{add});
 }
 
-// Rows [first, first + rows) of a product with a lower triangle, a tile of them at most; `first` is
-// a multiple of a tile's. `a` and `c` point at the first.
+// Rows [first, first + rows) of a product with a lower triangle, kRowBlock of them at most, of
+// which `first` is a multiple. `a` and `c` point at the first. Beyond the triangle `a` is 0 if it
+// is of pairs.
 template <class Elem>
 void product_lower(int64_t first, int64_t rows, int64_t columns, const Elem* a, int64_t lda,
                    const Elem* b, int64_t ldb, AccOf<Elem>* c, int64_t ldc, bool add) {
+  if constexpr (kInTiles<Elem>) {
+    // All of the block's columns, and if a later row may have been touched, once more without.
+    constexpr int64_t kLanes = Simd<float>::kLanes, kStrip = 2 * kLanes;
+    const int64_t depth = (first + rows + 1) / 2;
+    alignas(64) float sums[tiles::kSide * kStrip];
+    for (int64_t n = 0; n < columns; n += kStrip) {
+      const int64_t strip = min64(kStrip, columns - n);
+      tiles::product<By::kRows>(rows, strip, depth, a, lda, b + n, ldb, sums, kStrip,
+                                Mix<float>{false});
+      VecOf<float> bad{};
+      for (int64_t m = 0; m < rows; ++m) {
+        for (int64_t i = 0; i < strip; i += kLanes) bad += load(sums + m * kStrip + i) * 0.0f;
+      }
+      bool finite = true;
+      for (int64_t i = 0; i < kLanes; ++i) finite &= bad[i] == 0;
+      if (!finite) {
+        for (int64_t m = 0; m < rows; m += kRows) {
+          product<By::kRows, true>(min64(kRows, rows - m), strip, (first + m) / 2, a + m * lda, lda,
+                                   b + n, ldb, c + m * ldc + n, ldc, Mix<float>{add});
+        }
+        continue;
+      }
+      for (int64_t m = 0; m < rows; ++m) {
+        for (int64_t i = 0; i < strip; i += kLanes) {
+          float* const to = c + m * ldc + n + i;
+          const VecOf<float> sum = load(sums + m * kStrip + i);
+          store(to, add ? load(to) + sum : sum);
+        }
+      }
+    }
+    return;
+  }
   product<By::kRows, true>(rows, columns, first / Contraction<Elem>::kDepth, a, lda, b, ldb, c, ldc,
                            Mix<AccOf<Elem>>{add});
 }
