@@ -6,7 +6,8 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#ifdef __linux__
+#if ATTNEXT_HAVE_AMX
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -24,9 +25,13 @@ struct Level {
 };
 
 #if ATTNEXT_HAVE_AMX
-// Linux hands out the state of tile registers on demand, to the whole process (x86/xstate.rst in
+// The CPU says that it has tiles of bf16 (not every compiler's __builtin_cpu_supports knows them);
+// Linux hands out the state of their registers on demand, to the whole process (x86/xstate.rst in
 // its documentation).
 bool may_use_tiles() {
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBf16) || !(d & kTile)) return false;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
@@ -52,8 +57,7 @@ std::vector<Level> detect() {
   levels.push_back({"avx512", unit_avx512()});
   if (__builtin_cpu_supports("avx512bf16")) levels.push_back({"avx512bf16", unit_avx512bf16()});
 #if ATTNEXT_HAVE_AMX
-  if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
-      __builtin_cpu_supports("amx-bf16") && may_use_tiles()) {
+  if (__builtin_cpu_supports("avx512bf16") && may_use_tiles()) {
     levels.push_back({"amx", unit_amx()});
   }
 #endif

@@ -38,11 +38,11 @@ double peak_loop(int64_t iterations, double* sink) {
 // The same of tiles: four sums, as the kernels have.
 inline double peak_of_tiles(int64_t iterations, double* sink) {
   const tiles::Session session;
-  alignas(64) const bf16 ones[tiles::kNumbers] = {{0x3f80}};
+  alignas(64) const bf16 numbers[tiles::kNumbers] = {};
   alignas(64) float sum[tiles::kSide * tiles::kSide];
   tiles::zero<0>(), tiles::zero<1>(), tiles::zero<2>(), tiles::zero<3>();
-  tiles::load<4>(ones, 64), tiles::load<5>(ones, 64);
-  tiles::load<6>(ones, 64), tiles::load<7>(ones, 64);
+  tiles::load<4>(numbers, 64), tiles::load<5>(numbers, 64);
+  tiles::load<6>(numbers, 64), tiles::load<7>(numbers, 64);
   for (int64_t i = 0; i < iterations; ++i) {
     tiles::dot<0, 4, 6>(), tiles::dot<1, 4, 7>(), tiles::dot<2, 5, 6>(), tiles::dot<3, 5, 7>();
   }
