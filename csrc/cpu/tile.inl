@@ -52,6 +52,55 @@ using AccOf = typename Contraction<Elem>::Acc;
 constexpr int most_score_rows(int vectors) { return vectors == 2 || kRows > 8 ? kRows : 8; }
 constexpr int most_dims(int vectors) { return vectors == 2 ? kRows : 2 * kRows; }
 
+// Rows of memory that will be wanted soon: their lines start loading a few at a time, between the
+// tiles of products. All at once they would wait for each other, and the products with them.
+class Ahead {
+ public:
+  void clear() { at_ = count_ = 0; }
+  // To be read, or (`write`) written.
+  void add(const void* row, int64_t bytes, bool write) {
+    if (count_ < kMost) rows_[count_++] = {static_cast<const char*>(row), bytes, write};
+  }
+  // Begun after each of `steps` products, all of them are.
+  void pace(int64_t steps) {
+    int64_t lines = 0;
+    for (int i = 0; i < count_; ++i) lines += (rows_[i].left + kLine - 1) / kLine;
+    lines_ = lines / max64(steps, 1) + 1;
+  }
+  // After `products` of them.
+  ATTNEXT_INLINE void start(int64_t products) {
+    if (at_ < count_) start_lines(products * lines_);
+  }
+  void start_all() { start_lines(INT64_MAX); }
+
+ private:
+  static constexpr int kMost = 256;  // rows: four tensors of 64 lanes
+  static constexpr int64_t kLine = 64;
+  struct Row {
+    const char* next;
+    int64_t left;
+    bool write;
+  };
+  void start_lines(int64_t lines) {
+    while (at_ < count_ && lines > 0) {
+      Row& row = rows_[at_];
+      for (; row.left > 0 && lines > 0; --lines, row.next += kLine, row.left -= kLine) {
+        if (row.write) {
+          __builtin_prefetch(row.next, 1, 3);
+        } else {
+          __builtin_prefetch(row.next, 0, 2);
+        }
+        asm volatile("");  // a function that only prefetches is thought to be without effect
+      }
+      if (row.left <= 0) ++at_;
+    }
+  }
+
+  Row rows_[kMost];
+  int at_ = 0, count_ = 0;
+  int64_t lines_ = 1;
+};
+
 // Rows of the next tile. The last two tiles share what is left: a short one would be slow.
 ATTNEXT_INLINE int64_t next_rows(int64_t left, int64_t most) {
   return left >= 2 * most ? most : left > most ? (left + 1) / 2 : left;
@@ -103,11 +152,12 @@ void score_rows(int64_t count, const Elem* const* keys, int64_t depth, const Ele
 // out[j][lanes] for keys j in [begin, end), N vectors of lanes.
 template <class Elem, int N>
 void scores(const Elem* const* keys, int64_t begin, int64_t end, int64_t depth, const Elem* b,
-            int64_t ld_b, AccOf<Elem>* out, int64_t ld_out) {
+            int64_t ld_b, AccOf<Elem>* out, int64_t ld_out, Ahead* ahead = nullptr) {
   for (int64_t j = begin; j < end;) {
     constexpr int kMost = most_score_rows(N);
     const int64_t rows = next_rows(end - j, kMost);
     score_rows<Elem, kMost, N>(rows, keys + j, depth, b, ld_b, out + j * ld_out, ld_out);
+    if (ahead) ahead->start(1);
     j += rows;
   }
 }

@@ -308,6 +308,7 @@ class TileBackward : public Window<T, Keys> {
       }
       if (accumulators) key_gradients(accumulators, stride);
     }
+    this->ahead.start_all();
     if (kTiles) this->add_rows(this->dp, nullptr);
     if (masked && (tile.live & (tile.live - 1)) && !this->output_is_finite(p.head_dim))
       return false;

@@ -259,11 +259,13 @@ void window_forward(const WindowParams& p, const Geometry& geometry, const int32
         const bool follows = i > begin && follow(v, last, item);
         last = item;
         if (i == shared_to) near = near_keys(i, end, &shared_to);
+        NextTile coming{};
         if (i + 1 < end) {
           next = item_at(i + 1);
-          kernels.fetch_queries(p, problem.view_of(next.h), next.b, next.h, next.tile);
+          coming = {&problem.view_of(next.h), next.b, next.h, {}};
+          std::copy(next.tile, next.tile + 3, coming.index);
         }
-        kernels.forward(near, v, item.b, item.h, item.heads, item.tile, follows,
+        kernels.forward(near, v, item.b, item.h, item.heads, item.tile, follows, coming,
                         p.bias ? problem.bias.data() : nullptr, memory);
       }
     });

@@ -19,6 +19,12 @@ struct SlabItem {
   int64_t own_begin, own_end;             // of the slab axis: keys that no other slab touches
 };
 
+// The tile whose turn comes after another's; without a plan, none.
+struct NextTile {
+  const PlanView* plan;
+  int64_t batch, head, index[3];
+};
+
 struct WindowKernels {
   int lanes;    // queries per vector
   int vectors;  // per tile
@@ -31,13 +37,12 @@ struct WindowKernels {
   int64_t (*bias_size)(const PlanView&);
   void (*expand_bias)(const WindowParams&, const PlanView&, int64_t head, void* expanded);
 
-  // Starts loading the queries of a tile whose turn comes soon.
-  void (*fetch_queries)(const WindowParams&, const PlanView&, int64_t batch, int64_t head,
-                        const int64_t tile[3]);
   // One tile of `count` heads that share the plan. `follows`: after the tile before it on the last
-  // axis, whose keys are in the caches. `bias`: expanded, per head; may be null.
+  // axis, whose keys are in the caches. `next`: whose queries start loading meanwhile. `bias`:
+  // expanded, per head; may be null.
   void (*forward)(const WindowParams&, const PlanView&, int64_t batch, int64_t head, int64_t count,
-                  const int64_t tile[3], bool follows, const void* const* bias, void* scratch);
+                  const int64_t tile[3], bool follows, const NextTile& next,
+                  const void* const* bias, void* scratch);
   // One tile of one head, keys [from, to) of its walk. The unnormalised result goes to `partial`:
   // [head_dim_v][lanes], then maximum and sum per lane.
   void (*forward_part)(const WindowParams&, const PlanView&, int64_t batch, int64_t head,

@@ -133,6 +133,19 @@ class Window {
     next.place(plan, index, kLanes);
     fetch_rows(p.query, p.head_dim, next, b, h);
   }
+  // Queues the rows of a tensor that a tile has.
+  void look_ahead(const TensorRef& t, int64_t dim, const Tile& of, int64_t b, int64_t h,
+                  bool write) {
+    for (uint64_t rest = of.whole; rest; rest &= rest - 1) {
+      const int lane = __builtin_ctzll(rest);
+      ahead.add(static_cast<const T*>(t.data) + offset_of(t, of, lane, b, h),
+                dim * static_cast<int64_t>(sizeof(T)), write);
+    }
+  }
+  // The products of scores of the tile's walk, `times` as many.
+  int64_t products(int times) const {
+    return times * tile.total * ((tile.vectors + 1) / 2) / (kTiles ? tiles::kSide : kRows);
+  }
   // Inlined, as whatever calls it for this alone: a call would be thought to be without effect,
   // and go.
   static ATTNEXT_INLINE void fetch_rows(const TensorRef& t, int64_t dim, const Tile& tile,
@@ -504,13 +517,14 @@ class Window {
     }
   }
 
-  void block_scores(const Elem* const* keys, int64_t dim, const Elem* columns_in, Acc* out) const {
+  void block_scores(const Elem* const* keys, int64_t dim, const Elem* columns_in, Acc* out) {
     if constexpr (kTiles) {
       const tiles::RowGroup* const groups = keys == key_rows ? key_groups : value_groups;
       return for_tiles(tiles::kSide, [&](int v, bool two, int64_t begin, int64_t end) {
         const auto products = two ? tiles::scores<true> : tiles::scores<false>;
         products(groups, begin / tiles::kSide, end / tiles::kSide, padded(dim),
                  columns_in + v * kLanes, out + v * kLanes, tile.lanes);
+        ahead.start((end - begin) / tiles::kSide);
       });
     }
     const int64_t depth = (dim + kDepth - 1) / kDepth;
@@ -518,9 +532,9 @@ class Window {
     for_ranges([&](int v, int n, int64_t begin, int64_t end) {
       const Elem* b = columns_in + v * kLanes;
       if (n == 2) {
-        scores<Elem, 2>(keys, begin, end, depth, b, ld, out + v * kLanes, ld);
+        scores<Elem, 2>(keys, begin, end, depth, b, ld, out + v * kLanes, ld, &ahead);
       } else {
-        scores<Elem, 1>(keys, begin, end, depth, b, ld, out + v * kLanes, ld);
+        scores<Elem, 1>(keys, begin, end, depth, b, ld, out + v * kLanes, ld, &ahead);
       }
     });
   }
@@ -684,6 +698,7 @@ class Window {
   const Plan& plan;
   Arena arena;
   Tile tile;
+  Ahead ahead;
   KeyBlock<T> block;                // the current one
   KeyBlock<T> blocks[kKeptBlocks];  // where it and those that are kept lie
   int64_t kept = 0;                 // of the tile's walk, for the heads that follow

@@ -43,13 +43,27 @@ class WindowBackward : public TileBackward<T, Boxes> {
     const int64_t table_size = p.bias ? p.bias_head_stride : 0;
     Acc* dsink = p.dsink_logits ? dtable + table_size : nullptr;
     if (dsink) *dsink = 0;
-    for (int64_t g0 = item.first_group[0]; g0 < item.last_group[0]; ++g0) {
-      for (int64_t g1 = item.first_group[1]; g1 < item.last_group[1]; ++g1) {
-        for (int64_t g2 = item.first_group[2]; g2 < item.last_group[2]; ++g2) {
-          const int64_t index[3] = {g0, g1, g2};
-          this->tile_backward(item.batch, h, index, local, bias, accumulators, dbias, dsink);
-        }
+    int64_t count[3], all = 1;
+    for (int a = 0; a < 3; ++a) all *= count[a] = item.last_group[a] - item.first_group[a];
+    const auto place = [&](int64_t n, int64_t index[3]) {
+      for (int a = 2; a >= 0; --a) index[a] = item.first_group[a] + n % count[a], n /= count[a];
+    };
+    for (int64_t n = 0; n < all; ++n) {
+      int64_t index[3];
+      place(n, index);
+      this->start_tile(index);
+      this->ahead.clear();
+      if (n + 1 < all) {
+        typename Base::Tile next;
+        place(n + 1, index);
+        next.place(plan, index, kLanes);
+        this->look_ahead(p.query, p.head_dim, next, item.batch, h, false);
+        this->look_ahead(p.dout, p.head_dim_v, next, item.batch, h, false);
+        this->look_ahead(p.out, p.head_dim_v, next, item.batch, h, false);
       }
+      this->look_ahead(p.dquery, p.head_dim, this->tile, item.batch, h, true);
+      this->ahead.pace(this->products(2));
+      this->placed_backward(item.batch, h, local, bias, accumulators, dbias, dsink);
     }
     if (p.dbias) fold_bias(p, plan, dbias, dtable);  // without keys, from nothing
   }

@@ -197,6 +197,7 @@ class WindowForward : public NearOutput<T, Keys> {
         this->block_accumulate(value_rows, p.head_dim_v, weights(), ot, factor);
       }
     }
+    this->ahead.start_all();
     if (!masked || !(tile.live & (tile.live - 1))) return true;
     return in_rows ? this->is_finite(this->rows, dvp) : this->output_is_finite(p.head_dim_v);
   }
@@ -241,14 +242,24 @@ class WindowForward : public NearOutput<T, Keys> {
     keep = others_follow;
   }
   // The whole walk for some heads of a batch item, which share it. `bias`: per head, or null.
-  // `follows`: the caller's last tile was their one before on the last axis.
+  // `follows`: the caller's last tile was their one before on the last axis. `next`: what follows.
   void forward_heads(int64_t b, int64_t h, int64_t count, const int64_t index[3], bool follows,
-                     const void* const* bias) {
+                     const NextTile& next, const void* const* bias) {
     this->start_tile(index);
+    typename Base::Tile next_tile;
+    next_tile.whole = 0;
+    if (next.plan) next_tile.place(*next.plan, next.index, kLanes);
     if (follows) tile.fresh = plan.axis[2].groups[index[2] - 1].end;
     keep = count > 1 && tile.total <= this->kKeptBlocks * this->kMost && !p.extra_keys;
     for (int64_t end = h + count; h < end; ++h) {
-      if (h + 1 < end) this->fetch_rows(p.query, p.head_dim, tile, b, h + 1);
+      this->ahead.clear();
+      this->look_ahead(p.out, p.head_dim_v, tile, b, h, true);
+      if (h + 1 < end) {
+        this->look_ahead(p.query, p.head_dim, tile, b, h + 1, false);
+      } else {
+        this->look_ahead(p.query, p.head_dim, next_tile, next.batch, next.head, false);
+      }
+      this->ahead.pace(this->products(1));
       forward(b, h, 0, tile.total, bias ? static_cast<const Acc*>(bias[h]) : nullptr, nullptr);
     }
   }

@@ -25,8 +25,9 @@ struct WindowEntry {
     B::expand_bias(p, v, h, static_cast<Acc*>(out));
   }
   static void forward(const WindowParams& p, const PlanView& v, int64_t b, int64_t h, int64_t count,
-                      const int64_t tile[3], bool follows, const void* const* bias, void* scratch) {
-    F(p, v, scratch).forward_heads(b, h, count, tile, follows, bias);
+                      const int64_t tile[3], bool follows, const NextTile& next,
+                      const void* const* bias, void* scratch) {
+    F(p, v, scratch).forward_heads(b, h, count, tile, follows, next, bias);
   }
   static void forward_part(const WindowParams& p, const PlanView& v, int64_t b, int64_t h,
                            const int64_t tile[3], int64_t from, int64_t to, const void* bias,
@@ -51,11 +52,10 @@ struct WindowEntry {
   }
 
   static constexpr WindowKernels table() {
-    return {F::kLanes,   ATTNEXT_TILE_VECTORS, forward_scratch, backward_scratch,
-            B::row_size, B::bias_size,         expand_bias,     F::fetch_queries,
-            forward,     forward_part,         F::partial_size, merge_partials,
-            backward,    finish_slab,          B::merge_slabs,  B::merge_extra,
-            B::halo_rows};
+    return {F::kLanes,    ATTNEXT_TILE_VECTORS, forward_scratch, backward_scratch,
+            B::row_size,  B::bias_size,         expand_bias,     forward,
+            forward_part, F::partial_size,      merge_partials,  backward,
+            finish_slab,  B::merge_slabs,       B::merge_extra,  B::halo_rows};
   }
 };
 
