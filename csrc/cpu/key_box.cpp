@@ -36,6 +36,37 @@ bool rows_collide(int64_t step, int64_t bytes) {
 
 }  // namespace
 
+KeyBox key_box(const PlanView& plan, const int64_t tile[3]) {
+  KeyBox box;
+  for (int a = 0; a < 3; ++a) {
+    const AxisView& axis = plan.axis[a];
+    const Group& g = axis.groups[tile[a]];
+    const int64_t keys = AxisTable::class_size(g.cls, axis.num_keys, axis.dilation);
+    const int64_t end = std::clamp<int64_t>(g.end, 0, keys);
+    box.cls[a] = g.cls;
+    box.begin[a] = std::clamp<int64_t>(g.begin, 0, end);
+    box.size[a] = end - box.begin[a];
+  }
+  return box;
+}
+
+bool join(const KeyBox& other, KeyBox* box) {
+  for (int a = 0; a < 3; ++a) {
+    if (box->cls[a] != other.cls[a]) return false;
+  }
+  if (other.rows() == 0) return true;
+  if (box->rows() == 0) {
+    *box = other;
+    return true;
+  }
+  for (int a = 0; a < 3; ++a) {
+    const int64_t end = std::max(box->begin[a] + box->size[a], other.begin[a] + other.size[a]);
+    box->begin[a] = std::min(box->begin[a], other.begin[a]);
+    box->size[a] = end - box->begin[a];
+  }
+  return true;
+}
+
 KeyBoxes::KeyBoxes(const WindowParams& params, const PlanView& plan)
     : p_(params), element_(size_of(params.dtype)), most_bytes_(most_bytes()) {
   int64_t step = 1;

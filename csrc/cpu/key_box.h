@@ -18,10 +18,17 @@ struct KeyBox {
   int64_t rows() const { return size[0] * size[1] * size[2]; }
 };
 
+// That of a tile's keys, as far as they are real. Sinks lie elsewhere.
+KeyBox key_box(const PlanView& plan, const int64_t tile[3]);
+// Makes `box` the least that holds both; false if they are of different classes.
+bool join(const KeyBox& other, KeyBox* box);
+
 class KeyBoxes {
  public:
   KeyBoxes(const WindowParams& params, const PlanView& plan);
 
+  // Whether the tensors' rows lie so that copies are of any use.
+  bool collide() const { return collide_; }
   // Whether there is room for a copy of the box, `heads` of it.
   bool fit(const KeyBox& box, int64_t heads) const {
     return collide_ && bytes(box, heads) <= most_bytes_;

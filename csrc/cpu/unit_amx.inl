@@ -1,6 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The tables of a unit whose products of bf16 are those of tiles. All else is what `others` has.
+// A unit whose products of bf16 are those of tiles, by AMX or, in tests, by loops. All else is what
+// `others` has. ATTNEXT_ISA is its namespace.
 #pragma once
+
+#define ATTNEXT_VECTOR_BYTES 64
+#define ATTNEXT_TILE_ROWS 8  // rows of 2 vectors of accumulators
+#define ATTNEXT_TILE_VECTORS 4
+#define ATTNEXT_BF16_DOT 1
+#define ATTNEXT_MATRIX_TILES 1
 
 #include "linear_unit.inl"
 #include "peak.inl"

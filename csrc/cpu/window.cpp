@@ -103,42 +103,9 @@ void tile_index(const PlanView& v, int64_t t, int64_t out[3]) {
   out[0] = t / v.axis[1].num_groups;
 }
 
-// The box of a tile's keys, as far as they are real. Sinks lie elsewhere.
-KeyBox key_box(const PlanView& v, const int64_t tile[3]) {
-  KeyBox box;
-  for (int a = 0; a < 3; ++a) {
-    const AxisView& axis = v.axis[a];
-    const Group& g = axis.groups[tile[a]];
-    const int64_t keys = AxisTable::class_size(g.cls, axis.num_keys, axis.dilation);
-    const int64_t end = std::clamp<int64_t>(g.end, 0, keys);
-    box.cls[a] = g.cls;
-    box.begin[a] = std::clamp<int64_t>(g.begin, 0, end);
-    box.size[a] = end - box.begin[a];
-  }
-  return box;
-}
-
 bool has_sinks(const PlanView& v, const int64_t tile[3]) {
   const Group& g = v.axis[2].groups[tile[2]];
   return g.sink_begin < g.sink_end;
-}
-
-// The least box that holds both; false if they are of different classes.
-bool join(const KeyBox& other, KeyBox* box) {
-  for (int a = 0; a < 3; ++a) {
-    if (box->cls[a] != other.cls[a]) return false;
-  }
-  if (other.rows() == 0) return true;
-  if (box->rows() == 0) {
-    *box = other;
-    return true;
-  }
-  for (int a = 0; a < 3; ++a) {
-    const int64_t end = std::max(box->begin[a] + box->size[a], other.begin[a] + other.size[a]);
-    box->begin[a] = std::min(box->begin[a], other.begin[a]);
-    box->size[a] = end - box->begin[a];
-  }
-  return true;
 }
 
 // Keys on a tile's walk.
@@ -226,6 +193,8 @@ void window_forward(const WindowParams& p, const Geometry& geometry, const int32
     // Params for the tiles from `i` on, whose keys may have been brought together; `shared_to`:
     // where those end that they are for.
     const auto near_keys = [&](int64_t i, int64_t end, int64_t* shared_to) {
+      *shared_to = end;
+      if (!boxes.collide()) return p;
       const Item item = item_at(i);
       const int64_t first_head = item.h / group_heads;
       const int64_t heads = (item.h + item.heads - 1) / group_heads - first_head + 1;

@@ -2,11 +2,6 @@
 // The unit for AMX with loops for its instructions, so that tests and sanitizers see it on any
 // machine.
 #define ATTNEXT_ISA amx_loops
-#define ATTNEXT_VECTOR_BYTES 64
-#define ATTNEXT_TILE_ROWS 8  // rows of 2 vectors of accumulators
-#define ATTNEXT_TILE_VECTORS 4
-#define ATTNEXT_BF16_DOT 1
-#define ATTNEXT_MATRIX_TILES 1
 #include "cpu/unit_amx.inl"
 
 namespace attnext {
