@@ -20,7 +20,7 @@ CSRC = ROOT / "csrc"
 PATHS: dict[str, tuple[str, ...]] = {
     "full": ("-DATTNEXT_ONLY_FULL",),  # no pair is masked
     "edge": ("-DATTNEXT_ONLY_EDGE",),  # pairs are compared with their intervals
-    "whole": (),  # a kernel that has no two paths
+    "whole": ("-DATTNEXT_WHOLE_SCAN",),  # outputs are made, and tokens enter the state
 }
 
 

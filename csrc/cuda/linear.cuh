@@ -101,13 +101,14 @@ ATTNEXT_DEVICE int contraction_row(int i) {
 }
 
 // s = rows x walk^T as far as it is walked, 16 rows of the walk after 16: one question for each.
-template <class T, int kDim, int kWalk, bool kKept>
+template <class T, int kDim, int kWalk, bool kKept,
+          int kSteps = LeftRows<T, kDim, 1, kKept>::kSteps>
 ATTNEXT_DEVICE void walked_product(float (&s)[1][kWalk / 8][4],
                                    const LeftRows<T, kDim, 1, kKept>& rows,
                                    const WalkLanes<T, kDim>& lanes, uint32_t walk_tile,
                                    int walked) {
   if constexpr (!kKept) {  // they would be read again for each
-    product<T, kDim, 1, kWalk, kKept>(s, rows, lanes, walk_tile, walked);
+    product<T, kDim, 1, kWalk, kKept, kSteps>(s, rows, lanes, walk_tile, walked);
   } else {
 #pragma unroll
     for (int n = 0; n < kWalk / 8; ++n) s[0][n][0] = s[0][n][1] = s[0][n][2] = s[0][n][3] = 0.f;
@@ -116,7 +117,7 @@ ATTNEXT_DEVICE void walked_product(float (&s)[1][kWalk / 8][4],
     for (int n = 0; n < kWalk / 16; ++n) {
       if (n * 16 >= walked) break;
 #pragma unroll
-      for (int k = 0; k < LeftRows<T, kDim, 1, kKept>::kSteps; ++k) {
+      for (int k = 0; k < kSteps; ++k) {
         const auto b = Products<T>::load_right((at ^ static_cast<uint32_t>(k * 32)) +
                                                n * 16 * Layout<T, kDim>::kRowBytes);
         Products<T>::multiply(s[0][2 * n], s[0][2 * n + 1], rows(0, k), b);

@@ -13,11 +13,11 @@ namespace cuda {
 
 extern __shared__ __align__(1024) uint8_t shared_memory[];
 
-#define ATTNEXT_SCAN(name, T, dim, warps, kind)                                                   \
-  extern "C" __global__ void __launch_bounds__((warps) * 32,                                      \
-                                               least_scan_blocks(sizeof(T), dim, ScanKind::kind)) \
-      name(const __grid_constant__ LinearLaunch p) {                                              \
-    Scan<T, dim, warps, ScanKind::kind>(p, shared_memory).run();                                  \
+#define ATTNEXT_SCAN(name, T, dim, warps, kind)                                   \
+  extern "C" __global__ void __launch_bounds__(                                   \
+      (warps) * 32, (least_scan_blocks<sizeof(T), dim, warps, ScanKind::kind>())) \
+      name(const __grid_constant__ LinearLaunch p) {                              \
+    Scan<T, dim, warps, ScanKind::kind>(p, shared_memory).run();                  \
   }
 
 }  // namespace cuda

@@ -9,15 +9,29 @@ namespace attnext {
 namespace cuda {
 
 // What is compiled in. Plain: products, and the normaliser of outputs. Gated: decays and other
-// numbers of tokens too, further entries of b, features' slopes. Taylor: as gated, of features that
-// are all products of two of 16 entries, with them and 1. Delta: as gated, with values that the
-// state has not told yet. DeltaBack: as gated, and outputs are gradients of such values, of which
-// some come from those of the tokens before (in the order of the scan). Fold: c has Taylor
-// features, from whose gradient that of the entries comes. Wide: of up to 64 entries, whose
-// features blocks share; each has a part of an output.
-enum class ScanKind { kPlain, kGated, kTaylor, kDelta, kDeltaBack, kFold, kTaylorWide, kFoldWide };
+// numbers of tokens too, further entries of b, features' slopes. Taylor: as plain or as gated, of
+// features that are all products of two of 16 entries, with them and 1. Delta: as gated, with
+// values that the state has not told yet. DeltaBack: as gated, and outputs are gradients of such
+// values, of which some come from those of the tokens before (in the order of the scan). Fold: as
+// gated, c has Taylor features, from whose gradient that of the entries comes. Wide: as gated, of
+// up to 64 entries, whose features blocks share; each has a part of an output.
+enum class ScanKind {
+  kPlain,
+  kGated,
+  kTaylor,
+  kTaylorGated,
+  kDelta,
+  kDeltaBack,
+  kFold,
+  kTaylorWide,
+  kFoldWide
+};
+constexpr bool is_gated(ScanKind kind) {
+  return kind != ScanKind::kPlain && kind != ScanKind::kTaylor;
+}
 constexpr bool is_expanded(ScanKind kind) {
-  return kind == ScanKind::kTaylor || kind == ScanKind::kTaylorWide;
+  return kind == ScanKind::kTaylor || kind == ScanKind::kTaylorGated ||
+         kind == ScanKind::kTaylorWide;
 }
 constexpr bool is_folded(ScanKind kind) {
   return kind == ScanKind::kFold || kind == ScanKind::kFoldWide;
@@ -42,6 +56,7 @@ constexpr int kTaylorEntries = 16, kWideEntries = 64;
   X(linear_scan_##type##_128_delta, T, 128, 4, kDelta) \
   X(linear_scan_##type##_128_delta_back, T, 128, 4, kDeltaBack) \
   X(linear_scan_##type##_taylor, T, 160, 4, kTaylor) \
+  X(linear_scan_##type##_taylor_gated, T, 160, 4, kTaylorGated) \
   X(linear_scan_##type##_fold, T, 64, 4, kFold) \
   X(linear_scan_##type##_taylor_wide, T, 128, 4, kTaylorWide) \
   X(linear_scan_##type##_fold_wide, T, 64, 4, kFoldWide)
@@ -59,6 +74,7 @@ constexpr int kTaylorEntries = 16, kWideEntries = 64;
   X(linear_scan_##type##_128_delta, T, 128, 2, kDelta) \
   X(linear_scan_##type##_128_delta_back, T, 128, 2, kDeltaBack) \
   X(linear_scan_##type##_taylor, T, 160, 2, kTaylor) \
+  X(linear_scan_##type##_taylor_gated, T, 160, 2, kTaylorGated) \
   X(linear_scan_##type##_fold, T, 64, 2, kFold) \
   X(linear_scan_##type##_taylor_wide, T, 128, 2, kTaylorWide) \
   X(linear_scan_##type##_fold_wide, T, 64, 2, kFoldWide)
@@ -84,11 +100,6 @@ constexpr int kTaylorEntries = 16, kWideEntries = 64;
 // threads share a column, at most; columns, and tokens, that it has at once.
 constexpr int kStepThreads = 256, kStepHeld = 32, kStepGroups = 8;
 constexpr int kStepColumns = 96, kStepTokens = 8;
-
-// Blocks that an SM must have room for: the compiler then keeps to as many registers.
-constexpr int least_scan_blocks(int elem, int dim, ScanKind kind) {
-  return elem == 4 || dim > 64 || is_wide(kind) ? 1 : kind == ScanKind::kPlain ? 3 : 2;
-}
 
 // Shared memory of a scan: two stages of a, b and c, the features of a and b where they are more
 // than their entries, the state as operand of a product, the outputs on their way, what is known of
@@ -120,6 +131,25 @@ struct ScanShared {
   static constexpr int kBytes = kUnitsAt + kWarps * 4;
   static_assert(kBytes <= 99 * 1024, "some GPUs have no more");
 };
+
+// Blocks that an SM must have registers for: the compiler then keeps to as many. No more than its
+// shared memory has room for, of which a block takes 1 KiB more than it asks for.
+#if defined(__CUDA_ARCH__) && \
+    (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+constexpr int kSharedOfSM = 100 * 1024;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 800
+constexpr int kSharedOfSM = 164 * 1024;
+#else
+constexpr int kSharedOfSM = 228 * 1024;
+#endif
+template <int kElem, int kDim, int kWarps, ScanKind kKind>
+constexpr int least_scan_blocks() {
+  constexpr int kWanted = kElem == 4 || kDim > 64 || is_wide(kKind) ? 1
+                          : kKind == ScanKind::kPlain               ? 3
+                                                                    : 2;
+  constexpr int kRoom = kSharedOfSM / (ScanShared<kElem, kDim, kWarps, kKind>::kBytes + 1024);
+  return kWanted < kRoom ? kWanted : kRoom;
+}
 
 }  // namespace cuda
 }  // namespace attnext

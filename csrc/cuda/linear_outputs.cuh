@@ -42,7 +42,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::finish_scores(float (&sco
         }
         if constexpr (!kScaledLate) x *= scale * other.factor;
         score = j <= own + half * 8 ? x : 0.f;
-        sum[half] += score;
+        if (!kSpares || has_sums()) sum[half] += score;
       }
     }
   }

@@ -38,9 +38,9 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 const ScanFacts& scan_of(DType dtype, int64_t dim, ScanKind kind) {
   for (const ScanFacts& k : kScans) {
-    const int64_t most = kind == ScanKind::kTaylor       ? kTaylorEntries
-                         : kind == ScanKind::kTaylorWide ? kWideEntries
-                                                         : k.dim;
+    const int64_t most = kind == ScanKind::kTaylorWide ? kWideEntries
+                         : is_expanded(kind)           ? kTaylorEntries
+                                                       : k.dim;
     if (k.dtype == dtype && most >= dim && k.kind == kind) return k;
   }
   throw std::invalid_argument(
@@ -79,8 +79,7 @@ class Plan {
   }
   // Rows of the elements' type for each token and head.
   TensorRef take_rows(int64_t dim) {
-    const int64_t elem = p.dtype == DType::kFloat32 ? 4 : 2;
-    float* const data = take(ceil_div(rows() * dim * elem, int64_t(sizeof(float))));
+    float* const data = take(ceil_div(rows() * dim * elem(), int64_t(sizeof(float))));
     return rows_at(data, dim);
   }
   // Laid out as a tensor of its own.
@@ -92,10 +91,11 @@ class Plan {
   bool taylor() const { return p.feature_map == FeatureMap::kTaylor2; }
   bool wide() const { return taylor() && p.head_dim > kTaylorEntries; }
   int64_t rows() const { return p.batch * p.tokens * p.heads; }
+  int64_t elem() const { return p.dtype == DType::kFloat32 ? 4 : 2; }
 
   ScanRows rows_of(const TensorRef& t, int64_t heads, int64_t dim,
                    FeatureMap map = FeatureMap::kIdentity) const {
-    return {t, static_cast<int32_t>(p.heads / heads), static_cast<int32_t>(dim), map, aligned(t),
+    return {t, static_cast<int32_t>(p.heads / heads), static_cast<int32_t>(dim), map, aligned(t), 0,
             0};
   }
   ScanRows query() const { return rows_of(p.query, p.query_heads, p.head_dim, p.feature_map); }
@@ -105,8 +105,7 @@ class Plan {
 
   // Leaves `count` columns from `first` on, a multiple of 16 bytes.
   void cut(ScanRows* x, int64_t first, int64_t count) const {
-    const int64_t elem = p.dtype == DType::kFloat32 ? 4 : 2;
-    x->rows.data = static_cast<char*>(x->rows.data) + first * elem;
+    x->rows.data = static_cast<char*>(x->rows.data) + first * elem();
     x->dim = static_cast<int32_t>(std::min(count, x->dim - first));
   }
 
@@ -156,7 +155,7 @@ class Plan {
                        l.extension == Extension::kFeature || l.out_fp32 || l.inner_scale == 0;
     const ScanKind kind = l.folds     ? wide() ? ScanKind::kFoldWide : ScanKind::kFold
                           : wide()    ? ScanKind::kTaylorWide
-                          : taylor()  ? ScanKind::kTaylor
+                          : taylor()  ? gated ? ScanKind::kTaylorGated : ScanKind::kTaylor
                           : p.delta() ? ScanKind::kDelta
                           : gated     ? ScanKind::kGated
                                       : ScanKind::kPlain;
@@ -168,9 +167,11 @@ class Plan {
     l.outer_scale = 1 / l.inner_scale;
     for (ScanRows* x : {&l.a, &l.b, &l.c, &l.raw}) {
       x->step = l.backwards ? -x->rows.token[2] : x->rows.token[2];
+      const int64_t bytes = x->step * elem(), most = INT32_MAX / chunk_;
+      x->stride = x->aligned && std::abs(bytes) <= most ? static_cast<int32_t>(bytes) : 0;
     }
     l.parts = kind == ScanKind::kTaylorWide ? static_cast<int32_t>(parts()) : 1;
-    const int64_t blocks = p.num_sequences * p.heads * segments_ * l.slices * l.parts;
+    const int64_t blocks = p.num_sequences * p.heads * l.segments * l.slices * l.parts;
     add(scan.name, blocks, 32 * scan.warps, scan.shared_bytes, l);
   }
   int64_t slices(int64_t dim) const { return ceil_div(dim, p.dtype == DType::kFloat32 ? 32 : 64); }
@@ -211,11 +212,14 @@ class Plan {
       add_scan(l);
       return {after, 1, true};
     }
+    LinearLaunch combine = l;
     l.after = states;
     l.factors = factors;
     l.after_segments = static_cast<int32_t>(segments_);
+    // What the last segment adds is of the state after it alone.
+    if (!after) l.segments = static_cast<int32_t>(segments_ - 1);
     add_scan(l);
-    LinearLaunch combine = l;
+    combine.factors = factors;
     combine.before = before;
     combine.after = after;
     combine.states = states;
@@ -239,6 +243,7 @@ class Plan {
              l.out.dim,
              FeatureMap::kIdentity,
              0,
+             0,
              0};
     l.out_fp32 = 1;
     if (l.extension == Extension::kColumn) l.part_sums = take(parts() * rows());
@@ -259,8 +264,7 @@ class Plan {
 
  private:
   int32_t aligned(const TensorRef& t) const {
-    const int64_t elem = p.dtype == DType::kFloat32 ? 4 : 2;
-    const auto whole = [&](int64_t n) { return n * elem % 16 == 0; };
+    const auto whole = [&](int64_t n) { return n * elem() % 16 == 0; };
     return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && whole(t.batch) && whole(t.token[2]) &&
            whole(t.head);
   }

@@ -27,6 +27,8 @@ struct ScanRows {
   FeatureMap map;
   int32_t aligned;  // rows start at multiples of 16 bytes
   int64_t step;     // elements to the next row in the order of a scan
+  // Bytes to the next row where rows are aligned and those of a chunk are within 2^31, else 0.
+  int32_t stride;
 };
 
 // What a scan has beside the products of a and b with S.

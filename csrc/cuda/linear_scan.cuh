@@ -25,7 +25,7 @@ namespace cuda {
 template <class T, int kDim, int kWarps, ScanKind kKind>
 struct Scan {
   using S = ScanShared<sizeof(T), kDim, kWarps, kKind>;
-  static constexpr bool kGated = kKind != ScanKind::kPlain, kDelta = kKind == ScanKind::kDelta;
+  static constexpr bool kGated = is_gated(kKind), kDelta = kKind == ScanKind::kDelta;
   static constexpr bool kDeltaBack = kKind == ScanKind::kDeltaBack;
   static constexpr bool kFolded = S::kFolded;
   // Gradients that go back through features, or to decays; those of Taylor features are a fold's.
@@ -41,6 +41,9 @@ struct Scan {
   static constexpr bool kExpanded = S::kExpanded;
   static constexpr int kRaw = S::kRaw, kPanel = S::kPanel;
   using Wide = Layout<T, kPanel>;
+  // Of a row of a or b: entries whose features are wanted may be half a tile's.
+  static constexpr int kRawChunks =
+      kExpanded && !kIsWide ? kEntries * int(sizeof(T)) / 16 : Layout<T, kRaw>::kChunks;
   static constexpr int kChunk = S::kChunk, kColumns = S::kColumns, kThreads = kWarps * 32;
   static constexpr int kDepth = P::kDepth, kSteps = kChunk / kDepth;
   static constexpr int kMine = kDepth / 4;  // rows of a step that a lane has
@@ -52,6 +55,10 @@ struct Scan {
   static constexpr bool kUnits = std::is_same<T, fp16>::value;
   // Then, too, scores are scaled before they are rounded instead of with the output.
   static constexpr bool kScaledLate = !kGated && !kUnits;
+
+  // Branches around what a launch may do without; in fp32 they cost registers, of which it has
+  // none.
+  static constexpr bool kSpares = sizeof(T) == 2;
 
   // What is known of a token: its decay in two parts, factor, further entry of a or b.
   struct Numbers {
@@ -136,7 +143,7 @@ struct Scan {
         if (notes()) look_at((c + 1) * kChunk, next);
       }
       if (there) walk_over(c, stage, more);
-      if (more && p.outputs && (p.sums || !there)) copy_state();
+      if (more && gives() && (sums() || !there)) copy_state();
       if (more && notes()) note(next, stage ^ 1);
     } while (++c < chunks);
     store_state();
@@ -152,12 +159,12 @@ struct Scan {
       expand_slice(c * kChunk, stage);
       __syncthreads();
     }
-    if (p.outputs && !solves()) attend(c * kChunk, stage);
-    const bool sums = p.sums && (more || p.after);
+    if (gives() && !solves()) attend(c * kChunk, stage);
+    const bool adds = sums() && (more || p.after);
     if (leaves() && p.meetings) meet(c, stage);
     if (leaves() && !p.meetings) leave(c);
-    if (sums && !kDeltaBack) add_chunk(stage);
-    if (sums && p.outputs) __syncthreads();  // the copy of the state has been read
+    if (adds && !kDeltaBack) add_chunk(stage);
+    if (adds && gives()) __syncthreads();  // the copy of the state has been read
   }
 
   ATTNEXT_DEVICE void locate() {
@@ -175,17 +182,25 @@ struct Scan {
     first = static_cast<int32_t>(from);
     count = static_cast<int32_t>(max(min(from + p.segment, tokens.count()) - from, int64_t(0)));
     skipped = max(-first, 0) / kChunk;
-    next_a = place_in<kRaw>(p.a, 0);
-    next_b = place_in<kRaw>(p.b, 0);
+    next_a = place_in<kRawChunks>(p.a, 0);
+    next_b = place_in<kRawChunks>(p.b, 0);
     if constexpr (kFolded) {
-      next_c = place_in<kEntryWidth>(p.c, 0);
-      next_raw = place_in<kEntryWidth>(p.raw, 0);
+      next_c = place_in<Layout<T, kEntryWidth>::kChunks>(p.c, 0);
+      next_raw = place_in<Layout<T, kEntryWidth>::kChunks>(p.raw, 0);
     } else {
-      next_c = place_in<kColumns>(p.c, slice * kColumns);
+      next_c = place_in<Layout<T, kColumns>::kChunks>(p.c, slice * kColumns);
     }
     chunks = (count + kChunk - 1) / kChunk;
   }
 
+  // Outputs are wanted; tokens enter the state. What counts instructions wants all of a chunk's.
+#ifdef ATTNEXT_WHOLE_SCAN
+  ATTNEXT_DEVICE bool gives() const { return true; }
+  ATTNEXT_DEVICE bool sums() const { return true; }
+#else
+  ATTNEXT_DEVICE bool gives() const { return p.outputs; }
+  ATTNEXT_DEVICE bool sums() const { return p.sums; }
+#endif
   ATTNEXT_DEVICE bool decays() const { return kGated && p.decay.data; }
   ATTNEXT_DEVICE bool is_further() const {
     return kHasFurther && p.extension == Extension::kFeature;
@@ -202,12 +217,12 @@ struct Scan {
   // ---- rows ------------------------------------------------------------------------------------
 
   // visit(row, chunk, place in the tile) for a thread's chunks of a tile.
-  template <int kD, bool kUnrolled, class Visit>
+  template <int kD, bool kUnrolled, int kChunks = Layout<T, kD>::kChunks, class Visit>
   ATTNEXT_DEVICE void each_chunk(Visit visit) const {
     using L = Layout<T, kD>;
-    constexpr int kAtOnce = kThreads / L::kChunks;
-    static_assert(kThreads % L::kChunks == 0 && kChunk % kAtOnce == 0, "uneven");
-    const int row0 = threadIdx.x / L::kChunks, chunk = threadIdx.x % L::kChunks;
+    constexpr int kAtOnce = kThreads / kChunks;
+    static_assert(kThreads % kChunks == 0 && kChunk % kAtOnce == 0, "uneven");
+    const int row0 = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
 #pragma unroll(kUnrolled ? kChunk / kAtOnce : 1)
     for (int i = 0; i < kChunk / kAtOnce; ++i) {
       const int row = row0 + i * kAtOnce;
@@ -215,28 +230,27 @@ struct Scan {
     }
   }
   // What the thread copies first of the first chunk, from a column on.
-  template <int kD>
+  template <int kChunks>
   ATTNEXT_DEVICE uint64_t place_in(const ScanRows& x, int column) const {
-    using L = Layout<T, kD>;
-    const int row = threadIdx.x / L::kChunks, chunk = threadIdx.x % L::kChunks;
+    const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
     const int64_t offset = tokens.offset(x.rows, x.group, first + skipped * kChunk + row) + column;
     return reinterpret_cast<uint64_t>(static_cast<const T*>(x.rows.data) + offset) + chunk * 16;
   }
   // Copies it, and goes on to the next one. `whole`: all its rows are tokens'. kShort: none of them
-  // is as long as the tile's.
-  template <int kD, bool kShort = false>
+  // is as long as what is copied.
+  template <int kD, int kChunks = Layout<T, kD>::kChunks, bool kShort = false>
   ATTNEXT_DEVICE void copy_rows_of(const ScanRows& x, uint64_t& start, int at, bool whole,
                                    int column, uint32_t to) const {
-    constexpr int kBytes = sizeof(T), kAtOnce = kThreads / Layout<T, kD>::kChunks;
-    const int64_t step = x.step * (kAtOnce * kBytes);
+    constexpr int kBytes = sizeof(T);
     const int row_bytes = (x.dim - column) * kBytes;
-    if (!kShort && whole && x.aligned && row_bytes >= Layout<T, kD>::kRowBytes) {
-      each_chunk<kD, true>([&](int, int, uint32_t place) {
+    if (!kShort && whole && x.stride != 0 && row_bytes >= kChunks * 16) {
+      each_chunk<kD, true, kChunks>([&](int, int, uint32_t place) {
         copy_chunk_async(to + place, reinterpret_cast<const void*>(start));
-        start += step;
+        start += int64_t(x.stride) * (kThreads / kChunks);
       });
     } else {
-      each_chunk<kD, false>([&](int row, int chunk, uint32_t place) {
+      const int64_t step = x.step * (kThreads / kChunks * kBytes);
+      each_chunk<kD, false, kChunks>([&](int row, int chunk, uint32_t place) {
         const int bytes = is_token(at + row) ? min(max(row_bytes - chunk * 16, 0), 16) : 0;
         copy_chunk<T>(to + place, bytes > 0 ? start : 0, 0, bytes, x.aligned);
         start += step;
@@ -245,15 +259,17 @@ struct Scan {
   }
   ATTNEXT_DEVICE void copy_chunk_rows(int at, int stage) {
     const bool whole = first + at >= 0 && at + kChunk <= count;
-    if (p.outputs && !solves())
-      copy_rows_of<kRaw, kExpanded && !kIsWide>(p.a, next_a, at, whole, 0, tile(stage, 0));
+    if (gives() && !solves())
+      copy_rows_of<kRaw, kRawChunks>(p.a, next_a, at, whole, 0, tile(stage, 0));
     if constexpr (kFolded) {
-      copy_rows_of<kEntryWidth, !kIsWide>(p.raw, next_raw, at, whole, 0, entries_tile(stage, 0));
+      copy_rows_of<kEntryWidth, Layout<T, kEntryWidth>::kChunks, !kIsWide>(
+          p.raw, next_raw, at, whole, 0, entries_tile(stage, 0));
     }
-    if (p.sums) {
-      copy_rows_of<kRaw, kExpanded && !kIsWide>(p.b, next_b, at, whole, 0, tile(stage, 1));
+    if (sums()) {
+      copy_rows_of<kRaw, kRawChunks>(p.b, next_b, at, whole, 0, tile(stage, 1));
       if constexpr (kFolded) {
-        copy_rows_of<kEntryWidth, !kIsWide>(p.c, next_c, at, whole, 0, entries_tile(stage, 1));
+        copy_rows_of<kEntryWidth, Layout<T, kEntryWidth>::kChunks, !kIsWide>(
+            p.c, next_c, at, whole, 0, entries_tile(stage, 1));
       } else {
         copy_rows_of<kColumns>(p.c, next_c, at, whole, slice * kColumns, tile(stage, 2));
       }
@@ -285,8 +301,8 @@ struct Scan {
   }
   ATTNEXT_DEVICE void map_chunk(int at, int stage) const {
     if constexpr (kExpanded || kFolded) return;
-    if (p.outputs && !solves()) map_rows<kRaw>(p.a, at, 0, tile(stage, 0));
-    if (p.sums) {
+    if (gives() && !solves()) map_rows<kRaw>(p.a, at, 0, tile(stage, 0));
+    if (sums()) {
       map_rows<kRaw>(p.b, at, 0, tile(stage, 1));
       if constexpr (kPullsBack) {  // only gradients have features there
         map_rows<kColumns>(p.c, at, slice * kColumns, tile(stage, 2));
@@ -363,7 +379,7 @@ struct Scan {
   // ---- outputs ---------------------------------------------------------------------------------
 
   // Whether products within the chunk are the block's.
-  ATTNEXT_DEVICE bool is_within() const { return p.sums && part == 0 && (!kFolded || slice == 0); }
+  ATTNEXT_DEVICE bool is_within() const { return sums() && part == 0 && (!kFolded || slice == 0); }
   // A product with a masked score of 0 takes over a value that is not finite. Where there are such
   // values in a warp's own rows, it adds these up one by one.
   ATTNEXT_DEVICE bool are_own_rows_finite(int stage) const;
@@ -389,7 +405,8 @@ struct Scan {
 
     float scores[1][kChunk / 8][4], sum[2] = {0.f, 0.f};
     if (is_within()) {
-      walked_product<T, kRaw, kChunk, kKept>(scores, rows, wide, tile(stage, 1), walked);
+      walked_product<T, kRaw, kChunk, kKept, kRawChunks / 2>(scores, rows, wide, tile(stage, 1),
+                                                             walked);
       finish_scores(scores[0], buffer, mine, walked, sum);
       if constexpr (kFolded) times_slope(scores, at, stage, walked, mine, unit);
     }
@@ -426,6 +443,7 @@ struct Scan {
         factor[0][half] = late * (kIsWide ? store_part(total, row) : divide_by(total * late, row));
       }
       if constexpr (kGated) by /= unit;
+      if (kScaledLate && (kExpanded || (kSpares && by == 1.f))) continue;
 #pragma unroll
       for (int n = 0; n < kColumns / 8; ++n) {
         const float of_state = kUnits ? by * units()[n / 2] : by;
@@ -540,12 +558,8 @@ struct Scan {
       store_numbers<float>(to, at, out[0], factor[0]);
       return;
     }
-    if (sizeof(T) == 2 && (kPullsBack || kExpanded) && p.out_fp32) {
+    if (sizeof(T) == 2 && kGated && (kPullsBack || kExpanded) && p.out_fp32) {
       store_numbers<float>(p.out, at, out[0], factor[0]);
-      return;
-    }
-    if constexpr (kExpanded && !kIsWide) {
-      store_numbers<T>(p.out, at, out[0], factor[0]);
       return;
     }
     const int row = at + warp * 16 + lane;
@@ -554,6 +568,18 @@ struct Scan {
       address =
           reinterpret_cast<uint64_t>(static_cast<T*>(p.out.rows.data) +
                                      tokens.offset(p.out.rows, 1, first + row) + slice * kColumns);
+    }
+    if constexpr (kExpanded) {
+      constexpr int kPart = kColumns < kPanel ? kColumns : kPanel;
+#pragma unroll
+      for (int column = 0; column < kColumns; column += kPart) {
+        float part[1][kPart / 8][4];
+        memcpy(part, out[0][column / 8], sizeof(part));
+        store_rows<T, kPanel, kPart, 1>(features(stage, 0, 0), warp * 16, part, factor, address,
+                                        dim - column, p.out.aligned);
+        if (address) address += kPart * sizeof(T);
+      }
+      return;
     }
     constexpr int kRowBytes = S::kOutApart ? Layout<T, kColumns>::kRowBytes : Wide::kRowBytes;
     const uint32_t room = (S::kOutApart ? shared + S::kOutAt : tile(stage, 0));

@@ -180,6 +180,7 @@ ATTNEXT_DEVICE void Scan<T, kDim, kWarps, kKind>::copy_state() const {
     unit_of(top, 14, unit, inverse);
     if (lane == 0) units()[warp] = unit;
   }
+  const auto places = Wide::places(state_tile(0), warp * 16 + g);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = warp * 16 + half * 8 + g;
@@ -190,16 +191,15 @@ ATTNEXT_DEVICE void Scan<T, kDim, kWarps, kKind>::copy_state() const {
         x -= Number<T>::widen(Number<T>::narrow(x));
         y -= Number<T>::widen(Number<T>::narrow(y));
       }
-      const uint32_t to = state_tile(n * 8 / kPanel);
-      const int chunk = n * 8 % kPanel / Wide::kElems;
+      const uint32_t at = places(n % (kPanel / 8)) + (state_tile(n * 8 / kPanel) - state_tile(0)) +
+                          half * 8 * Wide::kRowBytes;
       if constexpr (sizeof(T) == 4) {
         // Neighbouring rows share banks: one stores its first number while the other its second.
         const int odd = g % 2;
-        const uint32_t at = to + Wide::at(row, chunk + t / 2) + t % 2 * 8;
         store_shared(at + odd * 4, __float_as_uint(odd ? y : x));
         store_shared(at + 4 - odd * 4, __float_as_uint(odd ? x : y));
       } else {
-        store_shared(to + Wide::at(row, chunk) + t * 4, Number<T>::pack(x, y));
+        store_shared(at, Number<T>::pack(x, y));
       }
     }
     if (!kRest && is_further() && t == 0) shared_z()[row] = z[0][half];
@@ -263,7 +263,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::store_state() const {
     }
   }
   if (kHasSums && p.factors && slice == 0 && part == 0 && threadIdx.x == 0) {
-    p.factors[(sequence * p.segments + segment) * p.heads + head] = kept_all;
+    p.factors[(sequence * p.after_segments + segment) * p.heads + head] = kept_all;
   }
 }
 

@@ -7,8 +7,9 @@
 namespace attnext {
 namespace cuda {
 
-// States of segments alone become those before them; the last one goes to `after`. One thread for
-// a number of a sequence's and head's state.
+// States of segments alone become those before them; the last one goes to `after`, without which
+// nobody has made that of the last segment. One thread for a number of a sequence's and head's
+// state.
 ATTNEXT_DEVICE void combine_segments(const LinearLaunch& p) {
   const uint32_t parts = static_cast<uint32_t>((p.state_size + blockDim.x - 1) / blockDim.x);
   const int64_t number = int64_t(blockIdx.x % parts) * blockDim.x + threadIdx.x;
@@ -19,6 +20,10 @@ ATTNEXT_DEVICE void combine_segments(const LinearLaunch& p) {
   for (int32_t s = 0; s < p.segments; ++s) {
     const int64_t at = (sequence * p.segments + s) * p.heads + head;
     float& here = p.states[at * p.state_size + number];
+    if (!p.after && s + 1 == p.segments) {
+      here = carry;
+      return;
+    }
     const float alone = here;
     here = carry;
     carry = fmaf(carry, p.factors[at], alone);

@@ -14,7 +14,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::expand_whole(int at, int 
   static_assert(kThreads == 2 * kChunk && 1 + kEntries * (kEntries + 3) / 2 <= kDim, "features");
   constexpr int kElems = Raw::kElems;
   const int operand = threadIdx.x / kChunk, row = threadIdx.x % kChunk;
-  if (operand == 0 ? !p.outputs : !p.sums) return;
+  if (operand == 0 ? !gives() : !sums()) return;
   float x[kEntries], part[kElems];
   const bool weighted = operand == p.weighted_b;
   const float by = weighted ? p.polynomial_scale : 1.f, square = weighted ? 0.5f : 1.f;
@@ -89,7 +89,7 @@ ATTNEXT_DEVICE void Scan<T, kDim, kWarps, kKind>::make_features(uint32_t tile_at
 
 // The features of c that are the slice's columns.
 ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::expand_slice(int at, int stage) const {
-  if (!p.sums) return;
+  if (!sums()) return;
   using Narrow = Layout<T, kColumns>;
   constexpr int kPieces = Narrow::kChunks / 2;  // two threads a row
   const int row = threadIdx.x % kChunk, piece0 = threadIdx.x / kChunk * kPieces;
@@ -103,7 +103,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::expand_slice(int at, int 
 // The block's features, of many. Half of the threads have a row of a each, half one of b.
 ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::expand_part(int at, int stage) const {
   const int operand = threadIdx.x / kChunk, row = threadIdx.x % kChunk;
-  if (operand == 0 ? !p.outputs : !p.sums) return;
+  if (operand == 0 ? !gives() : !sums()) return;
   make_features(tile(stage, operand), row, is_token(at + row), part * kDim,
                 S::kPanels * Wide::kChunks, p.b.dim, operand == p.weighted_b,
                 [&](int piece, const uint4& whole) {

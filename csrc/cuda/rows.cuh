@@ -71,13 +71,14 @@ ATTNEXT_DEVICE void store_rows(uint32_t tile, int row0, const float (&x)[kFrags]
                                const float (&factor)[kFrags][2], uint64_t address, int dim,
                                bool aligned) {
   using L = Layout<T, kDim>;
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int lane = threadIdx.x % 32, g = lane / 4;
+  const auto places = L::places(tile, row0 + g);
   __syncwarp();
 #pragma unroll
   for (int f = 0; f < kFrags; ++f) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int r = row0 + f * 16 + half * 8 + g;
+      const uint32_t below = (f * 16 + half * 8) * L::kRowBytes;
       const float scale = factor[f][half];
 #pragma unroll
       for (int n = 0; n < kOut / 8; ++n) {
@@ -86,11 +87,11 @@ ATTNEXT_DEVICE void store_rows(uint32_t tile, int row0, const float (&x)[kFrags]
           // Neighbouring rows share banks: one stores its even columns while the other its odd
           // ones.
           const int odd = g % 2;
-          const uint32_t at = tile + L::at(r, n * 2 + t / 2) + t % 2 * 8;
+          const uint32_t at = places(n) + below;
           store_shared(at + odd * 4, __float_as_uint(odd ? b : a));
           store_shared(at + 4 - odd * 4, __float_as_uint(odd ? a : b));
         } else {
-          store_shared(tile + L::at(r, n) + t * 4, Number<T>::pack(a, b));
+          store_shared(places(n) + below, Number<T>::pack(a, b));
         }
       }
     }

@@ -38,6 +38,16 @@ struct Layout {
   static ATTNEXT_DEVICE uint32_t at(uint32_t row, uint32_t chunk) {
     return row * kRowBytes + (chunk ^ swizzle(row)) * 16;
   }
+  // Where a lane has its part of columns 8 n on of accumulators' row `row` in a tile, the first of
+  // its two numbers, as places(n). Rows eight apart lie alike.
+  struct Places {
+    uint32_t first;
+    ATTNEXT_DEVICE uint32_t operator()(int n) const { return first ^ (n * 8 / kElems * 16); }
+  };
+  static ATTNEXT_DEVICE Places places(uint32_t tile, uint32_t row) {
+    const uint32_t byte = threadIdx.x % 4 * 2 * static_cast<uint32_t>(sizeof(T));
+    return {tile + at(row, byte / 16) + byte % 16};
+  }
 };
 
 // Copies `bytes` (0 to 16) and fills the rest of the chunk with zeros; reads nothing for 0.
@@ -363,14 +373,16 @@ struct LeftRows {
 };
 
 // s += rows x walk^T. `walked`: no more rows of the walk than these count, in fragments of 16.
-template <class T, int kDim, int kFrags, int kWalk, bool kKept>
+// kSteps: of the contraction, fewer where rows end before the tile's.
+template <class T, int kDim, int kFrags, int kWalk, bool kKept,
+          int kSteps = LeftRows<T, kDim, kFrags, kKept>::kSteps>
 ATTNEXT_DEVICE void add_product(float (&s)[kFrags][kWalk / 8][4],
                                 const LeftRows<T, kDim, kFrags, kKept>& rows,
                                 const WalkLanes<T, kDim>& lanes, uint32_t walk_tile,
                                 int walked = kWalk) {
   const uint32_t at = walk_tile + lanes.right;
 #pragma unroll
-  for (int k = 0; k < LeftRows<T, kDim, kFrags, kKept>::kSteps; ++k) {
+  for (int k = 0; k < kSteps; ++k) {
     typename Products<T>::Left a[kFrags];
 #pragma unroll
     for (int f = 0; f < kFrags; ++f) a[f] = rows(f, k);
@@ -388,7 +400,8 @@ ATTNEXT_DEVICE void add_product(float (&s)[kFrags][kWalk / 8][4],
 }
 
 // s = rows x walk^T
-template <class T, int kDim, int kFrags, int kWalk, bool kKept>
+template <class T, int kDim, int kFrags, int kWalk, bool kKept,
+          int kSteps = LeftRows<T, kDim, kFrags, kKept>::kSteps>
 ATTNEXT_DEVICE void product(float (&s)[kFrags][kWalk / 8][4],
                             const LeftRows<T, kDim, kFrags, kKept>& rows,
                             const WalkLanes<T, kDim>& lanes, uint32_t walk_tile,
@@ -398,7 +411,7 @@ ATTNEXT_DEVICE void product(float (&s)[kFrags][kWalk / 8][4],
 #pragma unroll
     for (int n = 0; n < kWalk / 8; ++n) s[f][n][0] = s[f][n][1] = s[f][n][2] = s[f][n][3] = 0.f;
   }
-  add_product<T, kDim, kFrags, kWalk, kKept>(s, rows, lanes, walk_tile, walked);
+  add_product<T, kDim, kFrags, kWalk, kKept, kSteps>(s, rows, lanes, walk_tile, walked);
 }
 
 // out += weights x kOut columns of the walk from `chunk0` on

@@ -14,8 +14,8 @@ from .test_coverage import LEAST, executions_of, too_low
 # Of kernels that are one template those of one bucket.
 COVERED = (
     "scan_{}_32", "scan_{}_32_gated", "scan_{}_32_delta", "scan_{}_32_delta_back", "scan_{}_taylor",
-    "scan_{}_fold", "scan_{}_taylor_wide", "scan_{}_fold_wide", "numbers_{}", "fold_{}", "combine",
-    "decay_gradient",
+    "scan_{}_taylor_gated", "scan_{}_fold", "scan_{}_taylor_wide", "scan_{}_fold_wide",
+    "numbers_{}", "fold_{}", "combine", "decay_gradient",
 )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ SCAN, STATE, SUMS = "linear_scan.cuh", "linear_state.cuh", "linear_sums.cuh"
 OUTPUTS = "linear_outputs.cuh"
 DELTA, TAYLOR, NUMBERS = "linear_delta.cuh", "linear_taylor.cuh", "linear_numbers.cuh"
 LEAVE = "    if (leaves() && !p.meetings) leave(c);\n"
-ADD = "    if (sums && !kDeltaBack) add_chunk(stage);\n"
+ADD = "    if (adds && !kDeltaBack) add_chunk(stage);\n"
 # After the last chunk of all, too.
 LATE_LEAVE = ((SCAN, LEAVE + ADD, ADD + LEAVE), (SCAN, "(more || p.after);", "true;"))
 
@@ -41,6 +41,9 @@ PROBLEMS: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "large": ("identity", False, {"tokens": 70, "dtype": torch.float16}),
     "not finite": ("identity", False, {"tokens": 40}),
     "segments": ("reverse", False, {"tokens": 260, "dtype": torch.float32}),
+    "segments, no state": (
+        "identity", False, {"tokens": 260, "state": False, "dtype": torch.float32}
+    ),
     "delta": ("reverse", False, {"tokens": 100, "beta": True}),
     "delta gradients": ("reverse", True, {"tokens": 100, "beta": True}),
     "fold": (
@@ -56,7 +59,7 @@ PROBLEMS: dict[str, tuple[str, bool, dict[str, Any]]] = {
         "identity", True, {"tokens": 70, "feature_map": "taylor2", "dim": 36, "decay": "token"}
     ),
     "taylor": (
-        "identity", False, {"tokens": 70, "feature_map": "taylor2", "dim": 16, "decay": "head"}
+        "identity", False, {"tokens": 70, "feature_map": "taylor2", "dim": 16, "dim_v": 40}
     ),
 }  # fmt: skip
 
@@ -108,6 +111,9 @@ BUGS = [
     _bug("sums not decayed", "scan_bf16_32_gated", "gated", WRONG,
          (STATE, "z[i][half] = fmaf(z[i][half], kept, quad_sum(sum[half]) * unit);",
           "z[i][half] += quad_sum(sum[half]) * unit;")),
+    _bug("a state that nobody has made", "combine", "segments, no state",
+         "read of unwritten global memory",
+         (SUMS, "if (!p.after && s + 1 == p.segments) {", "if (false) {")),
     _bug("a segment's decay forgotten", "combine", "segments", WRONG,
          (SUMS, "carry = fmaf(carry, p.factors[at], alone);", "carry += alone;")),
     _bug("gradient of decays ends with a lane's tokens", "decay_gradient", "gradients", WRONG,
@@ -182,6 +188,8 @@ BUGS = [
          (SCAN, "if (slice == 0 && t == 0 && is_token(row)) {", "if (t == 0 && is_token(row)) {")),
     _bug("gradient of features taken for that of entries", "scan_bf16_32_gated", "gradients", WRONG,
          (OUTPUTS, "p.raw.map, f);", "FeatureMap::kIdentity, f);")),
+    _bug("columns of outputs that there are not", "scan_bf16_taylor", "taylor",
+         "global write-write race", (SCAN, "dim - column, p.out.aligned", "dim, p.out.aligned")),
     _bug("squares counted twice", "scan_bf16_taylor", "taylor", WRONG,
          (TAYLOR, "    put(x[a] * x[a] * square);", "    put(x[a] * x[a]);")),
 ]  # fmt: skip
@@ -206,7 +214,7 @@ SLOW_BUGS = [
          (SCAN, "      expand(c * kChunk, stage);\n      __syncthreads();\n",
           "      expand(c * kChunk, stage);\n")),
     _bug("products within the chunk in every part", "scan_bf16_taylor_wide", "entries", WRONG,
-         (SCAN, "return p.sums && part == 0", "return p.sums")),
+         (SCAN, "return sums() && part == 0", "return sums()")),
     _bug("every part has the first features", "scan_bf16_taylor_wide", "entries", WRONG,
          (TAYLOR, "is_token(at + row), part * kDim,", "is_token(at + row), 0,")),
     _bug("parts written to one place", "scan_bf16_taylor_wide", "entries",
