@@ -41,8 +41,8 @@ PROBLEMS: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "large": ("identity", False, {"tokens": 70, "dtype": torch.float16}),
     "not finite": ("identity", False, {"tokens": 40}),
     "segments": ("reverse", False, {"tokens": 260, "dtype": torch.float32}),
-    "segments, no state": (
-        "identity", False, {"tokens": 260, "state": False, "dtype": torch.float32}
+    "segments' gradients": (
+        "identity", True, {"tokens": 260, "state": False, "dtype": torch.float32}
     ),
     "delta": ("reverse", False, {"tokens": 100, "beta": True}),
     "delta gradients": ("reverse", True, {"tokens": 100, "beta": True}),
@@ -111,7 +111,7 @@ BUGS = [
     _bug("sums not decayed", "scan_bf16_32_gated", "gated", WRONG,
          (STATE, "z[i][half] = fmaf(z[i][half], kept, quad_sum(sum[half]) * unit);",
           "z[i][half] += quad_sum(sum[half]) * unit;")),
-    _bug("a state that nobody has made", "combine", "segments, no state",
+    _bug("a state that nobody has made", "combine", "segments' gradients",
          "read of unwritten global memory",
          (SUMS, "if (!p.after && s + 1 == p.segments) {", "if (false) {")),
     _bug("a segment's decay forgotten", "combine", "segments", WRONG,
