@@ -10,25 +10,11 @@
 // in any cut of the problem.
 #pragma once
 
-#include "matrix_tiles.inl"
+#include "linear_tiles.inl"
 
 namespace attnext {
 namespace cpu {
 namespace ATTNEXT_ISA {
-
-enum class By { kRows, kColumns };
-
-template <class Acc>
-ATTNEXT_INLINE constexpr int64_t whole_vectors(int64_t n) {
-  return (n + Simd<Acc>::kLanes - 1) / Simd<Acc>::kLanes * Simd<Acc>::kLanes;
-}
-
-// What becomes of c; what it holds is not read unless `reads`.
-template <class Acc>
-struct Mix {
-  bool reads;
-  Acc kept = 1, taken = 1;
-};
 
 template <By kBy, class Elem>
 ATTNEXT_INLINE const Elem* tile_row(const Elem* a, int64_t lda, int m) {
@@ -125,16 +111,6 @@ template <class Elem>
 constexpr bool kInTiles = ATTNEXT_MATRIX_TILES && Contraction<Elem>::kDepth == 2;
 template <class Elem>
 constexpr int64_t kRowBlock = kInTiles<Elem> ? tiles::kSide : kRows;
-
-}  // namespace ATTNEXT_ISA
-}  // namespace cpu
-}  // namespace attnext
-
-#include "linear_tiles.inl"
-
-namespace attnext {
-namespace cpu {
-namespace ATTNEXT_ISA {
 
 // `depth` counts elements: pairs, if they are pairs.
 template <By kBy, bool kTriangle, class Elem>

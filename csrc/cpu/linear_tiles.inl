@@ -1,10 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0
-// The products of linear attention on bf16 pairs, as those of tiles (matrix_tiles.inl). Included by
-// linear_product.inl, whose terms these are.
+// The terms of linear attention's products, and those of bf16 pairs as products of tiles
+// (matrix_tiles.inl).
+#pragma once
+
+#include "matrix_tiles.inl"
 
 namespace attnext {
 namespace cpu {
 namespace ATTNEXT_ISA {
+
+// How the left factor lies: a(m, l) = a[m][l] or a[l][m].
+enum class By { kRows, kColumns };
+
+template <class Acc>
+ATTNEXT_INLINE constexpr int64_t whole_vectors(int64_t n) {
+  return (n + Simd<Acc>::kLanes - 1) / Simd<Acc>::kLanes * Simd<Acc>::kLanes;
+}
+
+// What becomes of c; what it holds is not read unless `reads`.
+template <class Acc>
+struct Mix {
+  bool reads;
+  Acc kept = 1, taken = 1;
+};
+
 namespace tiles {
 
 // Left factors of up to kSide rows, kSpan numbers each: where they lie, or as a copy.

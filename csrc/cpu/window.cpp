@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "isa.h"
-#include "key_box.h"
 #include "memory.h"
 #include "parallel.h"
 
@@ -396,7 +395,7 @@ void window_backward(const WindowParams& p, const Geometry& geometry, const int3
     place(&item, i / num_slabs);
     const int64_t tail = sink_rows + p.extra_keys;
     halo_at[i + 1] = halo_at[i] + (kernels.halo_rows(problem.views[0], item) + tail) * row_bytes;
-    most_rows = std::max(most_rows, item.size[0] * item.size[1] * item.size[2] + tail + 1);
+    most_rows = std::max(most_rows, item.rows() + tail + 1);
   }
   const Memory halo = allocate(halo_at[items]);
   const int64_t table_size = p.bias ? p.bias_head_stride : 0;
@@ -428,12 +427,8 @@ void window_backward(const WindowParams& p, const Geometry& geometry, const int3
     for (int64_t n = begin; n < end; ++n) {
       const int64_t i = nth(n);
       SlabItem item = work[i];
-      const int64_t used =
-          item.size[0] * item.size[1] * item.size[2] + sink_rows + p.extra_keys + 1;
+      const int64_t used = item.rows() + sink_rows + p.extra_keys + 1;
       std::fill_n(static_cast<char*>(rows), used * row_bytes, 0);
-      const KeyBox box{{item.cls[0], item.cls[1], item.cls[2]},
-                       {item.begin[0], item.begin[1], item.begin[2]},
-                       {item.size[0], item.size[1], item.size[2]}};
       const auto place_groups = [&](int64_t h) {
         const WindowPlan& plan = problem.plans[head_rule[h]];
         for (int a = 0; a < 3; ++a) {
@@ -446,10 +441,10 @@ void window_backward(const WindowParams& p, const Geometry& geometry, const int3
       const int64_t first_head = item.kv_head * group_heads;
       place_groups(first_head);
       const int64_t reads = group_heads * walk_lengths(problem.view_of(first_head), item);
-      const WindowParams near =
-          boxes.worth_copying(box, 1, reads)
-              ? boxes.copy(box, item.batch, item.kv_head, 1, thread_buffer(3, boxes.bytes(box, 1)))
-              : p;
+      const WindowParams near = boxes.worth_copying(item, 1, reads)
+                                    ? boxes.copy(item, item.batch, item.kv_head, 1,
+                                                 thread_buffer(3, boxes.bytes(item, 1)))
+                                    : p;
       for (int64_t h = first_head; h < first_head + group_heads; ++h) {
         place_groups(h);
         kernels.backward(near, problem.view_of(h), item, h, problem.bias_of(h), rows, dbias,

@@ -6,16 +6,16 @@
 
 #include "../geometry.h"
 #include "../params.h"
+#include "key_box.h"
 
 namespace attnext {
 namespace cpu {
 
 // A backward work item: all queries of one slab, for one batch item, kv head and dilation class.
-struct SlabItem {
+// The box is that of the keys whose gradients accumulate here.
+struct SlabItem : KeyBox {
   int64_t batch, kv_head;
-  int64_t cls[3];                         // dilation class per axis
   int64_t first_group[3], last_group[3];  // per axis, of the plan of `heads`' rule
-  int64_t begin[3], size[3];              // the box of keys whose gradients accumulate here
   int64_t own_begin, own_end;             // of the slab axis: keys that no other slab touches
 };
 
