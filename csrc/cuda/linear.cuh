@@ -3,6 +3,9 @@
 // block stands.
 #pragma once
 
+#include <type_traits>
+#include <utility>
+
 #include "linear_kernels.h"
 #include "linear_plan.h"
 #include "rows.cuh"
@@ -196,6 +199,27 @@ ATTNEXT_DEVICE void pair_of_feature(int f, int dim, int& a, int& b) {
   a = 0, b = f - 1 - dim;
   while (a < dim && b >= dim - a) b -= dim - a, ++a;
   b += a;
+}
+// The same of kTaylorEntries as it is compiled; no pair: both are kTaylorEntries.
+struct FeaturePair {
+  int a, b;
+};
+constexpr ATTNEXT_DEVICE FeaturePair pair_of_known_feature(int f) {
+  int left = f - 1 - kTaylorEntries;
+  for (int a = 0; a < kTaylorEntries; left -= kTaylorEntries - a, ++a) {
+    if (0 <= left && left < kTaylorEntries - a) return {a, a + left};
+  }
+  return {kTaylorEntries, kTaylorEntries};
+}
+// visit(n) for n < kCount, each a number that is known as it is compiled. Loops that the compiler
+// is asked to unroll it may leave, and then looks for their numbers in memory.
+template <class Visit, int... kNumbers>
+ATTNEXT_DEVICE void each_number(std::integer_sequence<int, kNumbers...>, Visit visit) {
+  (visit(std::integral_constant<int, kNumbers>()), ...);
+}
+template <int kCount, class Visit>
+ATTNEXT_DEVICE void each_number(Visit visit) {
+  each_number(std::make_integer_sequence<int, kCount>(), visit);
 }
 // The feature that is it, of kTaylorEntries.
 constexpr ATTNEXT_DEVICE int feature_of_pair(int a, int b) {

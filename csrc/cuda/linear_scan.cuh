@@ -443,7 +443,7 @@ struct Scan {
         factor[0][half] = late * (kIsWide ? store_part(total, row) : divide_by(total * late, row));
       }
       if constexpr (kGated) by /= unit;
-      if (kScaledLate && (kExpanded || (kSpares && by == 1.f))) continue;
+      if (kScaledLate && kSpares && by == 1.f) continue;
 #pragma unroll
       for (int n = 0; n < kColumns / 8; ++n) {
         const float of_state = kUnits ? by * units()[n / 2] : by;

@@ -15,7 +15,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::expand_whole(int at, int 
   constexpr int kElems = Raw::kElems;
   const int operand = threadIdx.x / kChunk, row = threadIdx.x % kChunk;
   if (operand == 0 ? !gives() : !sums()) return;
-  float x[kEntries], part[kElems];
+  float x[kEntries];
   const bool weighted = operand == p.weighted_b;
   const float by = weighted ? p.polynomial_scale : 1.f, square = weighted ? 0.5f : 1.f;
 #pragma unroll
@@ -26,10 +26,25 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::expand_whole(int at, int 
 #pragma unroll
     for (int e = 0; e < kElems; ++e) x[chunk * kElems + e] = Number<T>::widen(elems[e]) * by;
   }
-  int f = 0;
-  const auto put = [&](float value) {
-    part[f % kElems] = value;
-    if (++f % kElems > 0) return;
+  const float one = is_token(at + row) ? 1.f : 0.f;
+  each_number<kDim / kElems>([&](auto nth) {
+    constexpr int chunk = decltype(nth)::value;
+    float part[kElems];
+    each_number<kElems>([&](auto number) {
+      constexpr int e = decltype(number)::value, f = chunk * kElems + e, first = 1 + kEntries;
+      constexpr FeaturePair pair = pair_of_known_feature(f);
+      if constexpr (f == 0) {
+        part[e] = one;
+      } else if constexpr (f < first) {
+        part[e] = x[f - 1];
+      } else if constexpr (pair.a == kEntries) {
+        part[e] = 0.f;
+      } else if constexpr (pair.a == pair.b) {
+        part[e] = x[pair.a] * x[pair.a] * square;
+      } else {
+        part[e] = x[pair.a] * x[pair.b];
+      }
+    });
     uint4 whole;
     if constexpr (sizeof(T) == 4) {
       memcpy(&whole, part, 16);
@@ -37,22 +52,10 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::expand_whole(int at, int 
       whole = {Number<T>::pack(part[0], part[1]), Number<T>::pack(part[2], part[3]),
                Number<T>::pack(part[4], part[5]), Number<T>::pack(part[6], part[7])};
     }
-    const int chunk = f / kElems - 1;
     store_shared(
         features(stage, operand, chunk / Wide::kChunks) + Wide::at(row, chunk % Wide::kChunks),
         whole);
-  };
-  put(is_token(at + row) ? 1.f : 0.f);
-#pragma unroll
-  for (int a = 0; a < kEntries; ++a) put(x[a]);
-#pragma unroll
-  for (int a = 0; a < kEntries; ++a) {
-    put(x[a] * x[a] * square);
-#pragma unroll
-    for (int b = a + 1; b < kEntries; ++b) put(x[a] * x[b]);
-  }
-#pragma unroll
-  for (int i = 1 + kEntries * (kEntries + 3) / 2; i < kDim; ++i) put(0.f);
+  });
 }
 
 // Features from f on of `dim` entries in a tile's row, 16 bytes after 16: store(piece, elements).
