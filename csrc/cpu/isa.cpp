@@ -75,11 +75,11 @@ const std::vector<Level>& levels() {
 // Granite Rapids). It is the last there on the generation before tiles, and where a system denies
 // them.
 const Level& preferred() {
-  const Level& last = levels().back();
+  size_t best = levels().size() - 1;
 #if defined(__x86_64__)
-  if (last.unit == unit_avx512bf16() && __builtin_cpu_is("intel")) return *(&last - 1);
+  if (levels()[best].unit == unit_avx512bf16() && __builtin_cpu_is("intel")) --best;
 #endif
-  return last;
+  return levels()[best];
 }
 
 const Level& find(const std::string& name) {

@@ -194,22 +194,14 @@ ATTNEXT_DEVICE void unit_of(float top, int most, float& unit, float& inverse) {
   inverse = __uint_as_float(static_cast<uint32_t>(127 - e) << 23);
 }
 
-// Taylor feature f > dim is x_a x_b.
-ATTNEXT_DEVICE void pair_of_feature(int f, int dim, int& a, int& b) {
-  a = 0, b = f - 1 - dim;
-  while (a < dim && b >= dim - a) b -= dim - a, ++a;
-  b += a;
-}
-// The same of kTaylorEntries as it is compiled; no pair: both are kTaylorEntries.
+// Taylor feature f > dim is x_a x_b; beyond the last one a is dim.
 struct FeaturePair {
   int a, b;
 };
-constexpr ATTNEXT_DEVICE FeaturePair pair_of_known_feature(int f) {
-  int left = f - 1 - kTaylorEntries;
-  for (int a = 0; a < kTaylorEntries; left -= kTaylorEntries - a, ++a) {
-    if (0 <= left && left < kTaylorEntries - a) return {a, a + left};
-  }
-  return {kTaylorEntries, kTaylorEntries};
+constexpr ATTNEXT_DEVICE FeaturePair pair_of_feature(int f, int dim) {
+  int a = 0, b = f - 1 - dim;
+  while (a < dim && b >= dim - a) b -= dim - a, ++a;
+  return {a, a + b};
 }
 // visit(n) for n < kCount, each a number that is known as it is compiled. Loops that the compiler
 // is asked to unroll it may leave, and then looks for their numbers in memory.
@@ -229,8 +221,7 @@ constexpr ATTNEXT_DEVICE int feature_of_pair(int a, int b) {
 // Of kTaylorEntries, a feature's place in a tensor of states, where entries may be fewer; -1: none.
 ATTNEXT_DEVICE int place_of_feature(int f, int dim) {
   if (f <= kTaylorEntries) return f <= dim ? f : -1;
-  int a, b;
-  pair_of_feature(f, kTaylorEntries, a, b);
+  const auto [a, b] = pair_of_feature(f, kTaylorEntries);
   return b < dim ? 1 + dim + a * dim - a * (a - 1) / 2 + b - a : -1;
 }
 

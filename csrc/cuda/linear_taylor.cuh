@@ -32,7 +32,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::expand_whole(int at, int 
     float part[kElems];
     each_number<kElems>([&](auto number) {
       constexpr int e = decltype(number)::value, f = chunk * kElems + e, first = 1 + kEntries;
-      constexpr FeaturePair pair = pair_of_known_feature(f);
+      constexpr FeaturePair pair = pair_of_feature(f, kEntries);
       if constexpr (f == 0) {
         part[e] = one;
       } else if constexpr (f < first) {
@@ -67,8 +67,7 @@ ATTNEXT_DEVICE void Scan<T, kDim, kWarps, kKind>::make_features(uint32_t tile_at
                                                                 Store store) const {
   constexpr int kElems = 16 / static_cast<int>(sizeof(T));
   const float by = weighted ? p.polynomial_scale : 1.f, square = weighted ? 0.5f : 1.f;
-  int a = 0, b = 0;
-  if (f > dim) pair_of_feature(f, dim, a, b);
+  auto [a, b] = pair_of_feature(max(f, 1 + dim), dim);
 #pragma unroll 1
   for (int piece = 0; piece < pieces; ++piece) {
     T elems[kElems];
@@ -247,8 +246,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::fold_wide(
     sum[i] = first_entry + i < dim && 0 <= f && f < kColumns ? mine[f] : 0.f;
     twice = fmaf(x[i], sum[i], twice);
   }
-  int a = 0, b = 0;
-  pair_of_feature(max(low, 1 + dim), dim, a, b);
+  int a = pair_of_feature(max(low, 1 + dim), dim).a;
   // Feature low + start is x_a x_a.
   int start = 1 + dim + a * dim - a * (a - 1) / 2 - low;
 #pragma unroll 1
