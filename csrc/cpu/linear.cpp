@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "isa.h"
@@ -191,25 +192,39 @@ class Forward : public Problem {
     return static_cast<char*>(thread_buffer(1, count * state_bytes));
   }
 
+  // Heads side by side, a segment each in turns; and a chunk each, for as many as have their states
+  // in a second-level cache.
   void walk(int64_t first, int64_t n) {
-    char* const memory = room(n + 1);
-    void* const local = memory + n * state_bytes;
+    constexpr int64_t kNearBytes = 256 << 10;
+    const int64_t together = std::max<int64_t>(1, kNearBytes / (3 * state_bytes));
+    char* memory = room(3 * n);
+    const auto next = [&] { return std::exchange(memory, memory + state_bytes); };
     std::vector<State> carries;
+    std::vector<LinearWalk> walks;
     for (int64_t r = first; r < first + n; ++r) {
-      carries.push_back(load(row(r), p.initial_state, r, memory + (r - first) * state_bytes));
+      carries.push_back(load(row(r), p.initial_state, r, next()));
+      walks.push_back({{}, nullptr, next(), next(), true});
     }
     const int64_t count = segments(first / p.heads);
     for (int64_t s = 0; s < count; ++s) {
       const bool keep = s + 1 < count || p.final_state;
-      for (int64_t r = first; r < first + n; ++r) {
-        State& carry = carries[r - first];
-        kernels.forward(p, segment(r, s), carry.get(), local, true, keep, scratch());
-        if (keep) advance(&carry, local);
+      for (int64_t i = 0; i < n; ++i) {
+        walks[i] = {segment(first + i, s), carries[i].get(), walks[i].local, walks[i].running,
+                    true};
       }
+      for (int64_t i = 0; i < n; i += together) {
+        kernels.forward(p, &walks[i], std::min(together, n - i), keep, scratch());
+      }
+      for (int64_t i = 0; keep && i < n; ++i) advance(&carries[i], walks[i].local);
     }
-    for (int64_t r = first; r < first + n; ++r) {
-      store(row(r), carries[r - first], p.final_state, r);
-    }
+    for (int64_t i = 0; i < n; ++i) store(row(first + i), carries[i], p.final_state, first + i);
+  }
+
+  // One head over one segment.
+  void forward(const LinearItem& item, const void* carry, void* local, void* running, bool fresh,
+               bool keep) {
+    LinearWalk walk{item, carry, local, running, fresh};
+    kernels.forward(p, &walk, 1, keep, scratch());
   }
 
   void sum_and_read(int64_t r) {
@@ -223,7 +238,7 @@ class Forward : public Problem {
       advance(&total, local);
     }
     for (int64_t s = 0; s < count; ++s) {
-      kernels.forward(p, segment(r, s), total.get(), local, true, false, scratch());
+      forward(segment(r, s), total.get(), local, nullptr, true, false);
     }
     store(item, total, p.final_state, r);
   }
@@ -246,7 +261,8 @@ class Forward : public Problem {
       const void* carry = !p.causal                  ? last[r].get()
                           : s > 0 || p.initial_state ? carries.at(r, s)
                                                      : nullptr;
-      kernels.forward(p, segment(r, s), carry, room(1), true, false, scratch());
+      char* const memory = room(2);
+      forward(segment(r, s), carry, memory, memory + state_bytes, true, false);
     });
   }
 
@@ -265,8 +281,7 @@ class Forward : public Problem {
       item.columns = std::min(columns, p.head_dim_v - item.column);
       State state = load(item, p.initial_state, i / parts, room(1));
       if (item.end > 0) {
-        kernels.forward(p, item, nullptr, state.data, state.empty, p.final_state != nullptr,
-                        scratch());
+        forward(item, nullptr, state.data, nullptr, state.empty, p.final_state != nullptr);
         state.empty = false;
       }
       store(item, state, p.final_state, i / parts);

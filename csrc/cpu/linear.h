@@ -24,6 +24,16 @@ struct LinearItem {
   int64_t chunk;  // tokens worked on together
 };
 
+// A head's way through a segment. `carry` may be null: zero. `running` is room for the state before
+// a chunk, and not used without a carry.
+struct LinearWalk {
+  LinearItem item;
+  const void* carry;
+  void *local, *running;
+  bool fresh;       // local is zero and is not read
+  double gone = 0;  // decay since the segment began, as a power of two
+};
+
 // A state as kernels hold it: [features][columns padded to vectors], the normaliser's sums, and in
 // the last place the factor by which it lets an earlier state through.
 struct LinearKernels {
@@ -45,9 +55,9 @@ struct LinearKernels {
   void (*sum_keys)(const LinearParams&, const LinearItem&, void* local, bool fresh, void* scratch);
   void (*sum_queries)(const LinearParams&, const LinearItem&, void* local, bool fresh,
                       void* scratch);
-  // Outputs of an item. `carry` may be null; `local` as above, and it is updated where `keep`.
-  void (*forward)(const LinearParams&, const LinearItem&, const void* carry, void* local,
-                  bool fresh, bool keep, void* scratch);
+  // Outputs of heads over one segment: a chunk each in turns, since their rows lie side by side; if
+  // they are not causal, of one head. `local` is updated where `keep`.
+  void (*forward)(const LinearParams&, LinearWalk* walks, int64_t count, bool keep, void* scratch);
   // Gradients of an item: `carry` is the state before it, dcarry the gradient of the state after
   // it, dlocal as `local`, from the last chunk to the first. Null: zero.
   void (*backward)(const LinearParams&, const LinearItem&, const void* carry, const void* dcarry,

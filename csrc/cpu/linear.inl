@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What forward and backward share: a chunk in packed form. Queries and keys are packed with tokens
-// in the lanes, [head_dim][tokens], so that feature maps, decays and the polynomial's features are
-// products of vectors; values as rows, [tokens][columns].
+// What forward and backward share: a chunk in packed form, as rows, [tokens][numbers], or with
+// tokens in the lanes, [numbers][tokens]. Taylor features are made in lanes, where each is a
+// product of vectors.
 #pragma once
 
 #include "linear.h"
@@ -184,6 +184,33 @@ void pack_rows(const T* rows, int64_t step, int64_t count, int64_t dim, Acc* out
   for (int64_t t = 0; t < count; ++t) widen_row(rows + t * step, dim, out + t * ld);
 }
 
+// Features of token rows as rows.
+template <FeatureMap kMap, class T, class Acc>
+void pack_features(const T* rows, int64_t step, int64_t count, int64_t dim, Acc* out, int64_t ld) {
+  constexpr int64_t kLanes = Simd<Acc>::kLanes;
+  for (int64_t t = 0; t < count; ++t, rows += step, out += ld) {
+    int64_t d = 0;
+    for (; d + kLanes <= dim; d += kLanes) {
+      store(out + d, feature<kMap, Acc>(widen(rows + d)));
+    }
+    if (d < dim) {
+      const VecOf<Acc> last = feature<kMap, Acc>(widen_part<T, Acc>(rows + d, dim - d));
+      store(out + d, select_bits<Acc>((uint64_t(1) << (dim - d)) - 1, last, VecOf<Acc>{}));
+    }
+  }
+}
+template <class T, class Acc>
+void pack_features(FeatureMap map, const T* rows, int64_t step, int64_t count, int64_t dim,
+                   Acc* out, int64_t ld) {
+  if (map == FeatureMap::kElu) {
+    pack_features<FeatureMap::kElu>(rows, step, count, dim, out, ld);
+  } else if (map == FeatureMap::kRelu) {
+    pack_features<FeatureMap::kRelu>(rows, step, count, dim, out, ld);
+  } else {
+    pack_features<FeatureMap::kIdentity>(rows, step, count, dim, out, ld);
+  }
+}
+
 // [rows][ld] times a factor per lane.
 template <class Acc>
 void scale_lanes(Acc* x, int64_t rows, int64_t ld, int64_t width, const Acc* factor) {
@@ -213,15 +240,19 @@ ATTNEXT_INLINE Acc add_lanes(VecOf<Acc> v) {
   return sum;
 }
 
-// out[lanes] = sum_r x[r][lanes] * weight[r].
+// out[lanes] = kept out[lanes] + taken sum_r x[r][lanes] * weight[r]; no weight: 1.
 template <class Acc>
-void weigh_rows(const Acc* x, int64_t rows, int64_t ld, int64_t width, const Acc* weight,
-                Acc* out) {
+void weigh_rows(const Acc* x, int64_t rows, int64_t ld, int64_t width, const Acc* weight, Acc* out,
+                Mix<Acc> mix) {
   constexpr int64_t kLanes = Simd<Acc>::kLanes;
   for (int64_t t = 0; t < width; t += kLanes) {
     VecOf<Acc> sum[4] = {};
-    for (int64_t r = 0; r < rows; ++r) sum[r % 4] += load(x + r * ld + t) * weight[r];
-    store(out + t, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+    for (int64_t r = 0; r < rows; ++r) {
+      const VecOf<Acc> v = load(x + r * ld + t);
+      sum[r % 4] += weight ? v * weight[r] : v;
+    }
+    const VecOf<Acc> all = ((sum[0] + sum[1]) + (sum[2] + sum[3])) * mix.taken;
+    store(out + t, mix.reads ? load(out + t) * mix.kept + all : all);
   }
 }
 // out[r] = kept out[r] + taken sum over lanes of x[r][lanes] * weight[lanes]; no weight: 1.
@@ -337,7 +368,7 @@ struct LinearHead {
   static constexpr int64_t kLanes = Simd<Acc>::kLanes;
 
   const LinearParams& p;
-  const LinearItem& item;
+  LinearItem item;
   const int64_t chunk, ld, features, columns, width;  // width: columns in whole vectors
 
   LinearHead(const LinearParams& params, const LinearItem& work)
@@ -358,32 +389,29 @@ struct LinearHead {
   // Row of token t, counted in the order of processing; the next one is step(ref) further.
   template <class U>
   U* row(const TensorRef& ref, int64_t t, int64_t heads) const {
-    const LinearSequence& s = p.sequences[item.sequence];
+    return row_of<U>(item, ref, t, heads);
+  }
+  template <class U>
+  U* row_of(const LinearItem& of, const TensorRef& ref, int64_t t, int64_t heads) const {
+    const LinearSequence& s = p.sequences[of.sequence];
     const int64_t token = p.reverse ? s.end - 1 - t : s.begin + t;
-    const int64_t head = item.head / (p.heads / heads);
+    const int64_t head = of.head / (p.heads / heads);
     return static_cast<U*>(ref.data) + s.batch * ref.batch + token * ref.token[2] + head * ref.head;
   }
-  // Starts loading rows of the chunk after the one at t, if there is one: as many as a tile has,
-  // since more at once would wait for each other. Inlined, for a call would be thought to be
-  // without effect, and go.
-  template <int64_t kCount>
-  ATTNEXT_INLINE void fetch_next(const TensorRef& ref, int64_t t, int64_t i, int64_t heads,
-                                 int64_t dim) const {
-    const int64_t next = t + chunk + i;
-    if (next >= item.end) return;
-    fetch_rows<0>(row<const T>(ref, next, heads), step(ref), min64(kCount, item.end - next), dim);
-  }
-  // The same of the chunk before it, in a walk from the last to the first.
+  // Starts loading rows of the chunk before it, in a walk from the last to the first.
   template <int64_t kCount>
   ATTNEXT_INLINE void fetch_earlier(const TensorRef& ref, int64_t t, int64_t i, int64_t heads,
                                     int64_t dim) const {
     if (t == item.begin) return;
     fetch_rows<0>(row<const T>(ref, t - chunk + i, heads), step(ref), kCount, dim);
   }
-  template <int64_t kCount>
-  ATTNEXT_INLINE void fetch_out(const TensorRef& ref, int64_t t, int64_t i, int64_t heads,
-                                int64_t dim) const {
-    fetch_rows<1>(row<const T>(ref, t + i, heads), step(ref), min64(kCount, item.end - t - i), dim);
+  // Rows of up to a chunk of an item from token t on, which will soon be read or written.
+  void look_ahead(Ahead* ahead, const LinearItem& of, const TensorRef& ref, int64_t t,
+                  int64_t heads, int64_t dim, bool write) const {
+    constexpr int64_t kSize = static_cast<int64_t>(sizeof(T));
+    if (t >= of.end) return;
+    ahead->add(row_of<T>(of, ref, t, heads), dim * kSize, write, min64(chunk, of.end - t),
+               step(ref) * kSize);
   }
   int64_t step(const TensorRef& ref) const { return p.reverse ? -ref.token[2] : ref.token[2]; }
 
@@ -450,19 +478,25 @@ struct LinearHead {
   }
 
   // local = mix.kept * local + mix.taken * features of the chunk times its rows; row_weight: what
-  // the sums are of, beside the features. `lanes` are features as numbers, and a and b what the
-  // product is of.
-  template <class Elem>
-  void add_outer(const Acc* lanes, const Elem* a, const Elem* b, int64_t count, Mix<Acc> mix,
-                 Acc* local, const Acc* row_weight) const {
-    constexpr int64_t kDepth = Contraction<Elem>::kDepth;
-    product<By::kRows, false>(features, width, elements<Elem>(count), a, ld / kDepth, b, width,
-                              local, width, mix);
-    if (p.normalize) {
-      weigh_lanes(lanes, features, ld, whole_vectors<Acc>(count), row_weight, sums(local), mix);
-    } else if (!mix.reads) {
-      for (int64_t f = 0; f < whole_vectors<Acc>(features); ++f) sums(local)[f] = 0;
-    }
+  // the sums are of, beside the features. Features lie in rows of `ldx` numbers, [features][tokens]
+  // or, by columns, [tokens][features]; a and b are what the product is of.
+  template <By kBy, class Elem>
+  void add_outer(const Acc* x, int64_t ldx, const Elem* a, const Elem* b, int64_t count,
+                 Mix<Acc> mix, Acc* local, const Acc* row_weight, Ahead* ahead = nullptr) const {
+    constexpr int64_t kDepth = kBy == By::kRows ? Contraction<Elem>::kDepth : 1;
+    product<kBy, false>(features, width, elements<Elem>(count), a, ldx / kDepth, b, width, local,
+                        width, mix, ahead);
+    const auto add_sums = [&](Acc* to, Mix<Acc> of_sums) {
+      if (!p.normalize) {
+        for (int64_t f = 0; !of_sums.reads && f < whole_vectors<Acc>(features); ++f) to[f] = 0;
+      } else if (kBy == By::kRows) {
+        weigh_lanes(x, features, ldx, whole_vectors<Acc>(count), row_weight, to, of_sums);
+      } else {
+        weigh_rows(x, count, ldx, whole_vectors<Acc>(features), row_weight, to, of_sums);
+      }
+    };
+    add_sums(sums(local), mix);
+    if (mix.also) add_sums(sums(mix.also), Mix<Acc>{mix.also_reads, mix.kept, mix.taken});
   }
 };
 

@@ -556,13 +556,14 @@ class LinearBackward : public LinearHead<T> {
                        this->outer_scale()};
     if (p.normalize) scale_lanes(qf_, features, ld, lanes, inverse_);
     if (decays()) {
-      this->add_outer(qf_, qf_, dout_, count, mix, dlocal, dmean_);
+      this->template add_outer<By::kRows>(qf_, ld, qf_, dout_, count, mix, dlocal, dmean_);
     } else {
-      this->add_outer(qf_, along_lanes(qf_, features, ld, lanes, query_lanes_),
-                      along_rows(dout_, count, width, width, dout_room_), count, mix, dlocal,
-                      dmean_);
+      this->template add_outer<By::kRows>(
+          qf_, ld, along_lanes(qf_, features, ld, lanes, query_lanes_),
+          along_rows(dout_, count, width, width, dout_room_), count, mix, dlocal, dmean_);
     }
-    if (p.delta()) this->add_outer(kf_, kf_, h_, count, Mix<Acc>{true}, dlocal, nullptr);
+    if (p.delta())
+      this->template add_outer<By::kRows>(kf_, ld, kf_, h_, count, Mix<Acc>{true}, dlocal, nullptr);
   }
 
   LinearForward<T, Elem> again_;  // makes states once more

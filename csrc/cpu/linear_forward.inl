@@ -23,24 +23,28 @@ class LinearForward : public LinearHead<T> {
       Head::ld, Head::p, Head::taylor, Head::width;
 
   LinearForward(const LinearParams& params, const LinearItem& work, void* scratch)
-      : Head(params, work), arena_(scratch), decay_(arena_, ld) {
+      : Head(params, work),
+        row_ld_(whole_vectors<Acc>(params.head_dim)),
+        arena_(scratch),
+        decay_(arena_, ld) {
     const int64_t dim = p.head_dim;
-    q_ = arena_.take(dim * ld);
+    // Taylor features have tokens in the lanes; all others are rows, and so are queries then. Keys
+    // are in lanes as scores want them.
+    q_ = arena_.take(taylor() ? dim * ld : chunk * row_ld_);
     k_ = arena_.take(dim * ld);
     qf_ = taylor() ? arena_.take(features * ld) : q_;
-    kf_ = taylor() ? arena_.take(features * ld) : k_;
+    kf_ = arena_.take(taylor() ? features * ld : chunk * row_ld_);
     v_ = arena_.take(chunk * width);
     out_ = arena_.take(chunk * width);
-    scores_ = arena_.take(kBlock * ld);
+    scores_ = arena_.take(chunk * ld);
     sum_ = arena_.take(ld);
     weights_ = arena_.take(ld);
-    before_ = arena_.take(this->state_size());
-    query_room_ = room((dim + 1) * ld);
+    query_room_ = room(max64((dim + 1) * ld, chunk * row_ld_));
     key_room_ = room((dim + 1) * ld);
     value_room_ = room((chunk + 1) * width);
-    score_room_ = room(kBlock * ld);
+    score_room_ = room(chunk * ld);
     state_room_ = room((features + 1) * width);
-    feature_room_ = room((features + 1) * ld);
+    feature_room_ = room(max64((features + 1) * ld, (chunk + 1) * row_ld_));
     if (p.delta()) {
       keys_ = arena_.take(chunk * ld);
       beta_ = arena_.take(ld);
@@ -50,23 +54,18 @@ class LinearForward : public LinearHead<T> {
   }
   int64_t scratch_bytes() const { return arena_.bytes(); }
 
-  void forward(const Acc* carry, Acc* local, bool fresh, bool keep) {
-    double gone = 0;  // decay since the item began, as a power of two
-    const Elem* read = p.causal ? nullptr : enter(carry);
+  void forward(LinearWalk* walks, int64_t heads, bool keep) {
     for (int64_t t = item.begin; t < item.end; t += chunk) {
-      const int64_t count = min64(chunk, item.end - t);
-      const Acc* state = p.causal ? state_before(carry, local, fresh, gone, before_) : carry;
-      if (p.causal) read = enter(state);
-      pack_queries(t, count);
-      if (p.causal) pack_keys(t, count, state);
-      attend(t, count, state, read);
-      if (p.causal && (keep || t + chunk < item.end)) {
-        add_chunk(count, local, fresh);
-        fresh = false;
+      for (int64_t i = 0; i < heads; ++i) {
+        const bool is_last = i + 1 == heads;
+        item = walks[i].item;
+        look_ahead(t, &walks[is_last ? 0 : i + 1].item, is_last ? t + chunk : t, true);
+        forward_chunk(&walks[i], t, keep);
       }
-      gone += chunk_decay();
     }
-    this->factor(local) = power_of<Acc>(gone);
+    for (int64_t i = 0; i < heads; ++i) {
+      this->factor(static_cast<Acc*>(walks[i].local)) = power_of<Acc>(walks[i].gone);
+    }
   }
 
   void sum_keys(Acc* local, bool fresh) {
@@ -82,12 +81,9 @@ class LinearForward : public LinearHead<T> {
 
   // local: one chunk further.
   void sum_chunk(int64_t t, int64_t count, Acc* local, bool fresh) {
-    pack_keys(t, count, fresh ? nullptr : local);
-    for (int64_t i = 0; i < count; i += kRows) {
-      this->template fetch_next<kRows>(p.key, t, i, p.key_heads, p.head_dim);
-      this->template fetch_next<kRows>(p.value, t, i, p.value_heads, columns);
-    }
-    add_chunk(count, local, fresh);
+    pack_keys(t, count, fresh ? nullptr : local, false);
+    look_ahead(t, &item, t + chunk, false);
+    add_chunk(count, local, kept(!fresh));
   }
 
   // The state before a chunk; null where it is zero. `before` is room for it.
@@ -111,16 +107,78 @@ class LinearForward : public LinearHead<T> {
     return state ? along_rows(state, features, width, width, state_room_) : nullptr;
   }
 
+  void forward_chunk(LinearWalk* walk, int64_t t, bool keep) {
+    const Acc* const carry = static_cast<const Acc*>(walk->carry);
+    Acc* const local = static_cast<Acc*>(walk->local);
+    // The state goes along with the local sum, unless it is the local sum.
+    Acc* const running = carry ? static_cast<Acc*>(walk->running) : local;
+    const int64_t count = min64(chunk, item.end - t);
+    const bool first = t == item.begin, last = t + chunk >= item.end;
+    const Acc* const state = first || !p.causal ? carry         ? carry
+                                                  : walk->fresh ? nullptr
+                                                                : local
+                                                : running;
+    if (first || p.causal) read_ = enter(state);
+    pack_queries(t, count);
+    if (p.causal) pack_keys(t, count, state, true);
+    if (taylor()) {
+      attend<By::kColumns>(t, count, state, read_);
+    } else {
+      attend<By::kRows>(t, count, state, read_);
+    }
+    if (!p.causal) return;
+    Mix<Acc> mix = kept(!walk->fresh);
+    if (last || running == local) {
+      if (keep || !last) add_chunk(count, local, mix);
+    } else {
+      if (first) {
+        for (int64_t i = 0; i < this->state_size(); i += kLanes)
+          store(running + i, load(carry + i));
+      }
+      mix.reads = true;
+      if (keep) mix.also = local, mix.also_reads = !walk->fresh;
+      add_chunk(count, running, mix);
+    }
+    walk->fresh = false;
+    walk->gone += chunk_decay();
+  }
+
+  // Starts writing this chunk's outputs, and reading the next chunk.
+  void look_ahead(int64_t t, const LinearItem* next, int64_t next_token, bool with_outputs) {
+    ahead_.clear();
+    if (with_outputs) {
+      Head::look_ahead(&ahead_, item, p.out, t, p.heads, columns, true);
+      Head::look_ahead(&ahead_, *next, p.query, next_token, p.query_heads, p.head_dim, false);
+    }
+    if (!with_outputs || p.causal) {
+      Head::look_ahead(&ahead_, *next, p.key, next_token, p.key_heads, p.head_dim, false);
+      Head::look_ahead(&ahead_, *next, p.value, next_token, p.value_heads, columns, false);
+    }
+    const int64_t strips = (width + 2 * kLanes - 1) / (2 * kLanes);
+    const int64_t blocks = with_outputs ? (chunk + kBlock - 1) / kBlock : 0;
+    ahead_.pace(blocks * (strips + p.causal) + (features + kBlock - 1) / kBlock * strips);
+  }
+
   void pack_queries(int64_t t, int64_t count) {
-    pack_lanes<T, Acc>(p.feature_map, this->template row<const T>(p.query, t, p.query_heads),
-                       this->step(p.query), count, p.head_dim, q_, ld);
-    if (taylor()) taylor_features(q_, this->inner_scale(), p.head_dim, ld, count, true, qf_);
+    const T* query = this->template row<const T>(p.query, t, p.query_heads);
+    if (!taylor()) {
+      return pack_features(p.feature_map, query, this->step(p.query), count, p.head_dim, q_,
+                           row_ld_);
+    }
+    pack_lanes<FeatureMap::kIdentity>(query, this->step(p.query), count, p.head_dim, q_, ld);
+    taylor_features(q_, this->inner_scale(), p.head_dim, ld, count, true, qf_);
   }
 
   // Also what the delta rule makes of the values, for which it needs the decays and the state.
-  void pack_keys(int64_t t, int64_t count, const Acc* state) {
-    pack_lanes<T, Acc>(p.feature_map, this->template row<const T>(p.key, t, p.key_heads),
-                       this->step(p.key), count, p.head_dim, k_, ld);
+  void pack_keys(int64_t t, int64_t count, const Acc* state, bool for_scores) {
+    const T* key = this->template row<const T>(p.key, t, p.key_heads);
+    if (taylor()) {
+      pack_lanes<FeatureMap::kIdentity>(key, this->step(p.key), count, p.head_dim, k_, ld);
+    } else {
+      pack_features(p.feature_map, key, this->step(p.key), count, p.head_dim, kf_, row_ld_);
+      if (for_scores || p.delta())
+        pack_lanes<FeatureMap::kIdentity>(kf_, row_ld_, count, p.head_dim, k_, ld);
+    }
     pack_rows<T, Acc>(this->template row<const T>(p.value, t, p.value_heads) + item.column,
                       this->step(p.value), count, columns, v_, width);
     if (decays()) {
@@ -143,49 +201,61 @@ class LinearForward : public LinearHead<T> {
     u_ = values;
   }
 
+  // Queries and their features have tokens by columns, or by rows.
+  template <By kTokens>
   void attend(int64_t t, int64_t count, const Acc* state, const Elem* read) {
+    constexpr bool kInRows = kTokens == By::kRows;
     const int64_t lanes = whole_vectors<Acc>(count), dim = p.head_dim;
-    const Elem* const query = along_rows(q_, dim, ld, lanes, query_room_);
-    const Elem* const feature =
-        taylor() && state ? along_rows(qf_, features, ld, lanes, feature_room_) : query;
-    const Elem* const key = p.causal ? along_rows(k_, dim, ld, lanes, key_room_) : nullptr;
+    const int64_t query_ld = kInRows ? row_ld_ / kDepth : ld;
+    const Elem *query, *feature;
+    if constexpr (kInRows) {
+      query = feature = along_lanes(q_, count, row_ld_, row_ld_, query_room_);
+    } else {
+      query = along_rows(q_, dim, ld, lanes, query_room_);
+      feature = state ? along_rows(qf_, features, ld, lanes, feature_room_) : nullptr;
+    }
     if (p.normalize) {
       for (int64_t i = 0; i < lanes; ++i) sum_[i] = 0;
-      if (state) weigh_rows(qf_, features, ld, lanes, this->sums(state), sum_);
+      if (state && kInRows) {
+        weigh_lanes(q_, count, row_ld_, row_ld_, this->sums(state), sum_, Mix<Acc>{false});
+      } else if (state) {
+        weigh_rows(qf_, features, ld, lanes, this->sums(state), sum_, Mix<Acc>{false});
+      }
       if (state && decays()) scale_lanes(sum_, 1, 0, lanes, decay_.from_start);
     }
+    const Elem* const key = p.causal ? along_rows(k_, dim, ld, lanes, key_room_) : nullptr;
     for (int64_t i = 0; i < count; i += kBlock) {
-      const int64_t rows = min64(kBlock, count - i);
-      Acc* const out = out_ + i * width;
-      this->template fetch_next<kBlock>(p.query, t, i, p.query_heads, dim);
-      if (state) {
-        product<By::kColumns>(rows, width, elements<Elem>(features), feature + i, ld, read, width,
-                              out, width, false);
-        for (int64_t r = 0; decays() && r < rows; ++r) {
-          scale_all(out + r * width, 1, 0, width, decay_.from_start[i + r]);
-        }
-      }
-      this->template fetch_out<kBlock>(p.out, t, i, p.heads, columns);
-      if (!p.causal) continue;
-      this->template fetch_next<kBlock>(p.key, t, i, p.key_heads, dim);
-      product<By::kColumns>(rows, whole_vectors<Acc>(i + rows), elements<Elem>(dim), query + i, ld,
-                            key, ld, scores_, ld, false);
-      const Elem* const scores = finish_scores(i, rows);
-      this->template fetch_next<kBlock>(p.value, t, i, p.value_heads, columns);
-      product_lower(i, rows, width, scores, ld / kDepth, value_, width, out, width,
-                    state != nullptr);
+      const int64_t rows = min64(kBlock, count - i), seen = whole_vectors<Acc>(i + rows);
+      if (!p.causal) break;
+      product<kTokens>(rows, seen, elements<Elem>(dim), tile_row<kTokens>(query, query_ld, i),
+                       query_ld, key, ld, scores_ + i * ld, ld, false, &ahead_);
+      finish_scores(i, rows);
     }
-    store_out(t, count, state || p.causal);
+    const Elem* const scores = along_lanes(scores_, count, ld, lanes, score_room_);
+    const bool in_place = Same<T, Acc>::value && columns == width;
+    T* const out = this->template row<T>(p.out, t, p.heads) + item.column;
+    Acc* const to = in_place ? reinterpret_cast<Acc*>(out) : out_;
+    const int64_t step = in_place ? this->step(p.out) : width;
+    outputs<kTokens>(
+        count, width,
+        OutputTerms<Elem>{feature, query_ld, elements<Elem>(features), state ? read : nullptr,
+                          decays() ? decay_.from_start : nullptr, p.causal ? scores : nullptr,
+                          ld / kDepth, value_, width, this->outer_scale()},
+        to, step, &ahead_);
+    if (p.normalize) divide(t, count, to, step);
+    for (int64_t i = 0; !in_place && i < count; ++i) {
+      narrow_row(to + i * step, columns, out + i * this->step(p.out));
+    }
   }
 
   // Scores of queries [first, first + rows) with the keys up to them: polynomial, decay, row sums.
-  const Elem* finish_scores(int64_t first, int64_t rows) {
+  void finish_scores(int64_t first, int64_t rows) {
     if constexpr (kDepth == 1) {  // the product with values masks them itself
-      if (!taylor() && !decays() && !p.normalize) return scores_;
+      if (!taylor() && !decays() && !p.normalize) return;
     }
     const Acc scale = this->inner_scale();
     for (int64_t i = first; i < first + rows; ++i) {
-      Acc* row = scores_ + (i - first) * ld;
+      Acc* row = scores_ + i * ld;
       const int64_t seen = whole_vectors<Acc>(i + 1);
       if (decays()) decay_.weights(i, seen, weights_);
       VecOf<Acc> total{};
@@ -204,51 +274,58 @@ class LinearForward : public LinearHead<T> {
       }
       if (p.normalize) sum_[i] += add_lanes<Acc>(total);
     }
-    return along_lanes(scores_, rows, ld, whole_vectors<Acc>(first + rows), score_room_);
   }
 
-  void store_out(int64_t t, int64_t count, bool any) {
-    T* out = this->template row<T>(p.out, t, p.heads) + item.column;
-    const int64_t step = this->step(p.out);
-    const Acc scale = this->outer_scale();
-    Acc* denominator = p.normalize ? this->template row<Acc>(p.denominator, t, p.heads) : nullptr;
+  // Outputs by their sums, away from zero by eps.
+  void divide(int64_t t, int64_t count, Acc* out, int64_t step) {
+    Acc* denominator = this->template row<Acc>(p.denominator, t, p.heads);
     for (int64_t i = 0; i < count; ++i) {
-      Acc* row = out_ + i * width;
-      if (!any) {
-        for (int64_t c = 0; c < width; c += kLanes) store(row + c, VecOf<Acc>{});
-      } else if (scale != 1) {
-        scale_all(row, 1, 0, width, scale);
-      }
-      if (p.normalize) {
-        const Acc sum = sum_[i] * scale;
-        const Acc moved = sum < 0 ? sum - Acc(p.eps) : sum + Acc(p.eps);
-        denominator[i * this->step(p.denominator)] = moved;
-        for (int64_t c = 0; c < width; c += kLanes) store(row + c, load(row + c) / moved);
-      }
-      narrow_row(row, columns, out + i * step);
+      const Acc sum = sum_[i] * this->outer_scale();
+      const Acc moved = sum < 0 ? sum - Acc(p.eps) : sum + Acc(p.eps);
+      denominator[i * this->step(p.denominator)] = moved;
+      Acc* const row = out + i * step;
+      for (int64_t c = 0; c < width; c += kLanes) store(row + c, load(row + c) / moved);
     }
   }
 
-  // local = factor * local + features of keys times values, the earlier ones decayed.
-  void add_chunk(int64_t count, Acc* local, bool fresh) {
+  // What is left of a state after the chunk.
+  Mix<Acc> kept(bool reads) const {
+    return {reads, decays() ? power_of<Acc>(decay_.total) : Acc(1)};
+  }
+  // Features of keys times values.
+  void add_chunk(int64_t count, Acc* local, Mix<Acc> mix) {
     const int64_t lanes = whole_vectors<Acc>(count);
-    if (taylor()) taylor_features(k_, Acc(1), p.head_dim, ld, count, false, kf_);
-    if (decays()) {
-      scale_lanes(kf_, features, ld, lanes, decay_.to_end);
-      const Acc kept = power_of<Acc>(decay_.total);
-      this->add_outer(kf_, kf_, v_, count, Mix<Acc>{!fresh, kept}, local, nullptr);
+    if (taylor()) {
+      taylor_features(k_, Acc(1), p.head_dim, ld, count, false, kf_);
+      if (decays()) {
+        scale_lanes(kf_, features, ld, lanes, decay_.to_end);
+        this->template add_outer<By::kRows>(kf_, ld, kf_, v_, count, mix, local, nullptr, &ahead_);
+      } else {
+        const Elem* const feature = along_lanes(kf_, features, ld, lanes, feature_room_);
+        this->template add_outer<By::kRows>(kf_, ld, feature, value_, count, mix, local, nullptr,
+                                            &ahead_);
+      }
+    } else if (decays()) {
+      for (int64_t i = 0; i < count; ++i) {
+        scale_all(kf_ + i * row_ld_, 1, 0, row_ld_, decay_.to_end[i]);
+      }
+      this->template add_outer<By::kColumns>(kf_, row_ld_, kf_, v_, count, mix, local, nullptr,
+                                             &ahead_);
     } else {
-      this->add_outer(kf_, along_lanes(kf_, features, ld, lanes, feature_room_), value_, count,
-                      Mix<Acc>{!fresh}, local, nullptr);
+      const Elem* const key = along_rows(kf_, count, row_ld_, row_ld_, feature_room_);
+      this->template add_outer<By::kColumns>(kf_, row_ld_, key, value_, count, mix, local, nullptr,
+                                             &ahead_);
     }
   }
 
+  const int64_t row_ld_;  // of rows of queries and keys
   [[no_unique_address]] tiles::SessionIf<kInTiles<Elem>> session_;
+  Ahead ahead_;
   Scratch<Acc> arena_;
   ChunkDecay<Acc> decay_;
-  Acc *q_, *k_, *qf_, *kf_, *v_, *out_, *scores_, *sum_, *weights_, *before_;
+  Acc *q_, *k_, *qf_, *kf_, *v_, *out_, *scores_, *sum_, *weights_;
   Acc *keys_ = nullptr, *beta_ = nullptr, *u_ = nullptr, *earlier_ = nullptr;
-  const Elem* value_ = nullptr;
+  const Elem *value_ = nullptr, *read_ = nullptr;
   // Room for operands as pairs; null for numbers.
   Elem *query_room_, *key_room_, *value_room_, *score_room_, *state_room_, *feature_room_;
 };

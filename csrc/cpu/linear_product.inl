@@ -66,21 +66,39 @@ ATTNEXT_INLINE void multiply_add(const Elem* a, int64_t lda, int64_t depth, cons
   }
 }
 
+// c = kept c + sums, or sums alone.
+template <class Acc, int M, int N>
+ATTNEXT_INLINE void blend(const VecOf<Acc> (&sums)[M][N], bool reads, Acc kept, Acc* c,
+                          int64_t ldc) {
+  constexpr int kLanes = Simd<Acc>::kLanes;
+  const auto each = [&](auto f) {
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) f(c + m * ldc + n * kLanes, sums[m][n]);
+    }
+  };
+  if (reads) {
+    each([&](Acc* to, VecOf<Acc> sum) { store(to, load(to) * kept + sum); });
+  } else {
+    each([&](Acc* to, VecOf<Acc> sum) { store(to, sum); });
+  }
+}
+
 template <By kBy, bool kTriangle, class Elem, int M, int N>
 ATTNEXT_INLINE void product_tile(const Elem* a, int64_t lda, int64_t depth, const Elem* b,
                                  int64_t ldb, AccOf<Elem>* c, int64_t ldc, Mix<AccOf<Elem>> mix) {
-  constexpr int kLanes = Simd<AccOf<Elem>>::kLanes;
   VecOf<AccOf<Elem>> acc[M][N] = {};
   multiply_add<kBy, kTriangle, Elem, M, N>(a, lda, depth, b, ldb, acc);
+  if (mix.taken != 1) {
 #pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) {
+    for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) {
-      AccOf<Elem>* const to = c + m * ldc + n * kLanes;
-      const VecOf<AccOf<Elem>> more = acc[m][n] * mix.taken;
-      store(to, mix.reads ? load(to) * mix.kept + more : more);
+      for (int n = 0; n < N; ++n) acc[m][n] *= mix.taken;
     }
   }
+  blend<AccOf<Elem>>(acc, mix.reads, mix.kept, c, ldc);
+  if (mix.also) blend<AccOf<Elem>>(acc, mix.also_reads, mix.kept, mix.also, ldc);
 }
 
 template <By kBy, bool kTriangle, class Elem, int M, int N>
@@ -96,12 +114,13 @@ void product_rows(int64_t count, const Elem* a, int64_t lda, int64_t depth, cons
 
 template <By kBy, bool kTriangle, class Elem, int N>
 void product_columns(int64_t rows, const Elem* a, int64_t lda, int64_t depth, const Elem* b,
-                     int64_t ldb, AccOf<Elem>* c, int64_t ldc, Mix<AccOf<Elem>> mix) {
+                     int64_t ldb, AccOf<Elem>* c, int64_t ldc, Mix<AccOf<Elem>> mix, Ahead* ahead) {
   for (int64_t m = 0; m < rows;) {
     const int64_t count = next_rows(rows - m, kRows);
     const Elem* from = kBy == By::kRows ? a + m * lda : a + m;
     product_rows<kBy, kTriangle, Elem, kRows, N>(count, from, lda, depth, b, ldb, c + m * ldc, ldc,
-                                                 mix);
+                                                 mix.at(m * ldc));
+    if (ahead) ahead->start(1);
     m += count;
   }
 }
@@ -115,66 +134,157 @@ constexpr int64_t kRowBlock = kInTiles<Elem> ? tiles::kSide : kRows;
 // `depth` counts elements: pairs, if they are pairs.
 template <By kBy, bool kTriangle, class Elem>
 void product(int64_t rows, int64_t columns, int64_t depth, const Elem* a, int64_t lda,
-             const Elem* b, int64_t ldb, AccOf<Elem>* c, int64_t ldc, Mix<AccOf<Elem>> mix) {
+             const Elem* b, int64_t ldb, AccOf<Elem>* c, int64_t ldc, Mix<AccOf<Elem>> mix,
+             Ahead* ahead = nullptr) {
   if constexpr (kInTiles<Elem> && !kTriangle) {
-    return tiles::product<kBy>(rows, columns, depth, a, lda, b, ldb, c, ldc, mix);
+    return tiles::product<kBy>(rows, columns, depth, a, lda, b, ldb, c, ldc, mix, ahead);
   }
   constexpr int64_t kLanes = Simd<AccOf<Elem>>::kLanes;
   int64_t n = 0;
   for (; n + kLanes < columns; n += 2 * kLanes) {
-    product_columns<kBy, kTriangle, Elem, 2>(rows, a, lda, depth, b + n, ldb, c + n, ldc, mix);
+    product_columns<kBy, kTriangle, Elem, 2>(rows, a, lda, depth, b + n, ldb, c + n, ldc, mix.at(n),
+                                             ahead);
   }
   if (n < columns) {
-    product_columns<kBy, kTriangle, Elem, 1>(rows, a, lda, depth, b + n, ldb, c + n, ldc, mix);
+    product_columns<kBy, kTriangle, Elem, 1>(rows, a, lda, depth, b + n, ldb, c + n, ldc, mix.at(n),
+                                             ahead);
   }
 }
 
 template <By kBy, class Elem>
 void product(int64_t rows, int64_t columns, int64_t depth, const Elem* a, int64_t lda,
-             const Elem* b, int64_t ldb, AccOf<Elem>* c, int64_t ldc, bool add) {
-  product<kBy, false>(rows, columns, depth, a, lda, b, ldb, c, ldc, Mix<AccOf<Elem>>{add});
+             const Elem* b, int64_t ldb, AccOf<Elem>* c, int64_t ldc, bool add,
+             Ahead* ahead = nullptr) {
+  product<kBy, false>(rows, columns, depth, a, lda, b, ldb, c, ldc, Mix<AccOf<Elem>>{add}, ahead);
 }
 
-// Rows [first, first + rows) of a product with a lower triangle, kRowBlock of them at most, of
-// which `first` is a multiple. `a` and `c` point at the first. Beyond the triangle `a` is 0 if it
-// is of pairs.
+// Rows [first, first + rows) of a product with a lower triangle in tiles, kRowBlock of them at
+// most, of which `first` is a multiple. `a` and `c` point at the first.
 template <class Elem>
 void product_lower(int64_t first, int64_t rows, int64_t columns, const Elem* a, int64_t lda,
-                   const Elem* b, int64_t ldb, AccOf<Elem>* c, int64_t ldc, bool add) {
+                   const Elem* b, int64_t ldb, float* c, int64_t ldc, Mix<float> mix,
+                   Ahead* ahead) {
+  // All of the block's columns, and if a later row may have been touched, once more without.
+  constexpr int64_t kLanes = Simd<float>::kLanes, kStrip = 2 * kLanes;
+  const int64_t depth = (first + rows + 1) / 2;
+  alignas(64) float sums[tiles::kSide * kStrip];
+  for (int64_t n = 0; n < columns; n += kStrip) {
+    const int64_t strip = min64(kStrip, columns - n);
+    tiles::product<By::kRows>(rows, strip, depth, a, lda, b + n, ldb, sums, kStrip,
+                              Mix<float>{false}, ahead);
+    VecOf<float> bad{};
+    for (int64_t m = 0; m < rows; ++m) {
+      for (int64_t i = 0; i < strip; i += kLanes) bad += load(sums + m * kStrip + i) * 0.0f;
+    }
+    bool finite = true;
+    for (int64_t i = 0; i < kLanes; ++i) finite &= bad[i] == 0;
+    if (!finite) {
+      for (int64_t m = 0; m < rows; m += kRows) {
+        product<By::kRows, true>(min64(kRows, rows - m), strip, (first + m) / 2, a + m * lda, lda,
+                                 b + n, ldb, c + m * ldc + n, ldc, mix);
+      }
+      continue;
+    }
+    for (int64_t m = 0; m < rows; ++m) {
+      for (int64_t i = 0; i < strip; i += kLanes) {
+        float* const to = c + m * ldc + n + i;
+        const VecOf<float> sum = load(sums + m * kStrip + i) * mix.taken;
+        store(to, mix.reads ? load(to) * mix.kept + sum : sum);
+      }
+    }
+  }
+}
+
+// ---- outputs of a chunk
+// --------------------------------------------------------------------------
+
+// Their terms: features of queries times the state, times a factor of the row's; and scores times
+// values, of which a row has those up to its own. Beyond them scores are 0 if they are of pairs.
+template <class Elem>
+struct OutputTerms {
+  const Elem* feature;
+  int64_t feature_ld, depth;  // elements
+  const Elem* state;          // null: only scores times values
+  const AccOf<Elem>* factor;  // null: 1
+  const Elem* score;          // null: only features times the state
+  int64_t score_ld;
+  const Elem* value;
+  int64_t ld;         // of states and values
+  AccOf<Elem> scale;  // of the sum
+};
+
+// Rows from m and columns from n on; `c` points at the first.
+template <By kBy, class Elem, int M, int N>
+ATTNEXT_INLINE void output_tile(const OutputTerms<Elem>& x, int64_t m, int64_t n, AccOf<Elem>* c,
+                                int64_t ldc) {
+  constexpr int kLanes = Simd<AccOf<Elem>>::kLanes;
+  VecOf<AccOf<Elem>> acc[M][N] = {};
+  if (x.state) {
+    multiply_add<kBy, false, Elem, M, N>(tile_row<kBy>(x.feature, x.feature_ld, m), x.feature_ld,
+                                         x.depth, x.state + n, x.ld, acc);
+    if (x.factor) {
+#pragma GCC unroll 16
+      for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 4
+        for (int j = 0; j < N; ++j) acc[i][j] *= x.factor[m + i];
+      }
+    }
+  }
+  if (x.score) {
+    multiply_add<By::kRows, true, Elem, M, N>(x.score + m * x.score_ld, x.score_ld,
+                                              m / Contraction<Elem>::kDepth, x.value + n, x.ld,
+                                              acc);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) store(c + i * ldc + j * kLanes, acc[i][j] * x.scale);
+  }
+}
+
+template <By kBy, class Elem, int M, int N>
+void output_rows(int64_t count, const OutputTerms<Elem>& x, int64_t m, int64_t n, AccOf<Elem>* c,
+                 int64_t ldc) {
+  if constexpr (M > 0) {
+    if (count == M) return output_tile<kBy, Elem, M, N>(x, m, n, c, ldc);
+    output_rows<kBy, Elem, M - 1, N>(count, x, m, n, c, ldc);
+  }
+}
+
+template <By kBy, class Elem>
+void outputs(int64_t rows, int64_t columns, const OutputTerms<Elem>& x, AccOf<Elem>* c, int64_t ldc,
+             Ahead* ahead) {
+  using Acc = AccOf<Elem>;
+  constexpr int64_t kLanes = Simd<Acc>::kLanes;
   if constexpr (kInTiles<Elem>) {
-    // All of the block's columns, and if a later row may have been touched, once more without.
-    constexpr int64_t kLanes = Simd<float>::kLanes, kStrip = 2 * kLanes;
-    const int64_t depth = (first + rows + 1) / 2;
-    alignas(64) float sums[tiles::kSide * kStrip];
-    for (int64_t n = 0; n < columns; n += kStrip) {
-      const int64_t strip = min64(kStrip, columns - n);
-      tiles::product<By::kRows>(rows, strip, depth, a, lda, b + n, ldb, sums, kStrip,
-                                Mix<float>{false});
-      VecOf<float> bad{};
-      for (int64_t m = 0; m < rows; ++m) {
-        for (int64_t i = 0; i < strip; i += kLanes) bad += load(sums + m * kStrip + i) * 0.0f;
+    if (x.state) {
+      product<kBy>(rows, columns, x.depth, x.feature, x.feature_ld, x.state, x.ld, c, ldc, false,
+                   ahead);
+    }
+    for (int64_t m = 0; m < rows; ++m) {
+      const Acc factor = (x.factor ? x.factor[m] : Acc(1)) * x.scale;
+      for (int64_t n = 0; (!x.state || factor != 1) && n < columns; n += kLanes) {
+        store(c + m * ldc + n, x.state ? load(c + m * ldc + n) * factor : VecOf<Acc>{});
       }
-      bool finite = true;
-      for (int64_t i = 0; i < kLanes; ++i) finite &= bad[i] == 0;
-      if (!finite) {
-        for (int64_t m = 0; m < rows; m += kRows) {
-          product<By::kRows, true>(min64(kRows, rows - m), strip, (first + m) / 2, a + m * lda, lda,
-                                   b + n, ldb, c + m * ldc + n, ldc, Mix<float>{add});
-        }
-        continue;
-      }
-      for (int64_t m = 0; m < rows; ++m) {
-        for (int64_t i = 0; i < strip; i += kLanes) {
-          float* const to = c + m * ldc + n + i;
-          const VecOf<float> sum = load(sums + m * kStrip + i);
-          store(to, add ? load(to) + sum : sum);
-        }
-      }
+    }
+    for (int64_t m = 0; x.score && m < rows; m += kRowBlock<Elem>) {
+      product_lower(m, min64(kRowBlock<Elem>, rows - m), columns, x.score + m * x.score_ld,
+                    x.score_ld, x.value, x.ld, c + m * ldc, ldc, Mix<Acc>{true, 1, x.scale}, ahead);
     }
     return;
   }
-  product<By::kRows, true>(rows, columns, first / Contraction<Elem>::kDepth, a, lda, b, ldb, c, ldc,
-                           Mix<AccOf<Elem>>{add});
+  for (int64_t n = 0; n < columns; n += 2 * kLanes) {
+    for (int64_t m = 0; m < rows; m += kRows) {
+      const int64_t count = min64(kRows, rows - m);
+      Acc* const to = c + m * ldc + n;
+      if (n + kLanes < columns) {
+        output_rows<kBy, Elem, kRows, 2>(count, x, m, n, to, ldc);
+      } else {
+        output_rows<kBy, Elem, kRows, 1>(count, x, m, n, to, ldc);
+      }
+      ahead->start(1);
+    }
+  }
 }
 
 // ---- operands: numbers as they are, or pairs of bf16

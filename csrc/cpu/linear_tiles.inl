@@ -17,11 +17,20 @@ ATTNEXT_INLINE constexpr int64_t whole_vectors(int64_t n) {
   return (n + Simd<Acc>::kLanes - 1) / Simd<Acc>::kLanes * Simd<Acc>::kLanes;
 }
 
-// What becomes of c; what it holds is not read unless `reads`.
+// What becomes of c; what it holds is not read unless `reads`. The same becomes of `also`, a matrix
+// like c, if there is one.
 template <class Acc>
 struct Mix {
   bool reads;
   Acc kept = 1, taken = 1;
+  Acc* also = nullptr;
+  bool also_reads = false;
+
+  Mix at(int64_t offset) const {
+    return {reads, kept, taken, also ? also + offset : nullptr, also_reads};
+  }
+  // For that other matrix.
+  Mix of_also() const { return {also_reads, kept, taken}; }
 };
 
 namespace tiles {
@@ -130,23 +139,28 @@ void product_tile(const LeftFactors& left, int64_t rows, int64_t depth, const Pa
 // Like the function of that name for any element; `depth` counts pairs.
 template <By kBy>
 void product(int64_t rows, int64_t columns, int64_t depth, const Pair* a, int64_t lda,
-             const Pair* b, int64_t ldb, float* c, int64_t ldc, Mix<float> mix) {
+             const Pair* b, int64_t ldb, float* c, int64_t ldc, Mix<float> mix, Ahead* ahead) {
   LeftFactors left;
   constexpr int64_t kBand = LeftFactors::kMost * kSide;
   for (int64_t m = 0; m < rows; m += kSide) {
     const int64_t count = min64(kSide, rows - m);
     for (int64_t l = 0; l == 0 || l < depth; l += kBand) {
       const int64_t band = min64(kBand, depth - l);
-      const Mix<float> now = l == 0 ? mix : Mix<float>{true, 1, mix.taken};
+      const Mix<float> now =
+          (l == 0 ? mix : Mix<float>{true, 1, mix.taken, mix.also, true}).at(m * ldc);
       const Pair* const from = kBy == By::kRows ? a + m * lda + l : a + l * lda + m;
       left.take<kBy>(from, lda, count, band);
+      const auto columns_from = [&](auto two, int64_t n) {
+        const Pair* const right = b + l * ldb + n;
+        product_tile<two.value>(left, count, band, right, ldb, c + m * ldc + n, ldc, now);
+        if (now.also) {
+          product_tile<two.value>(left, count, band, right, ldb, now.also + n, ldc, now.of_also());
+        }
+        if (ahead) ahead->start(1);
+      };
       int64_t n = 0;
-      for (; n + kSide < columns; n += 2 * kSide) {
-        product_tile<true>(left, count, band, b + l * ldb + n, ldb, c + m * ldc + n, ldc, now);
-      }
-      if (n < columns) {
-        product_tile<false>(left, count, band, b + l * ldb + n, ldb, c + m * ldc + n, ldc, now);
-      }
+      for (; n + kSide < columns; n += 2 * kSide) columns_from(std::true_type{}, n);
+      if (n < columns) columns_from(std::false_type{}, n);
     }
   }
 }

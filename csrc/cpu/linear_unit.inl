@@ -60,11 +60,10 @@ struct LinearEntry {
     with<LinearBackward>(p, item, scratch,
                          [&](auto pass) { pass.sum_queries(static_cast<Acc*>(local), fresh); });
   }
-  static void forward(const LinearParams& p, const LinearItem& item, const void* carry, void* local,
-                      bool fresh, bool keep, void* scratch) {
-    with<LinearForward>(p, item, scratch, [&](auto pass) {
-      pass.forward(static_cast<const Acc*>(carry), static_cast<Acc*>(local), fresh, keep);
-    });
+  static void forward(const LinearParams& p, LinearWalk* walks, int64_t count, bool keep,
+                      void* scratch) {
+    with<LinearForward>(p, walks->item, scratch,
+                        [&](auto pass) { pass.forward(walks, count, keep); });
   }
   static void backward(const LinearParams& p, const LinearItem& item, const void* carry,
                        const void* dcarry, void* dlocal, bool fresh, void* scratch) {
