@@ -130,19 +130,6 @@ void pack_lanes(FeatureMap map, const T* rows, int64_t step, int64_t count, int6
   }
 }
 
-// Starts loading token rows whose turn comes soon, into the second-level cache: rows a power of two
-// apart would push each other out of the first.
-template <int kWrite, class T>
-ATTNEXT_INLINE void fetch_rows(const T* rows, int64_t step, int64_t count, int64_t dim) {
-  constexpr int64_t kLine = 64;
-  for (int64_t t = 0; t < count; ++t) {
-    const char* row = reinterpret_cast<const char*>(rows + t * step);
-    for (int64_t at = 0; at < dim * static_cast<int64_t>(sizeof(T)); at += kLine) {
-      __builtin_prefetch(row + at, kWrite, kWrite ? 3 : 2);
-    }
-  }
-}
-
 // The way back: [dim][ld] to token rows.
 template <class T, class Acc>
 void unpack_lanes(const Acc* in, int64_t ld, int64_t count, int64_t dim, T* rows, int64_t step) {
@@ -252,7 +239,7 @@ void weigh_rows(const Acc* x, int64_t rows, int64_t ld, int64_t width, const Acc
       sum[r % 4] += weight ? v * weight[r] : v;
     }
     const VecOf<Acc> all = ((sum[0] + sum[1]) + (sum[2] + sum[3])) * mix.taken;
-    store(out + t, mix.reads ? load(out + t) * mix.kept + all : all);
+    store(out + t, mix.reads ? load(mix.source(out) + t) * mix.kept + all : all);
   }
 }
 // out[r] = kept out[r] + taken sum over lanes of x[r][lanes] * weight[lanes]; no weight: 1.
@@ -267,7 +254,7 @@ void weigh_lanes(const Acc* x, int64_t rows, int64_t ld, int64_t width, const Ac
       sum += weight ? v * load(weight + t) : v;
     }
     const Acc all = add_lanes<Acc>(sum) * mix.taken;
-    out[r] = mix.reads ? out[r] * mix.kept + all : all;
+    out[r] = mix.reads ? mix.source(out)[r] * mix.kept + all : all;
   }
 }
 
@@ -398,13 +385,6 @@ struct LinearHead {
     const int64_t head = of.head / (p.heads / heads);
     return static_cast<U*>(ref.data) + s.batch * ref.batch + token * ref.token[2] + head * ref.head;
   }
-  // Starts loading rows of the chunk before it, in a walk from the last to the first.
-  template <int64_t kCount>
-  ATTNEXT_INLINE void fetch_earlier(const TensorRef& ref, int64_t t, int64_t i, int64_t heads,
-                                    int64_t dim) const {
-    if (t == item.begin) return;
-    fetch_rows<0>(row<const T>(ref, t - chunk + i, heads), step(ref), kCount, dim);
-  }
   // Rows of up to a chunk of an item from token t on, which will soon be read or written.
   void look_ahead(Ahead* ahead, const LinearItem& of, const TensorRef& ref, int64_t t,
                   int64_t heads, int64_t dim, bool write) const {
@@ -495,8 +475,9 @@ struct LinearHead {
         weigh_rows(x, count, ldx, whole_vectors<Acc>(features), row_weight, to, of_sums);
       }
     };
-    add_sums(sums(local), mix);
-    if (mix.also) add_sums(sums(mix.also), Mix<Acc>{mix.also_reads, mix.kept, mix.taken});
+    add_sums(sums(local),
+             Mix<Acc>{mix.reads, mix.kept, mix.taken, mix.from ? sums(mix.from) : nullptr});
+    if (mix.also) add_sums(sums(mix.also), mix.of_also());
   }
 };
 

@@ -50,7 +50,6 @@ class LinearBackward : public LinearHead<T> {
     dmean_ = arena_.take(ld);
     weights_ = arena_.take(ld);
     after_ = arena_.take(this->state_size());
-    local_ = arena_.take(this->state_size());
     if (decays()) {
       slope_ = arena_.take(2 * ld);
       slope_k_ = slope_ + ld;
@@ -80,18 +79,29 @@ class LinearBackward : public LinearHead<T> {
     const int64_t chunks = (item.end - item.begin + chunk - 1) / chunk;
     if (p.causal) make_states(chunks, carry);
     double gone = 0;
+    // Like the state in the forward walk, its gradient goes along with the local sum.
+    Acc* const running = dcarry ? after_ : dlocal;
+    const Acc* after = dcarry ? dcarry : fresh ? nullptr : dlocal;
     for (int64_t n = chunks - 1; n >= 0; --n) {
       const int64_t t = item.begin + n * chunk;
       const int64_t count = min64(chunk, item.end - t);
       const Acc* before = p.causal ? before_[n] : carry;
-      const Acc* after =
-          p.causal ? again_.state_before(dcarry, dlocal, fresh, gone, after_) : dcarry;
+      look_ahead(t);
       pack(t, count, before);
       within(t, count);
       across(t, count, before, after);
-      if (p.causal) add_chunk(count, dlocal, fresh);
-      fresh = fresh && !p.causal;
       gone += decays() ? decay_.total : 0;
+      if (!p.causal) continue;
+      if (running == dlocal || n == 0) {
+        add_chunk(count, dlocal, kept(!fresh));
+      } else {
+        Mix<Acc> mix = kept(true);
+        mix.from = after;
+        mix.also = dlocal, mix.also_reads = !fresh;
+        add_chunk(count, running, mix);
+      }
+      after = running;
+      fresh = false;
     }
     this->factor(dlocal) = power_of<Acc>(gone);
   }
@@ -109,7 +119,7 @@ class LinearBackward : public LinearHead<T> {
       if (decays()) {
         scale_lanes(qf_, features, ld, whole_vectors<Acc>(count), decay_.from_start);
       }
-      add_chunk(count, dlocal, fresh);
+      add_chunk(count, dlocal, kept(!fresh));
       fresh = false;
       gone += decays() ? decay_.total : 0;
     }
@@ -131,26 +141,36 @@ class LinearBackward : public LinearHead<T> {
   int64_t segment() const { return Head::segment_of(p, chunk); }
 
   void make_states(int64_t chunks, const Acc* carry) {
-    bool fresh = true;
-    if (p.delta()) {  // the local state is the whole one
-      for (int64_t i = 0; carry && i < this->state_size(); ++i) local_[i] = carry[i];
-      fresh = !carry;
-      carry = nullptr;
+    before_[0] = carry;
+    for (int64_t n = 1; n < chunks; ++n) {
+      Acc* const state = states_ + n * this->state_size();
+      again_.next_state(item.begin + (n - 1) * chunk, chunk, before_[n - 1], state);
+      before_[n] = state;
     }
-    double gone = 0;
-    for (int64_t n = 0; n < chunks; ++n) {
-      const int64_t t = item.begin + n * chunk;
-      Acc* const room = states_ + n * this->state_size();
-      before_[n] = again_.state_before(carry, local_, fresh, gone, room);
-      if (before_[n] == local_) {  // which goes on
-        for (int64_t i = 0; i < this->state_size(); ++i) room[i] = local_[i];
-        before_[n] = room;
-      }
-      if (n + 1 == chunks) break;
-      again_.sum_chunk(t, min64(chunk, item.end - t), local_, fresh);
-      fresh = false;
-      gone += again_.chunk_decay();
-    }
+  }
+
+  // Starts writing this chunk's gradients, and reading the chunk before it.
+  void look_ahead(int64_t t) {
+    ahead_.clear();
+    const auto rows = [&](const TensorRef& ref, int64_t from, int64_t heads, int64_t dim,
+                          bool write) {
+      if (from >= item.begin) Head::look_ahead(&ahead_, item, ref, from, heads, dim, write);
+    };
+    const int64_t dim = p.head_dim, earlier = t - chunk;
+    if (p.query_heads == p.heads) rows(p.dquery, t, p.heads, dim, true);
+    if (p.key_heads == p.heads) rows(p.dkey, t, p.heads, dim, true);
+    if (p.value_heads == p.heads) rows(p.dvalue, t, p.heads, columns, true);
+    rows(p.query, earlier, p.query_heads, dim, false);
+    rows(p.key, earlier, p.key_heads, dim, false);
+    rows(p.value, earlier, p.value_heads, columns, false);
+    rows(p.dout, earlier, p.heads, columns, false);
+    if (p.normalize) rows(p.out, earlier, p.heads, columns, false);
+    // Scores and their gradients; what they mean for entries and values; the two states' parts.
+    const auto tiles = [](int64_t rows, int64_t numbers) {
+      return (rows + kBlock - 1) / kBlock * ((numbers + 2 * kLanes - 1) / (2 * kLanes));
+    };
+    ahead_.pace(tiles(chunk, ld) * 2 + tiles(dim, ld) * 2 + tiles(features, ld) * 2 +
+                tiles(chunk, width) * 2 + tiles(features, width));
   }
 
   void pack_queries(int64_t t, int64_t count) {
@@ -241,13 +261,10 @@ class LinearBackward : public LinearHead<T> {
     const Elem* const dout = along_rows(dout_lanes_, columns, ld, lanes, dout_rows_);
     for (int64_t i = 0; i < count; i += kBlock) {
       const int64_t rows = min64(kBlock, count - i), seen = whole_vectors<Acc>(i + rows);
-      this->template fetch_earlier<kBlock>(p.query, t, i, p.query_heads, dim);
-      this->template fetch_earlier<kBlock>(p.dout, t, i, p.heads, columns);
-      if (p.normalize) this->template fetch_earlier<kBlock>(p.out, t, i, p.heads, columns);
       product<By::kColumns>(rows, seen, elements<Elem>(dim), query + i, ld, key, ld, s_ + i * ld,
-                            ld, false);
+                            ld, false, &ahead_);
       product<By::kColumns>(rows, seen, elements<Elem>(columns), dout + i, ld, value, ld,
-                            dp_ + i * ld, ld, false);
+                            dp_ + i * ld, ld, false, &ahead_);
     }
     if (decays()) {
       for (int64_t i = 0; i < 2 * ld; ++i) pairs_[i] = 0;
@@ -292,12 +309,10 @@ class LinearBackward : public LinearHead<T> {
     const Elem* const scores = along_rows(s_, count, ld, lanes, score_rows_);
     const Elem* const dout_by_rows = along_rows(dout_, count, width, width, dout_room_);
     for (int64_t j = 0; j < count; j += kBlock) {  // queries from the key on
-      this->template fetch_earlier<kBlock>(p.key, t, j, p.key_heads, dim);
-      this->template fetch_earlier<kBlock>(p.value, t, j, p.value_heads, columns);
       product<By::kColumns, false>(min64(kBlock, count - j), width, elements<Elem>(count - j),
                                    scores + j / kDepth * ld + j, ld,
                                    dout_by_rows + j / kDepth * width, width, dv_ + j * width, width,
-                                   Mix<Acc>{false, 1, this->outer_scale()});
+                                   Mix<Acc>{false, 1, this->outer_scale()}, &ahead_);
     }
   }
   // Of a chunk's queries, keys and gradients of outputs.
@@ -358,10 +373,10 @@ class LinearBackward : public LinearHead<T> {
     for (int64_t i = 0; i < lanes; i += 2 * kLanes) {
       const int64_t more = min64(2 * kLanes, lanes - i), to = min64(i + more, count);
       product<By::kRows>(dim, more, elements<E>(to), k, ld / depth, dp_lanes + i, ld, dq_ + i, ld,
-                         false);
+                         false, &ahead_);
       product<By::kRows, false>(dim, more, elements<E>(count - i), q + i / depth, ld / depth,
                                 dp + i / depth * ld + i, ld, dk_ + i, ld,
-                                Mix<Acc>{false, 1, Acc(p.scale)});
+                                Mix<Acc>{false, 1, Acc(p.scale)}, &ahead_);
     }
   }
   void clear_lanes(Acc* x, int64_t rows, int64_t from, int64_t to) {
@@ -389,17 +404,20 @@ class LinearBackward : public LinearHead<T> {
       for (int64_t i = 0; i < 2 * ld; ++i) slope_[i] = 0;
     }
     if (after) {
-      product<By::kRows>(features, lanes, columns, after, width, v_lanes_, ld, df_, ld, false);
+      product<By::kRows>(features, lanes, columns, after, width, v_lanes_, ld, df_, ld, false,
+                         &ahead_);
       if (p.normalize) add_sums(this->sums(after), nullptr, lanes);
       if (decays()) dot_lanes(kf_, df_, features, lanes, slope_k_, false);
       if (decays()) scale_lanes(df_, features, ld, lanes, decay_.to_end);
       chain(k_, false, lanes, dk_);
-      product<By::kColumns>(count, width, features, kf_, ld, after, width, dv_, width, p.causal);
+      product<By::kColumns>(count, width, features, kf_, ld, after, width, dv_, width, p.causal,
+                            &ahead_);
     } else if (!p.causal) {
       for (int64_t i = 0; i < count * width; ++i) dv_[i] = 0;
     }
     if (before) {
-      product<By::kRows>(features, lanes, columns, before, width, dout_lanes_, ld, df_, ld, false);
+      product<By::kRows>(features, lanes, columns, before, width, dout_lanes_, ld, df_, ld, false,
+                         &ahead_);
       if (p.normalize) {
         scale_lanes(df_, features, ld, lanes, inverse_);
         add_sums(this->sums(before), dsum_, lanes);
@@ -550,17 +568,19 @@ class LinearBackward : public LinearHead<T> {
     for (int64_t i = 0; i < count; ++i) narrow_row(dv_ + i * width, columns, rows + i * step);
   }
 
-  void add_chunk(int64_t count, Acc* dlocal, bool fresh) {
+  // What is left of a state's gradient before the chunk.
+  Mix<Acc> kept(bool reads) const {
+    return {reads, decays() ? power_of<Acc>(decay_.total) : Acc(1), this->outer_scale()};
+  }
+  void add_chunk(int64_t count, Acc* dlocal, Mix<Acc> mix) {
     const int64_t lanes = whole_vectors<Acc>(count);
-    const Mix<Acc> mix{!fresh, decays() ? power_of<Acc>(decay_.total) : Acc(1),
-                       this->outer_scale()};
     if (p.normalize) scale_lanes(qf_, features, ld, lanes, inverse_);
     if (decays()) {
-      this->template add_outer<By::kRows>(qf_, ld, qf_, dout_, count, mix, dlocal, dmean_);
+      this->template add_outer<By::kRows>(qf_, ld, qf_, dout_, count, mix, dlocal, dmean_, &ahead_);
     } else {
       this->template add_outer<By::kRows>(
           qf_, ld, along_lanes(qf_, features, ld, lanes, query_lanes_),
-          along_rows(dout_, count, width, width, dout_room_), count, mix, dlocal, dmean_);
+          along_rows(dout_, count, width, width, dout_room_), count, mix, dlocal, dmean_, &ahead_);
     }
     if (p.delta())
       this->template add_outer<By::kRows>(kf_, ld, kf_, h_, count, Mix<Acc>{true}, dlocal, nullptr);
@@ -568,10 +588,11 @@ class LinearBackward : public LinearHead<T> {
 
   LinearForward<T, Elem> again_;  // makes states once more
   [[no_unique_address]] tiles::SessionIf<kInTiles<Elem>> session_;
+  Ahead ahead_;
   Scratch<Acc> arena_;
   ChunkDecay<Acc> decay_;
   Acc *q_, *k_, *qf_, *kf_, *dq_, *dk_, *df_, *v_, *dout_, *dv_, *v_lanes_, *dout_lanes_, *s_, *dp_,
-      *dp_lanes_, *dsum_, *inverse_, *dmean_, *weights_, *after_, *local_, *states_;
+      *dp_lanes_, *dsum_, *inverse_, *dmean_, *weights_, *after_, *states_;
   Acc *slope_ = nullptr, *slope_k_ = nullptr;
   double* pairs_ = nullptr;  // [3][tokens]: sums over the pairs of a query, of a key; a room
   Acc *keys_ = nullptr, *beta_ = nullptr, *dbeta_ = nullptr, *e_ = nullptr, *y_ = nullptr,

@@ -79,20 +79,16 @@ class LinearForward : public LinearHead<T> {
     this->factor(local) = power_of<Acc>(gone);
   }
 
-  // local: one chunk further.
+  // local: one chunk further; or `to`, from what the local was.
   void sum_chunk(int64_t t, int64_t count, Acc* local, bool fresh) {
-    pack_keys(t, count, fresh ? nullptr : local, false);
-    look_ahead(t, &item, t + chunk, false);
-    add_chunk(count, local, kept(!fresh));
+    next_state(t, count, fresh ? nullptr : local, local);
   }
-
-  // The state before a chunk; null where it is zero. `before` is room for it.
-  const Acc* state_before(const Acc* carry, const Acc* local, bool fresh, double gone,
-                          Acc* before) const {
-    if (!carry) return fresh ? nullptr : local;
-    if (fresh && gone == 0) return carry;
-    this->combine(power_of<Acc>(gone), carry, local, fresh, before);
-    return before;
+  void next_state(int64_t t, int64_t count, const Acc* state, Acc* to) {
+    pack_keys(t, count, state, false);
+    look_ahead(t, &item, t + chunk, false);
+    Mix<Acc> mix = kept(state != nullptr);
+    mix.from = state;
+    add_chunk(count, to, mix);
   }
   double chunk_decay() const { return decays() ? decay_.total : 0; }
 
@@ -127,15 +123,11 @@ class LinearForward : public LinearHead<T> {
       attend<By::kRows>(t, count, state, read_);
     }
     if (!p.causal) return;
-    Mix<Acc> mix = kept(!walk->fresh);
-    if (last || running == local) {
-      if (keep || !last) add_chunk(count, local, mix);
+    if (running == local || last) {
+      if (keep || !last) add_chunk(count, local, kept(!walk->fresh));
     } else {
-      if (first) {
-        for (int64_t i = 0; i < this->state_size(); i += kLanes)
-          store(running + i, load(carry + i));
-      }
-      mix.reads = true;
+      Mix<Acc> mix = kept(true);
+      mix.from = state;
       if (keep) mix.also = local, mix.also_reads = !walk->fresh;
       add_chunk(count, running, mix);
     }

@@ -66,22 +66,23 @@ ATTNEXT_INLINE void multiply_add(const Elem* a, int64_t lda, int64_t depth, cons
   }
 }
 
-// c = kept c + sums, or sums alone.
+// c = kept from + sums, or sums alone.
 template <class Acc, int M, int N>
-ATTNEXT_INLINE void blend(const VecOf<Acc> (&sums)[M][N], bool reads, Acc kept, Acc* c,
-                          int64_t ldc) {
+ATTNEXT_INLINE void blend(const VecOf<Acc> (&sums)[M][N], bool reads, Acc kept, const Acc* from,
+                          Acc* c, int64_t ldc) {
   constexpr int kLanes = Simd<Acc>::kLanes;
   const auto each = [&](auto f) {
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) f(c + m * ldc + n * kLanes, sums[m][n]);
+      for (int n = 0; n < N; ++n)
+        store(c + m * ldc + n * kLanes, f(m * ldc + n * kLanes, sums[m][n]));
     }
   };
   if (reads) {
-    each([&](Acc* to, VecOf<Acc> sum) { store(to, load(to) * kept + sum); });
+    each([&](int64_t at, VecOf<Acc> sum) { return load(from + at) * kept + sum; });
   } else {
-    each([&](Acc* to, VecOf<Acc> sum) { store(to, sum); });
+    each([&](int64_t, VecOf<Acc> sum) { return sum; });
   }
 }
 
@@ -97,8 +98,8 @@ ATTNEXT_INLINE void product_tile(const Elem* a, int64_t lda, int64_t depth, cons
       for (int n = 0; n < N; ++n) acc[m][n] *= mix.taken;
     }
   }
-  blend<AccOf<Elem>>(acc, mix.reads, mix.kept, c, ldc);
-  if (mix.also) blend<AccOf<Elem>>(acc, mix.also_reads, mix.kept, mix.also, ldc);
+  blend<AccOf<Elem>>(acc, mix.reads, mix.kept, mix.source(c), c, ldc);
+  if (mix.also) blend<AccOf<Elem>>(acc, mix.also_reads, mix.kept, mix.also, mix.also, ldc);
 }
 
 template <By kBy, bool kTriangle, class Elem, int M, int N>

@@ -17,20 +17,28 @@ ATTNEXT_INLINE constexpr int64_t whole_vectors(int64_t n) {
   return (n + Simd<Acc>::kLanes - 1) / Simd<Acc>::kLanes * Simd<Acc>::kLanes;
 }
 
-// What becomes of c; what it holds is not read unless `reads`. The same becomes of `also`, a matrix
-// like c, if there is one.
+// What becomes of c: kept times what c holds, or what is at `from`, plus taken times the product.
+// Nothing is read unless `reads`. The same becomes of `also`, a matrix like c, if there is one.
 template <class Acc>
 struct Mix {
   bool reads;
   Acc kept = 1, taken = 1;
+  const Acc* from = nullptr;
   Acc* also = nullptr;
   bool also_reads = false;
 
   Mix at(int64_t offset) const {
-    return {reads, kept, taken, also ? also + offset : nullptr, also_reads};
+    return {reads, kept, taken, moved(from, offset), moved(also, offset), also_reads};
   }
+  const Acc* source(const Acc* c) const { return from ? from : c; }
   // For that other matrix.
   Mix of_also() const { return {also_reads, kept, taken}; }
+
+ private:
+  template <class P>
+  static P* moved(P* p, int64_t offset) {
+    return p ? p + offset : p;
+  }
 };
 
 namespace tiles {
@@ -85,8 +93,8 @@ void product_tile(const LeftFactors& left, int64_t rows, int64_t depth, const Pa
                   float* c, int64_t ldc, Mix<float> mix) {
   const bool whole = rows == kSide && mix.taken == 1 && (!mix.reads || mix.kept == 1);
   if (whole && mix.reads) {
-    load<0>(c, 4 * ldc);
-    if (kTwo) load<1>(c + kSide, 4 * ldc);
+    load<0>(mix.source(c), 4 * ldc);
+    if (kTwo) load<1>(mix.source(c) + kSide, 4 * ldc);
   } else {
     zero<0>();
     if (kTwo) zero<1>();
@@ -129,9 +137,10 @@ void product_tile(const LeftFactors& left, int64_t rows, int64_t depth, const Pa
   if (kTwo) store<1>(sums[1], 4 * kSide);
   for (int64_t m = 0; m < rows; ++m) {
     for (int n = 0; n < 1 + kTwo; ++n) {
-      float* const to = c + m * ldc + n * kSide;
-      const VecOf<float> more = cpu::ATTNEXT_ISA::load(sums[n] + m * kSide) * mix.taken;
-      cpu::ATTNEXT_ISA::store(to, mix.reads ? cpu::ATTNEXT_ISA::load(to) * mix.kept + more : more);
+      const int64_t at = m * ldc + n * kSide;
+      VecOf<float> sum = cpu::ATTNEXT_ISA::load(sums[n] + m * kSide) * mix.taken;
+      if (mix.reads) sum += cpu::ATTNEXT_ISA::load(mix.source(c) + at) * mix.kept;
+      cpu::ATTNEXT_ISA::store(c + at, sum);
     }
   }
 }
@@ -147,14 +156,15 @@ void product(int64_t rows, int64_t columns, int64_t depth, const Pair* a, int64_
     for (int64_t l = 0; l == 0 || l < depth; l += kBand) {
       const int64_t band = min64(kBand, depth - l);
       const Mix<float> now =
-          (l == 0 ? mix : Mix<float>{true, 1, mix.taken, mix.also, true}).at(m * ldc);
+          (l == 0 ? mix : Mix<float>{true, 1, mix.taken, nullptr, mix.also, true}).at(m * ldc);
       const Pair* const from = kBy == By::kRows ? a + m * lda + l : a + l * lda + m;
       left.take<kBy>(from, lda, count, band);
       const auto columns_from = [&](auto two, int64_t n) {
         const Pair* const right = b + l * ldb + n;
-        product_tile<two.value>(left, count, band, right, ldb, c + m * ldc + n, ldc, now);
-        if (now.also) {
-          product_tile<two.value>(left, count, band, right, ldb, now.also + n, ldc, now.of_also());
+        const Mix<float> here = now.at(n);
+        product_tile<two.value>(left, count, band, right, ldb, c + m * ldc + n, ldc, here);
+        if (here.also) {
+          product_tile<two.value>(left, count, band, right, ldb, here.also, ldc, here.of_also());
         }
         if (ahead) ahead->start(1);
       };
