@@ -390,8 +390,9 @@ struct LinearHead {
                   int64_t heads, int64_t dim, bool write) const {
     constexpr int64_t kSize = static_cast<int64_t>(sizeof(T));
     if (t >= of.end) return;
-    ahead->add(row_of<T>(of, ref, t, heads), dim * kSize, write, min64(chunk, of.end - t),
-               step(ref) * kSize);
+    const T* const first = row_of<T>(of, ref, t, heads);
+    const int64_t count = min64(chunk, of.end - t);
+    for (int64_t i = 0; i < count; ++i) ahead->add(first + i * step(ref), dim * kSize, write);
   }
   int64_t step(const TensorRef& ref) const { return p.reverse ? -ref.token[2] : ref.token[2]; }
 

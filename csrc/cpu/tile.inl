@@ -57,17 +57,14 @@ constexpr int most_dims(int vectors) { return vectors == 2 ? kRows : 2 * kRows; 
 class Ahead {
  public:
   void clear() { at_ = count_ = 0; }
-  // To be read, or (`write`) written: `rows` of them, `step` bytes apart.
-  void add(const void* row, int64_t bytes, bool write, int64_t rows = 1, int64_t step = 0) {
-    const int64_t lines = (bytes + kLine - 1) / kLine;
-    if (count_ == kMost || lines <= 0 || rows <= 0) return;
-    const char* const first = static_cast<const char*>(row);
-    rows_[count_++] = {first, first, lines, lines, rows, step, write};
+  // To be read, or (`write`) written.
+  void add(const void* row, int64_t bytes, bool write) {
+    if (count_ < kMost) rows_[count_++] = {static_cast<const char*>(row), bytes, write};
   }
   // Begun after each of `steps` products, all of them are.
   void pace(int64_t steps) {
     int64_t lines = 0;
-    for (int i = 0; i < count_; ++i) lines += rows_[i].lines * rows_[i].rows;
+    for (int i = 0; i < count_; ++i) lines += (rows_[i].left + kLine - 1) / kLine;
     lines_ = lines / max64(steps, 1) + 1;
   }
   // After `products` of them.
@@ -77,36 +74,29 @@ class Ahead {
   void start_all() { start_lines(INT64_MAX); }
 
  private:
-  static constexpr int kMost = 256;  // rows: four tensors of 64 lanes
+  static constexpr int kMost = 512;  // rows: eight tensors of 64 lanes
   static constexpr int64_t kLine = 64;
-  struct Rows {
-    const char *row, *next;
-    int64_t lines, left;  // of a row
-    int64_t rows, step;
+  struct Row {
+    const char* next;
+    int64_t left;
     bool write;
   };
   void start_lines(int64_t lines) {
     while (at_ < count_ && lines > 0) {
-      Rows& now = rows_[at_];
-      const int64_t count = min64(lines, now.left);
-      const char* const end = now.next + count * kLine;
-      if (now.write) {
-        for (const char* line = now.next; line < end; line += kLine) __builtin_prefetch(line, 1, 3);
-      } else {
-        for (const char* line = now.next; line < end; line += kLine) __builtin_prefetch(line, 0, 2);
+      Row& row = rows_[at_];
+      for (; row.left > 0 && lines > 0; --lines, row.next += kLine, row.left -= kLine) {
+        if (row.write) {
+          __builtin_prefetch(row.next, 1, 3);
+        } else {
+          __builtin_prefetch(row.next, 0, 2);
+        }
+        asm volatile("");  // a function that only prefetches is thought to be without effect
       }
-      asm volatile("");  // a function that only prefetches is thought to be without effect
-      lines -= count;
-      now.next = end;
-      now.left -= count;
-      if (now.left > 0) return;
-      now.next = now.row += now.step;
-      now.left = now.lines;
-      if (--now.rows == 0) ++at_;
+      if (row.left <= 0) ++at_;
     }
   }
 
-  Rows rows_[kMost];
+  Row rows_[kMost];
   int at_ = 0, count_ = 0;
   int64_t lines_ = 1;
 };
