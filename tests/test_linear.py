@@ -294,13 +294,20 @@ def test_chunk_size_is_a_matter_of_speed(name, chunk_size):
 
 @pytest.mark.parametrize("name", FORMS)
 def test_threads_and_neighbours_do_not_change_a_bit(name):
-    """Rows few and many, so that segments are walked in turn and at once."""
-    for dtype, state in ((torch.float32, True), (torch.float32, False), (torch.bfloat16, True)):
-        shape = {"tokens": 300, "batch": 5, "heads": (1, 1, 1), "dim_v": 40}
+    """Rows few and many, so that segments are walked in turn and at once, by heads alone and side by
+    side."""
+    for dtype, state, batch, heads in (
+        (torch.float32, True, 5, 1),
+        (torch.float32, False, 5, 1),
+        (torch.bfloat16, True, 5, 1),
+        (torch.float32, True, 2, 6),
+        (torch.bfloat16, False, 2, 6),
+    ):
+        shape = {"tokens": 300, "batch": batch, "heads": (heads, heads, heads), "dim_v": 40}
         tensors, options = form(name, dtype=dtype, state=state, **shape)
         options["chunk_size"] = 4
         if tensors.get("decay") is not None and tensors["decay"].dim() == 1:
-            tensors["decay"] = tensors["decay"].expand(5, 300, 1)
+            tensors["decay"] = tensors["decay"].expand(batch, 300, heads)
         results = []
         for count in (1, 2, 3):
             with threads(count):

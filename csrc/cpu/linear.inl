@@ -385,12 +385,13 @@ struct LinearHead {
     const int64_t head = of.head / (p.heads / heads);
     return static_cast<U*>(ref.data) + s.batch * ref.batch + token * ref.token[2] + head * ref.head;
   }
-  // Rows of up to a chunk of an item from token t on, which will soon be read or written.
+  // Numbers [column, column + dim) in rows of up to a chunk of an item, from token t on, which will
+  // soon be read or written.
   void look_ahead(Ahead* ahead, const LinearItem& of, const TensorRef& ref, int64_t t,
-                  int64_t heads, int64_t dim, bool write) const {
+                  int64_t heads, int64_t column, int64_t dim, bool write) const {
     constexpr int64_t kSize = static_cast<int64_t>(sizeof(T));
     if (t >= of.end) return;
-    const T* const first = row_of<T>(of, ref, t, heads);
+    const T* const first = row_of<T>(of, ref, t, heads) + column;
     const int64_t count = min64(chunk, of.end - t);
     for (int64_t i = 0; i < count; ++i) ahead->add(first + i * step(ref), dim * kSize, write);
   }

@@ -154,7 +154,7 @@ class LinearBackward : public LinearHead<T> {
     ahead_.clear();
     const auto rows = [&](const TensorRef& ref, int64_t from, int64_t heads, int64_t dim,
                           bool write) {
-      if (from >= item.begin) Head::look_ahead(&ahead_, item, ref, from, heads, dim, write);
+      if (from >= item.begin) Head::look_ahead(&ahead_, item, ref, from, heads, 0, dim, write);
     };
     const int64_t dim = p.head_dim, earlier = t - chunk;
     if (p.query_heads == p.heads) rows(p.dquery, t, p.heads, dim, true);

@@ -110,10 +110,8 @@ class LinearForward : public LinearHead<T> {
     Acc* const running = carry ? static_cast<Acc*>(walk->running) : local;
     const int64_t count = min64(chunk, item.end - t);
     const bool first = t == item.begin, last = t + chunk >= item.end;
-    const Acc* const state = first || !p.causal ? carry         ? carry
-                                                  : walk->fresh ? nullptr
-                                                                : local
-                                                : running;
+    const Acc* state = running;
+    if (first || !p.causal) state = carry ? carry : walk->fresh ? nullptr : local;
     if (first || p.causal) read_ = enter(state);
     pack_queries(t, count);
     if (p.causal) pack_keys(t, count, state, true);
@@ -139,12 +137,13 @@ class LinearForward : public LinearHead<T> {
   void look_ahead(int64_t t, const LinearItem* next, int64_t next_token, bool with_outputs) {
     ahead_.clear();
     if (with_outputs) {
-      Head::look_ahead(&ahead_, item, p.out, t, p.heads, columns, true);
-      Head::look_ahead(&ahead_, *next, p.query, next_token, p.query_heads, p.head_dim, false);
+      Head::look_ahead(&ahead_, item, p.out, t, p.heads, item.column, columns, true);
+      Head::look_ahead(&ahead_, *next, p.query, next_token, p.query_heads, 0, p.head_dim, false);
     }
     if (!with_outputs || p.causal) {
-      Head::look_ahead(&ahead_, *next, p.key, next_token, p.key_heads, p.head_dim, false);
-      Head::look_ahead(&ahead_, *next, p.value, next_token, p.value_heads, columns, false);
+      Head::look_ahead(&ahead_, *next, p.key, next_token, p.key_heads, 0, p.head_dim, false);
+      Head::look_ahead(&ahead_, *next, p.value, next_token, p.value_heads, item.column, columns,
+                       false);
     }
     const int64_t strips = (width + 2 * kLanes - 1) / (2 * kLanes);
     const int64_t blocks = with_outputs ? (chunk + kBlock - 1) / kBlock : 0;
