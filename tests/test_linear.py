@@ -294,8 +294,7 @@ def test_chunk_size_is_a_matter_of_speed(name, chunk_size):
 
 @pytest.mark.parametrize("name", FORMS)
 def test_threads_and_neighbours_do_not_change_a_bit(name):
-    """Rows few and many, so that segments are walked in turn and at once, by heads alone and side by
-    side."""
+    """Rows few and many: segments are walked in turn and at once, heads also side by side."""
     for dtype, state, batch, heads in (
         (torch.float32, True, 5, 1),
         (torch.float32, False, 5, 1),

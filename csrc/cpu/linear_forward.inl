@@ -152,12 +152,12 @@ class LinearForward : public LinearHead<T> {
 
   void pack_queries(int64_t t, int64_t count) {
     const T* query = this->template row<const T>(p.query, t, p.query_heads);
-    if (!taylor()) {
-      return pack_features(p.feature_map, query, this->step(p.query), count, p.head_dim, q_,
-                           row_ld_);
+    if (taylor()) {
+      pack_lanes<FeatureMap::kIdentity>(query, this->step(p.query), count, p.head_dim, q_, ld);
+      taylor_features(q_, this->inner_scale(), p.head_dim, ld, count, true, qf_);
+    } else {
+      pack_features(p.feature_map, query, this->step(p.query), count, p.head_dim, q_, row_ld_);
     }
-    pack_lanes<FeatureMap::kIdentity>(query, this->step(p.query), count, p.head_dim, q_, ld);
-    taylor_features(q_, this->inner_scale(), p.head_dim, ld, count, true, qf_);
   }
 
   // Also what the delta rule makes of the values, for which it needs the decays and the state.
@@ -167,8 +167,9 @@ class LinearForward : public LinearHead<T> {
       pack_lanes<FeatureMap::kIdentity>(key, this->step(p.key), count, p.head_dim, k_, ld);
     } else {
       pack_features(p.feature_map, key, this->step(p.key), count, p.head_dim, kf_, row_ld_);
-      if (for_scores || p.delta())
+      if (for_scores || p.delta()) {
         pack_lanes<FeatureMap::kIdentity>(kf_, row_ld_, count, p.head_dim, k_, ld);
+      }
     }
     pack_rows<T, Acc>(this->template row<const T>(p.value, t, p.value_heads) + item.column,
                       this->step(p.value), count, columns, v_, width);
@@ -215,14 +216,14 @@ class LinearForward : public LinearHead<T> {
       if (state && decays()) scale_lanes(sum_, 1, 0, lanes, decay_.from_start);
     }
     const Elem* const key = p.causal ? along_rows(k_, dim, ld, lanes, key_room_) : nullptr;
-    for (int64_t i = 0; i < count; i += kBlock) {
+    for (int64_t i = 0; p.causal && i < count; i += kBlock) {
       const int64_t rows = min64(kBlock, count - i), seen = whole_vectors<Acc>(i + rows);
-      if (!p.causal) break;
       product<kTokens>(rows, seen, elements<Elem>(dim), tile_row<kTokens>(query, query_ld, i),
                        query_ld, key, ld, scores_ + i * ld, ld, false, &ahead_);
       finish_scores(i, rows);
     }
-    const Elem* const scores = along_lanes(scores_, count, ld, lanes, score_room_);
+    const Elem* const scores =
+        p.causal ? along_lanes(scores_, count, ld, lanes, score_room_) : nullptr;
     const bool in_place = Same<T, Acc>::value && columns == width;
     T* const out = this->template row<T>(p.out, t, p.heads) + item.column;
     Acc* const to = in_place ? reinterpret_cast<Acc*>(out) : out_;
@@ -230,8 +231,8 @@ class LinearForward : public LinearHead<T> {
     outputs<kTokens>(
         count, width,
         OutputTerms<Elem>{feature, query_ld, elements<Elem>(features), state ? read : nullptr,
-                          decays() ? decay_.from_start : nullptr, p.causal ? scores : nullptr,
-                          ld / kDepth, value_, width, this->outer_scale()},
+                          decays() ? decay_.from_start : nullptr, scores, ld / kDepth, value_,
+                          width, this->outer_scale()},
         to, step, &ahead_);
     if (p.normalize) divide(t, count, to, step);
     for (int64_t i = 0; !in_place && i < count; ++i) {
