@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // What an ISA unit offers for linear attention: plain function pointers, chosen once per call.
 //
-// A sequence is cut into chunks, and these are gathered into segments, by the problem alone. The
-// state before a chunk is always `factor * carry + local`: `carry` is the state at the start of the
-// segment, `local` the sum of the segment's own chunks. Segments can therefore be walked one after
-// the other, or their sums made first and all walked at once: the bits are the same. Under the
-// delta rule chunks do not add up; `local` is then the state itself, and there is no carry.
+// A sequence is cut into chunks, and these are gathered into segments, by the problem alone. Within
+// a segment the state grows chunk by chunk from `carry`, the state at its start, and so does
+// `local`, the sum of the segment's own chunks, from zero; the next segment starts from `factor *
+// carry + local`. Segments can therefore be walked one after the other, or their sums made first
+// and all walked at once: the bits are the same. Under the delta rule chunks do not add up; `local`
+// is then the state itself, and there is no carry.
 #pragma once
 
 #include <cstdint>
