@@ -88,7 +88,7 @@ class LinearBackward : public LinearHead<T> {
       const Acc* before = p.causal ? before_[n] : carry;
       look_ahead(t);
       pack(t, count, before);
-      within(t, count);
+      within(count);
       across(t, count, before, after);
       gone += decays() ? decay_.total : 0;
       if (!p.causal) continue;
@@ -249,7 +249,7 @@ class LinearBackward : public LinearHead<T> {
   }
 
   // Products within the chunk: dq_, dk_, dv_, and what each pair says of the decays between.
-  void within(int64_t t, int64_t count) {
+  void within(int64_t count) {
     const int64_t lanes = whole_vectors<Acc>(count), dim = p.head_dim;
     if (!p.causal) {
       for (int64_t i = 0; i < dim * ld; ++i) dq_[i] = dk_[i] = 0;
