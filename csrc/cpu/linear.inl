@@ -447,16 +447,12 @@ struct LinearHead {
       if (p.normalize) target[f * given + p.head_dim_v] = sums(state)[f];
     }
   }
-  // out = factor * carry + local. A fresh local counts as zero.
-  void combine(Acc by, const Acc* carry, const Acc* local, bool fresh, Acc* out) const {
-    const int64_t n = state_size() - 16;
-    for (int64_t i = 0; i < n; i += kLanes) {
-      const VecOf<Acc> kept = load(carry + i) * by;
-      store(out + i, fresh ? kept : kept + load(local + i));
-    }
-  }
+  // carry = factor of local * carry + local.
   void advance(Acc* carry, const Acc* local) const {
-    combine(factor(local), carry, local, false, carry);
+    const Acc by = factor(local);
+    for (int64_t i = 0; i < state_size() - 16; i += kLanes) {
+      store(carry + i, load(carry + i) * by + load(local + i));
+    }
   }
 
   // local = mix.kept * local + mix.taken * features of the chunk times its rows; row_weight: what

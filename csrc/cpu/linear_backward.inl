@@ -166,11 +166,9 @@ class LinearBackward : public LinearHead<T> {
     rows(p.dout, earlier, p.heads, columns, false);
     if (p.normalize) rows(p.out, earlier, p.heads, columns, false);
     // Scores and their gradients; what they mean for entries and values; the two states' parts.
-    const auto tiles = [](int64_t rows, int64_t numbers) {
-      return (rows + kBlock - 1) / kBlock * ((numbers + 2 * kLanes - 1) / (2 * kLanes));
-    };
-    ahead_.pace(tiles(chunk, ld) * 2 + tiles(dim, ld) * 2 + tiles(features, ld) * 2 +
-                tiles(chunk, width) * 2 + tiles(features, width));
+    ahead_.pace(2 * (count_tiles<Elem>(chunk, ld) + count_tiles<Elem>(dim, ld) +
+                     count_tiles<Elem>(features, ld) + count_tiles<Elem>(chunk, width)) +
+                count_tiles<Elem>(features, width));
   }
 
   void pack_queries(int64_t t, int64_t count) {
@@ -582,8 +580,9 @@ class LinearBackward : public LinearHead<T> {
           qf_, ld, along_lanes(qf_, features, ld, lanes, query_lanes_),
           along_rows(dout_, count, width, width, dout_room_), count, mix, dlocal, dmean_, &ahead_);
     }
-    if (p.delta())
+    if (p.delta()) {
       this->template add_outer<By::kRows>(kf_, ld, kf_, h_, count, Mix<Acc>{true}, dlocal, nullptr);
+    }
   }
 
   LinearForward<T, Elem> again_;  // makes states once more

@@ -72,17 +72,14 @@ class LinearForward : public LinearHead<T> {
     double gone = 0;
     for (int64_t t = item.begin; t < item.end; t += chunk) {
       const int64_t count = min64(chunk, item.end - t);
-      sum_chunk(t, count, local, fresh);
+      next_state(t, count, fresh ? nullptr : local, local);
       fresh = false;
       gone += chunk_decay();
     }
     this->factor(local) = power_of<Acc>(gone);
   }
 
-  // local: one chunk further; or `to`, from what the local was.
-  void sum_chunk(int64_t t, int64_t count, Acc* local, bool fresh) {
-    next_state(t, count, fresh ? nullptr : local, local);
-  }
+  // The state after a chunk, from the one before it, which may be null, and where that is, too.
   void next_state(int64_t t, int64_t count, const Acc* state, Acc* to) {
     pack_keys(t, count, state, false);
     look_ahead(t, &item, t + chunk, false);
@@ -145,9 +142,10 @@ class LinearForward : public LinearHead<T> {
       Head::look_ahead(&ahead_, *next, p.value, next_token, p.value_heads, item.column, columns,
                        false);
     }
-    const int64_t strips = (width + 2 * kLanes - 1) / (2 * kLanes);
-    const int64_t blocks = with_outputs ? (chunk + kBlock - 1) / kBlock : 0;
-    ahead_.pace(blocks * (strips + p.causal) + (features + kBlock - 1) / kBlock * strips);
+    int64_t tiles = count_tiles<Elem>(features, width);
+    if (with_outputs) tiles += count_tiles<Elem>(chunk, width);
+    if (with_outputs && p.causal) tiles += count_tiles<Elem>(chunk, ld);
+    ahead_.pace(tiles);
   }
 
   void pack_queries(int64_t t, int64_t count) {

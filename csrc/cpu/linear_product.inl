@@ -132,6 +132,13 @@ constexpr bool kInTiles = ATTNEXT_MATRIX_TILES && Contraction<Elem>::kDepth == 2
 template <class Elem>
 constexpr int64_t kRowBlock = kInTiles<Elem> ? tiles::kSide : kRows;
 
+// The tiles, about, that a product of so many rows and columns is made of.
+template <class Elem>
+int64_t count_tiles(int64_t rows, int64_t columns) {
+  constexpr int64_t kBlock = kRowBlock<Elem>, kStrip = 2 * Simd<AccOf<Elem>>::kLanes;
+  return (rows + kBlock - 1) / kBlock * ((columns + kStrip - 1) / kStrip);
+}
+
 // `depth` counts elements: pairs, if they are pairs.
 template <By kBy, bool kTriangle, class Elem>
 void product(int64_t rows, int64_t columns, int64_t depth, const Elem* a, int64_t lda,
