@@ -344,6 +344,30 @@ def test_where_rows_lie_changes_no_bit(options, kv_heads, dtype):
             assert_same_bits(run(side_by_side), run(other))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize(("window", "dim"), [(300, 16), (331, 24), (257, 40)])
+def test_what_other_tiles_read_changes_no_bit(window, dim, kv_heads, dtype):
+    """What is made of keys once for all tiles that read them is what a tile makes for itself: the
+    last queries alone, whose keys nobody else reads, get the rows that all together get."""
+    few = 256  # whole tiles, and slabs of them
+    query = normal(1, 1024, 4, dim, dtype=dtype, seed=1)
+    key, value = (normal(1, 1024, kv_heads, dim, dtype=dtype, seed=i) for i in (2, 3))
+    key[0, 300, 0] = torch.nan  # which they do not attend
+    value[0, 900, 1, 3] = torch.nan
+    grad = normal(1, 1024, 4, dim, dtype=dtype, seed=4)
+
+    def last_rows(queries):
+        q = query[:, -queries:].clone().requires_grad_()
+        out, lse = attnext.sliding_window_attention(q, key, value, window, return_lse=True)
+        (dq,) = torch.autograd.grad(out, q, grad[:, -queries:])
+        return {"out": out[:, -few:], "lse": lse[:, -few:], "grad_query": dq[:, -few:]}
+
+    for name in ISAS:
+        with isa(name), threads(1):
+            assert_same_bits(last_rows(1024), last_rows(few))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nan_reaches_no_bias_that_nobody_reads(dtype):
     """Entries of keys after the query, under a causal rule: lanes without a query have no mask."""

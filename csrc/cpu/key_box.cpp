@@ -9,14 +9,16 @@
 #include <numeric>
 
 #include "memory.h"
+#include "window.h"
 
 namespace attnext {
 namespace cpu {
 namespace {
 
 constexpr int64_t kLine = 64;
-constexpr int64_t kPage = 4096;  // sets of a first cache times its lines; what repeats, collides
-constexpr int64_t kRatio = 4;    // reads of a row that pay for its copy
+constexpr int64_t kPage = 4096;     // sets of a first cache times its lines; what repeats, collides
+constexpr int64_t kRatio = 4;       // reads of a row that pay for its copy
+constexpr int64_t kReadyRatio = 3;  // without it each tile makes its own
 
 // Of a thread's copies. A tile walks through a part of them, so they need not all stay in a cache.
 int64_t most_bytes() {
@@ -67,8 +69,15 @@ bool join(const KeyBox& other, KeyBox* box) {
   return true;
 }
 
-KeyBoxes::KeyBoxes(const WindowParams& params, const PlanView& plan)
-    : p_(params), element_(size_of(params.dtype)), most_bytes_(most_bytes()) {
+KeyBoxes::KeyBoxes(const WindowParams& params, const PlanView& plan, const WindowKernels& kernels,
+                   bool backward)
+    : p_(params),
+      plan_(plan),
+      kernels_(kernels),
+      backward_(backward),
+      element_(size_of(params.dtype)),
+      most_bytes_(most_bytes()),
+      ready_(kernels.ready_bytes && plan.axis[0].num_keys == 1 && plan.axis[1].num_keys == 1) {
   int64_t step = 1;
   for (int a = 0; a < 3; ++a) {
     dilation_[a] = plan.axis[a].dilation;
@@ -85,8 +94,21 @@ KeyBoxes::KeyBoxes(const WindowParams& params, const PlanView& plan)
              rows_collide(apart(p_.value), p_.head_dim_v * element_);
 }
 
-bool KeyBoxes::worth_copying(const KeyBox& box, int64_t heads, int64_t reads) const {
-  return box.rows() > 0 && fit(box, heads) && reads >= kRatio * heads * box.rows();
+bool KeyBoxes::worth_bringing(const KeyBox& box, int64_t heads, int64_t reads) const {
+  const int64_t ratio = ready_ ? kReadyRatio : kRatio;
+  return box.rows() > 0 && fit(box, heads) && reads >= ratio * heads * box.rows();
+}
+
+int64_t KeyBoxes::bytes(const KeyBox& box, int64_t heads) const {
+  const int64_t of_head = ready_ ? kernels_.ready_bytes(p_, box.rows(), backward_)
+                                 : box.rows() * (key_pitch_ + value_pitch_) * element_;
+  return heads * of_head;
+}
+
+NearKeys KeyBoxes::bring(const KeyBox& box, int64_t batch, int64_t kv_head, int64_t heads,
+                         void* memory) const {
+  if (!ready_) return {copy(box, batch, kv_head, heads, memory), {}};
+  return {p_, kernels_.make_ready(p_, plan_, box, batch, kv_head, heads, backward_, memory)};
 }
 
 WindowParams KeyBoxes::copy(const KeyBox& box, int64_t batch, int64_t kv_head, int64_t heads,

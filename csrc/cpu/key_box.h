@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Keys and values brought together. Where the heads of a token lie side by side, the rows of one
 // head are a power of two apart, and a cache keeps only an eighth of what it could (8 heads of 64):
-// tiles that share most of their keys then read a copy, whose rows lie one after the other.
+// tiles that share most of their keys then read a copy, whose rows lie one after the other. Kernels
+// that multiply tiles of numbers have more made of the keys than a copy.
 #pragma once
 
 #include <cstdint>
@@ -23,36 +24,64 @@ KeyBox key_box(const PlanView& plan, const int64_t tile[3]);
 // Makes `box` the least that holds both; false if they are of different classes.
 bool join(const KeyBox& other, KeyBox* box);
 
+// Keys of one axis as products of tiles take them (ready_keys.inl). A kernel knows them by where
+// they lie in the tensors.
+struct ReadyKeys {
+  struct Rows {               // of the first key and head
+    const char* source;       // in the tensor
+    int64_t step, head;       // bytes from there to the next key's, the next head's
+    char *lined_up, *turned;  // null: not made
+  };
+  Rows key, value;
+  int64_t count = 0;  // keys; 0: nothing is ready
+  int64_t kv_head, head_bytes;
+};
+
+// What tiles are given instead of the tensors.
+struct NearKeys {
+  WindowParams params;
+  ReadyKeys ready;
+};
+
+struct WindowKernels;
+
 class KeyBoxes {
  public:
-  KeyBoxes(const WindowParams& params, const PlanView& plan);
+  KeyBoxes(const WindowParams& params, const PlanView& plan, const WindowKernels& kernels,
+           bool backward);
 
-  // Whether the tensors' rows lie so that copies are of any use.
-  bool collide() const { return collide_; }
-  // Whether there is room for a copy of the box, `heads` of it.
+  // Whether it is of any use to bring keys together.
+  bool useful() const { return collide_ || ready_; }
+  // Whether there is room for the box, `heads` of it.
   bool fit(const KeyBox& box, int64_t heads) const {
-    return collide_ && bytes(box, heads) <= most_bytes_;
+    return useful() && bytes(box, heads) <= most_bytes_;
   }
   // Whether it is worth its time to tiles that read `reads` rows of it, all told.
-  bool worth_copying(const KeyBox& box, int64_t heads, int64_t reads) const;
-  int64_t bytes(const KeyBox& box, int64_t heads) const {
-    return heads * box.rows() * (key_pitch_ + value_pitch_) * element_;
-  }
-  // Copies the box for kv heads [kv_head, kv_head + heads) of a batch item to `memory`, and returns
-  // params whose keys and values lie there, at the coordinates they had.
-  WindowParams copy(const KeyBox& box, int64_t batch, int64_t kv_head, int64_t heads,
-                    void* memory) const;
+  bool worth_bringing(const KeyBox& box, int64_t heads, int64_t reads) const;
+  int64_t bytes(const KeyBox& box, int64_t heads) const;
+  // Brings the box for kv heads [kv_head, kv_head + heads) of a batch item to `memory`: params
+  // whose keys and values lie there, at the coordinates they had, or what is made of them.
+  NearKeys bring(const KeyBox& box, int64_t batch, int64_t kv_head, int64_t heads,
+                 void* memory) const;
+  // All that there is without.
+  NearKeys as_they_are() const { return {p_, {}}; }
 
  private:
+  WindowParams copy(const KeyBox& box, int64_t batch, int64_t kv_head, int64_t heads,
+                    void* memory) const;
   TensorRef copy(const TensorRef& from, const KeyBox& box, int64_t dim, int64_t pitch,
                  int64_t batch, int64_t kv_head, int64_t heads, char* memory) const;
 
   const WindowParams& p_;
+  const PlanView& plan_;
+  const WindowKernels& kernels_;
+  bool backward_;
   int64_t dilation_[3];
   int64_t element_;
   int64_t key_pitch_, value_pitch_;  // elements from row to row of a copy
   int64_t most_bytes_;
   bool collide_ = false;
+  bool ready_;  // kernels have something made of them
 };
 
 }  // namespace cpu

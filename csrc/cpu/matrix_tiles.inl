@@ -1,16 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// The products of attention on bf16 pairs where the CPU multiplies tiles (Intel AMX): 16 x 32 by
-// 32 x 16 numbers in one instruction, sixteen times what a vector unit does in the time. A tile
-// register is 16 rows of 64 bytes; a row of the left factor is 32 bf16, of the right one 16 pairs
-// that are contracted together, of the sum 16 fp32 (Intel SDM, volume 2, TDPBF16PS).
+// The products of attention where the CPU multiplies tiles (Intel AMX): 16 x 32 by 32 x 16 bf16 in
+// one instruction, sixteen times what a vector unit does in the time. A tile register is 16 rows of
+// 64 bytes; a row of the left factor is 32 bf16, of the right one 16 pairs that are contracted
+// together, of the sum 16 fp32 (Intel SDM, volume 2, TDPBF16PS). Numbers of fp16 are sums of two
+// bf16, and their products three or four of those.
 //
-//   scores        S[16 keys][16 lanes]  = K[keys][dims]     Q[dims][lanes]
-//   accumulate    O[16 lanes][16 dims] += P[lanes][keys]    V[keys][dims]
-//   outer         dV[16 keys][16 dims] += P[keys][lanes]   dO[lanes][dims]
+//   scores        S[16 keys][16 lanes]  = K[keys][dims]    Q[dims][lanes]
+//   accumulate    O[16 dims][16 lanes] += V[dims][keys]    P[keys][lanes]
+//   outer         dV[16 keys][16 dims] += P[keys][lanes]  dO[lanes][dims]
 //
 // Operands are padded with zeros to whole tiles. Without AMX the same code runs on plain loops, for
 // tests.
 #pragma once
+
+#include <type_traits>
 
 #include "tile.inl"
 
@@ -111,158 +114,143 @@ struct SessionIf {};
 template <>
 struct SessionIf<true> : Session {};
 
-// Rows of kSide keys, `stride` bytes apart.
-struct RowGroup {
-  const char* rows;
-  int64_t stride;
+// A left factor's tiles of rows: bytes from row to row, from one span of what is contracted to the
+// next, and from one part of the numbers to the next (simd.h, split).
+struct Left {
+  const void* at;
+  int64_t row, span, part;
+};
+// A right factor: rows of pairs, kSide of them a span.
+struct Right {
+  const void* at;
+  int64_t row, part;
 };
 
-// out[j][l] for the keys of groups [begin, end) and one or two vectors of lanes: rows of `columns`
-// and `out` are ld numbers apart.
-template <bool kTwo>
-void scores(const RowGroup* groups, int64_t begin, int64_t end, int64_t dims, const Pair* columns,
-            float* out, int64_t ld) {
-  const int64_t row = 4 * ld;
-  const auto sum = [&](int64_t g) { return out + g * kSide * ld; };
-  int64_t g = begin;
-  if (dims <= 2 * kSpan) {  // the queries stay in registers
-    const bool more = dims > kSpan;
-    load<4>(columns, row);
-    if (kTwo) load<5>(columns + kSide, row);
-    if (more) load<6>(columns + kSpan / 2 * ld, row);
-    if (kTwo && more) load<7>(columns + kSpan / 2 * ld + kSide, row);
-    for (; g < end; ++g) {
-      const RowGroup& keys = groups[g];
-      zero<0>();
-      if (kTwo) zero<1>();
-      load<2>(keys.rows, keys.stride);
-      dot<0, 2, 4>();
-      if (kTwo) dot<1, 2, 5>();
-      if (more) {
-        load<3>(keys.rows + 2 * kSpan, keys.stride);
-        dot<0, 3, 6>();
-        if (kTwo) dot<1, 3, 7>();
-      }
-      store<0>(sum(g), row);
-      if (kTwo) store<1>(sum(g) + kSide, row);
-    }
-    return;
-  }
-  for (; g + 2 <= end; g += 2) {
-    const RowGroup &keys = groups[g], &next = groups[g + 1];
-    zero<0>(), zero<1>();
-    if (kTwo) zero<2>(), zero<3>();
-    for (int64_t c = 0; c < dims; c += kSpan) {
-      load<4>(keys.rows + 2 * c, keys.stride);
-      load<5>(next.rows + 2 * c, next.stride);
-      load<6>(columns + c / 2 * ld, row);
-      dot<0, 4, 6>(), dot<1, 5, 6>();
-      if (kTwo) {
-        load<7>(columns + c / 2 * ld + kSide, row);
-        dot<2, 4, 7>(), dot<3, 5, 7>();
-      }
-    }
-    store<0>(sum(g), row), store<1>(sum(g + 1), row);
-    if (kTwo) store<2>(sum(g) + kSide, row), store<3>(sum(g + 1) + kSide, row);
-  }
-  if (g == end) return;
+// Sums of M by N tiles are in the registers 2 m + n, or, of one tile of rows, n.
+template <int M, int N>
+ATTNEXT_INLINE void zero_sums() {
   zero<0>();
-  if (kTwo) zero<2>();
-  for (int64_t c = 0; c < dims; c += kSpan) {
-    load<4>(groups[g].rows + 2 * c, groups[g].stride);
-    load<6>(columns + c / 2 * ld, row);
-    dot<0, 4, 6>();
-    if (kTwo) {
-      load<7>(columns + c / 2 * ld + kSide, row);
-      dot<2, 4, 7>();
+  if constexpr (N > 1) zero<1>();
+  if constexpr (M > 1 || N > 2) zero<2>();
+  if constexpr (M * N > 2) zero<3>();
+}
+template <int M, int N>
+ATTNEXT_INLINE void load_sums(float* const (&c)[M], int64_t row) {
+  load<0>(c[0], row);
+  if constexpr (N > 1) load<1>(c[0] + kSide, row);
+  if constexpr (N > 2) load<2>(c[0] + 2 * kSide, row), load<3>(c[0] + 3 * kSide, row);
+  if constexpr (M > 1) load<2>(c[1], row);
+  if constexpr (M > 1 && N > 1) load<3>(c[1] + kSide, row);
+}
+template <int M, int N>
+ATTNEXT_INLINE void store_sums(float* const (&c)[M], int64_t row) {
+  store<0>(c[0], row);
+  if constexpr (N > 1) store<1>(c[0] + kSide, row);
+  if constexpr (N > 2) store<2>(c[0] + 2 * kSide, row), store<3>(c[0] + 3 * kSide, row);
+  if constexpr (M > 1) store<2>(c[1], row);
+  if constexpr (M > 1 && N > 1) store<3>(c[1] + kSide, row);
+}
+// Adds up the products of numbers of kParts parts; of parts that together are below the last bits
+// of the product only if `kAll`. Four sums hide how long one product takes.
+template <int kParts, int M, int N, bool kAll = false>
+ATTNEXT_INLINE void add_products(const Left (&a)[M], const Right& b, int64_t spans) {
+  static_assert((M == 1 && (N == 1 || N == 2 || N == 4)) || (M == 2 && N <= 2), "registers");
+  constexpr int64_t kTile = 4 * kSide;
+  const auto left = [&](int m, int64_t s, int i) {
+    return static_cast<const char*>(a[m].at) + s * a[m].span + i * a[m].part;
+  };
+  for (int64_t s = 0; s < spans; ++s) {
+#pragma GCC unroll 2
+    for (int i = 0; i < kParts; ++i) {
+      load<4>(left(0, s, i), a[0].row);
+      if constexpr (M > 1) load<5>(left(1, s, i), a[1].row);
+#pragma GCC unroll 2
+      for (int j = 0; j < (kAll ? kParts : kParts - i); ++j) {
+        const char* const right = static_cast<const char*>(b.at) + s * kSide * b.row + j * b.part;
+        load<6>(right, b.row);
+        dot<0, 4, 6>();
+        if constexpr (N > 1) {
+          load<7>(right + kTile, b.row);
+          dot<1, 4, 7>();
+        }
+        if constexpr (M > 1) dot<2, 5, 6>();
+        if constexpr (M > 1 && N > 1) dot<3, 5, 7>();
+        if constexpr (N > 2) {
+          load<5>(right + 2 * kTile, b.row);
+          dot<2, 4, 5>();
+          load<6>(right + 3 * kTile, b.row);
+          dot<3, 4, 6>();
+        }
+      }
     }
   }
-  store<0>(sum(g), row);
-  if (kTwo) store<2>(sum(g) + kSide, row);
 }
 
-// A vector's weights [pairs of keys][lanes] as left factors [lanes][keys], kSpan keys each; those
-// outside [lo, hi), both even, are 0.
-inline void turn_weights(const Pair* weights, int64_t ld, int64_t begin, int64_t end, int64_t lo,
-                         int64_t hi, bf16* out) {
-  for (int64_t j = begin; j < end; j += kSpan, out += kNumbers) {
-    VecOf<float> r[kSide];
-    if (lo <= j && j + kSpan <= hi) {
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < kSide; ++i) {
-        r[i] = cpu::ATTNEXT_ISA::load(reinterpret_cast<const float*>(weights + (j / 2 + i) * ld));
-      }
-    } else {
-      for (int64_t i = 0; i < kSide; ++i) {
-        const bool inside = lo <= j + 2 * i && j + 2 * i < hi;
-        r[i] =
-            inside
-                ? cpu::ATTNEXT_ISA::load(reinterpret_cast<const float*>(weights + (j / 2 + i) * ld))
-                : VecOf<float>{};
-      }
-    }
-    transpose_vectors<float>(r);
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < kSide; ++i) {
-      cpu::ATTNEXT_ISA::store(reinterpret_cast<float*>(out + i * kSpan), r[i]);
-    }
+// out[j][l] for the keys of some groups of kSide, and one or two vectors of lanes; rows of `out`
+// are ld numbers apart. Scores of fp16 are exact to the last bits of fp32, as lse is.
+template <int kParts, bool kTwo>
+void scores(const Left* groups, int64_t count, int64_t dims, const Right& queries, float* out,
+            int64_t ld) {
+  constexpr int N = 1 + kTwo;
+  constexpr bool kAll = kParts == 2;
+  const auto sums = [&](int64_t g) { return out + g * kSide * ld; };
+  int64_t g = 0;
+  for (; g + 2 <= count; g += 2) {
+    zero_sums<2, N>();
+    add_products<kParts, 2, N, kAll>({groups[g], groups[g + 1]}, queries, dims / kSpan);
+    store_sums<2, N>({sums(g), sums(g + 1)}, 4 * ld);
   }
+  if (g == count) return;
+  zero_sums<1, N>();
+  add_products<kParts, 1, N, kAll>({groups[g]}, queries, dims / kSpan);
+  store_sums<1, N>({sums(g)}, 4 * ld);
 }
 
-// rows[lane][d] += the products of `count` left factors per vector of lanes with the pairs of keys
-// below, [count * kSpan / 2][ld]; `two`: of a second vector, whose factors follow the first's.
-template <bool kTwo>
-void accumulate(const bf16* weights, int64_t count, const Pair* pairs, int64_t dims, float* rows,
+// out[d][l] += the products of rows, turned to [dims][keys], with pairs of keys' weights of one or
+// two vectors of lanes.
+template <int kParts, bool kTwo>
+void accumulate(const Left& turned, const Right& weights, int64_t spans, int64_t dims, float* out,
                 int64_t ld) {
-  const int64_t row = 4 * ld;
-  float* const second = rows + kSide * ld;
+  constexpr int N = 1 + kTwo;
+  const auto rows = [&](int64_t d) {
+    Left left = turned;
+    left.at = static_cast<const char*>(turned.at) + d * turned.row;
+    return left;
+  };
   for (int64_t d = 0; d < dims; d += 2 * kSide) {
-    load<0>(rows + d, row), load<1>(rows + d + kSide, row);
-    if (kTwo) load<2>(second + d, row), load<3>(second + d + kSide, row);
-    for (int64_t k = 0; k < count; ++k) {
-      const Pair* const b = pairs + k * kSide * ld + d;
-      load<4>(weights + k * kNumbers, 2 * kSpan);
-      load<6>(b, row), load<7>(b + kSide, row);
-      dot<0, 4, 6>(), dot<1, 4, 7>();
-      if (kTwo) {
-        load<5>(weights + (count + k) * kNumbers, 2 * kSpan);
-        dot<2, 5, 6>(), dot<3, 5, 7>();
-      }
-    }
-    store<0>(rows + d, row), store<1>(rows + d + kSide, row);
-    if (kTwo) store<2>(second + d, row), store<3>(second + d + kSide, row);
+    float* const sums[2] = {out + d * ld, out + (d + kSide) * ld};
+    load_sums<2, N>(sums, 4 * ld);
+    add_products<kParts, 2, N>({rows(d), rows(d + kSide)}, weights, spans);
+    store_sums<2, N>(sums, 4 * ld);
   }
 }
 
-// out[j][d] += the products of weights [kSide keys][lanes] with pairs of lanes [lanes / 2][ld];
-// rows of `weights` are `lanes` numbers apart, a multiple of kSpan, those of `out` `stride`.
-// `room`: kSide rows of dims; where rows of `out` are not one stride apart, they get their share
-// from there.
-inline void outer(const bf16* weights, int64_t lanes, const Pair* pairs, int64_t ld, int64_t dims,
-                  float* const* out, int64_t count, float* room) {
+// out[j][d] += the products of weights [kSide keys][lanes] with pairs of lanes. Rows of `out` are
+// those of accumulators. `room`: kSide rows of dims; where rows of `out` are not one stride apart,
+// they get their share from there.
+template <int kParts>
+void outer(const Left& weights, int64_t lanes, const Right& pairs, int64_t dims, float* const* out,
+           int64_t count, float* room) {
   const int64_t stride = count > 1 ? out[1] - out[0] : dims;
   bool even = count == kSide;
   for (int64_t j = 1; j < count; ++j) even &= out[j] == out[0] + j * stride;
   float* const sums = even ? out[0] : room;
   const int64_t row = even ? 4 * stride : 4 * dims;
-  for (int64_t d = 0; d < dims; d += 2 * kSide) {
-    if (even) {
-      load<0>(sums + d, row), load<1>(sums + d + kSide, row);
-    } else {
-      zero<0>(), zero<1>();
-    }
-    for (int64_t l = 0; l < lanes; l += kSpan) {
-      const Pair* const b = pairs + l / 2 * ld + d;
-      load<4>(weights + l, 2 * lanes);
-      load<6>(b, 4 * ld), load<7>(b + kSide, 4 * ld);
-      dot<0, 4, 6>(), dot<1, 4, 7>();
-    }
-    store<0>(sums + d, row), store<1>(sums + d + kSide, row);
-  }
+  const auto columns = [&](auto n, int64_t d) {
+    constexpr int N = decltype(n)::value;
+    float* const c[1] = {sums + d};
+    even ? load_sums<1, N>(c, row) : zero_sums<1, N>();
+    const Right b{static_cast<const Pair*>(pairs.at) + d, pairs.row, pairs.part};
+    add_products<kParts, 1, N>({weights}, b, lanes / kSpan);
+    store_sums<1, N>(c, row);
+  };
+  int64_t d = 0;
+  for (; d + 4 * kSide <= dims; d += 4 * kSide) columns(std::integral_constant<int, 4>{}, d);
+  if (d < dims) columns(std::integral_constant<int, 2>{}, d);
   for (int64_t j = 0; !even && j < count; ++j) {
-    for (int64_t d = 0; d < dims; d += kSide) {
+    for (int64_t c = 0; c < dims; c += kSide) {
       using cpu::ATTNEXT_ISA::load;
-      cpu::ATTNEXT_ISA::store(out[j] + d, load(out[j] + d) + load(room + j * dims + d));
+      cpu::ATTNEXT_ISA::store(out[j] + c, load(out[j] + c) + load(room + j * dims + c));
     }
   }
 }

@@ -28,6 +28,7 @@ template <>
 struct Simd<float> {
   typedef float Vec __attribute__((vector_size(ATTNEXT_VECTOR_BYTES)));
   typedef int32_t Int __attribute__((vector_size(ATTNEXT_VECTOR_BYTES)));
+  typedef uint32_t Unsigned __attribute__((vector_size(ATTNEXT_VECTOR_BYTES)));
   typedef uint16_t Half __attribute__((vector_size(ATTNEXT_VECTOR_BYTES / 2)));
   typedef float Unaligned __attribute__((vector_size(ATTNEXT_VECTOR_BYTES), aligned(4), may_alias));
   typedef uint16_t UnalignedHalf
@@ -315,6 +316,52 @@ ATTNEXT_INLINE void narrow_quickly(bf16* p, VecOf<float> v) {
 #else
   narrow(p, v);
 #endif
+}
+
+// Numbers that are bf16 but for their type as a row of pairs.
+ATTNEXT_INLINE VecOf<float> join_pairs(VecOf<float> even, VecOf<float> odd) {
+  using U = Simd<float>::Unsigned;
+  return (VecOf<float>)(((U)even >> 16) | ((U)odd & 0xffff0000u));
+}
+
+// A number as a sum of two bf16: fp16 exactly, others to 16 bits. What is not finite leaves a NaN.
+template <int kParts>
+ATTNEXT_INLINE void split(VecOf<float> x, VecOf<float> (&part)[kParts]) {
+  static_assert(kParts == 2, "the last one is rounded");
+  part[0] = (VecOf<float>)((IntOf<float>)x & (int32_t)0xffff0000);
+  part[1] = (VecOf<float>)(((IntOf<float>)(x - part[0]) + 0x8000) & (int32_t)0xffff0000);
+}
+// The high halves of two vectors as a row of bf16.
+ATTNEXT_INLINE void store_high_halves(VecOf<float> a, VecOf<float> b, bf16* out) {
+#if defined(__AVX512BW__) && ATTNEXT_VECTOR_BYTES == 64
+  typedef uint16_t Halves __attribute__((vector_size(64)));
+  const Halves odd = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                      33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  _mm512_storeu_si512(out, _mm512_permutex2var_epi16((__m512i)a, (__m512i)odd, (__m512i)b));
+#else
+  store_half(out, (IntOf<float>)((Simd<float>::Unsigned)a >> 16));
+  store_half(out + Simd<float>::kLanes, (IntOf<float>)((Simd<float>::Unsigned)b >> 16));
+#endif
+}
+// Two vectors as a row of each part.
+template <int kParts>
+ATTNEXT_INLINE void store_parts(VecOf<float> a, VecOf<float> b, bf16* out, int64_t apart) {
+  VecOf<float> first[kParts], second[kParts];
+  split<kParts>(a, first);
+  split<kParts>(b, second);
+#pragma GCC unroll 2
+  for (int i = 0; i < kParts; ++i) store_high_halves(first[i], second[i], out + i * apart);
+}
+// Two rows as one of pairs, of each part.
+template <int kParts>
+ATTNEXT_INLINE void store_pairs(VecOf<float> even, VecOf<float> odd, float* out, int64_t apart) {
+  VecOf<float> low[kParts], high[kParts];
+  split<kParts>(even, low);
+  split<kParts>(odd, high);
+#pragma GCC unroll 2
+  for (int i = 0; i < kParts; ++i) {
+    store(out + i * apart, join_pairs(low[i], high[i]));
+  }
 }
 
 // The numbers of a row of pairs.

@@ -46,6 +46,15 @@ struct ElemOf<bf16> {
   using type = Pair;
 };
 #endif
+#if ATTNEXT_MATRIX_TILES
+template <>
+struct ElemOf<fp16> {
+  using type = Pair;
+};
+#endif
+// How many bf16 stand for a number where Pair is its element.
+template <class T>
+constexpr int kPartsOf = Same<T, fp16>::value ? 2 : 1;
 template <class Elem>
 using AccOf = typename Contraction<Elem>::Acc;
 

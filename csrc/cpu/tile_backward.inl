@@ -17,6 +17,7 @@ class TileBackward : public Window<T, Keys> {
   using Base::kBlock;
   using Base::kLanes;
   using Base::kPairs;
+  using Base::kParts;
   using Base::kTiles;
   using Base::p;
   using Base::plan;
@@ -30,10 +31,11 @@ class TileBackward : public Window<T, Keys> {
   TileBackward(const WindowParams& params, const Plan& view, void* scratch)
       : Base(params, view, scratch, true) {
     if (kPairs) {
-      pair_key = this->arena.template take<Elem>(kBlock / 2 * this->dp);
-      pair_key_rows = this->arena.template take<const Elem*>(kBlock);
       if (kTiles) {
         tile_sums = this->arena.template take<Acc>(tiles::kSide * max64(this->dp, this->dvp));
+      } else {
+        pair_key = this->arena.template take<Elem>(kBlock / 2 * this->dp);
+        pair_key_rows = this->arena.template take<const Elem*>(kBlock);
       }
     }
   }
@@ -239,18 +241,31 @@ class TileBackward : public Window<T, Keys> {
     if constexpr (kTiles) {
       const int64_t lanes = tiles::round_up(tile.lanes, tiles::kSpan);
       const int64_t all = tiles::round_up(block.count, tiles::kSide);
+      const int64_t part = kBlock * lanes;
       bf16* const rounded = reinterpret_cast<bf16*>(pairs);
-      for (int64_t v = 0; v < lanes / kLanes; ++v) {
-        const bool there = v < tile.vectors;
+      const auto weights_of = [&](int64_t j, int v) {
+        const bool inside = v < tile.vectors && block.lo[v] <= j && j < block.hi[v];
+        return inside ? load(weights + j * tile.lanes + v * kLanes) : Vec{};
+      };
+      for (int v = 0; v < lanes / kLanes; v += 2) {
         for (int64_t j = 0; j < all; ++j) {
-          const bool inside = there && block.lo[v] <= j && j < block.hi[v];
-          const Vec w = inside ? load(weights + j * tile.lanes + v * kLanes) : Vec{};
-          narrow_quickly(rounded + j * lanes + v * kLanes, w);
+          const Vec first = weights_of(j, v), second = weights_of(j, v + 1);
+          bf16* const to = rounded + j * lanes + v * kLanes;
+          if constexpr (kParts == 1) {
+            narrow_quickly(to, first);
+            narrow_quickly(to + kLanes, second);
+          } else {
+            store_parts<kParts>(first, second, to, part);
+          }
         }
       }
+      const int64_t row = sizeof(bf16) * lanes, size = sizeof(Elem);
+      const tiles::Right right{lane_rows, size * dim, size * this->part_of_lanes() * dim};
       for (int64_t j = 0; j < block.count; j += tiles::kSide) {
-        tiles::outer(rounded + j * lanes, lanes, lane_rows, dim, dim, out + j,
-                     min64(tiles::kSide, block.count - j), tile_sums);
+        const tiles::Left left{rounded + j * lanes, row, 2 * tiles::kSpan,
+                               part * static_cast<int64_t>(sizeof(bf16))};
+        tiles::outer<kParts>(left, lanes, right, dim, out + j, min64(tiles::kSide, block.count - j),
+                             tile_sums);
       }
     }
   }
@@ -271,22 +286,26 @@ class TileBackward : public Window<T, Keys> {
     } else {
       memset(this->ot, 0, sizeof(Acc) * this->dp * tile.lanes);
     }
-    if (kTiles) memset(this->rows, 0, sizeof(Acc) * this->dp * tile.lanes);
     const Walk walk(p, plan, tile, this->zeros, this->walk_mask, &local, b,
                     h / (p.heads / p.kv_heads));
+    this->ready_head = h / (p.heads / p.kv_heads) - this->ready.kv_head;
     for (int lane = 0; lane < tile.lanes; ++lane) dscale[lane] = 0;
     int64_t from = 0;
     bool masked = false;
     while (this->next_block(walk, &from, tile.total, true)) {
       masked |= block.masked;
       const Elem* const* rows_by_key = this->key_rows;
-      if constexpr (kPairs) {
+      if constexpr (kPairs && !kTiles) {
         this->interleave(block.key, p.head_dim, this->dp, pair_key, pair_key_rows);
         rows_by_key = pair_key_rows;
       }
       this->query_scores();
       if (p.drow_scale.data) memcpy(this->raw, this->s, sizeof(Acc) * block.count * tile.lanes);
-      this->block_scores(this->value_rows, p.head_dim_v, this->dot_t, this->ds);
+      if constexpr (kTiles) {
+        this->tile_scores(block.value, this->ready.value, p.head_dim_v, this->dot_t, this->ds);
+      } else {
+        this->block_scores(this->value_rows, p.head_dim_v, this->dot_t, this->ds);
+      }
       for (int v = 0; v < tile.vectors; ++v) {
         const bool modified = p.softcap > 0 || bias || block.num_landmarks > 0;
         if (block.num_landmarks > 0) {
@@ -301,15 +320,14 @@ class TileBackward : public Window<T, Keys> {
         if (p.drow_scale.data) scale_gradient(v);
       }
       const Elem* const weights = this->pack_keys(this->ds);
-      if (kTiles) {
-        this->tile_accumulate(rows_by_key, p.head_dim, weights, nullptr);
+      if constexpr (kTiles) {
+        this->tile_accumulate(block.key, this->ready.key, p.head_dim, this->ot, nullptr);
       } else {
         this->block_accumulate(rows_by_key, p.head_dim, weights, this->ot, nullptr);
       }
       if (accumulators) key_gradients(accumulators, stride);
     }
     this->ahead.start_all();
-    if (kTiles) this->add_rows(this->dp, nullptr);
     if (masked && (tile.live & (tile.live - 1)) && !this->output_is_finite(p.head_dim))
       return false;
     resting ? this->lay_down(this->ot, this->dp, resting) : finish_query(b, h);

@@ -21,9 +21,12 @@ namespace ATTNEXT_ISA {
 
 inline IsaUnit unit_with_tiles(const IsaUnit& others) {
   constexpr int kBf16 = static_cast<int>(DType::kBFloat16);
+  constexpr int kFp16 = static_cast<int>(DType::kFloat16);
   IsaUnit unit = others;
+  unit.window[kFp16] = WindowEntry<fp16>::table();
   unit.window[kBf16] = WindowEntry<bf16>::table();
   unit.linear[kBf16] = LinearEntry<bf16>::table();
+  unit.routed[kFp16] = RoutedEntry<fp16>::table();
   unit.routed[kBf16] = RoutedEntry<bf16>::table();
   unit.peak_loop[kBf16] = peak_of_tiles;
   return unit;

@@ -188,12 +188,12 @@ void window_forward(const WindowParams& p, const Geometry& geometry, const int32
   if (most_splits == 1) {
     const int64_t grain = std::clamp<int64_t>(items / (8 * max_threads()), 1, 16);
     const int64_t group_heads = p.heads / p.kv_heads;
-    const KeyBoxes boxes(p, problem.views[0]);
-    // Params for the tiles from `i` on, whose keys may have been brought together; `shared_to`:
-    // where those end that they are for.
+    const KeyBoxes boxes(p, problem.views[0], kernels, false);
+    // Keys for the tiles from `i` on, which may have been brought together; `shared_to`: where
+    // those end that they are for.
     const auto near_keys = [&](int64_t i, int64_t end, int64_t* shared_to) {
       *shared_to = end;
-      if (!boxes.collide()) return p;
+      if (!boxes.useful()) return boxes.as_they_are();
       const Item item = item_at(i);
       const int64_t first_head = item.h / group_heads;
       const int64_t heads = (item.h + item.heads - 1) / group_heads - first_head + 1;
@@ -211,15 +211,15 @@ void window_forward(const WindowParams& p, const Geometry& geometry, const int32
         reads += own.rows() * item.heads;
       }
       *shared_to = std::max(k, i + 1);
-      return boxes.worth_copying(box, heads, reads)
-                 ? boxes.copy(box, item.b, first_head, heads,
-                              thread_buffer(3, boxes.bytes(box, heads)))
-                 : p;
+      return boxes.worth_bringing(box, heads, reads)
+                 ? boxes.bring(box, item.b, first_head, heads,
+                               thread_buffer(3, boxes.bytes(box, heads)))
+                 : boxes.as_they_are();
     };
     parallel_for(items, grain, problem.serial, [&](int64_t begin, int64_t end) {
       void* memory = thread_buffer(0, scratch);
       Item next = item_at(begin), last{};
-      WindowParams near = p;
+      NearKeys near = boxes.as_they_are();
       int64_t shared_to = begin;
       for (int64_t i = begin; i < end; ++i) {
         const Item item = next;
@@ -419,7 +419,7 @@ void window_backward(const WindowParams& p, const Geometry& geometry, const int3
     const int64_t cls = n % sharing / p.kv_heads, head = n % p.kv_heads;
     return ((b * p.kv_heads + head) * d0 * d1 + cls) * num_slabs + slab;
   };
-  const KeyBoxes boxes(p, problem.views[0]);
+  const KeyBoxes boxes(p, problem.views[0], kernels, true);
   parallel_for(items, 1, problem.serial, [&](int64_t begin, int64_t end) {
     void* memory = thread_buffer(0, scratch);
     void* rows = thread_buffer(1, most_rows * row_bytes);
@@ -441,10 +441,10 @@ void window_backward(const WindowParams& p, const Geometry& geometry, const int3
       const int64_t first_head = item.kv_head * group_heads;
       place_groups(first_head);
       const int64_t reads = group_heads * walk_lengths(problem.view_of(first_head), item);
-      const WindowParams near = boxes.worth_copying(item, 1, reads)
-                                    ? boxes.copy(item, item.batch, item.kv_head, 1,
-                                                 thread_buffer(3, boxes.bytes(item, 1)))
-                                    : p;
+      const NearKeys near = boxes.worth_bringing(item, 1, reads)
+                                ? boxes.bring(item, item.batch, item.kv_head, 1,
+                                              thread_buffer(3, boxes.bytes(item, 1)))
+                                : boxes.as_they_are();
       for (int64_t h = first_head; h < first_head + group_heads; ++h) {
         place_groups(h);
         kernels.backward(near, problem.view_of(h), item, h, problem.bias_of(h), rows, dbias,

@@ -37,10 +37,16 @@ struct WindowKernels {
   int64_t (*bias_size)(const PlanView&);
   void (*expand_bias)(const WindowParams&, const PlanView&, int64_t head, void* expanded);
 
+  // What is made of keys for all tiles that read them; null where products take them as they are.
+  // Bytes a head, for keys of one axis.
+  int64_t (*ready_bytes)(const WindowParams&, int64_t keys, bool backward);
+  ReadyKeys (*make_ready)(const WindowParams&, const PlanView&, const KeyBox&, int64_t batch,
+                          int64_t kv_head, int64_t heads, bool backward, void* memory);
+
   // One tile of `count` heads that share the plan. `follows`: after the tile before it on the last
   // axis, whose keys are in the caches. `next`: whose queries start loading meanwhile. `bias`:
   // expanded, per head; may be null.
-  void (*forward)(const WindowParams&, const PlanView&, int64_t batch, int64_t head, int64_t count,
+  void (*forward)(const NearKeys&, const PlanView&, int64_t batch, int64_t head, int64_t count,
                   const int64_t tile[3], bool follows, const NextTile& next,
                   const void* const* bias, void* scratch);
   // One tile of one head, keys [from, to) of its walk. The unnormalised result goes to `partial`:
@@ -53,7 +59,7 @@ struct WindowKernels {
                          const int64_t tile[3], int64_t count, void* partials, void* scratch);
 
   // Adds one query head's share of a slab: dQ is finished, dK and dV go to `rows`.
-  void (*backward)(const WindowParams&, const PlanView&, const SlabItem&, int64_t head,
+  void (*backward)(const NearKeys&, const PlanView&, const SlabItem&, int64_t head,
                    const void* bias, void* rows, void* dbias, void* dtable, void* scratch);
   // Writes the rows that this slab owns and saves the others to `halo` for merging.
   void (*finish_slab)(const WindowParams&, const PlanView&, const SlabItem&, const void* rows,

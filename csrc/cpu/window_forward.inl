@@ -19,6 +19,7 @@ class WindowForward : public NearOutput<T, Keys> {
   using Base::kept;
   using Base::kLanes;
   using Base::kPairs;
+  using Base::kRounds;
   using Base::kTiles;
   using Base::max_lanes;
   using Base::ot;
@@ -75,10 +76,13 @@ class WindowForward : public NearOutput<T, Keys> {
       if constexpr (kPairs) {
         const Vec other = weight(j + 1);
         part[r + 1] += other;
-        const Vec pair = make_pairs(w, other);
-        applied[0] += even_of(pair);
-        applied[1] += odd_of(pair);
-        store(reinterpret_cast<Acc*>(this->pair_s) + j / 2 * ld + shift, pair);
+        Acc* const pairs = this->pair_weights(v, j);
+        this->pair_up(w, other, pairs, this->part_of_weights());
+        if constexpr (kRounds) {
+          const Vec pair = load(pairs);
+          applied[0] += even_of(pair);
+          applied[1] += odd_of(pair);
+        }
       } else {
         store(x + j * ld, w);
       }
@@ -93,7 +97,7 @@ class WindowForward : public NearOutput<T, Keys> {
     const Vec total = load(sum + shift) * *factor + ((part[0] + part[1]) + (part[2] + part[3]));
     store(maximum + shift, top);
     store(sum + shift, total);
-    if constexpr (kPairs) {
+    if constexpr (kRounds) {
       store(norm + shift, load(norm + shift) * *factor + (applied[0] + applied[1]));
     }
   }
@@ -164,6 +168,7 @@ class WindowForward : public NearOutput<T, Keys> {
     this->load_queries(b, h);
     const Walk walk(p, plan, tile, this->zeros, this->walk_mask, nullptr, b,
                     h / (p.heads / p.kv_heads));
+    this->ready_head = h / (p.heads / p.kv_heads) - this->ready.kv_head;
     const bool again = keep && kept > 0;
     bool masked = false;
     for (int64_t k = 0; again ? recall(walk, k) : this->next_block(walk, &from, to, false); ++k) {
@@ -184,8 +189,8 @@ class WindowForward : public NearOutput<T, Keys> {
           softmax<false>(v, this->logit_unit(v, modified), factor + v);
         }
       }
-      if (kTiles) {
-        this->tile_accumulate(value_rows, p.head_dim_v, weights(), factor);
+      if constexpr (kTiles) {
+        this->tile_accumulate(block.value, this->ready.value, p.head_dim_v, ot, factor);
       } else if (sparse) {
         sparse_accumulate(factor);
       } else if (this->is_near) {
@@ -205,7 +210,7 @@ class WindowForward : public NearOutput<T, Keys> {
   void finish_forward(int64_t b, int64_t h) {
     Acc inverse[kMaxLanes];
     for (int l = 0; l < tile.lanes; l += kLanes) {
-      const Vec weights = load((kPairs ? norm : sum) + l);
+      const Vec weights = load((kRounds ? norm : sum) + l);
       store(inverse + l, weights == 0 ? Vec{} : Acc(1) / weights);
     }
     for (uint64_t rest = p.lse.data ? tile.live : 0; rest; rest &= rest - 1) {
@@ -226,7 +231,7 @@ class WindowForward : public NearOutput<T, Keys> {
     to = min64(to, tile.total);
     const bool with_sink = from == 0;
     // The output of one block alone needs not be turned round to meet others.
-    in_rows = kTiles || (this->is_near && !partial && to - from <= this->kMost);
+    in_rows = this->is_near && !partial && to - from <= this->kMost;
     if (forward_lanes(b, h, from, to, bias, with_sink)) {
       partial ? save_partial(partial) : finish_forward(b, h);
       return;
@@ -250,6 +255,7 @@ class WindowForward : public NearOutput<T, Keys> {
     next_tile.whole = 0;
     if (next.plan) next_tile.place(*next.plan, next.index, kLanes);
     if (follows) tile.fresh = plan.axis[2].groups[index[2] - 1].end;
+    if (this->ready.count > 0) tile.fresh = INT64_MAX;
     keep = count > 1 && tile.total <= this->kKeptBlocks * this->kMost && !p.extra_keys;
     for (int64_t end = h + count; h < end; ++h) {
       this->ahead.clear();
@@ -352,8 +358,8 @@ class WindowForward : public NearOutput<T, Keys> {
   alignas(64) Acc sum[kMaxLanes];
   // Sum of the weights as the output took them, if they were rounded.
   alignas(64) Acc norm[kMaxLanes];
-  bool in_rows = kTiles;  // lies the output, and not in `ot`
-  bool keep = false;      // the blocks of the walk, which belong to the head at these offsets
+  bool in_rows = false;  // lies the output, and not in `ot`
+  bool keep = false;     // the blocks of the walk, which belong to the head at these offsets
   int64_t kept_key = 0, kept_value = 0;
 };
 

@@ -24,10 +24,12 @@ struct WindowEntry {
   static void expand_bias(const WindowParams& p, const PlanView& v, int64_t h, void* out) {
     B::expand_bias(p, v, h, static_cast<Acc*>(out));
   }
-  static void forward(const WindowParams& p, const PlanView& v, int64_t b, int64_t h, int64_t count,
+  static void forward(const NearKeys& keys, const PlanView& v, int64_t b, int64_t h, int64_t count,
                       const int64_t tile[3], bool follows, const NextTile& next,
                       const void* const* bias, void* scratch) {
-    F(p, v, scratch).forward_heads(b, h, count, tile, follows, next, bias);
+    F f(keys.params, v, scratch);
+    f.ready = keys.ready;
+    f.forward_heads(b, h, count, tile, follows, next, bias);
   }
   static void forward_part(const WindowParams& p, const PlanView& v, int64_t b, int64_t h,
                            const int64_t tile[3], int64_t from, int64_t to, const void* bias,
@@ -40,10 +42,11 @@ struct WindowEntry {
                              const int64_t tile[3], int64_t count, void* partials, void* scratch) {
     F(p, v, scratch).merge_partials(b, h, tile, count, static_cast<const Acc*>(partials));
   }
-  static void backward(const WindowParams& p, const PlanView& v, const SlabItem& item, int64_t h,
+  static void backward(const NearKeys& keys, const PlanView& v, const SlabItem& item, int64_t h,
                        const void* bias, void* rows, void* dbias, void* dtable, void* scratch) {
-    B(p, v, scratch)
-        .backward(item, h, static_cast<const Acc*>(bias), static_cast<Acc*>(rows),
+    B pass(keys.params, v, scratch);
+    pass.ready = keys.ready;
+    pass.backward(item, h, static_cast<const Acc*>(bias), static_cast<Acc*>(rows),
                   static_cast<Acc*>(dbias), static_cast<Acc*>(dtable));
   }
   static void finish_slab(const WindowParams& p, const PlanView& v, const SlabItem& item,
@@ -52,10 +55,16 @@ struct WindowEntry {
   }
 
   static constexpr WindowKernels table() {
-    return {F::kLanes,    ATTNEXT_TILE_VECTORS, forward_scratch, backward_scratch,
-            B::row_size,  B::bias_size,         expand_bias,     forward,
-            forward_part, F::partial_size,      merge_partials,  backward,
-            finish_slab,  B::merge_slabs,       B::merge_extra,  B::halo_rows};
+    WindowKernels all = {
+        F::kLanes,      ATTNEXT_TILE_VECTORS, forward_scratch, backward_scratch, B::row_size,
+        B::bias_size,   expand_bias,          nullptr,         nullptr,          forward,
+        forward_part,   F::partial_size,      merge_partials,  backward,         finish_slab,
+        B::merge_slabs, B::merge_extra,       B::halo_rows};
+    if constexpr (F::kTiles) {
+      all.ready_bytes = KeyRows<T>::ready_bytes;
+      all.make_ready = KeyRows<T>::make_ready;
+    }
+    return all;
   }
 };
 

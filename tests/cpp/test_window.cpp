@@ -291,6 +291,8 @@ int main(int argc, char** argv) {
   problems.back().bias = true;
   problems.back().softcap = 3;
   problems.push_back(line(7, 0, 4, 4, axis(1, 1, cut)));
+  // Tiles that share most of their keys.
+  problems.push_back(line(700, 700, 40, 24, axis(299, 0, cut, 1, 1, true)));
   {
     Problem c{2, 4, 2, 32, 32, 3, {1, 11, 13}, {1, 11, 13}, {self, axis(2, 2, in), axis(3, 3, in)}};
     c.bias = c.row_scale = c.sink_logits = true;
