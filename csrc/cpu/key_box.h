@@ -27,14 +27,14 @@ bool join(const KeyBox& other, KeyBox* box);
 // Keys of one axis as products of tiles take them (ready_keys.inl). A kernel knows them by where
 // they lie in the tensors.
 struct ReadyKeys {
-  struct Rows {               // of the first key and head
-    const char* source;       // in the tensor
-    int64_t step, head;       // bytes from there to the next key's, the next head's
-    char *lined_up, *turned;  // null: not made
+  struct Rows {                                   // of the first key and head
+    const char* source = nullptr;                 // in the tensor
+    int64_t step = 0, head = 0;                   // bytes to the next key's, the next head's
+    char *lined_up = nullptr, *turned = nullptr;  // null: not made
   };
   Rows key, value;
   int64_t count = 0;  // keys; 0: nothing is ready
-  int64_t kv_head, head_bytes;
+  int64_t kv_head = 0, head_bytes = 0;
 };
 
 // What tiles are given instead of the tensors.

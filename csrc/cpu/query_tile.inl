@@ -215,10 +215,10 @@ class QueryTile {
       }
     });
   }
-  // ot[d][lanes] = ot * factor + rows[lane][d]; without `factor`, all 1.
+  // ot[d][lanes] = ot * factor + rows[lane][d].
   void add_rows(int64_t ld, const Vec* factor) {
     each_block(ld, [&](int lane, int64_t c, Vec* r) {
-      const Vec f = factor ? factor[lane / kLanes] : broadcast(Acc(1));
+      const Vec f = factor[lane / kLanes];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) r[i] = load(rows + (lane + i) * ld + c);
       transpose_vectors<Acc>(r);

@@ -99,8 +99,10 @@ struct KeyRows {
       const int64_t dilation = plan.axis[2].dilation, size = sizeof(T);
       const int64_t token = box.cls[2] + dilation * box.begin[2];
       const int64_t at = batch * t.batch + kv_head * t.head + token * t.token[2];
-      return ReadyKeys::Rows{static_cast<const char*>(t.data) + at * size,
-                             dilation * t.token[2] * size, t.head * size, nullptr, nullptr};
+      ReadyKeys::Rows rows;
+      rows.source = static_cast<const char*>(t.data) + at * size;
+      rows.step = dilation * t.token[2] * size, rows.head = t.head * size;
+      return rows;
     };
     ready.key = source(p.key), ready.value = source(p.value);
     constexpr int64_t kAhead = 24;
