@@ -353,7 +353,8 @@ std::vector<AxisTable> hull(const std::vector<AxisTable>& tables) {
   return all;
 }
 
-// How to cut the backward pass: depends on the problem only, never on the number of threads.
+// How to cut the backward pass: never by the number of threads or of batch items, or bits would
+// depend on it.
 void choose_slabs(const std::vector<AxisTable>& tables, int64_t independent_items,
                   PlanOptions* options) {
   constexpr int64_t kTargetItems = 64;  // enough for the cores of one socket, few enough to merge
@@ -408,7 +409,7 @@ bool Geometry::one_line() const {
 
 std::shared_ptr<const Geometry::Plans> Geometry::plans(int32_t lanes, int32_t vectors,
                                                        int64_t independent_items) const {
-  constexpr size_t kKept = 8;  // a few instruction sets, dtypes and batch sizes
+  constexpr size_t kKept = 8;  // a few instruction sets, dtypes and numbers of heads
   const std::lock_guard<std::mutex> lock(mutex_);
   for (const Made& m : made_) {
     if (m.lanes == lanes && m.vectors == vectors && m.items == independent_items) return m.plans;

@@ -140,7 +140,7 @@ class Geometry {
     PlanOptions options;
     std::vector<WindowPlan> plans;  // one per rule
   };
-  // For the forward pass, or (`independent_items` > 0: batch times kv heads) with slabs.
+  // For the forward pass, or (`independent_items` > 0: kv heads) with slabs.
   std::shared_ptr<const Plans> plans(int32_t lanes, int32_t vectors,
                                      int64_t independent_items) const;
 

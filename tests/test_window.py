@@ -345,6 +345,36 @@ def test_where_rows_lie_changes_no_bit(options, kv_heads, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("op", "queries", "keys", "options"),
+    [
+        ("sliding_window_attention", (300,), (300,), {"window_size": 90}),
+        ("sliding_window_attention", (1,), (2500,), {"window_size": None}),
+        ("neighborhood_attention", (21, 22), (21, 22), {"kernel_size": 5}),
+        ("neighborhood_attention", (30, 33), (30, 33), {"kernel_size": 3, "dilation": 2}),
+    ],
+    ids=str,
+)
+def test_other_batch_items_change_no_bit(op, queries, keys, options, dtype):
+    """Neither what they hold nor how many there are."""
+    query = normal(5, *queries, 4, 24, dtype=dtype, seed=1)
+    key, value = (normal(5, *keys, 2, 24, dtype=dtype, seed=i) for i in (2, 3))
+    grad = normal(5, *queries, 4, 24, dtype=dtype, seed=4)
+
+    def first_of(count):
+        leaves = [x[:count].clone().requires_grad_() for x in (query, key, value)]
+        out, lse = getattr(attnext, op)(*leaves, **options, return_lse=True)
+        gradients = torch.autograd.grad(out, leaves, grad[:count])
+        return {str(i): x[:1] for i, x in enumerate((out, lse, *gradients))}
+
+    for name in ISAS:
+        with isa(name):
+            alone = first_of(1)
+            for count in (2, 5):
+                assert_same_bits(alone, first_of(count))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize(("window", "dim"), [(300, 16), (331, 24), (257, 40)])
 def test_what_other_tiles_read_changes_no_bit(window, dim, kv_heads, dtype):

@@ -37,7 +37,7 @@ struct Problem {
         kernels(window_kernels(p.dtype)),
         head_rule(rule_of_head),
         shared(geometry.plans(kernels.lanes, kernels.vectors,
-                              backward ? std::max<int64_t>(1, p.batch * p.kv_heads) : 0)),
+                              backward ? std::max<int64_t>(1, p.kv_heads) : 0)),
         plans(shared->plans) {
     double pairs = 0;
     for (const WindowPlan& plan : plans) {
@@ -174,16 +174,17 @@ void window_forward(const WindowParams& p, const Geometry& geometry, const int32
     return item;
   };
 
-  // With few tiles (decoding) the keys are split as well, and the partial results merged.
+  // With few tiles (decoding) the keys are split as well, and the partial results merged: into how
+  // many, the number of batch items must not decide, or bits would depend on it.
   constexpr int64_t kMinKeys = 512;
   int64_t most_splits = 1;
-  if (items < kManyItems) {
-    for (int64_t i = 0; i < items; ++i) {
+  const int64_t items_of_batch = first.back();
+  if (items > 0 && items_of_batch < kManyItems) {
+    for (int64_t i = 0; i < items_of_batch; ++i) {
       const Item item = item_at(i);
       longest = std::max(longest, walk_length(p, problem.view_of(item.h), item.tile));
     }
-    most_splits =
-        std::clamp<int64_t>(longest / kMinKeys, 1, kManyItems / std::max<int64_t>(items, 1));
+    most_splits = std::clamp<int64_t>(longest / kMinKeys, 1, kManyItems / items_of_batch);
   }
   if (most_splits == 1) {
     const int64_t grain = std::clamp<int64_t>(items / (8 * max_threads()), 1, 16);
