@@ -172,7 +172,7 @@ class QueryTile {
   // Two rows of numbers as one of pairs, whose parts are as far apart as is said.
   static ATTNEXT_INLINE void pair_up(Vec even, Vec odd, Acc* to, int64_t apart) {
     if constexpr (kPairs && kParts > 1) {
-      store_pairs<kParts>(even, odd, to, apart);
+      store_pairs(even, odd, to, apart);
     } else if constexpr (kPairs) {
       store(to, make_pairs(even, odd));
     }

@@ -34,7 +34,7 @@ struct KeyRows {
       memset(out + dim, 0, sizeof(T) * (ld - dim));
     } else {
       for (int64_t d = 0; d < ld; d += 2 * kLanes) {
-        store_parts<kParts>(numbers(row, d, dim), numbers(row, d + kLanes, dim), out + d, ld);
+        store_parts(numbers(row, d, dim), numbers(row, d + kLanes, dim), out + d, ld);
       }
     }
   }
@@ -61,7 +61,7 @@ struct KeyRows {
         if constexpr (kParts == 1) {
           store(reinterpret_cast<float*>(to), first[i]);
         } else {
-          store_parts<kParts>(first[i], second[i], to, ld * kSpan);
+          store_parts(first[i], second[i], to, ld * kSpan);
         }
       }
     }

@@ -324,12 +324,14 @@ ATTNEXT_INLINE VecOf<float> join_pairs(VecOf<float> even, VecOf<float> odd) {
   return (VecOf<float>)(((U)even >> 16) | ((U)odd & 0xffff0000u));
 }
 
-// A number as a sum of two bf16: fp16 exactly, others to 16 bits. What is not finite leaves a NaN.
-template <int kParts>
-ATTNEXT_INLINE void split(VecOf<float> x, VecOf<float> (&part)[kParts]) {
-  static_assert(kParts == 2, "the last one is rounded");
-  part[0] = (VecOf<float>)((IntOf<float>)x & (int32_t)0xffff0000);
-  part[1] = (VecOf<float>)(((IntOf<float>)(x - part[0]) + 0x8000) & (int32_t)0xffff0000);
+// Numbers as sums of two bf16: fp16 exactly, others to 16 bits. What is not finite leaves a NaN.
+struct Parts {
+  VecOf<float> part[2];
+};
+ATTNEXT_INLINE Parts split(VecOf<float> x) {
+  const VecOf<float> first = (VecOf<float>)((IntOf<float>)x & (int32_t)0xffff0000);
+  const IntOf<float> rest = (IntOf<float>)(x - first) + 0x8000;  // rounded
+  return {{first, (VecOf<float>)(rest & (int32_t)0xffff0000)}};
 }
 // The high halves of two vectors as a row of bf16.
 ATTNEXT_INLINE void store_high_halves(VecOf<float> a, VecOf<float> b, bf16* out) {
@@ -344,24 +346,14 @@ ATTNEXT_INLINE void store_high_halves(VecOf<float> a, VecOf<float> b, bf16* out)
 #endif
 }
 // Two vectors as a row of each part.
-template <int kParts>
 ATTNEXT_INLINE void store_parts(VecOf<float> a, VecOf<float> b, bf16* out, int64_t apart) {
-  VecOf<float> first[kParts], second[kParts];
-  split<kParts>(a, first);
-  split<kParts>(b, second);
-#pragma GCC unroll 2
-  for (int i = 0; i < kParts; ++i) store_high_halves(first[i], second[i], out + i * apart);
+  const Parts x = split(a), y = split(b);
+  for (int i = 0; i < 2; ++i) store_high_halves(x.part[i], y.part[i], out + i * apart);
 }
 // Two rows as one of pairs, of each part.
-template <int kParts>
 ATTNEXT_INLINE void store_pairs(VecOf<float> even, VecOf<float> odd, float* out, int64_t apart) {
-  VecOf<float> low[kParts], high[kParts];
-  split<kParts>(even, low);
-  split<kParts>(odd, high);
-#pragma GCC unroll 2
-  for (int i = 0; i < kParts; ++i) {
-    store(out + i * apart, join_pairs(low[i], high[i]));
-  }
+  const Parts x = split(even), y = split(odd);
+  for (int i = 0; i < 2; ++i) store(out + i * apart, join_pairs(x.part[i], y.part[i]));
 }
 
 // The numbers of a row of pairs.

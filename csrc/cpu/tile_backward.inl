@@ -255,7 +255,7 @@ class TileBackward : public Window<T, Keys> {
             narrow_quickly(to, first);
             narrow_quickly(to + kLanes, second);
           } else {
-            store_parts<kParts>(first, second, to, part);
+            store_parts(first, second, to, part);
           }
         }
       }

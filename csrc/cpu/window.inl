@@ -386,14 +386,17 @@ class Window : public QueryTile<T, Keys> {
   // otherwise, or if that was not made, -1.
   int64_t place_of(const T* const* src, const void* made_of, const ReadyKeys::Rows& made) const {
     if (ready.count == 0 || !made_of || made.step == 0) return -1;
-    const auto address = [&](int64_t i) { return reinterpret_cast<intptr_t>(src[i]); };
     const intptr_t first = reinterpret_cast<intptr_t>(made.source) + ready_head * made.head;
-    const intptr_t offset = address(0) - first;
+    const intptr_t offset = reinterpret_cast<intptr_t>(src[0]) - first;
     const int64_t place = offset / made.step;
     if (offset % made.step != 0 || place < 0 || place + block.count > ready.count) return -1;
-    bool steady = true;
-    for (int64_t i = 1; i < block.count; ++i) steady &= address(i) == address(0) + i * made.step;
-    return steady ? place : -1;
+    return evenly_apart(src, block.count, made.step) ? place : -1;
+  }
+  static bool evenly_apart(const T* const* src, int64_t count, int64_t step) {
+    const auto address = [&](int64_t i) { return reinterpret_cast<intptr_t>(src[i]); };
+    bool even = true;
+    for (int64_t i = 1; i < count; ++i) even &= address(i) == address(0) + i * step;
+    return even;
   }
   // Rows [from, to) of ld numbers, in groups: where they lie one step apart, or copied.
   void line_up(const T* const* src, int64_t from, int64_t to, int64_t dim, int64_t ld,
@@ -406,11 +409,9 @@ class Window : public QueryTile<T, Keys> {
       tiles::Left& group = groups[j / kSide];
       group = Rows::lined_up(copy, ld);
       if (kParts == 1 && dim == ld && count == kSide) {
-        const auto address = [&](int64_t i) { return reinterpret_cast<intptr_t>(src[j + i]); };
-        const int64_t step = address(1) - address(0);
-        bool steady = true;
-        for (int64_t i = 1; i < kSide; ++i) steady &= address(i) == address(0) + i * step;
-        if (steady) {
+        const int64_t step =
+            reinterpret_cast<intptr_t>(src[j + 1]) - reinterpret_cast<intptr_t>(src[j]);
+        if (evenly_apart(src + j, count, step)) {
           group.at = src[j], group.row = step;
           continue;
         }
