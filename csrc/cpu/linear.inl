@@ -31,14 +31,6 @@ class Scratch {
   int64_t used_ = 0;
 };
 
-// n <= kLanes entries, the rest 0.
-template <class T, class Acc>
-ATTNEXT_INLINE VecOf<Acc> widen_part(const T* p, int64_t n) {
-  if (n >= Simd<Acc>::kLanes) return widen(p);
-  T part[Simd<Acc>::kLanes] = {};
-  for (int64_t i = 0; i < n; ++i) part[i] = p[i];
-  return widen(part);
-}
 template <class T, class V>
 ATTNEXT_INLINE void narrow_part(T* p, V v, int64_t n) {
   constexpr int64_t kLanes = sizeof(V) / sizeof(V{}[0]);

@@ -118,9 +118,7 @@ class QueryTile {
     }
   }
   static ATTNEXT_INLINE Vec widen_tail(const T* src, int64_t n) {
-    T tail[kLanes] = {};
-    if (n > 0) memcpy(tail, src, sizeof(T) * n);
-    return widen(tail);
+    return widen_part<T, Acc>(src, n);
   }
 
   // Multiplies row `lane` by factor[lane].

@@ -21,10 +21,7 @@ struct KeyRows {
 
   static int64_t padded(int64_t dim) { return tiles::round_up(dim, kSpan); }
   static ATTNEXT_INLINE Vec numbers(const T* row, int64_t d, int64_t dim) {
-    if (d + kLanes <= dim) return widen(row + d);
-    T tail[kLanes] = {};
-    if (d < dim) memcpy(tail, row + d, sizeof(T) * (dim - d));
-    return widen(tail);
+    return widen_part<T, float>(row + d, dim - d);
   }
 
   // A row as its parts one after the other, of ld numbers each.

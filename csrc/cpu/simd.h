@@ -200,6 +200,15 @@ ATTNEXT_INLINE VecOf<float> widen(const fp16* p) {
 #endif
 }
 
+// The first n numbers of a vector, or none if there are none, and zeros.
+template <class T, class Acc>
+ATTNEXT_INLINE VecOf<Acc> widen_part(const T* p, int64_t n) {
+  if (n >= Simd<Acc>::kLanes) return widen(p);
+  T part[Simd<Acc>::kLanes] = {};
+  if (n > 0) memcpy(part, p, sizeof(T) * n);
+  return widen(part);
+}
+
 ATTNEXT_INLINE void narrow(float* p, VecOf<float> v) { store(p, v); }
 ATTNEXT_INLINE void narrow(double* p, VecOf<double> v) { store(p, v); }
 ATTNEXT_INLINE void store_half(void* p, IntOf<float> bits) {
