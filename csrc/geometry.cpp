@@ -355,8 +355,7 @@ std::vector<AxisTable> hull(const std::vector<AxisTable>& tables) {
 
 // How to cut the backward pass: never by the number of threads or of batch items, or bits would
 // depend on it.
-void choose_slabs(const std::vector<AxisTable>& tables, int64_t independent_items,
-                  PlanOptions* options) {
+void choose_slabs(const std::vector<AxisTable>& tables, int64_t kv_heads, PlanOptions* options) {
   constexpr int64_t kTargetItems = 64;  // enough for the cores of one socket, few enough to merge
   constexpr int64_t kFewItems = 8;      // below this, a large halo is better than idle cores
   constexpr int64_t kMaxRows = 16384;   // private accumulators stay near the caches
@@ -378,7 +377,7 @@ void choose_slabs(const std::vector<AxisTable>& tables, int64_t independent_item
   const AxisTable& t = tables[best];
   options->slab_axis = best;
   const int64_t n = (t.num_queries + t.dilation - 1) / t.dilation;
-  const int64_t items = std::max<int64_t>(1, independent_items * classes);
+  const int64_t items = std::max<int64_t>(1, kv_heads * classes);
   int64_t rows = 1;  // keys of a slab per key of the slab axis
   for (int a = 0; a < 3; ++a) {
     if (a != best) rows *= std::max<int64_t>(1, tables[a].num_keys / tables[a].dilation);
@@ -408,22 +407,22 @@ bool Geometry::one_line() const {
 }
 
 std::shared_ptr<const Geometry::Plans> Geometry::plans(int32_t lanes, int32_t vectors,
-                                                       int64_t independent_items) const {
+                                                       int64_t kv_heads) const {
   constexpr size_t kKept = 8;  // a few instruction sets, dtypes and numbers of heads
   const std::lock_guard<std::mutex> lock(mutex_);
   for (const Made& m : made_) {
-    if (m.lanes == lanes && m.vectors == vectors && m.items == independent_items) return m.plans;
+    if (m.lanes == lanes && m.vectors == vectors && m.kv_heads == kv_heads) return m.plans;
   }
   auto fresh = std::make_shared<Plans>();
   fresh->options.lanes = lanes;
   fresh->options.vectors = vectors;
-  if (independent_items > 0) choose_slabs(hull(tables_), independent_items, &fresh->options);
+  if (kv_heads > 0) choose_slabs(hull(tables_), kv_heads, &fresh->options);
   for (size_t r = 0; r < tables_.size(); r += 3) {
     AxisTable copy[3] = {tables_[r], tables_[r + 1], tables_[r + 2]};
     fresh->plans.push_back(make_plan(copy, fresh->options));
   }
   if (made_.size() == kKept) made_.erase(made_.begin());
-  made_.push_back({lanes, vectors, independent_items, fresh});
+  made_.push_back({lanes, vectors, kv_heads, fresh});
   return fresh;
 }
 

@@ -140,13 +140,12 @@ class Geometry {
     PlanOptions options;
     std::vector<WindowPlan> plans;  // one per rule
   };
-  // For the forward pass, or (`independent_items` > 0: kv heads) with slabs.
-  std::shared_ptr<const Plans> plans(int32_t lanes, int32_t vectors,
-                                     int64_t independent_items) const;
+  // For the forward pass, or (`kv_heads` > 0) with slabs.
+  std::shared_ptr<const Plans> plans(int32_t lanes, int32_t vectors, int64_t kv_heads) const;
 
  private:
   struct Made {
-    int64_t lanes, vectors, items;
+    int64_t lanes, vectors, kv_heads;
     std::shared_ptr<const Plans> plans;
   };
   std::vector<AxisTable> tables_;

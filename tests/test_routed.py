@@ -2,6 +2,7 @@
 """Routed attention against its specification, and what must hold of it whatever the numbers."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -290,6 +291,34 @@ def test_one_query_over_many_blocks_is_shared_out():
     s = torch.einsum("hd,kd->hk", q[0, 0].double(), k[0, rows, 0].double()) / 4
     torch.testing.assert_close(lse[0, 0], s.logsumexp(-1).float())
     torch.testing.assert_close(out[0, 0], (s.softmax(-1) @ v[0, rows, 0].double()).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("queries", "block", "keys", "size", "slots"),
+    [(1, 1, 9000, 64, 40), (4, 1, 3000, 30, 60), (300, 100, 700, 50, 6), (200, 1, 200, 1, 30)],
+)
+def test_other_batch_items_change_no_bit(queries, block, keys, size, slots, dtype):
+    """Neither what they hold nor how many there are."""
+    q, k, v = qkv(queries, heads=4, kv_heads=2, batch=4, keys=keys, dtype=dtype)
+    rows = 4, 1, -(-queries // block)
+    lists = [torch.randperm(-(-keys // size))[:slots] for _ in range(math.prod(rows))]
+    lists = torch.stack(lists).view(*rows, -1)
+    lists[1:, ..., slots // 3 :] = -1  # shorter walks
+    cotangents = normal(*q.shape, seed=7), normal(*q.shape[:-1], seed=8)
+
+    def first_of(count):
+        plan = BlockPlan.of(lists[:count], queries, block, keys, size)
+        given = {"query": q[:count], "key": k[:count], "value": v[:count]}
+        grads = cotangents[0][:count], cotangents[1][:count]
+        found = evaluate(routed_attention, given, {"plan": plan}, grads)
+        return {name: x[:1] for name, x in found.items()}
+
+    for name in available_isas():
+        with isa(name):
+            alone = first_of(1)
+            for count in (2, 4):
+                assert_same_bits(alone, first_of(count))
 
 
 # ---- lists of few queries ------------------------------------------------------------------------

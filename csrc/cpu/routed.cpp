@@ -168,18 +168,24 @@ void routed_forward(const RoutedParams& r) {
   const RoutedKernels& kernels = tiles.kernels;
   const ListView& view = tiles.view;
   const int64_t scratch = kernels.forward_scratch(r, view), items = tiles.items();
-  // Few tiles with long walks (decoding): their keys are shared out.
+  // Few tiles with long walks (decoding): their keys are shared out. Into how many parts, the other
+  // batch items must not decide, or bits would depend on them.
   constexpr int64_t kManyItems = 16, kMinKeys = 512;
+  const int64_t of_batch = std::max<int64_t>(1, r.window.kv_heads * tiles.per_kv_head());
+  const int64_t most_parts = tiles.shares || tiles.landmarks ? 1 : kManyItems / of_batch;
+  std::vector<int64_t> length(most_parts > 1 ? items : 0);
+  const auto splits_of = [&](int64_t i) {
+    return std::clamp<int64_t>(length[i] / kMinKeys, 1, most_parts);
+  };
+  parallel_for(static_cast<int64_t>(length.size()), 16, tiles.serial, [&](int64_t i, int64_t end) {
+    for (; i < end; ++i) {
+      int64_t index[3];
+      tiles.index(i, index);
+      length[i] = kernels.walk_length(r, view, index, thread_buffer(0, scratch));
+    }
+  });
   int64_t most_splits = 1;
-  std::vector<int64_t> length(
-      items < kManyItems && !tiles.serial && !tiles.shares && !tiles.landmarks ? items : 0);
-  for (int64_t i = 0; i < static_cast<int64_t>(length.size()); ++i) {
-    int64_t index[3];
-    tiles.index(i, index);
-    length[i] = kernels.walk_length(r, view, index, thread_buffer(0, scratch));
-    most_splits = std::max(
-        most_splits, std::min(length[i] / kMinKeys, kManyItems / std::max<int64_t>(items, 1)));
-  }
+  for (size_t i = 0; i < length.size(); ++i) most_splits = std::max(most_splits, splits_of(i));
   if (most_splits == 1) {
     const int64_t grain = std::clamp<int64_t>(items / (8 * max_threads()), 1, 16);
     const int64_t states = tiles.states();
@@ -206,10 +212,7 @@ void routed_forward(const RoutedParams& r) {
   }
   const int64_t partial_bytes = kernels.partial_size(r.window, view) * acc_size(r.window.dtype);
   const Memory partials = allocate(items * most_splits * partial_bytes);
-  const auto splits_of = [&](int64_t i) {
-    return std::clamp<int64_t>(length[i] / kMinKeys, 1, most_splits);
-  };
-  parallel_for(items * most_splits, 1, false, [&](int64_t begin, int64_t end) {
+  parallel_for(items * most_splits, 1, tiles.serial, [&](int64_t begin, int64_t end) {
     void* memory = thread_buffer(0, scratch);
     for (int64_t n = begin; n < end; ++n) {
       const int64_t i = n / most_splits, k = n % most_splits, count = splits_of(i);
@@ -220,7 +223,7 @@ void routed_forward(const RoutedParams& r) {
                       partials.get() + n * partial_bytes);
     }
   });
-  parallel_for(items, 1, false, [&](int64_t begin, int64_t end) {
+  parallel_for(items, 1, tiles.serial, [&](int64_t begin, int64_t end) {
     void* memory = thread_buffer(0, scratch);
     for (int64_t i = begin; i < end; ++i) {
       int64_t index[3];

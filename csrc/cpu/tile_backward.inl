@@ -294,18 +294,14 @@ class TileBackward : public Window<T, Keys> {
     bool masked = false;
     while (this->next_block(walk, &from, tile.total, true)) {
       masked |= block.masked;
-      const Elem* const* rows_by_key = this->key_rows;
+      auto keys_in_pairs = this->keys();
       if constexpr (kPairs && !kTiles) {
         this->interleave(block.key, p.head_dim, this->dp, pair_key, pair_key_rows);
-        rows_by_key = pair_key_rows;
+        keys_in_pairs.staged = pair_key_rows;
       }
       this->query_scores();
       if (p.drow_scale.data) memcpy(this->raw, this->s, sizeof(Acc) * block.count * tile.lanes);
-      if constexpr (kTiles) {
-        this->tile_scores(block.value, this->ready.value, p.head_dim_v, this->dot_t, this->ds);
-      } else {
-        this->block_scores(this->value_rows, p.head_dim_v, this->dot_t, this->ds);
-      }
+      this->contract_dims(this->values(), this->dot_t, this->ds);
       for (int v = 0; v < tile.vectors; ++v) {
         const bool modified = p.softcap > 0 || bias || block.num_landmarks > 0;
         if (block.num_landmarks > 0) {
@@ -319,12 +315,7 @@ class TileBackward : public Window<T, Keys> {
         if (p.softcap > 0 || dbias) chain(v, dbias);
         if (p.drow_scale.data) scale_gradient(v);
       }
-      const Elem* const weights = this->pack_keys(this->ds);
-      if constexpr (kTiles) {
-        this->tile_accumulate(block.key, this->ready.key, p.head_dim, this->ot, nullptr);
-      } else {
-        this->block_accumulate(rows_by_key, p.head_dim, weights, this->ot, nullptr);
-      }
+      this->contract_keys(keys_in_pairs, this->pack_keys(this->ds), this->ot, nullptr);
       if (accumulators) key_gradients(accumulators, stride);
     }
     this->ahead.start_all();

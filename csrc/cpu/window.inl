@@ -227,8 +227,39 @@ class Window : public QueryTile<T, Keys> {
     }
   }
 
-  void block_scores(const Elem* const* keys, int64_t dim, const Elem* columns_in, Acc* out) {
-    const int64_t depth = (dim + kDepth - 1) / kDepth;
+  // ---- a block's products ----------------------------------------------------------------------
+
+  // The block's rows of a tensor: where they lie, as operands of vectors, and as those of tiles.
+  struct BlockRows {
+    const T* const* row;
+    const Elem* const* staged;
+    const ReadyKeys::Rows* made;
+    int64_t dim;
+  };
+  BlockRows keys() const { return {block.key, key_rows, &ready.key, p.head_dim}; }
+  BlockRows values() const { return {block.value, value_rows, &ready.value, p.head_dim_v}; }
+
+  // out[j][lanes] = the products of the rows with columns_in[dim][lanes].
+  void contract_dims(const BlockRows& rows, const Elem* columns_in, Acc* out) {
+    if constexpr (kTiles) {
+      tile_scores(rows, columns_in, out);
+    } else {
+      block_scores(rows, columns_in, out);
+    }
+  }
+  // target[d][lanes] = target * factor + sum over the block of row[d] * weight[lanes]. Pairs of
+  // weights are those at pair_weights().
+  void contract_keys(const BlockRows& rows, const Elem* weights, Acc* target, const Vec* factor) {
+    if constexpr (kTiles) {
+      tile_accumulate(rows, target, factor);
+    } else {
+      block_accumulate(rows, weights, target, factor);
+    }
+  }
+
+  void block_scores(const BlockRows& rows, const Elem* columns_in, Acc* out) {
+    const Elem* const* const keys = rows.staged;
+    const int64_t depth = (rows.dim + kDepth - 1) / kDepth;
     const int ld = tile.lanes;
     for_ranges([&](int v, int n, int64_t begin, int64_t end) {
       const Elem* b = columns_in + v * kLanes;
@@ -261,9 +292,9 @@ class Window : public QueryTile<T, Keys> {
     return reinterpret_cast<Acc*>(pair_s) + j / 2 * tile.lanes + v * kLanes;
   }
 
-  // target[d][lanes] = target * factor + sum over the block of row[d] * w[lanes].
-  void block_accumulate(const Elem* const* row, int64_t dim, const Elem* w, Acc* target,
-                        const Vec* factor) {
+  void block_accumulate(const BlockRows& rows, const Elem* w, Acc* target, const Vec* factor) {
+    const Elem* const* const row = rows.staged;
+    const int64_t dim = rows.dim;
     const int ld = tile.lanes;
     const Vec one = broadcast(Acc(1));
     Vec rest[kMaxVectors + 1];
@@ -298,12 +329,10 @@ class Window : public QueryTile<T, Keys> {
       if (lo < hi) f(v, two, lo / size * size, tiles::round_up(hi, size));
     }
   }
-  // out[j][lanes] = the products of the block's rows with columns_in[dim][lanes].
-  void tile_scores(const T* const* row, const ReadyKeys::Rows& made, int64_t dim,
-                   const Elem* columns_in, Acc* out) {
+  void tile_scores(const BlockRows& rows, const Elem* columns_in, Acc* out) {
     if constexpr (kTiles) {
       constexpr int64_t kSide = tiles::kSide;
-      const int64_t ld = padded(dim), width = sizeof(Elem) * tile.lanes;
+      const int64_t ld = padded(rows.dim), width = sizeof(Elem) * tile.lanes;
       tiles::Left groups[kBlock / kSide];
       const auto products = [&](int v, bool two, int64_t begin, int64_t end) {
         const tiles::Right right{columns_in + v * kLanes, width, ld / kDepth * width};
@@ -313,9 +342,10 @@ class Window : public QueryTile<T, Keys> {
                                              tile.lanes);
         ahead.start((end - begin) / kSide);
       };
-      const int64_t place = place_of(row, made.lined_up, made);
+      const int64_t place = place_of(rows.row, rows.made->lined_up, *rows.made);
       if (place >= 0) {
-        tiles::Left all = KeyRows<T>::lined_up(made.lined_up + ready_head * ready.head_bytes, ld);
+        tiles::Left all =
+            KeyRows<T>::lined_up(rows.made->lined_up + ready_head * ready.head_bytes, ld);
         const char* at = static_cast<const char*>(all.at) + place * all.row;
         for (int64_t j = 0; j < block.count; j += kSide, at += kSide * all.row) {
           groups[j / kSide] = all, groups[j / kSide].at = at;
@@ -325,21 +355,19 @@ class Window : public QueryTile<T, Keys> {
         const int64_t to = min64(from + kTogether, block.count);
         bool there = place >= 0;
         for_tiles(from, to, kSide, [&](int v, bool two, int64_t begin, int64_t end) {
-          if (!there) line_up(row, from, to, dim, ld, groups);
+          if (!there) line_up(rows.row, from, to, rows.dim, ld, groups);
           there = true;
           products(v, two, begin, end);
         });
       }
     }
   }
-  // target[d][lanes] = target * factor + sum over the block of row[d] * weight[lanes], of pairs.
-  void tile_accumulate(const T* const* row, const ReadyKeys::Rows& made, int64_t dim, Acc* target,
-                       const Vec* factor) {
+  void tile_accumulate(const BlockRows& rows, Acc* target, const Vec* factor) {
     if constexpr (kTiles) {
       constexpr int64_t kSpan = tiles::kSpan;
-      const int64_t ld = padded(dim), size = sizeof(Elem);
+      const int64_t ld = padded(rows.dim), size = sizeof(Elem);
       for (int v = 0; factor && v < tile.vectors; ++v) {
-        for (int64_t d = 0; d < dim; ++d) {
+        for (int64_t d = 0; d < rows.dim; ++d) {
           Acc* const x = target + d * tile.lanes + v * kLanes;
           store(x, load(x) * factor[v]);
         }
@@ -356,16 +384,17 @@ class Window : public QueryTile<T, Keys> {
                                                  (end - begin) / kSpan, ld, target + v * kLanes,
                                                  tile.lanes);
       };
-      const int64_t place = block.count % kSpan ? -1 : place_of(row, made.turned, made);
+      const int64_t place =
+          block.count % kSpan ? -1 : place_of(rows.row, rows.made->turned, *rows.made);
       const bool is_ready = place >= 0 && place % kSpan == 0;
       if (is_ready) {
-        turned.at = made.turned + ready_head * ready.head_bytes + place / kSpan * turned.span;
+        turned.at = rows.made->turned + ready_head * ready.head_bytes + place / kSpan * turned.span;
       }
       for (int64_t from = 0; from < block.count; from += kTogether) {
         const int64_t to = min64(from + kTogether, block.count);
         bool there = is_ready;
         for_tiles(from, to, kSpan, [&](int v, bool two, int64_t begin, int64_t end) {
-          if (!there) turn_rows(row, from, to, dim, ld);
+          if (!there) turn_rows(rows.row, from, to, rows.dim, ld);
           there = true;
           products(is_ready ? 0 : from, v, two, begin, end);
         });
@@ -500,8 +529,7 @@ class Window : public QueryTile<T, Keys> {
   static constexpr int kFewQueries = kLanes >= 8 ? kLanes / 4 : 1;
 
   void query_scores() {
-    if constexpr (kTiles) return tile_scores(block.key, ready.key, p.head_dim, qt, s);
-    if (!sparse) return block_scores(key_rows, p.head_dim, qt, s);
+    if (!sparse) return contract_dims(keys(), qt, s);
     const int64_t depth = (p.head_dim + kDepth - 1) / kDepth;
     memset(s, 0, sizeof(Acc) * block.count * tile.lanes);  // as in dead lanes of a full tile
     for (uint64_t rest = tile.live; rest; rest &= rest - 1) {

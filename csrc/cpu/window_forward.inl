@@ -189,9 +189,7 @@ class WindowForward : public NearOutput<T, Keys> {
           softmax<false>(v, this->logit_unit(v, modified), factor + v);
         }
       }
-      if constexpr (kTiles) {
-        this->tile_accumulate(block.value, this->ready.value, p.head_dim_v, ot, factor);
-      } else if (sparse) {
+      if (sparse) {
         sparse_accumulate(factor);
       } else if (this->is_near) {
         auto& keys = this->near[again ? k : keep ? kept - 1 : 0];
@@ -199,7 +197,7 @@ class WindowForward : public NearOutput<T, Keys> {
         this->near_products(keys, weights());
         if (!in_rows) this->add_rows(dvp, factor);
       } else {
-        this->block_accumulate(value_rows, p.head_dim_v, weights(), ot, factor);
+        this->contract_keys(this->values(), weights(), ot, factor);
       }
     }
     this->ahead.start_all();
