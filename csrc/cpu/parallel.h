@@ -3,6 +3,7 @@
 // or fresh threads in a forked child, where that pool is gone.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -25,6 +26,13 @@ void parallel_for(int64_t n, int64_t grain, bool serial, F f) {
       n, grain, serial,
       [](void* context, int64_t begin, int64_t end) { (*static_cast<F*>(context))(begin, end); },
       &f);
+}
+
+// Into how many parts, at most `most`, a walk over keys is cut for threads to share. A matter of
+// one batch item alone, or bits would depend on how many there are: so must `most` be.
+inline int64_t parts_of_walk(int64_t keys, int64_t most) {
+  constexpr int64_t kMinKeys = 512;  // that pay for merging a part
+  return std::clamp<int64_t>(keys / kMinKeys, 1, most);
 }
 
 // This thread's buffer number `slot`, at least `bytes` long, aligned to a cache line, kept between

@@ -168,15 +168,13 @@ void routed_forward(const RoutedParams& r) {
   const RoutedKernels& kernels = tiles.kernels;
   const ListView& view = tiles.view;
   const int64_t scratch = kernels.forward_scratch(r, view), items = tiles.items();
-  // Few tiles with long walks (decoding): their keys are shared out. Into how many parts, the other
-  // batch items must not decide, or bits would depend on them.
-  constexpr int64_t kManyItems = 16, kMinKeys = 512;
+  // Few tiles with long walks (decoding): their keys are shared out.
+  constexpr int64_t kManyItems = 16;
   const int64_t of_batch = std::max<int64_t>(1, r.window.kv_heads * tiles.per_kv_head());
-  const int64_t most_parts = tiles.shares || tiles.landmarks ? 1 : kManyItems / of_batch;
+  const int64_t most_parts =
+      tiles.shares || tiles.landmarks ? 1 : std::max<int64_t>(1, kManyItems / of_batch);
   std::vector<int64_t> length(most_parts > 1 ? items : 0);
-  const auto splits_of = [&](int64_t i) {
-    return std::clamp<int64_t>(length[i] / kMinKeys, 1, most_parts);
-  };
+  const auto splits_of = [&](int64_t i) { return parts_of_walk(length[i], most_parts); };
   parallel_for(static_cast<int64_t>(length.size()), 16, tiles.serial, [&](int64_t i, int64_t end) {
     for (; i < end; ++i) {
       int64_t index[3];

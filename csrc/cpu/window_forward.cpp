@@ -86,7 +86,7 @@ class Items {
 
  private:
   // How many heads take a tile together, so that its walk is worked out once: those whose keys stay
-  // in the second cache until the next tile wants them, and fewer where items would be.
+  // in the second cache until the next tile wants them, and fewer where that left too few items.
   int64_t heads_together(int64_t least_items) const {
     constexpr int64_t kBytes = 256 << 10;
     if (problem_.plans.size() > 1) return 1;
@@ -141,16 +141,14 @@ class WindowForwardPass {
     return true;
   }
 
-  // With few tiles (decoding) the keys are split as well, and the partial results merged: into how
-  // many, the number of batch items must not decide, or bits would depend on it.
-  static constexpr int64_t kMinKeys = 512;
+  // With few tiles (decoding) the keys are split as well, and the partial results merged.
   int64_t most_splits() const {
     if (items_.count() == 0 || items_.of_batch() >= kManyItems) return 1;
     int64_t longest = 0;
     for (int64_t i = 0; i < items_.of_batch(); ++i) {
       longest = std::max(longest, items_.walk_length(items_.at(i)));
     }
-    return std::clamp<int64_t>(longest / kMinKeys, 1, kManyItems / items_.of_batch());
+    return parts_of_walk(longest, kManyItems / items_.of_batch());
   }
 
   void take_tiles() const {
@@ -202,18 +200,12 @@ class WindowForwardPass {
     return boxes.bring(box, item.b, first_head, heads, thread_buffer(3, boxes.bytes(box, heads)));
   }
 
-  int64_t splits_of(const Item& item, int64_t most) const {
-    return std::clamp<int64_t>(items_.walk_length(item) / kMinKeys, 1, most);
-  }
   void take_parts(int64_t most) const {
-    int64_t partial_bytes = 0;
-    for (const PlanView& v : problem_.views) {
-      partial_bytes = std::max(partial_bytes, kernels_.partial_size(p_, v) * acc_size(p_.dtype));
+    const int64_t partial_size = kernels_.partial_size(p_, problem_.views[0]);
+    for (const PlanView& v : problem_.views) {  // kernels step by the plan's own
+      if (kernels_.partial_size(p_, v) != partial_size) throw std::bad_alloc();
     }
-    for (const PlanView& v : problem_.views) {  // kernels step by the plan's own partial size
-      if (kernels_.partial_size(p_, v) * acc_size(p_.dtype) != partial_bytes)
-        throw std::bad_alloc();
-    }
+    const int64_t partial_bytes = partial_size * acc_size(p_.dtype);
     const Memory partials = allocate(items_.count() * most * partial_bytes);
     const auto partial = [&](int64_t i, int64_t k) {
       return partials.get() + (i * most + k) * partial_bytes;
@@ -224,7 +216,7 @@ class WindowForwardPass {
       for (int64_t n = begin; n < end; ++n) {
         const int64_t i = order[n] / most, k = order[n] % most;
         const Item item = items_.at(i);
-        const int64_t count = splits_of(item, most), keys = items_.walk_length(item);
+        const int64_t keys = items_.walk_length(item), count = parts_of_walk(keys, most);
         if (k >= count) continue;
         kernels_.forward_part(p_, items_.plan_of(item), item.b, item.h, item.tile, keys * k / count,
                               keys * (k + 1) / count, problem_.bias_of(item.h), memory,
@@ -235,8 +227,9 @@ class WindowForwardPass {
       void* memory = thread_buffer(0, scratch_);
       for (int64_t i = begin; i < end; ++i) {
         const Item item = items_.at(i);
-        kernels_.merge_partials(p_, items_.plan_of(item), item.b, item.h, item.tile,
-                                splits_of(item, most), partial(i, 0), memory);
+        const int64_t count = parts_of_walk(items_.walk_length(item), most);
+        kernels_.merge_partials(p_, items_.plan_of(item), item.b, item.h, item.tile, count,
+                                partial(i, 0), memory);
       }
     });
   }
