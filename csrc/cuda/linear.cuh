@@ -229,10 +229,11 @@ ATTNEXT_DEVICE int place_of_feature(int f, int dim) {
 
 // The tokens of one sequence in the order in which they are walked.
 struct Tokens {
-  int64_t batch, head, begin, end;
+  int64_t batch, begin, end;
+  int32_t head;
   bool backwards;
 
-  ATTNEXT_DEVICE void start(const LinearLaunch& p, int64_t sequence, int64_t of_head) {
+  ATTNEXT_DEVICE void start(const LinearLaunch& p, int64_t sequence, int32_t of_head) {
     head = of_head;
     backwards = p.backwards;
     if (p.sequences) {

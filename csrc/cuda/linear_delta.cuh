@@ -12,9 +12,9 @@ namespace cuda {
 ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::replace_values(int at, int stage) {
   Rows rows;
   rows.load(tile(stage, 1), warp * 16);
-  float by_key[1][kChunk / 8][4], e[1][kColumns / 8][4];
+  float by_key[1][kChunk / 8][4], e[1][kColumns / 8][4] = {};
   find_key_products(stage, 1, rows, by_key);
-  product<T, kPanel, 1, kColumns, kKept>(e, rows, wide, state_tile(0));
+  add_state_product(e, rows, 0);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = warp * 16 + half * 8 + g;
@@ -118,7 +118,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::solve(
 #pragma unroll 1
   for (int w = 0; w < kWarps; ++w) {
     if (warp == w) {
-      accumulate_finely<T, kColumns, kChunk>(u, by_key, narrow, tile(stage, 2), w * 16);
+      accumulate_finely<T, kColumns, kChunk>(u, by_key, narrow(), tile(stage, 2), w * 16);
       substitute(own[0], own[1], u[0]);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {

@@ -15,10 +15,9 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::finish_scores(float (&sco
                                                                      int walked,
                                                                      float (&sum)[2]) const {
   const float scale = p.scale * p.inner_scale;
+  const float linear = p.polynomial_scale, square = 0.5f * linear * linear;
   const int own = warp * 16 + g - (kPullsBack && p.strict ? 1 : 0);
-#pragma unroll
-  for (int n = 0; n < kChunk / 8; ++n) {
-    if (n * 8 >= walked) break;
+  const auto finish = [&](int n, auto masked) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int j = n * 8 + 2 * t + e;
@@ -33,17 +32,27 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::finish_scores(float (&sco
         float& score = scores[n][2 * half + e];
         float x = score;
         if (is_further()) x += mine[half].entry * other.entry;
-        if constexpr (kExpanded) {
-          x *= p.polynomial_scale;
-          x = fmaf(fmaf(x, 0.5f, 1.f), x, 1.f);
-        }
+        if constexpr (kExpanded) x = fmaf(fmaf(x, square, linear), x, 1.f);
         if (decays()) {
           x *= power((mine[half].decay - other.decay) + (mine[half].rest - other.rest));
         }
         if constexpr (!kScaledLate) x *= scale * other.factor;
-        score = j <= own + half * 8 ? x : 0.f;
+        const bool seen = !decltype(masked)::value || j <= own + half * 8;
+        score = seen ? x : 0.f;
         if (!kSpares || has_sums()) sum[half] += score;
       }
+    }
+  };
+#pragma unroll
+  for (int n = 0; n < kChunk / 8; n += 2) {
+    if (n * 8 >= walked) break;
+    // Only the last rows of the walk are a warp's own. Code for both where it is short.
+    if (!kGated && n + 2 < kChunk / 8 && n * 8 + 16 < walked) {
+      finish(n, std::false_type());
+      finish(n + 1, std::false_type());
+    } else {
+      finish(n, std::true_type());
+      finish(n + 1, std::true_type());
     }
   }
 }
@@ -121,7 +130,7 @@ ATTNEXT_SCAN_MEMBER bool Scan<T, kDim, kWarps, kKind>::are_own_rows_finite(int s
 #pragma unroll
     for (int d = 0; d < kColumns / 16; ++d) {
       const auto b = P::template load_right_transposed<kColumns>(
-          tile(stage, 2) + narrow.transposed, warp * 16, d * 16 / Layout<T, kColumns>::kElems);
+          tile(stage, 2) + narrow().transposed, warp * 16, d * 16 / Layout<T, kColumns>::kElems);
       P::multiply(x[0], x[1], zeros, b);
     }
   }

@@ -2,6 +2,7 @@
 #include "linear_plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -129,6 +130,8 @@ class Plan {
     l.inner_scale = against ? static_cast<float>(p.scale) : 1.f;
     if (taylor()) {
       l.polynomial_scale = static_cast<float>(p.scale);
+      int exponent = 0;
+      l.exact_scale = std::frexp(l.polynomial_scale, &exponent) == 0.5f && std::abs(exponent) < 8;
       l.scale = l.inner_scale = 1;
       l.weighted_b = against;
     }

@@ -67,6 +67,7 @@ struct LinearLaunch {
   float inner_scale;       // on what enters S
   float outer_scale;       // its inverse
   float polynomial_scale;  // of Taylor features: on products of entries
+  bool exact_scale;        // and scaling entries by it rounds nothing
   float eps;
   int32_t weighted_b;  // Taylor: the weights of the polynomial are b's or c's, not a's or raw's
   // linear_fold: [slices, batch, tokens, heads, width], of which `out` is the sum over slices. A

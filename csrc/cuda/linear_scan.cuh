@@ -55,6 +55,8 @@ struct Scan {
   static constexpr bool kUnits = std::is_same<T, fp16>::value;
   // Then, too, scores are scaled before they are rounded instead of with the output.
   static constexpr bool kScaledLate = !kGated && !kUnits;
+  // Taylor features have the scale in them.
+  static constexpr bool kUnscaled = kExpanded && !kGated && !kUnits;
 
   // Branches around what a launch may do without; in fp32 they cost registers, of which it has
   // none.
@@ -73,12 +75,11 @@ struct Scan {
   uint32_t shared;
   int lane, warp, g, t;
   WalkLanes<T, kPanel> wide;
-  WalkLanes<T, kColumns> narrow;
+  WalkLanes<T, kColumns> of_columns;  // unless they are `wide` over again
   WalkLanes<T, kEntryWidth> entries;  // fold: of raw and c
   Tokens tokens;
   uint64_t next_a, next_b, next_c, next_raw;  // the thread's places in what is copied next
-  int64_t sequence;
-  int32_t head, segment, slice, part = 0;
+  int32_t sequence, head, segment, slice, part = 0;
   int32_t first, count;      // of the segment's tokens, the first perhaps before the sequence
   int32_t skipped, chunks;   // chunks without tokens at its start; its chunks, with these
   float state[kDim / 8][4];  // transposed: rows are columns of S
@@ -91,10 +92,17 @@ struct Scan {
     lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     g = lane / 4, t = lane % 4;
     wide.start();
-    narrow.start();
+    if constexpr (kColumns != kPanel) of_columns.start();
     if constexpr (kFolded) entries.start();
   }
 
+  ATTNEXT_DEVICE const WalkLanes<T, kColumns>& narrow() const {
+    if constexpr (kColumns == kPanel) {
+      return wide;
+    } else {
+      return of_columns;
+    }
+  }
   ATTNEXT_DEVICE uint32_t tile(int stage, int operand) const {
     return shared + stage * S::kStage + operand * S::kWide;
   }
@@ -128,10 +136,11 @@ struct Scan {
     load_state();
     // The round before the first chunk only fetches it.
     int c = skipped - 1;
+    bool there = false;
 #pragma unroll 1
     do {
       const int stage = c & 1;
-      const bool there = c >= skipped, more = c + 1 < chunks;
+      const bool more = is_more(c);
       if (there) {
         wait_copies<0>();
         map_chunk(c * kChunk, stage);
@@ -145,6 +154,7 @@ struct Scan {
       if (there) walk_over(c, stage, more);
       if (more && gives() && (sums() || !there)) copy_state();
       if (more && notes()) note(next, stage ^ 1);
+      there = true;
     } while (++c < chunks);
     store_state();
   }
@@ -175,7 +185,7 @@ struct Scan {
     }
     segment = block % static_cast<uint32_t>(p.segments), block /= static_cast<uint32_t>(p.segments);
     head = block % static_cast<uint32_t>(p.heads);
-    sequence = block / static_cast<uint32_t>(p.heads);
+    sequence = static_cast<int32_t>(block / static_cast<uint32_t>(p.heads));
     tokens.start(p, sequence, head);
     const int64_t whole = (tokens.count() + p.segment - 1) / p.segment * p.segment;
     const int64_t from = segment * p.segment - (p.exclusive ? whole - tokens.count() : 0);
@@ -193,13 +203,18 @@ struct Scan {
     chunks = (count + kChunk - 1) / kChunk;
   }
 
-  // Outputs are wanted; tokens enter the state. What counts instructions wants all of a chunk's.
+  // Outputs are wanted; tokens enter the state; another chunk follows; a warp's products within the
+  // chunk go so far. What counts instructions wants all of a chunk's.
 #ifdef ATTNEXT_WHOLE_SCAN
   ATTNEXT_DEVICE bool gives() const { return true; }
   ATTNEXT_DEVICE bool sums() const { return true; }
+  ATTNEXT_DEVICE bool is_more(int) const { return true; }
+  ATTNEXT_DEVICE int walks() const { return kChunk; }
 #else
   ATTNEXT_DEVICE bool gives() const { return p.outputs; }
   ATTNEXT_DEVICE bool sums() const { return p.sums; }
+  ATTNEXT_DEVICE bool is_more(int c) const { return c + 1 < chunks; }
+  ATTNEXT_DEVICE int walks() const { return warp * 16 + 16; }
 #endif
   ATTNEXT_DEVICE bool decays() const { return kGated && p.decay.data; }
   ATTNEXT_DEVICE bool is_further() const {
@@ -318,6 +333,8 @@ struct Scan {
     }
   }
   ATTNEXT_DEVICE void expand_whole(int at, int stage) const;
+  ATTNEXT_DEVICE void expand_pairs(int at, int stage) const;
+  ATTNEXT_DEVICE void expand_numbers(int at, int stage) const;
   ATTNEXT_DEVICE void expand_part(int at, int stage) const;
   template <class Store>
   ATTNEXT_DEVICE void make_features(uint32_t tile_at, int row, bool token, int f, int pieces,
@@ -388,9 +405,9 @@ struct Scan {
                                    float (&out)[kColumns / 8][4]) const;
 
   ATTNEXT_DEVICE void attend(int at, int stage) {
-    const int buffer = stage, walked = warp * 16 + 16;
+    const int buffer = stage, walked = walks();
     Rows rows;
-    rows.load(tile(stage, 0), warp * 16);
+    if constexpr (!kExpanded) rows.load(tile(stage, 0), warp * 16);
     Numbers mine[2] = {{0.f, 0.f, 1.f, 1.f}, {0.f, 0.f, 1.f, 1.f}};
     float unit = 1.f;
     if constexpr (kGated) {
@@ -403,14 +420,6 @@ struct Scan {
       unit = totals(buffer).unit;
     }
 
-    float scores[1][kChunk / 8][4], sum[2] = {0.f, 0.f};
-    if (is_within()) {
-      walked_product<T, kRaw, kChunk, kKept, kRawChunks / 2>(scores, rows, wide, tile(stage, 1),
-                                                             walked);
-      finish_scores(scores[0], buffer, mine, walked, sum);
-      if constexpr (kFolded) times_slope(scores, at, stage, walked, mine, unit);
-    }
-
     float out[1][kColumns / 8][4], factor[1][2];
     float by_z[2] = {0.f, 0.f};
 #pragma unroll
@@ -420,7 +429,7 @@ struct Scan {
 #pragma unroll
     for (int panel = 0; panel < S::kPanels; ++panel) {
       if constexpr (kExpanded) rows.load(features(stage, 0, panel), warp * 16);
-      add_product<T, kPanel, 1, kColumns, kKept>(out, rows, wide, state_tile(panel));
+      add_state_product(out, rows, panel);
       if (has_sums()) add_products_with_z(rows, panel * kPanel, by_z);
     }
     if constexpr (kFinerState) {
@@ -428,14 +437,25 @@ struct Scan {
         __syncthreads();  // all have read the copy
         copy_state<true>();
         __syncthreads();
-        add_product<T, kPanel, 1, kColumns, kKept>(out, rows, wide, state_tile(0));
+        add_state_product(out, rows, 0);
       }
     }
+    float scores[1][kChunk / 8][4], sum[2] = {0.f, 0.f};
+    if (is_within()) {
+      if constexpr (kExpanded) rows.load(tile(stage, 0), warp * 16);
+      walked_product<T, kRaw, kChunk, kKept, kRawChunks / 2>(scores, rows, wide, tile(stage, 1),
+                                                             walked);
+      finish_scores(scores[0], buffer, mine, walked, sum);
+      if constexpr (kFolded) times_slope(scores, at, stage, walked, mine, unit);
+    }
+
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float by = kScaledLate ? p.outer_scale : p.scale;
       if (decays()) by *= power(mine[half].decay);
-      factor[0][half] = kScaledLate ? p.scale * p.inner_scale : mine[half].factor * unit;
+      factor[0][half] = kUnscaled     ? 1.f
+                        : kScaledLate ? p.scale * p.inner_scale
+                                      : mine[half].factor * unit;
       if (has_sums()) {
         const float total = quad_sum(fmaf(by, by_z[half], sum[half]));
         const float late = kScaledLate ? factor[0][half] : 1.f;
@@ -443,7 +463,7 @@ struct Scan {
         factor[0][half] = late * (kIsWide ? store_part(total, row) : divide_by(total * late, row));
       }
       if constexpr (kGated) by /= unit;
-      if (kScaledLate && kSpares && by == 1.f) continue;
+      if (kUnscaled || (kScaledLate && kSpares && by == 1.f)) continue;
 #pragma unroll
       for (int n = 0; n < kColumns / 8; ++n) {
         const float of_state = kUnits ? by * units()[n / 2] : by;
@@ -470,9 +490,13 @@ struct Scan {
     if (is_within()) {
       if (kPullsBack && p.dots) take_self(scores[0], self);
       const bool apart = !are_own_rows_finite(stage);
-      accumulate_finely<T, kColumns, kChunk>(out, scores, narrow, tile(stage, 2),
+      accumulate_finely<T, kColumns, kChunk>(out, scores, narrow(), tile(stage, 2),
                                              apart ? warp * 16 : walked);
       if (apart) add_own_rows(stage, scores[0], out[0]);
+    }
+    if constexpr (kUnscaled) {
+      if (has_sums()) scale(out[0], factor[0]);
+      factor[0][0] = factor[0][1] = 1.f;
     }
     if constexpr (kDeltaBack) {
       replace_gradients(at, stage, rows, out);
@@ -523,6 +547,13 @@ struct Scan {
       visit_left<false, T>(rows(0, k), [&](int half, int i, float x) {
         by_z[half] = fmaf(x, shared_z()[first_feature + k * kDepth + i], by_z[half]);
       });
+    }
+  }
+  ATTNEXT_DEVICE static void scale(float (&out)[kColumns / 8][4], const float (&factor)[2]) {
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) out[n][e] *= factor[e / 2];
     }
   }
   ATTNEXT_DEVICE float divide_by(float total, int row) const {
@@ -641,7 +672,7 @@ struct Scan {
   // the scan against it. Each is a sum by itself: no difference of large ones.
   static constexpr int kLeft = kDim / 8 + 1;  // float4 of a thread, the last for z
   ATTNEXT_DEVICE int64_t boundary(int64_t chunk) const {
-    return ((sequence * p.heads + head) * p.slices + slice) * p.chunks + chunk;
+    return ((int64_t(sequence) * p.heads + head) * p.slices + slice) * p.chunks + chunk;
   }
   ATTNEXT_DEVICE float4* left_at(int64_t chunk) const {
     return reinterpret_cast<float4*>(p.boundaries) + boundary(chunk) * kLeft * kThreads +
@@ -650,8 +681,17 @@ struct Scan {
   ATTNEXT_DEVICE void leave(int c) const;
   ATTNEXT_DEVICE void meet(int c, int stage) const;
 
+  // Of 16 bits it has a column's numbers of 32 features as right operands of two products have them
+  // in lanes: those of lane t are 16 bytes. fp32 is in tiles as a and b are.
+  static constexpr int kBlock = 32, kBlockBytes = kColumns * kBlock * 2;
+  ATTNEXT_DEVICE uint32_t block_of_state(int feature, int column) const {
+    return shared + S::kStateAt + feature / kBlock * kBlockBytes + column * (kBlock * 2) + t * 16;
+  }
   template <bool kRest = false>
   ATTNEXT_DEVICE void copy_state() const;
+  // out += rows x the copy, of a panel's features
+  ATTNEXT_DEVICE void add_state_product(float (&out)[1][kColumns / 8][4], const Rows& rows,
+                                        int panel) const;
 
   // visit(i, half, feature) for the numbers of z that the warp has.
   template <class Visit>
@@ -660,7 +700,7 @@ struct Scan {
   template <class Visit>
   ATTNEXT_DEVICE void each_state(Visit visit) const;
   ATTNEXT_DEVICE int64_t state_of(int32_t segments) const {
-    const int64_t which = segments > 1 ? sequence * segments + segment : sequence;
+    const int64_t which = segments > 1 ? int64_t(sequence) * segments + segment : sequence;
     return (which * p.heads + head) * p.state_size;
   }
 

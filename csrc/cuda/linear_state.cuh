@@ -180,26 +180,35 @@ ATTNEXT_DEVICE void Scan<T, kDim, kWarps, kKind>::copy_state() const {
     unit_of(top, 14, unit, inverse);
     if (lane == 0) units()[warp] = unit;
   }
-  const auto places = Wide::places(state_tile(0), warp * 16 + g);
+  const auto number = [&](int n, int e) {
+    const float x = state[n][e] * inverse;
+    return kRest ? x - Number<T>::widen(Number<T>::narrow(x)) : x;
+  };
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = warp * 16 + half * 8 + g;
+    if constexpr (sizeof(T) == 4) {
+      const auto places = Wide::places(state_tile(0), row);
 #pragma unroll
-    for (int n = 0; n < kDim / 8; ++n) {
-      float x = state[n][2 * half] * inverse, y = state[n][2 * half + 1] * inverse;
-      if constexpr (kRest) {
-        x -= Number<T>::widen(Number<T>::narrow(x));
-        y -= Number<T>::widen(Number<T>::narrow(y));
-      }
-      const uint32_t at = places(n % (kPanel / 8)) + (state_tile(n * 8 / kPanel) - state_tile(0)) +
-                          half * 8 * Wide::kRowBytes;
-      if constexpr (sizeof(T) == 4) {
+      for (int n = 0; n < kDim / 8; ++n) {
+        const uint32_t at = places(n % (kPanel / 8)) + (state_tile(n * 8 / kPanel) - state_tile(0));
         // Neighbouring rows share banks: one stores its first number while the other its second.
         const int odd = g % 2;
+        const float x = number(n, 2 * half), y = number(n, 2 * half + 1);
         store_shared(at + odd * 4, __float_as_uint(odd ? y : x));
         store_shared(at + 4 - odd * 4, __float_as_uint(odd ? x : y));
-      } else {
-        store_shared(at, Number<T>::pack(x, y));
+      }
+    } else {
+#pragma unroll
+      for (int n = 0; n < kDim / 8; n += kBlock / 8) {
+        uint32_t words[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          words[i] = Number<T>::pack(number(n + i, 2 * half), number(n + i, 2 * half + 1));
+        }
+        uint4 whole;
+        memcpy(&whole, words, 16);
+        store_shared(block_of_state(n * 8, row), whole);
       }
     }
     if (!kRest && is_further() && t == 0) shared_z()[row] = z[0][half];
@@ -208,6 +217,24 @@ ATTNEXT_DEVICE void Scan<T, kDim, kWarps, kKind>::copy_state() const {
     each_z([&](int i, int half, int f) {
       if (t == 0) shared_z()[f] = z[i][half];
     });
+  }
+}
+
+ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::add_state_product(
+    float (&out)[1][kColumns / 8][4], const Rows& rows, int panel) const {
+  if constexpr (sizeof(T) == 4) {
+    add_product<T, kPanel, 1, kColumns, kKept>(out, rows, wide, state_tile(panel));
+  } else {
+#pragma unroll
+    for (int f = 0; f < kPanel; f += kBlock) {
+      const auto low = rows(0, f / kDepth), high = rows(0, f / kDepth + 1);
+#pragma unroll
+      for (int n = 0; n < kColumns / 8; ++n) {
+        const uint4 b = load_shared(block_of_state(panel * kPanel + f, n * 8 + g));
+        P::multiply(out[0][n], low, b.x, b.y);
+        P::multiply(out[0][n], high, b.z, b.w);
+      }
+    }
   }
 }
 
@@ -263,7 +290,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::store_state() const {
     }
   }
   if (kHasSums && p.factors && slice == 0 && part == 0 && threadIdx.x == 0) {
-    p.factors[(sequence * p.after_segments + segment) * p.heads + head] = kept_all;
+    p.factors[(int64_t(sequence) * p.after_segments + segment) * p.heads + head] = kept_all;
   }
 }
 

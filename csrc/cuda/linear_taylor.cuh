@@ -7,14 +7,91 @@
 namespace attnext {
 namespace cuda {
 
-// Taylor features: 1, x_a, and x_a x_b for a <= b; those of a carry the polynomial's weights.
-// Half of the threads have a row of a each, half one of b.
+// Taylor features are 1, x_a, and x_a x_b for a <= b. Each is a product of two of a row's numbers:
+// its entries, these as the squares have them, with the polynomial's half, and a few constants.
+struct FeatureFactors {
+  int left, right;
+};
+template <int kEntries>
+struct RowNumbers {
+  static constexpr int kHalves = kEntries, kToken = 2 * kEntries, kOne = kToken + 1,
+                       kZero = kToken + 2, kWords = kEntries + 2;
+  uint32_t x[kWords];  // two numbers each
+
+  static constexpr ATTNEXT_DEVICE FeatureFactors factors(int f) {
+    if (f == 0) return {kToken, kOne};
+    if (f <= kEntries) return {f - 1, kOne};
+    const FeaturePair pair = pair_of_feature(f, kEntries);
+    if (pair.a == kEntries) return {kZero, kZero};
+    return {pair.a == pair.b ? kHalves + pair.a : pair.a, pair.b};
+  }
+  // Two of the numbers as one word.
+  template <int kLow, int kHigh>
+  ATTNEXT_DEVICE uint32_t pair() const {
+    if constexpr (kLow % 2 == 0 && kHigh == kLow + 1) return x[kLow / 2];
+    constexpr uint32_t kBytes = (kLow % 2 ? 0x32 : 0x10) | (kHigh % 2 ? 0x7600 : 0x5400);
+    return __byte_perm(x[kLow / 2], x[kHigh / 2], kBytes);
+  }
+  template <class T, int kFeature>
+  ATTNEXT_DEVICE uint32_t features() const {
+    constexpr FeatureFactors low = factors(kFeature), high = factors(kFeature + 1);
+    if constexpr (low.right == kZero && high.right == kZero) return 0;
+    const uint32_t left = pair<low.left, high.left>();
+    if constexpr (low.right == kOne && high.right == kOne) return left;
+    return Number<T>::multiply_pair(left, pair<low.right, high.right>());
+  }
+};
+
+// Those of a carry the polynomial's weights. Half of the threads have a row of a each, half one of
+// b. Numbers of 16 bits are multiplied two at a time where no scale rounds them before.
 ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::expand_whole(int at, int stage) const {
+  const int operand = threadIdx.x / kChunk;
+  if (operand == 0 ? !gives() : !sums()) return;
+  if constexpr (sizeof(T) == 2) {
+    if (p.exact_scale) {
+      expand_pairs(at, stage);
+      return;
+    }
+  }
+  expand_numbers(at, stage);
+}
+
+ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::expand_pairs(int at, int stage) const {
+  using Raw = Layout<T, kRaw>;
+  using Row = RowNumbers<kEntries>;
+  const int operand = threadIdx.x / kChunk, row = threadIdx.x % kChunk;
+  const bool weighted = operand == p.weighted_b;
+  const auto both = [](float x) { return Number<T>::pack(x, x); };
+  const uint32_t by = both(weighted ? p.polynomial_scale : 1.f), half = both(weighted ? 0.5f : 1.f);
+  Row numbers;
+#pragma unroll
+  for (int chunk = 0; chunk < kEntries / 8; ++chunk) {
+    const uint4 whole = load_shared(tile(stage, operand) + Raw::at(row, chunk));
+    memcpy(numbers.x + chunk * 4, &whole, 16);
+  }
+#pragma unroll
+  for (int i = 0; i < kEntries / 2; ++i) {
+    numbers.x[i] = Number<T>::multiply_pair(numbers.x[i], by);
+    numbers.x[kEntries / 2 + i] = Number<T>::multiply_pair(numbers.x[i], half);
+  }
+  numbers.x[Row::kToken / 2] = Number<T>::pack(is_token(at + row) ? 1.f : 0.f, 1.f);
+  numbers.x[Row::kZero / 2] = 0;
+  each_number<kDim / 8>([&](auto nth) {
+    constexpr int chunk = decltype(nth)::value, f = chunk * 8;
+    const uint4 whole = {numbers.template features<T, f>(), numbers.template features<T, f + 2>(),
+                         numbers.template features<T, f + 4>(),
+                         numbers.template features<T, f + 6>()};
+    store_shared(
+        features(stage, operand, chunk / Wide::kChunks) + Wide::at(row, chunk % Wide::kChunks),
+        whole);
+  });
+}
+
+ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::expand_numbers(int at, int stage) const {
   using Raw = Layout<T, kRaw>;
   static_assert(kThreads == 2 * kChunk && 1 + kEntries * (kEntries + 3) / 2 <= kDim, "features");
   constexpr int kElems = Raw::kElems;
   const int operand = threadIdx.x / kChunk, row = threadIdx.x % kChunk;
-  if (operand == 0 ? !gives() : !sums()) return;
   float x[kEntries];
   const bool weighted = operand == p.weighted_b;
   const float by = weighted ? p.polynomial_scale : 1.f, square = weighted ? 0.5f : 1.f;

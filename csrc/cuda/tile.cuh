@@ -138,6 +138,12 @@ struct Number<bf16> {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
     return x;
   }
+  // Of two pairs, each rounded once. PTX has mul for bf16 from sm_90 on only.
+  static ATTNEXT_DEVICE uint32_t multiply_pair(uint32_t a, uint32_t b) {
+    uint32_t x;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(x) : "r"(a), "r"(b), "r"(0x80008000u));  // -0
+    return x;
+  }
   static ATTNEXT_DEVICE float widen(bf16 x) {
     return __uint_as_float(static_cast<uint32_t>(x.bits) << 16);
   }
@@ -148,6 +154,12 @@ struct Number<fp16> {
   static ATTNEXT_DEVICE uint32_t pack(float low, float high) {
     uint32_t x;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+    return x;
+  }
+  // Of two pairs, each rounded once. PTX has mul for bf16 from sm_90 on only.
+  static ATTNEXT_DEVICE uint32_t multiply_pair(uint32_t a, uint32_t b) {
+    uint32_t x;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(x) : "r"(a), "r"(b), "r"(0x80008000u));  // -0
     return x;
   }
   static ATTNEXT_DEVICE float widen(fp16 x) {

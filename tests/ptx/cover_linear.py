@@ -181,6 +181,7 @@ PROBLEMS: dict[str, Maker] = {
                                  edit=_apart),
     "Taylor, not normalised": _make(70, feature_map="taylor2", dim=16, dim_v=63, reverse=True,
                                     edit=_apart, **_packed(0, 66, 4)),
+    "Taylor, a scale that rounds": _make(70, **{**_TAYLOR, "dim": 12}, dim_v=8, backward=False),
     "Taylor, shared": _make(20, feature_map="taylor2", dim=16, dim_v=8, heads=(1, 1, 2)),
     "Taylor, segments": _make(520, **{**_TAYLOR, "dim": 4}, dim_v=8, backward=False),
     "Taylor, not finite": _make(70, **_TAYLOR, edit=_not_finite, backward=False),

@@ -61,6 +61,9 @@ PROBLEMS: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "taylor": (
         "identity", False, {"tokens": 70, "feature_map": "taylor2", "dim": 16, "dim_v": 40}
     ),
+    "rounding scale": (
+        "identity", False, {"tokens": 70, "feature_map": "taylor2", "dim": 12, "dim_v": 40}
+    ),
 }  # fmt: skip
 
 BUGS = [
@@ -84,9 +87,9 @@ BUGS = [
          "read-write race", (DELTA, "    __syncthreads();  // the next warp reads them\n", "")),
     # ---- tokens ----
     _bug("mask lost", "scan_bf16_32", "plain", WRONG,
-         (OUTPUTS, "score = j <= own + half * 8 ? x : 0.f;", "score = x;")),
+         (OUTPUTS, "score = seen ? x : 0.f;", "score = x;")),
     _bug("a token is not its own past", "scan_bf16_32", "plain", WRONG,
-         (OUTPUTS, "score = j <= own", "score = j < own")),
+         (OUTPUTS, "value || j <= own", "value || j < own")),
     _bug("tail is read", "scan_bf16_32", "plain", "global read out of bounds",
          (SCAN, "const int bytes = is_token(at + row) ? min", "const int bytes = true ? min")),
     _bug("tail is stored", "scan_bf16_32", "plain", "global write out of bounds",
@@ -191,7 +194,20 @@ BUGS = [
     _bug("columns of outputs that there are not", "scan_bf16_taylor", "taylor",
          "global write-write race", (SCAN, "dim - column, p.out.aligned", "dim, p.out.aligned")),
     _bug("squares counted twice", "scan_bf16_taylor", "taylor", WRONG,
+         (TAYLOR, "pair.a == pair.b ? kHalves + pair.a : pair.a", "pair.a")),
+    _bug("squares counted twice where a scale rounds", "scan_bf16_taylor", "rounding scale", WRONG,
          (TAYLOR, "x[pair.a] * x[pair.a] * square;", "x[pair.a] * x[pair.a];")),
+    _bug("a scale that rounds taken for one that does not", "scan_bf16_taylor", "rounding scale",
+         WRONG, (TAYLOR, "if (p.exact_scale) {", "if (true) {"),
+         (TAYLOR, "both(weighted ? p.polynomial_scale", "both(weighted ? 0.25f")),
+    _bug("two numbers of a row the other way round", "scan_bf16_taylor", "taylor", WRONG,
+         (TAYLOR, "__byte_perm(x[kLow / 2], x[kHigh / 2], kBytes);",
+          "__byte_perm(x[kLow / 2], x[kHigh / 2], kBytes << 8 | kBytes >> 8);")),
+    _bug("a lane's numbers of the state beside their place", "scan_bf16_32", "plain", WRONG,
+         (STATE, "store_shared(block_of_state(n * 8, row), whole);",
+          "store_shared(block_of_state(n * 8, row) ^ 16, whole);")),
+    _bug("no mask on a warp's own rows", "scan_bf16_32", "plain", WRONG,
+         (OUTPUTS, "n * 8 + 16 < walked) {", "n * 8 + 16 <= walked) {")),
 ]  # fmt: skip
 
 # Of kernels that take long to compile.
