@@ -218,6 +218,37 @@ def test_gradient_that_only_some_inputs_need():
         assert torch.equal(grad, everything[f"grad_{name}"])
 
 
+@pytest.mark.parametrize("level", available_isas())
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [(torch.float32, 1e6), (torch.bfloat16, 1e6), (torch.float16, 6e4), (torch.float64, 1e14)],
+    ids=str,
+)
+def test_logits_that_are_rounded_by_more_than_weights_span(dtype, size, level):
+    """At 1e10 neighbours in float32 are 1024 apart: the highest logit has its weight all the same,
+    one key alone or equal ones together, and what leaves is finite."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 70, 2, 8, generator=generator).to(dtype) for _ in range(3))
+    q, k = (q / q.abs().amax(-1, True) * size), (k / k.abs().amax(-1, True) * size)
+    with isa(level):
+        alone, lse = attnext.sliding_window_attention(q, q, v, 1, return_lse=True)
+        equal = attnext.sliding_window_attention(q, q[:, :1].expand_as(q), v, 4)
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        one_hot = attnext.sliding_window_attention(*leaves, 9)
+        one_hot.sum().backward()
+    exact = torch.einsum("bihd,bihd->bih", q.double(), q.double()) * 8**-0.5
+    torch.testing.assert_close(alone, v, rtol=0, atol=0)
+    torch.testing.assert_close(lse.double(), exact, rtol=1e-6, atol=0)
+    mean = torch.stack([v[:, i : i + 67] for i in range(4)]).double().mean(0)
+    torch.testing.assert_close(equal[:, 3:].double(), mean, rtol=0, atol=8 * torch.finfo(dtype).eps)
+    logits = torch.einsum("bihd,bjhd->bhij", q.double(), k.double()) * 8**-0.5
+    i = torch.arange(70)
+    logits = logits.masked_fill((i > i[:, None]) | (i <= i[:, None] - 9), -torch.inf)
+    chosen = v[:, logits.argmax(-1)[0, 0]][:, :, 0], v[:, logits.argmax(-1)[0, 1]][:, :, 1]
+    torch.testing.assert_close(one_hot.detach(), torch.stack(chosen, 2), rtol=0, atol=0)
+    assert all(x.grad.isfinite().all() for x in leaves)
+
+
 def test_only_one_of_output_and_lse_is_differentiated():
     problem = plain_problem("sliding_window_attention", (30,), window_size=7)
     for keep in (0, 1):

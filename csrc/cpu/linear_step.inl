@@ -93,10 +93,11 @@ class LinearStep {
     }
     if (p_.delta()) beta = *row<const Acc>(p_.beta, batch, head, t, p_.heads);
     // A column of its own, the sums of a normaliser, goes with the vectors before it.
-    const int64_t whole = columns % kLanes == 1 && !p_.delta() ? columns - 1 : columns;
+    const bool one_more = columns % kLanes == 1 && !p_.delta();
+    const int64_t whole = one_more ? columns - 1 : columns;
     int64_t c = 0;
     for (; c + 4 * kLanes <= whole; c += 4 * kLanes) {
-      if (c + 4 * kLanes + 1 == columns) {
+      if (one_more && c + 4 * kLanes + 1 == columns) {
         update<4, true>(state, c, columns, kept, beta);
         return;
       }

@@ -97,6 +97,23 @@ ATTNEXT_INLINE VecOf<Acc> select_bits(uint64_t bits, VecOf<Acc> a, VecOf<Acc> b)
   return hit == lanes ? a : b;
 }
 
+// Whether |x| > limit in any lane.
+template <class Acc>
+ATTNEXT_INLINE bool any_beyond(VecOf<Acc> x, Acc limit) {
+  const VecOf<Acc> magnitude = x < 0 ? -x : x;
+#if defined(__AVX512F__) && ATTNEXT_VECTOR_BYTES == 64
+  if constexpr (sizeof(Acc) == 4) {
+    return _mm512_cmp_ps_mask((__m512)magnitude, _mm512_set1_ps(limit), _CMP_GT_OQ) != 0;
+  } else {
+    return _mm512_cmp_pd_mask((__m512d)magnitude, _mm512_set1_pd(limit), _CMP_GT_OQ) != 0;
+  }
+#endif
+  const IntOf<Acc> beyond = magnitude > limit;
+  typename Simd<Acc>::Lane any = 0;
+  for (int l = 0; l < Simd<Acc>::kLanes; ++l) any |= beyond[l];
+  return any != 0;
+}
+
 // 2^x for x <= 127 (1023): exact 0 below -127 (-1023), NaN stays NaN. fp32: minimax polynomial on
 // [-1/2, 1/2] in relative error with constant term 1 (2.0e-09, below rounding); fp64: Taylor.
 ATTNEXT_INLINE VecOf<float> exp2_poly(VecOf<float> f) {

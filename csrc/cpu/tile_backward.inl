@@ -3,6 +3,8 @@
 // caller gives, fp32 and its own.
 #pragma once
 
+#include <limits>
+
 #include "window.inl"
 
 namespace attnext {
@@ -113,12 +115,29 @@ class TileBackward : public Window<T, Keys> {
 
   template <bool kMasked>
   void differentiate(int v, Vec in_base_2) {
+    const int shift = v * kLanes;
+    const Vec level = load(lse2 + shift), rest = load(lse2_rest + shift);
+    const auto below = [&](Vec y) { return (y * in_base_2 - level) - rest; };
+    if (any_beyond(level, Base::kFarLogit)) {
+      // lse is rounded by more than weights span: what is no further from it has all of the weight.
+      const Vec magnitude = level < 0 ? -level : level;
+      const auto far = magnitude > Base::kFarLogit;
+      const Vec slack = magnitude * std::numeric_limits<Acc>::epsilon();
+      differentiate<kMasked>(v, [&](Vec y) {
+        const Vec x = below(y);
+        return exp2(far && x > -slack ? Vec{} : x);
+      });
+    } else {
+      differentiate<kMasked>(v, [&](Vec y) { return exp2(below(y)); });
+    }
+  }
+  template <bool kMasked, class Power>
+  ATTNEXT_INLINE void differentiate(int v, Power power) {
     const int ld = tile.lanes, shift = v * kLanes;
     Acc *x = this->s + shift, *dx = this->ds + shift;
-    const Vec level = load(lse2 + shift), rest = load(lse2_rest + shift);
     const Vec mean = load(delta + shift);
     for (int64_t j = block.lo[v]; j < block.hi[v]; ++j) {
-      Vec w = exp2((load(x + j * ld) * in_base_2 - level) - rest);
+      Vec w = power(load(x + j * ld));
       Vec g = w * (load(dx + j * ld) - mean);
       if constexpr (kMasked) {
         w = select_bits<Acc>(block.mask[j] >> shift, w, Vec{});

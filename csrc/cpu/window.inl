@@ -102,6 +102,9 @@ class Window : public QueryTile<T, Keys> {
     if (scratch) memset(no_bias, 0, sizeof(Acc) * kLanes);
   }
 
+  // Logits beyond are rounded by 8 and more.
+  static constexpr Acc kFarLogit = sizeof(Acc) == 4 ? Acc(int64_t(1) << 27) : Acc(int64_t(1) << 56);
+
   // Elements of one part of staged rows and of weights.
   static constexpr int64_t part_of_rows(int64_t ld) { return kTogether * ld / kDepth; }
   int64_t part_of_weights() const { return kBlock / 2 * max_lanes; }

@@ -43,7 +43,7 @@ class WindowForward : public NearOutput<T, Keys> {
   template <bool kMasked>
   void softmax(int v, Vec in_base_2, Vec* factor) {
     const int ld = tile.lanes, shift = v * kLanes;
-    Acc* x = s + shift;
+    const Acc* const x = s + shift;
     const Vec lowest = broadcast(Acc(-INFINITY));
     // Four maxima, and not one that waits for the one before.
     Vec tops[4] = {lowest, lowest, lowest, lowest};
@@ -58,19 +58,39 @@ class WindowForward : public NearOutput<T, Keys> {
       for (int r = 0; r < 4; ++r) raise(k + r, r);
     }
     for (; k < block.hi[v]; ++k) raise(k, 0);
-    Vec top = max_or_second(max_or_second(tops[0], tops[1]), max_or_second(tops[2], tops[3]));
+    const Vec highest =
+        max_or_second(max_or_second(tops[0], tops[1]), max_or_second(tops[2], tops[3]));
     const Vec before = load(maximum + shift);
-    top = max_or_second(top * in_base_2, before);
+    const Vec top = max_or_second(highest * in_base_2, before);
     const Vec base = top == lowest ? Vec{} : top;  // a row that saw nothing yet
     *factor = exp2(before - base);
+    store(maximum + shift, top);
+    if (any_beyond(base, Base::kFarLogit)) {
+      // Rounded by more than weights span: the highest one has its weight all the same.
+      const auto far = (base < 0 ? -base : base) > Base::kFarLogit;
+      const Vec origin = highest == lowest ? Vec{} : highest;
+      const Vec apart = origin * in_base_2 - base;
+      const Vec below = highest * in_base_2 == top && !(apart * apart < 64) ? Vec{} : apart;
+      weigh<kMasked>(v, *factor, [&](Vec y) {
+        return exp2(far ? (y - origin) * in_base_2 + below : y * in_base_2 - base);
+      });
+    } else {
+      weigh<kMasked>(v, *factor, [&](Vec y) { return exp2(y * in_base_2 - base); });
+    }
+  }
+  // The block's weights, from power(score), and their sums.
+  template <bool kMasked, class Power>
+  ATTNEXT_INLINE void weigh(int v, Vec factor, Power power) {
+    const int ld = tile.lanes, shift = v * kLanes;
+    Acc* const x = s + shift;
     // Four sums, by the key's place in the block: many equal weights added to one would all be
     // rounded the same way.
     Vec part[4] = {}, applied[2] = {};  // of the weights, and of what pairs make of them
     const auto weight = [&](int64_t j) {
-      const Vec w = exp2(load(x + j * ld) * in_base_2 - base);
+      const Vec w = power(load(x + j * ld));
       return kMasked ? select_bits<Acc>(block.mask[j] >> shift, w, Vec{}) : w;
     };
-    const auto weigh = [&](int64_t j, int r) {  // kDepth keys
+    const auto add = [&](int64_t j, int r) {  // kDepth keys
       const Vec w = weight(j);
       part[r] += w;
       if constexpr (kPairs) {
@@ -88,17 +108,15 @@ class WindowForward : public NearOutput<T, Keys> {
       }
     };
     int64_t j = block.lo[v];
-    for (; j < block.hi[v] && j % 4; j += kDepth) weigh(j, static_cast<int>(j % 4));
+    for (; j < block.hi[v] && j % 4; j += kDepth) add(j, static_cast<int>(j % 4));
     for (; j + 4 <= block.hi[v]; j += 4) {
 #pragma GCC unroll 4
-      for (int r = 0; r < 4; r += kDepth) weigh(j + r, r);
+      for (int r = 0; r < 4; r += kDepth) add(j + r, r);
     }
-    for (; j < block.hi[v]; j += kDepth) weigh(j, static_cast<int>(j % 4));
-    const Vec total = load(sum + shift) * *factor + ((part[0] + part[1]) + (part[2] + part[3]));
-    store(maximum + shift, top);
-    store(sum + shift, total);
+    for (; j < block.hi[v]; j += kDepth) add(j, static_cast<int>(j % 4));
+    store(sum + shift, load(sum + shift) * factor + ((part[0] + part[1]) + (part[2] + part[3])));
     if constexpr (kRounds) {
-      store(norm + shift, load(norm + shift) * *factor + (applied[0] + applied[1]));
+      store(norm + shift, load(norm + shift) * factor + (applied[0] + applied[1]));
     }
   }
 
