@@ -16,13 +16,14 @@ if _TORCH_VERSION < (2, 6):
     raise ImportError(f"attnext needs PyTorch 2.6 or newer; found {torch.__version__}")
 
 try:
-    from . import _C
+    import attnext._C as _C
 except ImportError as error:
     raise ImportError(
         f"attnext's compiled module could not be imported from {__path__[0]} ({error}); "
         "in a source tree, build it in place with: pip install -e ."
     ) from error
 
+from . import compat as compat  # noqa: E402
 from .based import (  # noqa: E402
     BasedAttention,
     BasedCache,

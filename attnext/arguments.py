@@ -12,11 +12,16 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .geometry import BOUNDARIES, UNLIMITED
-from .ops import DTYPES, accumulator_dtype, window_op
+from .ops import DTYPES, accumulator_dtype, unit_stride, window_op
 
 PerAxis = Any  # a value, or a tuple with one per token axis
 
 _MAX_PHANTOMS = 2**20  # keys beyond the border, each of which costs as much as a real one
+_FAR = 2**29  # coordinates of phantoms are 32-bit integers in the kernels' tables
+_MAX_INTEGER = 2**62
+_MAX_DISTANCE = 2**26  # of a table of ALiBi's
+_MAX_DILATION = 2**12  # that is taken as it is, however short the axis
+_SOFTCAPS = 2.0**-100, 2.0**100  # so that logits / softcap and the products by it are float32
 DTYPE_NAMES = "float32, float64, bfloat16, float16"
 
 
@@ -49,8 +54,11 @@ def _prepare(
                 query.device,
                 key.device,
                 value.device,
+                query.layout,
+                key.layout,
+                value.layout,
                 options,
-                *map(type, options),
+                *map(_types, options),  # 1 and True are equal
             )
             found = _CACHE.get(signature)
             if found is not None:
@@ -63,6 +71,10 @@ def _prepare(
             _CACHE.clear()
         _CACHE[signature] = prepared
     return prepared
+
+
+def _types(x: Any) -> Any:
+    return tuple(map(_types, x)) if type(x) is tuple else type(x)
 
 
 def _with_fields(prepared: Rules) -> Prepared:
@@ -108,6 +120,13 @@ def neighborhood_rules(
             key.shape[1 + a] - query.shape[1 + a] if causal[a] else 0 for a in range(rank)
         )
     offsets = _per_axis("offset", offset, rank)
+    if boundary == "zero_pad":
+        _check_near("offset", offsets)
+        _check_near("phase", phases)
+    dilations = [
+        _shortened(dilations[a], query.shape[1 + a], key.shape[1 + a], offsets[a])
+        for a in range(rank)
+    ]
     windows, head_rule = _per_head("kernel_size", kernel_size, query)
     rules = []
     for entry in windows:
@@ -127,6 +146,22 @@ def neighborhood_rules(
                 (left, right, strides[a], phases[a], dilations[a], causal[a], boundary, offsets[a])
             )
     return rules, head_rule
+
+
+def _check_near(name: str, coordinates: Sequence[int]) -> None:
+    for x in coordinates:
+        if not -_FAR <= x <= _FAR:
+            raise ValueError(
+                f"{name} must be between -{_FAR} and {_FAR} with boundary='zero_pad', got {x}"
+            )
+
+
+def _shortened(dilation: int, n_q: int, n_k: int, offset: int) -> int:
+    """A dilation beyond all coordinates parts all tokens, as every longer one does: tables have a
+    row for each class of tokens."""
+    if dilation <= _MAX_DILATION:
+        return dilation
+    return max(_MAX_DILATION, min(dilation, max(n_q, n_k) + abs(offset) + 1))
 
 
 def sliding_rules(
@@ -178,6 +213,13 @@ def partition_rules(
         boundary = "truncate" if key_window_size is None else "zero_pad"
     elif boundary not in BOUNDARIES:
         raise ValueError(f"boundary must be one of {BOUNDARIES}, got {boundary!r}")
+    if boundary == "zero_pad":
+        _check_near("shift", shifts)
+        if max(sizes) > _MAX_PHANTOMS:
+            raise ValueError(
+                f"window_size must not exceed {_MAX_PHANTOMS} with boundary='zero_pad', got "
+                f"{window_size!r}"
+            )
     if key.shape[1:-2] != query.shape[1:-2]:
         raise ValueError(
             f"key must have the token axes of query, {tuple(query.shape[1:-2])}, got "
@@ -186,7 +228,8 @@ def partition_rules(
     rules = []
     for size, key_size, start in zip(sizes, key_sizes, shifts, strict=True):
         left = size // 2 + (key_size - size) // 2
-        rules.append((left, key_size - 1 - left, size, start, 1, False, boundary, 0))
+        right = key_size - 1 - left
+        rules.append((_side(left), _side(right), size, start, 1, False, boundary, 0))
     return rules, []
 
 
@@ -195,6 +238,10 @@ def partition_rules(
 
 def kind_of(x: Any) -> str:
     return f"a {x.dtype} tensor" if isinstance(x, Tensor) else type(x).__name__
+
+
+def _layout(t: Tensor) -> str:
+    return "a nested tensor" if t.is_nested else f"one of layout {t.layout}"
 
 
 _CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -220,6 +267,8 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> int:
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
     dtype, rank = query.dtype, query.dim() - 3
+    if query.layout != torch.strided or query.is_nested:
+        raise TypeError(f"query must be a dense tensor, got {_layout(query)}")
     if dtype not in DTYPES:
         raise TypeError(f"query must be one of {DTYPE_NAMES}, got {dtype}")
     if not 1 <= rank <= 3:
@@ -235,6 +284,8 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> int:
             raise ValueError(
                 f"{name} must be on the device of query, {query.device}, got {t.device}"
             )
+        if t.layout != torch.strided or t.is_nested:
+            raise TypeError(f"{name} must be a dense tensor, got {_layout(t)}")
         if t.dim() != rank + 3:
             raise ValueError(
                 f"{name} must have as many dimensions as query, {rank + 3}, got {t.dim()}"
@@ -279,6 +330,8 @@ def check_integer(name: str, x: Any, minimum: int | None = None) -> None:
         raise TypeError(f"{name} must be an int, got {x!r}")
     if minimum is not None and x < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {x}")
+    if isinstance(x, int) and not -_MAX_INTEGER <= x <= _MAX_INTEGER:
+        raise ValueError(f"{name} must be between -2**62 and 2**62, got {x}")
 
 
 def check_flag(name: str, x: Any) -> None:
@@ -320,9 +373,11 @@ def _per_head(name: str, x: Any, query: Tensor) -> tuple[list[Any], list[int]]:
     for entry in x:
         if isinstance(entry, list):
             raise TypeError(f"{name}: the entry of a head must be an int or a tuple, got {entry!r}")
+        if not isinstance(entry, int | torch.SymInt | tuple | None):
+            raise TypeError(f"{name}: the entry of a head must be an int or a tuple, got {entry!r}")
     number: dict[Any, int] = {}
-    head_rule = [number.setdefault(entry, len(number)) for entry in x]
-    return list(number), head_rule
+    head_rule = [number.setdefault((entry, _types(entry)), len(number)) for entry in x]
+    return [entry for entry, _ in number], head_rule
 
 
 def _per_axis_windows(x: Any, rank: int) -> Sequence[Any]:
@@ -342,7 +397,16 @@ def _kernel_sides(size: Any, causal: bool) -> tuple[int, int]:
     if isinstance(size, tuple):
         return _sides("kernel_size", size, causal)
     check_integer("kernel_size", size, 1)
-    return (size - 1, 0) if causal else (size // 2, size - 1 - size // 2)
+    return _around_self(size, causal)
+
+
+def _around_self(size: int, causal: bool) -> tuple[int, int]:
+    left = size - 1 if causal else size // 2
+    return _side(left), _side(size - 1 - left)
+
+
+def _side(keys: int) -> int:
+    return min(keys, UNLIMITED) if isinstance(keys, int) else keys
 
 
 def _window_sides(window: Any, causal: bool) -> tuple[int, int]:
@@ -351,7 +415,7 @@ def _window_sides(window: Any, causal: bool) -> tuple[int, int]:
     if isinstance(window, tuple):
         return _sides("window_size", window, causal)
     check_integer("window_size", window, 1)
-    return (window - 1, 0) if causal else (window // 2, window - 1 - window // 2)
+    return _around_self(window, causal)
 
 
 def _sides(name: str, sides: tuple[Any, ...], causal: bool) -> tuple[int, int]:
@@ -359,7 +423,7 @@ def _sides(name: str, sides: tuple[Any, ...], causal: bool) -> tuple[int, int]:
         raise ValueError(f"{name} must be an int or (left, right), got {sides!r}")
     for side in sides:
         check_integer(name, side, -1)
-    left, right = (UNLIMITED if side == -1 else side for side in sides)
+    left, right = (UNLIMITED if side == -1 else _side(side) for side in sides)
     if causal:
         if sides[1] not in (0, -1):
             raise ValueError(f"{name}: right must be 0 or -1 when causal, got {sides!r}")
@@ -382,6 +446,11 @@ def _check_packing(cu_seqlens_q: Any, cu_seqlens_k: Any, query: Tensor) -> None:
 def check_cu_seqlens(name: str, cu_seqlens: Any, query: Tensor) -> None:
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
         raise TypeError(f"{name} must be an int32 tensor, got {kind_of(cu_seqlens)}")
+    if cu_seqlens.device != query.device and not cu_seqlens.is_cpu:
+        raise ValueError(
+            f"{name} must be on the CPU or the device of query, {query.device}, got "
+            f"{cu_seqlens.device}"
+        )
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(f"{name} must be [N + 1] with N >= 1, got {tuple(cu_seqlens.shape)}")
     if query.shape[0] != 1:
@@ -453,9 +522,17 @@ def check_scale(scale: Any, default: float, allowed: str = "a number") -> float:
         return default
     if isinstance(scale, bool) or not isinstance(scale, int | float):
         raise TypeError(f"scale must be {allowed}, got {scale!r}")
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"scale must be finite, got {scale}")
-    return float(scale)
+    return _finite("scale", scale)
+
+
+def _finite(name: str, x: int | float) -> float:
+    try:
+        number = float(x)
+    except OverflowError:
+        number = math.inf
+    if not -math.inf < number < math.inf:
+        raise ValueError(f"{name} must be finite, got {x}")
+    return number
 
 
 def check_softcap(softcap: Any) -> float:
@@ -466,6 +543,8 @@ def check_softcap(softcap: Any) -> float:
         raise TypeError(f"softcap must be a number, got {softcap!r}")
     if not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be positive and finite, got {softcap}")
+    if not _SOFTCAPS[0] <= softcap <= _SOFTCAPS[1]:
+        raise ValueError(f"softcap must be between 2**-100 and 2**100, got {softcap}")
     return float(softcap)
 
 
@@ -505,17 +584,17 @@ def _alibi_table(
             reach = max(query.shape[1], key.shape[1])
         else:
             reach = _reach(rules, a, rank, query, key)
+        if reach > _MAX_DISTANCE:
+            raise ValueError(
+                f"alibi_slopes takes distances of at most {_MAX_DISTANCE}, and kernel_size, offset "
+                f"and token axes give up to {reach}"
+            )
         distance = torch.arange(-reach, reach + 1, device=query.device).abs() * rules[a][4]
         shape = [1] * rank
         shape[a] = -1
         table = table + distance.to(acc).reshape(shape)
     table = -slopes.to(acc).reshape(-1, *[1] * rank) * table
     return table if bias is None else table + bias.to(acc)
-
-
-def unit_stride(t: Tensor) -> Tensor:
-    """The kernels read rows; only a tensor whose last axis is strided is copied."""
-    return t if t.stride()[-1] == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 def under_autocast(*tensors: Any) -> tuple[Any, ...]:
@@ -560,13 +639,14 @@ def attend(
     additional_keys: Any,
     additional_values: Any,
     sink_logits: Any,
-    return_lse: bool,
+    return_lse: Any,
     sinks: int = 0,
     cu_seqlens_q: Any = None,
     cu_seqlens_k: Any = None,
 ) -> Any:
     """Checks the arguments of a public function, whose rules ``build`` makes of ``options``, and
     calls the operator. A small call costs as much in here as in the kernel."""
+    check_flag("return_lse", return_lse)
     if is_compiling() or torch._C._is_any_autocast_enabled():
         query, key, value = under_autocast(query, key, value)
     rules, head_rule, fields = _prepare(build, options, query, key, value)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from .arguments import check_integer, check_scale, kind_of, under_autocast
+from .arguments import check_integer, check_scale, check_sequences, kind_of, under_autocast
 from .functional import sliding_window_attention
 from .linear import linear_attention, linear_attention_step
 from .linear_ops import num_features
@@ -91,6 +91,9 @@ def based_attention(
         raise TypeError(f"output_final_cache must be a bool, got {output_final_cache!r}")
     if is_compiling() or torch._C._is_any_autocast_enabled():
         query, key, value = under_autocast(query, key, value)
+    check_sequences(query, key, value)
+    if key.shape[1] != query.shape[1]:
+        raise ValueError(f"key must have the tokens of query, {query.shape[1]}, got {key.shape[1]}")
     out, near_lse = sliding_window_attention(
         query, key, value, window_size, scale=scale, return_lse=True
     )
@@ -174,6 +177,8 @@ def based_attention_step(
             "call it under torch.no_grad()"
         )
     scale = check_scale(scale, query.shape[-1] ** -0.5)
+    if query.shape[1] == 0:
+        return query.new_empty(*query.shape[:-1], value.shape[-1])
     outs = []
     for q, k, v in zip(*(x.split(1, dim=1) for x in (query, key, value)), strict=True):
         left = cache.window.push(k, v)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .arguments import (
     check_integer,
@@ -18,11 +17,11 @@ from .arguments import (
     check_sequences,
     kind_of,
     under_autocast,
-    unit_stride,
 )
+from .autograd import differentiable_once
 from .functional import sliding_window_attention
 from .merging import merge_attentions
-from .ops import accumulator_dtype
+from .ops import accumulator_dtype, unit_stride
 from .plans import BlockPlan, Blocks
 from .routed import routed_attention
 from .routed_ops import LANDMARK_POLICY, Rules, routed_op
@@ -203,7 +202,7 @@ class _Dense(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("landmark_attention")
     def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> Any:
         query, key, value = ctx.saved_tensors
         sections, scale, acc = ctx.problem

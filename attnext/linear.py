@@ -18,10 +18,9 @@ from .arguments import (
     check_scale,
     kind_of,
     under_autocast,
-    unit_stride,
 )
 from .linear_ops import FEATURE_MAPS, linear_op, num_features, num_heads, step_op
-from .ops import DTYPES, accumulator_dtype
+from .ops import DTYPES, accumulator_dtype, unit_stride
 
 _MAX_CHUNK = 1024
 
@@ -82,7 +81,8 @@ def linear_attention(
             nothing of each other. Not with states or ``cu_seqlens``.
         cu_seqlens: int32 ``[M + 1]``, where each of M sequences packed along the token axis ends;
             ``B`` must be 1, and states are ``[M, H, F, V]``.
-        chunk_size: tokens worked on together. A matter of speed; by default the kernel's choice.
+        chunk_size: tokens worked on together, by default the kernel's choice. A matter of speed,
+            and with ``beta`` of accuracy: the longer a chunk, the larger its triangular system.
         return_denominator: with ``normalize``, also returns what was divided by, ``[B, N, H]`` in
             the dtype of states, before the state. Differentiable: its logarithm is the lse with
             which :func:`merge_attentions` joins other keys, where features are positive.
@@ -248,6 +248,15 @@ def linear_attention_step(
         raise TypeError(f"slots must be an int32 or int64 tensor, got {kind_of(slots)}")
     elif slots.shape != query.shape[:1]:
         raise ValueError(f"slots must be [B] = {(query.shape[0],)}, got {tuple(slots.shape)}")
+    elif slots.device != query.device and not slots.is_cpu:
+        raise ValueError(
+            f"slots must be on the CPU or the device of query, {query.device}, got {slots.device}"
+        )
+    if in_place and any(n > 1 and s == 0 for n, s in zip(state.shape, state.stride(), strict=True)):
+        raise ValueError(
+            f"state must have a place for each of its numbers to be updated in place, got strides "
+            f"{state.stride()} of shape {tuple(state.shape)}"
+        )
     tensors = (query, key, value, state, decay, beta)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise NotImplementedError(
@@ -297,6 +306,7 @@ def taylor_state_to_plain(state: Tensor, head_dim: int, scale: float | None = No
         >>> attnext.taylor_state_to_plain(torch.zeros(1, 4, 153, 64), 16).shape
         torch.Size([1, 4, 273, 64])
     """
+    check_integer("head_dim", head_dim, 1)
     index, weight = _plain_layout(state, head_dim, scale, num_features("taylor2", head_dim))
     return state.index_select(-2, index) * weight
 
@@ -312,6 +322,7 @@ def taylor_state_from_plain(plain: Tensor, head_dim: int, scale: float | None = 
         >>> attnext.taylor_state_from_plain(torch.zeros(1, 4, 273, 64), 16).shape
         torch.Size([1, 4, 153, 64])
     """
+    check_integer("head_dim", head_dim, 1)
     index, weight = _plain_layout(plain, head_dim, scale, 1 + head_dim + head_dim**2)
     features = num_features("taylor2", head_dim)
     copies = torch.bincount(index, minlength=features).to(plain.dtype)[:, None]
@@ -325,7 +336,6 @@ def _plain_layout(
     """For each plain feature the packed one, and its weight."""
     if not isinstance(state, Tensor) or not state.is_floating_point():
         raise TypeError(f"state must be a floating-point tensor, got {kind_of(state)}")
-    check_integer("head_dim", head_dim, 1)
     if state.dim() < 2 or state.shape[-2] != rows:
         raise ValueError(
             f"state must have {rows} rows for head_dim {head_dim}, got {tuple(state.shape)}"

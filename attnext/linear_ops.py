@@ -10,11 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import _C
-from .autograd import differentiable, needs_autograd, one_slice_at_a_time
+from .autograd import (
+    LIBRARY,
+    call,
+    differentiable,
+    is_plain,
+    needs_gradient,
+    one_slice_at_a_time,
+)
 from .device_tables import DeviceTables
-from .ops import LIBRARY, accumulator_dtype, sequence_ends
+from .ops import accumulator_dtype, sequence_ends, unit_stride
 
 FEATURE_MAPS = ("identity", "elu", "relu", "taylor2")  # in the order of FeatureMap in params.h
 
@@ -125,8 +133,7 @@ def _backward_tensors(*args: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         g if t is not None and need else None
         for g, t, need in zip(more, problem[3:_NUM_GRADS], needs[3:], strict=True)
     )
-    if dout.stride(-1) != 1 and dout.shape[-1] > 1:  # e.g. the expanded gradient of a sum
-        dout = dout.contiguous()
+    dout = unit_stride(dout)  # e.g. the expanded gradient of a sum
     if dstate is not None:
         dstate = dstate.contiguous()
     denominator = denominator if problem[_NORMALIZE] else None
@@ -299,19 +306,20 @@ def _batched(
     """Runs an op over a vmapped dimension, folded into the batch, which every tensor has; packed
     sequences one slice at a time. ``more``: tensors beside the first."""
     if args[_NUM_GRADS] is None:
-        inputs = list(args)
+        inputs, batch = list(args), 0
         for k in (*range(_NUM_GRADS), *more):
             t, dim = args[k], in_dims[k]
             if t is None:
                 continue
             if t.dim() - isinstance(dim, int) > 1:  # not one of those that are empty
                 t = t.movedim(dim, 0) if isinstance(dim, int) else t.expand(size, *t.shape)
-                inputs[k] = t.reshape(size * t.shape[1], *t.shape[2:])
+                batch = t.shape[1]
+                inputs[k] = t.reshape(size * batch, *t.shape[2:])
             elif isinstance(dim, int):
-                inputs[k] = t.select(dim, 0)
+                inputs[k] = t.new_empty([0])
         outputs = apply(*inputs)
         return tuple(
-            o.reshape(size, o.shape[0] // size, *o.shape[1:]) if o.dim() > 1 else o for o in outputs
+            o.reshape(size, batch, *o.shape[1:]) if o.dim() > 1 else o for o in outputs
         ), tuple(0 if o.dim() > 1 else None for o in outputs)
     return one_slice_at_a_time(apply, size, in_dims, args)
 
@@ -327,7 +335,7 @@ def _results_asked(plain: Any, grads: Any) -> Any:
 
 # By their names: what stands in for a GPU in the tests takes their places.
 _apply = differentiable(
-    "linear attention",
+    "linear",
     lambda *problem: _forward(*problem),
     lambda *args: _backward(*args),
     _batched,
@@ -341,12 +349,38 @@ _apply = differentiable(
 def linear_op(*problem: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs, denominators and final state (empty if not wanted), entering autograd only where it
     is needed."""
-    function: Any = _apply if needs_autograd(problem[:_NUM_GRADS]) else _forward
-    results: tuple[Tensor, Tensor, Tensor] = function(*problem)
+    results: tuple[Tensor, Tensor, Tensor]
+    if not is_plain(problem[:_NUM_TENSORS]):
+        op = torch.ops.attnext.linear_forward.default
+        results = call(op, problem, _NUM_GRADS)
+    elif needs_gradient(problem[:_NUM_GRADS]):
+        results = _apply(*problem)
+    else:
+        results = _forward(*problem)
     return results
+
+
+_STATE = 3  # of a step's problem
+
+
+def _map_step(info: Any, in_dims: Any, *problem: Any) -> Any:
+    if in_dims[_STATE] is None:
+        raise NotImplementedError("linear_attention_step under vmap needs a state for each slice")
+
+    def step(*args: Any) -> tuple[Tensor]:
+        return (torch.ops.attnext.linear_step.default(*args),)
+
+    (out,), (dim,) = one_slice_at_a_time(step, info.batch_size, in_dims, problem)
+    return out, dim
+
+
+torch.library.register_vmap("attnext::linear_step", _map_step, lib=LIBRARY)
 
 
 def step_op(*problem: Any) -> Tensor:
     """Outputs of a step; the state is updated in place."""
     out: Tensor = torch.ops.attnext.linear_step.default(*problem)
+    state = problem[_STATE]
+    if not is_compiling() and not state.is_inference():  # a compiler goes by the schema
+        torch.autograd.graph.increment_version(state)
     return out

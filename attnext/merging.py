@@ -143,6 +143,9 @@ def _check(outputs: Any, lses: Any, gates: Any, mode: Any, return_lse: bool) -> 
         raise ValueError(f"lses must be given with mode={mode!r}")
     if not by_lse and lses is not None:
         raise ValueError(f"lses have no part in mode={mode!r}: leave them out")
+    for name, tensors in (("outputs", outputs), ("lses", lses)):
+        if not isinstance(tensors, tuple | list) and (tensors is not None or name == "outputs"):
+            raise TypeError(f"{name} must be a list or tuple of tensors, got {kind_of(tensors)}")
     if not outputs or (by_lse and len(outputs) != len(lses)):
         raise ValueError(
             f"outputs and lses must be equally many and not empty, got "
@@ -156,6 +159,10 @@ def _check(outputs: Any, lses: Any, gates: Any, mode: Any, return_lse: bool) -> 
         for t in tensors:
             if not isinstance(t, Tensor) or not t.is_floating_point():
                 raise TypeError(f"{name} must be floating-point tensors, got {kind_of(t)}")
+            if t.device != outputs[0].device:
+                raise ValueError(
+                    f"{name} must be on {outputs[0].device} like the first output, got {t.device}"
+                )
             shape = outputs[0].shape if name == "outputs" else outputs[0].shape[:-1]
             if t.shape != shape:
                 raise ValueError(f"{name} must all have shape {tuple(shape)}, got {tuple(t.shape)}")

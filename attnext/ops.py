@@ -10,15 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from . import _C
-from .autograd import differentiable, needs_autograd, one_slice_at_a_time
+from .autograd import (
+    LIBRARY,
+    call,
+    differentiable,
+    is_plain,
+    needs_gradient,
+    one_slice_at_a_time,
+)
 from .device_tables import DeviceTables
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-LIBRARY = torch.library.Library("attnext", "DEF")
 
 # What every window op takes. `rules` holds 8 integers per rule and axis (AxisRule.fields),
 # `head_rule` the rule of each head (empty: all the first). `row_scale` multiplies `scale` per query
@@ -41,6 +45,13 @@ _BATCHED = (0, 1, 2, 3, 5, 6)  # those with a batch dimension
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """The precision of sums, statistics and modifiers beside inputs of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def unit_stride(t: Tensor) -> Tensor:
+    """The kernels read rows; only a tensor whose last axis is strided is copied."""
+    if t.stride()[-1] == 1 or t.shape[-1] == 1:
+        return t
+    return t.clone(memory_format=torch.contiguous_format)  # contiguous() leaves empty ones alone
 
 
 def sequence_ends(cu_seqlens: Tensor, name: str, tokens: int) -> list[int]:
@@ -104,8 +115,7 @@ def _backward_tensors(*args: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
     """Fresh gradients, and what the binary takes after the problem."""
     problem, (out, lse, dout, dlse, needs) = args[:-5], args[-5:]
     grads = _window_backward_fake(*args)
-    if dout.stride(-1) != 1 and dout.shape[-1] > 1:  # e.g. the expanded gradient of a sum
-        dout = dout.contiguous()
+    dout = unit_stride(dout)  # e.g. the expanded gradient of a sum
     given = tuple(
         g if t is not None and need else None
         for g, t, need in zip(grads, problem[:_NUM_GRADS], _written(needs), strict=True)
@@ -164,29 +174,18 @@ torch.library.register_fake("attnext::window_forward", _window_forward_fake, lib
 torch.library.register_fake("attnext::window_backward", _window_backward_fake, lib=LIBRARY)
 
 
-def _is_plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether nothing would intercept an operator between here and its implementation. The
-    dispatcher costs more than a small window."""
-    return (
-        type(query) is type(key) is type(value) is Tensor
-        and (query.is_cpu or query.is_cuda)
-        and not is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._get_tracing_state() is None
-    )
-
-
 def _forward(*problem: Any) -> tuple[Tensor, Tensor]:
-    if _is_plain(*problem[:3]):
+    if is_plain(problem[:_NUM_TENSORS]):
         return (_window_forward_cpu if problem[0].is_cpu else _window_forward_cuda)(*problem)
-    return torch.ops.attnext.window_forward.default(*problem)
+    results: tuple[Tensor, Tensor] = torch.ops.attnext.window_forward.default(*problem)
+    return results
 
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:
-    if _is_plain(*args[:3]) and type(args[-3]) is Tensor:  # dout
+    if is_plain((*args[:_NUM_TENSORS], *args[-5:-1])):
         return (_window_backward_cpu if args[0].is_cpu else _window_backward_cuda)(*args)
-    return torch.ops.attnext.window_backward.default(*args)
+    grads: tuple[Tensor, ...] = torch.ops.attnext.window_backward.default(*args)
+    return grads
 
 
 def _batched(
@@ -199,15 +198,15 @@ def _batched(
     needs = args[-1] if more else [False] * _NUM_GRADS
     shared_grads = needs[4] or needs[7]  # of tensors without a batch: one per slice is due
     if mapped <= set(folded) and not shared_grads and args[_NUM_GRADS] is None:
-        inputs = list(args)
+        inputs, batch = list(args), 0
         for k in folded:
             t = args[k]
             if t is None:
                 continue
             t = t.movedim(in_dims[k], 0) if k in mapped else t.expand(size, *t.shape)
-            inputs[k] = t.reshape(size * t.shape[1], *t.shape[2:])
+            batch = t.shape[1]
+            inputs[k] = t.reshape(size * batch, *t.shape[2:])
         outputs = apply(*inputs)
-        batch = inputs[0].shape[0] // size
         return tuple(
             o.reshape(size, batch, *o.shape[1:]) if o.dim() > 1 else o for o in outputs
         ), tuple(0 if o.dim() > 1 else None for o in outputs)
@@ -216,7 +215,7 @@ def _batched(
 
 # By their names: what stands in for a GPU in the tests takes their places.
 _apply = differentiable(
-    "window attention",
+    "window",
     lambda *problem: _forward(*problem),
     lambda *args: _backward(*args),
     _batched,
@@ -229,12 +228,20 @@ _apply = differentiable(
 def window_op(want_lse: bool, *problem: Any) -> tuple[Tensor, Tensor | None]:
     """window_forward, entering autograd only when something needs a gradient: that costs more than
     a small window too. Without ``want_lse`` the second result may be None."""
-    if needs_autograd(problem[:_NUM_GRADS]):
-        results: tuple[Tensor, Tensor] = _apply(*problem)
+    results: tuple[Tensor, Tensor]
+    if not is_plain(problem[:_NUM_TENSORS]):
+        op = torch.ops.attnext.window_forward.default
+        results = call(op, problem, _NUM_GRADS)
         return results
-    query, key, value = problem[:3]
-    if want_lse or not query.is_cpu or not _is_plain(query, key, value):
+    if needs_gradient(problem[:_NUM_GRADS]):
+        results = _apply(*problem)
+        return results
+    if want_lse or not problem[0].is_cpu:
         return _forward(*problem)
-    out = _empty_output(query, value)
+    return _without_lse(*problem), None
+
+
+def _without_lse(*problem: Any) -> Tensor:
+    out = _empty_output(problem[0], problem[2])
     _C.window_forward(_native(problem), out, None)
-    return out, None
+    return out

@@ -19,10 +19,9 @@ from .arguments import (
     check_softcap,
     kind_of,
     under_autocast,
-    unit_stride,
 )
 from .geometry import UNLIMITED
-from .ops import accumulator_dtype
+from .ops import accumulator_dtype, unit_stride
 from .plans import INDEX_DTYPES, BlockPlan, Blocks
 from .routed_ops import HEAD_POLICIES, Rules, routed_op
 

@@ -11,9 +11,16 @@ import torch
 from torch import Tensor
 
 from . import _C
-from .autograd import differentiable, needs_autograd, one_slice_at_a_time
+from .autograd import (
+    LIBRARY,
+    call,
+    differentiable,
+    is_plain,
+    needs_gradient,
+    one_slice_at_a_time,
+)
 from .geometry import UNLIMITED
-from .ops import LIBRARY, _where, accumulator_dtype
+from .ops import _where, accumulator_dtype, unit_stride
 from .routed_tables import Facts, Lists, ListTables, Remembered, facts, list_tables
 
 HEAD_POLICIES = ("list", "dense", "streaming", "off")  # in the order of HeadPolicy in params.h
@@ -86,8 +93,7 @@ def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
 def _backward_cpu(*args: Any) -> tuple[Tensor, ...]:
     problem, (out, lse, dout, dlse, needs) = args[:-5], args[-5:]
     dquery, dkey, dvalue, dbias, dsinks = _backward_fake(*args)
-    if dout.stride(-1) != 1 and dout.shape[-1] > 1:  # e.g. the expanded gradient of a sum
-        dout = dout.contiguous()
+    dout = unit_stride(dout)  # e.g. the expanded gradient of a sum
     bias, sink_logits = problem[3:_NUM_GRADS]
     copies = None
     if bias is not None and needs[3]:
@@ -215,8 +221,7 @@ def _backward_cuda(*args: Any) -> tuple[Tensor, ...]:
     query = problem[0]
     with torch.cuda.device(query.device):
         grads = _backward_fake(*args)
-        if dout.stride(-1) != 1 and dout.shape[-1] > 1:
-            dout = dout.contiguous()
+        dout = unit_stride(dout)  # e.g. the expanded gradient of a sum
         where = _where(query)
         call = _call(_C.CudaRoutedBackward, problem)
         queries = tables_of(problem, call.query_rows, False, where[1])
@@ -272,7 +277,7 @@ def _sliced(
 
 # By their names: what stands in for a GPU in the tests takes their places.
 _apply = differentiable(
-    "routed attention",
+    "routed",
     lambda *problem: _forward(*problem),
     lambda *args: _backward(*args),
     _sliced,
@@ -284,6 +289,12 @@ _apply = differentiable(
 
 def routed_op(*problem: Any) -> tuple[Tensor, Tensor]:
     """Outputs and lse, entering autograd only where it is needed."""
-    function: Any = _apply if needs_autograd(problem[:_NUM_GRADS]) else _forward
-    results: tuple[Tensor, Tensor] = function(*problem)
+    results: tuple[Tensor, Tensor]
+    if not is_plain(problem[:_NUM_TENSORS]):
+        op = torch.ops.attnext.routed_forward.default
+        results = call(op, problem, _NUM_GRADS)
+    elif needs_gradient(problem[:_NUM_GRADS]):
+        results = _apply(*problem)
+    else:
+        results = _forward(*problem)
     return results

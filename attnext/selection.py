@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
 from .arguments import check_integer, check_scale, kind_of
+from .autograd import differentiable_once
 from .ops import accumulator_dtype
 from .plans import Blocks
 from .pooling import Windows, bounds_of
@@ -420,7 +420,7 @@ class _Values(torch.autograd.Function):
         ctx.save_for_backward(indices, *tensors)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("select_topk")
     def backward(ctx: Any, grad: Tensor) -> Any:
         indices, *tensors = ctx.saved_tensors
         problem = ctx.problem

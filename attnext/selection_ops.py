@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from . import _C
-from .arguments import unit_stride
-from .ops import LIBRARY, accumulator_dtype
+from .autograd import LIBRARY
+from .ops import accumulator_dtype, unit_stride
 
 SCORES = ("dot", "max_q", "relu_wsum", "group_prob")  # cpu::Score
 

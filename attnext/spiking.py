@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 from torch.nn.functional import elu
 
 from .arguments import DTYPE_NAMES, check_integer, kind_of, under_autocast
+from .autograd import differentiable_once
 from .based import check_heads
 from .linear import linear_attention
 from .ops import DTYPES, accumulator_dtype
@@ -40,13 +40,13 @@ class _Lif(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.plain = inputs[2:]
         ctx.mark_non_differentiable(output[2])
-        ctx.save_for_backward(output[2])
+        ctx.save_for_backward(output[2], *inputs[:2])  # the potentials, and what they depend on
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("lif_spikes")
     def backward(ctx: Any, dspikes: Tensor | None, dmembrane: Tensor | None, _: Any) -> Any:
-        (potentials,) = ctx.saved_tensors
+        potentials, *_ = ctx.saved_tensors
         tau, threshold, slope = ctx.plain
         grad = torch.zeros_like(potentials[:, 0]) if dmembrane is None else dmembrane
         grads = []
@@ -59,6 +59,16 @@ class _Lif(torch.autograd.Function):
             grads.append(grad / tau)
             grad = grad - grads[-1]
         return torch.stack(grads[::-1], dim=1), grad, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        size, (x, membrane, *plain) = info.batch_size, args
+        folded = [
+            (t.expand(size, *t.shape) if d is None else t.movedim(d, 0)).flatten(0, 1)
+            for t, d in zip((x, membrane), in_dims, strict=False)
+        ]
+        results = _Lif.apply(*folded, *plain)
+        return tuple(t.unflatten(0, (size, -1)) for t in results), (0, 0, 0)
 
 
 def lif_spikes(
@@ -158,7 +168,9 @@ def spiking_attention(
 
     Numerics:
         Everything in float32 (float64 for float64), one rounding at the store; the sums of spikes'
-        features are exact integers. Differentiable.
+        features are exact integers. Differentiable. The bits do not depend on threads or other
+        batch items where queries and keys are spikes: torch, which makes the features, rounds elu
+        of other numbers by their place in memory.
 
     Errors:
         ValueError or TypeError, naming the argument.
@@ -206,7 +218,7 @@ def spiking_attention(
         for x in features
     )
     plain_q, plain_k = (x.flatten(1, rank) for x in features)
-    scale = 1 / plain_q.shape[1]
+    scale = 1 / max(plain_q.shape[1], 1)
     values = value.to(acc).flatten(1, rank)
     mixed = linear_attention(turned_q, turned_k, values, is_causal=False, scale=scale)
     total = (plain_q * plain_k.sum(1, keepdim=True)).sum(-1, keepdim=True) * scale + eps

@@ -71,6 +71,18 @@ def test_budget(dtype):
     assert error(rest, expected[:, 290:]) <= BUDGET[dtype]
 
 
+def test_nothing_to_decode():
+    q, k, v = (torch.randn(1, 10, 1, 4) for _ in range(3))
+    _, cache = attnext.based_attention(q, k, v, 3, output_final_cache=True)
+    state = cache.state.clone()
+    empty = attnext.based_attention_step(q[:, :0], k[:, :0], v[:, :0], cache)
+    assert empty.shape == (1, 0, 1, 4) and torch.equal(cache.state, state)
+    layer = attnext.GatedConvolution(8)
+    assert layer(torch.randn(2, 0, 8)).shape == (2, 0, 8)
+    out, kept = layer.prefill(torch.randn(2, 0, 8))
+    assert out.shape == (2, 0, 8) and kept.shape == (2, 2, 16) and not kept.any()
+
+
 def test_sums_that_a_half_cannot_hold():
     """A step adds up weights of more than 65504."""
     query, key, value = inputs(400, 1, 1, 1, dim=16, dtype=torch.float16)
@@ -258,6 +270,14 @@ def x(*shape, **options):
 
 
 WRONG = {
+    "few queries": (
+        lambda: based_attention(x(2, 2, 1, 6), *[x(2, 10, 1, 6)] * 2, 3), ValueError,
+        "key must have the tokens of query, 2, got 10",
+    ),
+    "many queries": (
+        lambda: based_attention(x(2, 10, 1, 6), *[x(2, 2, 1, 6)] * 2, 30), ValueError,
+        "key must have the tokens of query, 10, got 2",
+    ),
     "window": (lambda: based_attention(*inputs(3), 0), ValueError, "window_size must be at least"),
     "final": (
         lambda: based_attention(*inputs(3), 2, output_final_cache=1), TypeError,

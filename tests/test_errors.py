@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wrong calls: each is refused with the right exception, which names the argument and the rule."""
 
+import sys
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from attnext import (
     sliding_window_attention,
     window_attention,
 )
+from attnext.compat.bias import natten_rpb, swin_bias
 
 
 def x(*shape, **options):
@@ -385,7 +388,54 @@ WRONG = {
         TypeError,
         "outputs must be .*int32",
     ),
-}
+    # numbers that no tensor has
+    "return_lse no bool": (lambda: swa(2, return_lse="x"), TypeError, "return_lse must be a bool"),
+    "kernel_size of 70 bits": (lambda: na(2**70), ValueError, "kernel_size must be between"),
+    "stride of 70 bits": (lambda: na(3, 2**70), ValueError, "stride must be between"),
+    "dilation of 70 bits": (lambda: na(3, 1, 2**70), ValueError, "dilation must be between"),
+    "phase of 70 bits": (lambda: na(3, phase=2**70), ValueError, "phase must be between"),
+    "offset of 70 bits": (lambda: na(3, offset=-(2**70)), ValueError, "offset must be between"),
+    "shift of 70 bits": (lambda: wa(3, 2**70), ValueError, "shift must be between"),
+    "sinks of 70 bits": (lambda: swa(2, sinks=2**70), ValueError, "sinks must be between"),
+    "scale of 400 digits": (lambda: swa(2, scale=10**400), ValueError, "scale must be finite"),
+    "softcap below float32": (lambda: swa(2, softcap=1e-60), ValueError, "softcap must be between"),
+    "softcap at its end": (lambda: swa(2, softcap=3e38), ValueError, "softcap must be between"),
+    "offset beyond phantoms": (
+        lambda: na(3, offset=2**40, boundary="zero_pad"), ValueError, "offset must be between",
+    ),
+    "shift beyond phantoms": (
+        lambda: wa(3, 2**40, boundary="zero_pad"), ValueError, "shift must be between",
+    ),
+    "window of phantoms": (
+        lambda: wa(2**22, boundary="zero_pad"), ValueError, "window_size must not exceed",
+    ),
+    "ALiBi over a far offset": (
+        lambda: na(3, offset=2**31, alibi_slopes=x(2)), ValueError, "alibi_slopes takes distances",
+    ),
+    # tensors of another kind
+    "sparse": (lambda: swa(2, q=x(*LINE).to_sparse()), TypeError, "query must be a dense tensor"),
+    "sparse key": (lambda: swa(2, k=x(*LINE).to_sparse()), TypeError, "key must be a dense tensor"),
+    "cu_seqlens elsewhere": (
+        lambda: swa(2, cu_seqlens_q=cu(0, 6).to("meta")), ValueError,
+        "cu_seqlens_q must be on the CPU or the device of query",
+    ),
+    "a window that is a dict": (lambda: na([{}, 3]), TypeError, "kernel_size: the entry of a head"),
+    "merging a tensor": (
+        lambda: merge_attentions(x(2, 3), [x(2)] * 2), TypeError, "outputs must be a list or tuple",
+    ),
+    "merging across devices": (
+        lambda: merge_attentions([x(2, 3), x(2, 3, device="meta")], [x(2)] * 2), ValueError,
+        "outputs must be on cpu",
+    ),
+    "a number for a table": (lambda: swin_bias([1], 3), TypeError, "table must be a tensor"),
+    "a table's side as a float": (
+        lambda: swin_bias(x(25, 2), 3.0), TypeError, "window_size must be an int",
+    ),
+    "a table's side in a tuple": (
+        lambda: swin_bias(x(25, 2), (3, "3")), TypeError, "window_size must be an int",
+    ),
+    "no legacy table": (lambda: natten_rpb(None), TypeError, "rpb must be a tensor"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -393,6 +443,37 @@ def test_wrong_call(name):
     call, exception, message = WRONG[name]
     with pytest.raises(exception, match=message):
         call()
+
+
+def test_equal_numbers_of_other_types():
+    """What has been checked once is not taken for what only compares equal to it."""
+    assert na((3, 1), is_causal=(True, False)).shape == PLANE
+    with pytest.raises(TypeError, match="is_causal must be"):
+        na((3, 1), is_causal=(1, 0))
+    assert na((3, 3)).shape == na((1, 1)).shape == PLANE
+    with pytest.raises(TypeError, match="kernel_size must be an int"):
+        na((3.0, 3.0))
+    with pytest.raises(TypeError, match="kernel_size must be an int"):
+        na((True, True))
+
+
+def test_the_largest_numbers():
+    """Windows that no axis fills, and dilations that part all tokens."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(LINE, generator=generator) for _ in range(3))
+    far, whole = sys.maxsize >> 1, (-1, -1)
+    dense = sliding_window_attention(q, k, v, None, is_causal=False)
+    for window in ((far, far), (1 << 61, far), far):
+        got = sliding_window_attention(q, k, v, window, is_causal=False)
+        assert torch.equal(got, dense), window
+    right = sliding_window_attention(q, k, v, (1, far), is_causal=False)
+    assert torch.equal(right, sliding_window_attention(q, k, v, (1, -1), is_causal=False))
+    assert torch.equal(neighborhood_attention(q, k, v, [(whole,), ((far, far),)]), dense)
+    for boundary in ("inward", "truncate", "zero_pad"):
+        for offset in (0, -3, 2):
+            options = {"boundary": boundary, "offset": offset}
+            alone = neighborhood_attention(q, k, v, 3, 1, 100, **options)
+            assert torch.equal(neighborhood_attention(q, k, v, 3, 1, 1 << 60, **options), alone)
 
 
 def test_the_same_calls_without_the_mistake():

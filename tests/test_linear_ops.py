@@ -160,8 +160,56 @@ def test_autograd_manners():
         assert not linear_attention(**leaves, **options).requires_grad
     out = linear_attention(**leaves, **options)
     (grad,) = torch.autograd.grad(out.sum(), leaves["query"], create_graph=True)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(NotImplementedError, match="second derivative"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("level", available_isas())
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+def test_delta_rule_steps_at_every_width(dtype, level):
+    """Columns that are one more than whole vectors, or two, or one less."""
+    lanes = [n * v + more for n in (4, 8, 16) for v in (1, 4, 8) for more in (-1, 1, 2)]
+    generator = torch.Generator().manual_seed(0)
+    for columns in sorted(set(lanes)):
+        q, k = (torch.randn(1, 3, 1, 8, generator=generator).to(dtype) for _ in range(2))
+        value = torch.randn(1, 3, 1, columns, generator=generator).to(dtype)
+        state = torch.randn(1, 1, 8, columns, generator=generator).to(dtype)
+        options = {"beta": torch.full((1, 3, 1), 0.5, dtype=dtype), "scale": 0.3}
+        with isa(level):
+            want, after = linear_attention(
+                q, k, value, initial_state=state, output_final_state=True, **options
+            )
+            got = linear_attention_step(q, k, value, state, **options)
+        for a, b in ((got, want), (state, after)):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
+def test_a_step_is_seen_by_autograd():
+    tensors, options = step_call()
+    state = tensors.pop("state")
+    weight = torch.ones_like(state).requires_grad_()
+    loss = (state * weight).sum()
+    linear_attention_step(**tensors, state=state, **options)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_vmap_of_a_step():
+    tensors, options = step_call()
+    slices = {n: torch.stack([x, 2 * x, -x]) for n, x in tensors.items()}
+
+    def step(given):
+        return linear_attention_step(**given, **options, in_place=False)
+
+    mapped = torch.func.vmap(step)(slices)
+    for i in range(3):
+        want = step({n: x[i] for n, x in slices.items()})
+        for got, w in zip(mapped, want, strict=True):
+            assert torch.equal(got[i], w)
+    with pytest.raises(NotImplementedError, match="needs a state for each slice"):
+        torch.func.vmap(lambda q: linear_attention_step(**tensors | {"query": q}, **options))(
+            slices["query"]
+        )
 
 
 def test_autocast():
@@ -285,6 +333,18 @@ WRONG = {
         lambda: step(x(1, 2, 4, 8)[..., ::2]), ValueError, "state must have unit stride",
     ),
     "step states": (lambda: step(x(3, 2, 4, 4)), ValueError, "state must have .*1 batch items.*3"),
+    "slots elsewhere": (
+        lambda: step(slots=torch.tensor([0], device="meta")), ValueError, "slots must be on",
+    ),
+    "state in one place": (
+        lambda: step(state=x(1, 1, 4, 4).expand(1, 2, 4, 4)), ValueError, "state must have a place",
+    ),
+    "head_dim of a state": (
+        lambda: attnext.taylor_state_from_plain(x(21, 4), "4"), TypeError, "head_dim must be",
+    ),
+    "window_size of 70 bits": (
+        lambda: attend(window_size=2**70), ValueError, "window_size must be between",
+    ),
     "slots type": (lambda: step(slots=[0]), TypeError, "slots must be an int32 or int64 tensor"),
     "slots shape": (lambda: step(slots=torch.tensor([0, 0])), ValueError, r"slots must be \[B\]"),
     "slots range": (lambda: step(slots=torch.tensor([1])), ValueError, "slots must be between"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ def swin_bias(table: Tensor, window_size: int | Sequence[int]) -> Tensor:
         ``[heads, 2w_0 - 1, 2w_1 - 1, ...]``. An int means one and the same side on every axis; how
         many axes there are is then read off the number of rows.
     Numerics: exact and differentiable.
-    Errors: ValueError where the rows are not those of the window.
+    Errors: TypeError, or ValueError where the rows are not those of the window.
     Complexity: one copy of the table.
     Source: Liu et al., Swin Transformer, arXiv:2103.14030; in three axes Video Swin,
         arXiv:2106.13230.
@@ -32,6 +33,7 @@ def swin_bias(table: Tensor, window_size: int | Sequence[int]) -> Tensor:
         >>> swin_bias(table, 2)[0, 0]  # the key one row above; one column left, same, right
         tensor([8., 7., 6.])
     """
+    _check_tensor(table, "table")
     if table.dim() != 2:
         raise ValueError(f"table must have shape [entries, heads], got {tuple(table.shape)}")
     sides = _sides(table.shape[0], window_size)
@@ -44,7 +46,7 @@ def swin_table(bias: Tensor) -> Tensor:
 
     Shapes: bias ``[heads, 2w_0 - 1, ...]``, result ``[(2w_0 - 1) * ..., heads]``.
     Numerics: exact and differentiable.
-    Errors: ValueError where an axis has an even number of offsets.
+    Errors: TypeError, or ValueError where an axis has an even number of offsets.
     Complexity: one copy of the table.
     Source: ``swin_bias``.
     Example:
@@ -68,7 +70,7 @@ def hat_bias(table: Tensor, window_size: int, key_window_size: int) -> Tensor:
         ``e = w + ceil((w_k - w) / 2)``. Where ``w_k - w`` is odd the farthest row and column above
         and left of the query belong to no key; they are zero.
     Numerics: exact and differentiable.
-    Errors: ValueError where the rows are not those of the windows.
+    Errors: TypeError, or ValueError where the rows are not those of the windows.
     Complexity: one copy of the table.
     Source: Chen et al., HAT, arXiv:2205.04437.
     Example:
@@ -76,6 +78,7 @@ def hat_bias(table: Tensor, window_size: int, key_window_size: int) -> Tensor:
         >>> hat_bias(torch.randn(39 * 39, 6), 16, 24).shape
         torch.Size([6, 39, 39])
     """
+    _check_tensor(table, "table")
     index = _hat_index(window_size, key_window_size)
     if table.dim() != 2 or table.shape[0] != index.numel():
         raise ValueError(
@@ -91,7 +94,7 @@ def hat_table(bias: Tensor, window_size: int, key_window_size: int) -> Tensor:
 
     Shapes: bias ``[heads, 2e - 1, 2e - 1]``, result ``[(w + w_k - 1)**2, heads]``.
     Numerics: exact and differentiable.
-    Errors: ValueError where the extents are not those of the windows.
+    Errors: TypeError, or ValueError where the extents are not those of the windows.
     Complexity: one copy of the table.
     Source: ``hat_bias``.
     Example:
@@ -100,6 +103,7 @@ def hat_table(bias: Tensor, window_size: int, key_window_size: int) -> Tensor:
         >>> torch.equal(hat_table(hat_bias(table, 2, 4), 2, 4), table)
         True
     """
+    _check_tensor(bias, "bias")
     index = _hat_index(window_size, key_window_size)
     spare = (key_window_size - window_size) % 2
     expected = (index.shape[0] + spare,) * 2
@@ -121,7 +125,7 @@ def natten_rpb(rpb: Tensor) -> Tensor:
 
     Shapes: rpb ``[heads, 2k - 1, ...]`` for a kernel of k keys, result the same.
     Numerics: exact and differentiable.
-    Errors: ValueError where an axis has an even number of offsets.
+    Errors: TypeError, or ValueError where an axis has an even number of offsets.
     Complexity: none.
     Source: Hassani et al., Neighborhood Attention Transformer, arXiv:2204.07143.
     Example:
@@ -133,7 +137,18 @@ def natten_rpb(rpb: Tensor) -> Tensor:
     return rpb
 
 
+def _check_tensor(x: Any, name: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+
+
+def _check_side(name: str, x: Any) -> None:
+    if not isinstance(x, int) or isinstance(x, bool):
+        raise TypeError(f"{name} must be an int, got {x!r}")
+
+
 def _check_bias(bias: Tensor, name: str) -> None:
+    _check_tensor(bias, name)
     if not 2 <= bias.dim() <= 4 or any(extent % 2 == 0 for extent in bias.shape[1:]):
         raise ValueError(
             f"{name} must have shape [heads, 2e - 1, ...] with 1 to 3 axes of an odd number of "
@@ -142,10 +157,14 @@ def _check_bias(bias: Tensor, name: str) -> None:
 
 
 def _sides(rows: int, window_size: int | Sequence[int]) -> tuple[int, ...]:
-    if isinstance(window_size, int):
+    if isinstance(window_size, int) and not isinstance(window_size, bool):
         candidates = [(window_size,) * rank for rank in (1, 2, 3)]
-    else:
+    elif isinstance(window_size, tuple | list):
+        for side in window_size:
+            _check_side("window_size", side)
         candidates = [tuple(window_size)]
+    else:
+        raise TypeError(f"window_size must be an int or one per axis, got {window_size!r}")
     for sides in candidates:
         if all(side >= 1 for side in sides) and math.prod(2 * s - 1 for s in sides) == rows:
             return sides
@@ -157,6 +176,8 @@ def _sides(rows: int, window_size: int | Sequence[int]) -> tuple[int, ...]:
 
 def _hat_index(window_size: int, key_window_size: int) -> Tensor:
     """Rows of HAT's table by key - query, from the smallest offset to the largest, on two axes."""
+    _check_side("window_size", window_size)
+    _check_side("key_window_size", key_window_size)
     if not 1 <= window_size <= key_window_size:
         raise ValueError(
             "window_size must be at least 1 and at most key_window_size, "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..ops import LIBRARY
+from ..autograd import LIBRARY
 from .inputs import Rows, exact
 
 # Of the key at each place, the largest product with those queries of the list that see it.
