@@ -44,8 +44,7 @@ class Rules(NamedTuple):
 
 
 # `rules`: those of Rules. `list_shape`: batch items and heads that have lists. Keys without offsets
-# have the blocks of the queries, and without documents theirs: an autograd.Function that is
-# compiled takes no tensor twice.
+# have the blocks of the queries, and without documents theirs.
 _PROBLEM = (
     "Tensor query, Tensor key, Tensor value, Tensor? entry_bias, Tensor? sink_logits, "
     "Tensor lists, Tensor? ends, Tensor? indptr, Tensor query_offsets, Tensor? query_order, "

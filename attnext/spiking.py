@@ -96,7 +96,8 @@ def lif_spikes(
             float64): the ``membrane`` of the steps that follow. Differentiable.
 
     Numerics:
-        The membrane in float32 (float64 for float64). Gradients of first order.
+        The membrane in float32 (float64 for float64). Gradients of first order; their sigmoid is
+        torch's, which rounds a number's last bit by its place in memory.
 
     Errors:
         ValueError or TypeError, naming the argument.

@@ -404,106 +404,7 @@ struct Scan {
   ATTNEXT_DEVICE void add_own_rows(int stage, const float (&scores)[kChunk / 8][4],
                                    float (&out)[kColumns / 8][4]) const;
 
-  ATTNEXT_DEVICE void attend(int at, int stage) {
-    const int buffer = stage, walked = walks();
-    Rows rows;
-    if constexpr (!kExpanded) rows.load(tile(stage, 0), warp * 16);
-    Numbers mine[2] = {{0.f, 0.f, 1.f, 1.f}, {0.f, 0.f, 1.f, 1.f}};
-    float unit = 1.f;
-    if constexpr (kGated) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const Numbers known = numbers(buffer, warp * 16 + half * 8 + g);
-        mine[half].decay = known.decay, mine[half].rest = known.rest;
-        if (is_on(Side::kA)) mine[half].factor = known.factor, mine[half].entry = known.entry;
-      }
-      unit = totals(buffer).unit;
-    }
-
-    float out[1][kColumns / 8][4], factor[1][2];
-    float by_z[2] = {0.f, 0.f};
-#pragma unroll
-    for (int n = 0; n < kColumns / 8; ++n) {
-      out[0][n][0] = out[0][n][1] = out[0][n][2] = out[0][n][3] = 0.f;
-    }
-#pragma unroll
-    for (int panel = 0; panel < S::kPanels; ++panel) {
-      if constexpr (kExpanded) rows.load(features(stage, 0, panel), warp * 16);
-      add_state_product(out, rows, panel);
-      if (has_sums()) add_products_with_z(rows, panel * kPanel, by_z);
-    }
-    if constexpr (kFinerState) {
-      if (p.meetings) {
-        __syncthreads();  // all have read the copy
-        copy_state<true>();
-        __syncthreads();
-        add_state_product(out, rows, 0);
-      }
-    }
-    float scores[1][kChunk / 8][4], sum[2] = {0.f, 0.f};
-    if (is_within()) {
-      if constexpr (kExpanded) rows.load(tile(stage, 0), warp * 16);
-      walked_product<T, kRaw, kChunk, kKept, kRawChunks / 2>(scores, rows, wide, tile(stage, 1),
-                                                             walked);
-      finish_scores(scores[0], buffer, mine, walked, sum);
-      if constexpr (kFolded) times_slope(scores, at, stage, walked, mine, unit);
-    }
-
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float by = kScaledLate ? p.outer_scale : p.scale;
-      if (decays()) by *= power(mine[half].decay);
-      factor[0][half] = kUnscaled     ? 1.f
-                        : kScaledLate ? p.scale * p.inner_scale
-                                      : mine[half].factor * unit;
-      if (has_sums()) {
-        const float total = quad_sum(fmaf(by, by_z[half], sum[half]));
-        const float late = kScaledLate ? factor[0][half] : 1.f;
-        const int row = at + warp * 16 + half * 8 + g;
-        factor[0][half] = late * (kIsWide ? store_part(total, row) : divide_by(total * late, row));
-      }
-      if constexpr (kGated) by /= unit;
-      if (kUnscaled || (kScaledLate && kSpares && by == 1.f)) continue;
-#pragma unroll
-      for (int n = 0; n < kColumns / 8; ++n) {
-        const float of_state = kUnits ? by * units()[n / 2] : by;
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& x = out[0][n][2 * half + e];
-          x *= of_state;
-          if (is_further()) {
-            x += by * mine[half].entry * shared_z()[n * 8 + 2 * t + e];
-          }
-        }
-      }
-    }
-    if constexpr (kFolded) {
-      if constexpr (kIsWide) {
-        fold_wide(at, stage, out[0], scores, factor[0], walked);
-      } else {
-        fold(at, stage, out[0], scores, factor[0], walked);
-      }
-      return;
-    }
-    if (kPullsBack && p.meetings) of_keys = of_state_alone(at, out[0], factor[0]);
-    float self[2] = {0.f, 0.f};
-    if (is_within()) {
-      if (kPullsBack && p.dots) take_self(scores[0], self);
-      const bool apart = !are_own_rows_finite(stage);
-      accumulate_finely<T, kColumns, kChunk>(out, scores, narrow(), tile(stage, 2),
-                                             apart ? warp * 16 : walked);
-      if (apart) add_own_rows(stage, scores[0], out[0]);
-    }
-    if constexpr (kUnscaled) {
-      if (has_sums()) scale(out[0], factor[0]);
-      factor[0][0] = factor[0][1] = 1.f;
-    }
-    if constexpr (kDeltaBack) {
-      replace_gradients(at, stage, rows, out);
-    } else {
-      finish(at, stage, out, factor, self);
-    }
-  }
+  ATTNEXT_DEVICE void attend(int at, int stage);
 
   ATTNEXT_DEVICE void finish_scores(float (&scores)[kChunk / 8][4], int buffer,
                                     const Numbers (&mine)[2], int walked, float (&sum)[2]) const;
@@ -541,14 +442,7 @@ struct Scan {
                                  float (&sum)[kEntryWidth / 2]) const;
 
   ATTNEXT_DEVICE void add_products_with_z(const Rows& rows, int first_feature,
-                                          float (&by_z)[2]) const {
-#pragma unroll
-    for (int k = 0; k < Rows::kSteps; ++k) {
-      visit_left<false, T>(rows(0, k), [&](int half, int i, float x) {
-        by_z[half] = fmaf(x, shared_z()[first_feature + k * kDepth + i], by_z[half]);
-      });
-    }
-  }
+                                          float (&by_z)[2]) const;
   ATTNEXT_DEVICE static void scale(float (&out)[kColumns / 8][4], const float (&factor)[2]) {
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n) {
@@ -573,74 +467,13 @@ struct Scan {
   }
 
   ATTNEXT_DEVICE void finish(int at, int stage, float (&out)[1][kColumns / 8][4],
-                             float (&factor)[1][2], const float (&self)[2]) {
-    if (kPullsBack && p.raw.rows.data) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        pull_back(at, stage, half, factor[0][half], self[half], out[0]);
-        factor[0][half] = 1.f;
-      }
-    }
-    const int dim = p.out.dim - slice * kColumns;
-    if constexpr (kIsWide) {
-      ScanRows to = p.out;
-      to.rows.data = static_cast<float*>(to.rows.data) +
-                     part * p.batch * p.tokens * p.heads * static_cast<int64_t>(p.out.dim);
-      store_numbers<float>(to, at, out[0], factor[0]);
-      return;
-    }
-    if (sizeof(T) == 2 && kGated && (kPullsBack || kExpanded) && p.out_fp32) {
-      store_numbers<float>(p.out, at, out[0], factor[0]);
-      return;
-    }
-    const int row = at + warp * 16 + lane;
-    uint64_t address = 0;
-    if (lane < 16 && is_token(row)) {
-      address =
-          reinterpret_cast<uint64_t>(static_cast<T*>(p.out.rows.data) +
-                                     tokens.offset(p.out.rows, 1, first + row) + slice * kColumns);
-    }
-    if constexpr (kExpanded) {
-      constexpr int kPart = kColumns < kPanel ? kColumns : kPanel;
-#pragma unroll
-      for (int column = 0; column < kColumns; column += kPart) {
-        float part[1][kPart / 8][4];
-        memcpy(part, out[0][column / 8], sizeof(part));
-        store_rows<T, kPanel, kPart, 1>(features(stage, 0, 0), warp * 16, part, factor, address,
-                                        dim - column, p.out.aligned);
-        if (address) address += kPart * sizeof(T);
-      }
-      return;
-    }
-    constexpr int kRowBytes = S::kOutApart ? Layout<T, kColumns>::kRowBytes : Wide::kRowBytes;
-    const uint32_t room = (S::kOutApart ? shared + S::kOutAt : tile(stage, 0));
-    store_rows<T, kColumns, kColumns, 1>(room + warp * 16 * kRowBytes, 0, out, factor, address, dim,
-                                         p.out.aligned);
-  }
+                             float (&factor)[1][2], const float (&self)[2]);
 
   // As they lie in the accumulators.
   template <class Out>
   ATTNEXT_DEVICE void store_numbers(const ScanRows& rows, int at,
                                     const float (&out)[kColumns / 8][4],
-                                    const float (&factor)[2]) const {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = at + warp * 16 + half * 8 + g;
-      if (!is_token(row)) continue;
-      Out* to = static_cast<Out*>(rows.rows.data) + tokens.offset(rows.rows, 1, first + row) +
-                slice * kColumns;
-#pragma unroll
-      for (int n = 0; n < kColumns / 8; ++n) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int column = n * 8 + 2 * t + e;
-          if (slice * kColumns + column < rows.dim) {
-            to[column] = Number<Out>::narrow(out[n][2 * half + e] * factor[half]);
-          }
-        }
-      }
-    }
-  }
+                                    const float (&factor)[2]) const;
 
   // visit(gradient, feature, column) for what the lane has of a row of features' gradients.
   template <class Visit>
