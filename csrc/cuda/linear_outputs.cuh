@@ -223,7 +223,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::finish_scores(float (&sco
         if constexpr (!kScaledLate) x *= scale * other.factor;
         const bool seen = !decltype(masked)::value || j <= own + half * 8;
         score = seen ? x : 0.f;
-        if (!kSpares || has_sums()) sum[half] += score;
+        if (!kSpares) sum[half] += score;
       }
     }
   };
@@ -238,6 +238,13 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::finish_scores(float (&sco
       finish(n, std::true_type());
       finish(n + 1, std::true_type());
     }
+  }
+  if (!kSpares || !has_sums()) return;  // by itself, or it becomes part of every call
+#pragma unroll
+  for (int n = 0; n < kChunk / 8; ++n) {
+    if (n * 8 >= walked) break;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sum[e / 2] += scores[n][e];
   }
 }
 
