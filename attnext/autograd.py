@@ -209,10 +209,17 @@ def needs_gradient(leaves: tuple[Any, ...]) -> bool:
     return False
 
 
+def refuse_forward_mode(name: str, tensors: tuple[Any, ...]) -> None:
+    """Errors: NotImplementedError if one of the tensors (or None) has a tangent."""
+    if is_compiling() or forward_ad._current_level < 0:
+        return
+    for t in tensors:
+        if t is not None and forward_ad.unpack_dual(t).tangent is not None:
+            raise NotImplementedError(f"{name} has no forward-mode derivative")
+
+
 def call(op: Any, problem: tuple[Any, ...], num_grads: int) -> Any:
     """The operator on tensors that are not plain. Errors: NotImplementedError for forward mode."""
-    if not is_compiling() and forward_ad._current_level >= 0:
-        for t in problem[:num_grads]:
-            if t is not None and forward_ad.unpack_dual(t).tangent is not None:
-                raise NotImplementedError(f"{op.name()} has no forward-mode derivative")
+    if not is_compiling():
+        refuse_forward_mode(op.name(), problem[:num_grads])
     return op(*problem)

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from .arguments import check_integer, kind_of
+from .arguments import check_integer, check_scale, check_sequences, kind_of
 from .functional import sliding_window_attention
 from .ops import DTYPES, accumulator_dtype
 from .plans import INDEX_DTYPES, BlockPlan
@@ -96,6 +97,13 @@ class KVCache:
         if count > self.key.shape[1]:
             raise ValueError(
                 f"indices must name at most {self.key.shape[1]} rows, the capacity, got {count}"
+            )
+        if not is_compiling() and bool(
+            (indices.to(self.key.device) >= self.lengths[..., None]).any()
+        ):
+            raise ValueError(
+                f"indices must be below the rows of their heads, {self.lengths.tolist()}, got "
+                f"up to {int(indices.max())}"
             )
         rows, heads = self._rows_and_heads()
         at = (rows, indices.to(self.key.device).clamp(min=0).transpose(1, 2), heads)
@@ -268,6 +276,7 @@ class StreamingCache:
             ``[B, n, H, Dv]``, and ``[B, n, H]`` if ``return_lse``.
         """
         _check_rows(key, value, self.key, self.value)
+        check_step(query, key, value, scale)
         if key.shape[1] == 1:
             self.append(key, value)
             at = self.positions()
@@ -403,8 +412,12 @@ class LazyEvictionCache:
     ) -> Tensor:
         """The attention ``[B, 1, H, Dv]`` of the next token, whose key and value are appended."""
         heads, group = self.last_hit.shape[1], self.last_hit.shape[1] // self.rows.key.shape[2]
+        if not isinstance(query, Tensor):
+            raise TypeError(f"query must be a tensor, got {kind_of(query)}")
         if query.dim() != 4 or query.shape[1:3] != (1, heads):
             raise ValueError(f"query must be [B, 1, {heads}, D], got {tuple(query.shape)}")
+        _check_rows(key, value, self.rows.key, self.rows.value)
+        check_step(query, key, value, scale)
         self.rows.append(key, value)
         self.steps += 1
         count = self.rows.longest
@@ -479,6 +492,14 @@ def _check_rows(key: Any, value: Any, keys: Tensor, values: Tensor) -> int:
                 f"got {tuple(t.shape)}"
             )
     return int(key.shape[1])
+
+
+def check_step(query: Any, key: Tensor, value: Tensor, scale: Any) -> None:
+    """What a step would find after it has appended."""
+    check_sequences(query, key, value)
+    if query.shape[1] != key.shape[1]:
+        raise ValueError(f"query must have the tokens of key, {key.shape[1]}, got {query.shape[1]}")
+    check_scale(scale, 1.0)
 
 
 def _check_indices(name: str, t: Any, lead: tuple[int, ...], rank: int = 3) -> None:

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .arguments import check_integer, kind_of
 from .ops import accumulator_dtype
 from .plans import Blocks, per_axis
+from .routed_tables import Remembered
 
 REDUCTIONS = ("mean", "sum", "max", "min", "min_max")
 
@@ -228,6 +230,7 @@ def _over_axis(x: Tensor, axis: int, size: int, op: str) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
 
 
+_COVERS = Remembered()
 _IDENTITY = {"sum": 0.0, "max": -math.inf, "min": math.inf}
 _JOIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sum": torch.add,
@@ -253,7 +256,24 @@ def _over_windows(x: Tensor, windows: Windows, op: str) -> Tensor:
     return result
 
 
+def _check_cover(blocks: Blocks) -> None:
+    """That blocks hold each of their tokens once: what sums them up does not look."""
+    offsets, count = blocks.offsets, blocks.num_tokens
+    if offsets.dim() != 1 or not len(offsets):
+        raise ValueError(f"blocks must have offsets [blocks + 1], got {tuple(offsets.shape)}")
+    if offsets[0] != 0 or offsets[-1] != count or bool((offsets.diff() < 0).any()):
+        raise ValueError(
+            f"blocks must have offsets that rise from 0 to {count} tokens, got {offsets.tolist()}"
+        )
+    if blocks.order is not None:
+        places = torch.arange(count, device=blocks.order.device)
+        if blocks.order.shape != (count,) or not torch.equal(blocks.order.long().sort()[0], places):
+            raise ValueError(f"blocks must have an order that names each of {count} tokens once")
+
+
 def _over_segments(x: Tensor, blocks: Blocks, op: str) -> Tensor:
+    if not is_compiling():
+        _COVERS.get((blocks.offsets, blocks.order), blocks.extent, lambda: _check_cover(blocks))
     batch, heads, dim = x.shape[0], x.shape[-2], x.shape[-1]
     rows = x.flatten(1, -3)
     if blocks.order is not None:

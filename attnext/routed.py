@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .arguments import (
     check_flag,
@@ -258,6 +259,21 @@ def _check_integers(name: str, t: Any, shape: tuple[int, ...], query: Tensor) ->
         raise ValueError(f"{name} must be on the device of query, {query.device}, got {t.device}")
 
 
+def _as_int32(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers of documents; those that 32 bits do not hold are counted instead."""
+    same = queries is keys
+    for t in (queries, keys):
+        known = t.dtype == torch.int64 and not (t.is_meta or is_compiling())
+        if known and bool((t.int() != t).any()):
+            both = torch.cat([queries.flatten().long(), keys.flatten().long()])
+            _, number = both.unique(return_inverse=True)
+            first, second = number.split([queries.numel(), keys.numel()])
+            queries, keys = first.reshape(queries.shape), second.reshape(keys.shape)
+            break
+    small = queries.int().contiguous()
+    return small, small if same else keys.int().contiguous()
+
+
 def _check_documents(
     query_documents: Any, key_documents: Any, query: Tensor, key: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -272,6 +288,6 @@ def _check_documents(
     ):
         shape = (tokens.shape[0], math.prod(tokens.shape[1:-2]))
         _check_integers(name, t, shape, query)
-        results.append(t.int().contiguous())
-    queries, keys = results
+        results.append(t)
+    queries, keys = _as_int32(*results)
     return queries, None if keys is queries else keys

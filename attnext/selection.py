@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .arguments import check_integer, check_scale, kind_of
-from .autograd import differentiable_once
+from .autograd import differentiable_once, refuse_forward_mode
 from .ops import accumulator_dtype
 from .plans import Blocks
 from .pooling import Windows, bounds_of
@@ -113,6 +113,7 @@ def select_topk(
     """
     problem = _checked(**locals())
     tensors = (query, candidates, weights, lse)
+    refuse_forward_mode("select_topk", tensors)
     with torch.no_grad():
         indices, values = problem.select(*tensors)
     if not return_values:

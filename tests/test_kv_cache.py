@@ -300,3 +300,37 @@ def test_half_precision_decode():
     cache.append(k, v)
     out = cache.attend(q[:, -1:])
     assert torch.equal(out, attnext.sliding_window_attention(q[:, -1:], k, v, None))
+
+
+def test_a_refused_step_changes_nothing():
+    """Neither what is kept nor how much: the same step, rightly asked for, goes on from there."""
+
+    def tokens(count, heads=2):
+        return [torch.randn(1, count, heads, 8) for _ in range(3)]
+
+    first, second = tokens(1), tokens(1)
+    for make in (
+        lambda: attnext.StreamingCache(1, 2, 8, sinks=1, window_size=4),
+        lambda: attnext.DuoCache(1, 50, [True, False], 8, sinks=1, window_size=4),
+        lambda: attnext.LazyEvictionCache(1, 40, 2, 2, 8, budget=16, window_size=4),
+    ):
+        plain, tried = make(), make()
+        plain.step(*first)
+        tried.step(*first)
+        with pytest.raises(TypeError, match="scale must be a number"):
+            tried.step(*second, scale="bad")
+        with pytest.raises(ValueError, match="query must"):
+            tried.step(tokens(2)[0], *second[1:])
+        with pytest.raises(TypeError, match="query must be a tensor"):
+            tried.step(None, *second[1:])
+        assert torch.equal(plain.step(*second), tried.step(*second))
+
+
+def test_rows_that_are_not_there_cannot_be_kept():
+    cache = attnext.KVCache(1, 20, 2, 8)
+    cache.append(*(torch.randn(1, 10, 2, 8) for _ in range(2)))
+    for index in (10, 15, 25):
+        with pytest.raises(ValueError, match="indices must be below the rows"):
+            cache.keep(torch.tensor([[[0, index], [1, 2]]]))
+    cache.keep(torch.tensor([[[0, 9], [1, -1]]]))
+    assert cache.lengths.tolist() == [[2, 1]]

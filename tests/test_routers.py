@@ -413,7 +413,7 @@ WRONG = {
                    "must fit into k"),
     "nsa compress": (lambda: NativeSparseAttention(8, 2, compress="max"), ValueError,
                      "compress must be 'mean' or 'mlp'"),
-    "pooled": (lambda: pooled_topk_plan(X, X, 0, 4, 1), ValueError, "size must be at least 1"),
+    "pooled": (lambda: pooled_topk_plan(X, X, 0, 4, 1), ValueError, "query_block must"),
 }  # fmt: skip
 
 

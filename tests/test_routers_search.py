@@ -569,3 +569,17 @@ def test_compiled_in_one_piece(name):
     q, k, v = (normal(1, 80, h, 4, seed=h) for h in (4, 2, 2))
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(q, k, v), call(q, k, v))
+
+
+@pytest.mark.parametrize("tokens", [40, 50])
+def test_superlinear_search_under_autocast(tokens):
+    """Scores stay in float32, also where they tie."""
+    generator = torch.Generator().manual_seed(0)
+    for query, key in (
+        (torch.ones(1, 1, 1, 4), torch.ones(1, tokens, 1, 4)),
+        tuple(torch.randn(1, tokens, 1, 4, generator=generator) for _ in range(2)),
+    ):
+        want = superlinear_search(query, key, sw_index=3, search_power=0.5)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = superlinear_search(query, key, sw_index=3, search_power=0.5)
+        assert torch.equal(got.anchors, want.anchors)

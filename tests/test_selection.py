@@ -584,3 +584,29 @@ def test_wrong_call(name):
     call, exception, message = WRONG[name]
     with pytest.raises(exception, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    "offsets", [[0, 5, 20], [0, 5, 8], [4, 5, 10], [0, 7, 5, 10], [0, 5, 2**28]]
+)
+def test_blocks_that_are_no_cover_are_not_pooled(offsets):
+    blocks = Blocks((10,), torch.tensor(offsets, dtype=torch.int32))
+    with pytest.raises(ValueError, match="blocks must have offsets that rise from 0 to 10"):
+        block_pool(torch.ones(1, 10, 2, 3), blocks, "sum")
+
+
+@pytest.mark.parametrize("order", [range(5, 15), range(9), [0] * 10], ids=str)
+def test_orders_that_are_no_order_are_not_pooled(order):
+    offsets = torch.tensor([0, 4, 10], dtype=torch.int32)
+    blocks = Blocks((10,), offsets, torch.tensor(list(order), dtype=torch.int32))
+    with pytest.raises(ValueError, match="an order that names each of 10 tokens once"):
+        block_pool(torch.ones(1, 10, 2, 3), blocks, "sum")
+
+
+def test_forward_mode_is_refused():
+    query, candidates = torch.randn(1, 4, 2, 3), torch.randn(1, 6, 2, 3)
+    with pytest.raises(NotImplementedError, match="select_topk has no forward-mode"):
+        torch.func.jvp(
+            lambda q: select_topk(q, candidates, 2, return_values=True)[1],
+            (query,), (query,),
+        )  # fmt: skip

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..arguments import check_sequences
+from ..arguments import check_flag, check_integer, check_sequences
 from ..ops import accumulator_dtype
 from ..plans import BlockPlan
 from ..pooling import Windows, block_pool
@@ -57,6 +57,12 @@ def pooled_topk_plan(
         torch.Size([1, 500, 4, 32])
     """
     check_sequences(query, key, key)
+    for name, number, least in (
+        ("query_block", query_block, 1), ("key_block", key_block, 1), ("topk", topk, 1),
+        ("initial_blocks", initial_blocks, 0), ("local_blocks", local_blocks, 0),
+    ):  # fmt: skip
+        check_integer(name, number, least)
+    check_flag("is_causal", is_causal)
     queries, keys = Windows(query.shape[1], query_block), Windows(key.shape[1], key_block)
     acc = accumulator_dtype(query.dtype)
     lists = select_topk(

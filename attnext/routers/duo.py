@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import check_modifier, kind_of
+from ..arguments import check_modifier, kind_of, under_autocast
 from ..functional import sliding_window_attention
-from ..kv_cache import KVCache, StreamingCache
+from ..kv_cache import KVCache, StreamingCache, check_step
 from ..merging import merge
 from ..plans import INDEX_DTYPES, BlockPlan
 from ..pooling import Windows
@@ -58,6 +58,7 @@ def duo_attention(
         >>> duo_attention(q, k, v, [True, False], sinks=4, window_size=16).shape
         torch.Size([1, 100, 4, 16])
     """
+    query, key, value = under_autocast(query, key, value)
     check_sequences(query, key, value)
     _check_heads(full_heads, key.shape[2])
     check_integer("window_size", window_size, 1)
@@ -109,6 +110,7 @@ def duo_mix(
     Errors:
         ValueError, TypeError or NotImplementedError, naming the argument.
     """
+    query, key, value = under_autocast(query, key, value)
     check_sequences(query, key, value)
     check_modifier("gate", gate, (key.shape[2],), query)
     streaming = sliding_window_attention(query, key, value, window_size, sinks=sinks, scale=scale)
@@ -270,7 +272,7 @@ class DuoCache:
             query ``[B, n, H, D]``, key ``[B, n, Hkv, D]``, value ``[B, n, Hkv, Dv]``; returns
             ``[B, n, H, Dv]``.
         """
-        check_sequences(query, key, value)
+        check_step(query, key, value, scale)
         if key.shape[2] != len(self.full_heads):
             raise ValueError(f"key must have {len(self.full_heads)} heads, got {key.shape[2]}")
         group = query.shape[2] // key.shape[2]

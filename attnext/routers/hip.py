@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..arguments import under_autocast
 from ..plans import BlockPlan
 from ..routed import routed_attention
 from .inputs import (
@@ -474,6 +475,7 @@ def hip_attention(
         >>> hip_attention(q, k, v, mask_k=32, window_size=16).shape
         torch.Size([1, 100, 2, 16])
     """
+    query, key, value = under_autocast(query, key, value)
     check_sequences(query, key, value)
     plan = hip_plan(query, key, is_causal=is_causal, **search)
     return routed_attention(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import kind_of
+from ..arguments import kind_of, under_autocast
 from ..functional import window_attention
 from ..merging import merge_attentions
 from ..plans import BlockPlan
@@ -185,6 +185,7 @@ def longheads_attention(
         >>> longheads_attention(q, k, v, chunk_size=16, num_chunks=4).shape
         torch.Size([1, 200, 2, 16])
     """
+    query, key, value = under_autocast(query, key, value)
     check_sequences(query, key, value)
     check_integer("chunk_size", chunk_size, 1)
     check_flag("exclude_self", exclude_self)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import under_autocast
 from ..plans import BlockPlan
 from ..routed import routed_attention
 from .block_sparse import pooled_topk_plan
@@ -143,7 +144,8 @@ def _vertical_slash(
 ) -> Spans:
     batch, num_keys = query.shape[0], key.shape[1]
     last = exact(query[:, -pattern.last :, 0])
-    logits = last @ exact(key[:, :, 0]).transpose(1, 2)
+    with torch.autocast(query.device.type, enabled=False):
+        logits = last @ exact(key[:, :, 0]).transpose(1, 2)
     logits = logits * (query.shape[-1] ** -0.5 if scale is None else scale)
     at = torch.arange(-last.shape[1], 0, device=key.device)[:, None] + num_keys
     places = torch.arange(num_keys, device=key.device)
@@ -196,6 +198,7 @@ def minference_attention(
     Shapes, Numerics, Errors: as :func:`attnext.routed_attention`; differentiable, but for the
     patterns.
     """
+    query, key, value = under_autocast(query, key, value)
     check_sequences(query, key, value)
     plan = minference_plan(query, key, patterns, query_block=query_block, scale=scale)
     return routed_attention(

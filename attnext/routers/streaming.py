@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import under_autocast
 from ..functional import sliding_window_attention
 from ..merging import merge_attentions
 from ..plans import BlockPlan
@@ -61,6 +62,7 @@ def streaming_attention(
         >>> streaming_attention(q, k, v, window_size=16).shape
         torch.Size([1, 100, 2, 16])
     """
+    query, key, value = under_autocast(query, key, value)
     check_sequences(query, key, value)
     check_integer("sinks", sinks, 0)
     check_integer("window_size", window_size, 1)

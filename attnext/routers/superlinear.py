@@ -243,7 +243,8 @@ def _shifted_scores(q: Tensor, k: Tensor, first: list[int]) -> Tensor:
         if begin + skip < end:
             keys = exact(k[:, begin + skip : end, :, None])
             to = slice(skip, end - begin)
-            scores[i, :, to] = torch.linalg.vecdot(q[:, to], keys)
+            with torch.autocast(q.device.type, enabled=False):
+                scores[i, :, to] = torch.linalg.vecdot(q[:, to], keys)
     return scores.permute(1, 3, 4, 2, 0).flatten(1, 2)
 
 
@@ -251,7 +252,8 @@ def _gathered_scores(q: Tensor, k: Tensor, at: Tensor) -> Tensor:
     item = torch.arange(k.shape[0], device=k.device)[:, None, None, None]
     head = torch.arange(k.shape[2], device=k.device)[:, None]
     keys = exact(Rows(k)(item, at.clamp(0, k.shape[1] - 1)[:, :, None], head))
-    scores = exact(q) @ keys.transpose(-1, -2)  # [B, n, Hkv, G, anchors]
+    with torch.autocast(q.device.type, enabled=False):
+        scores = exact(q) @ keys.transpose(-1, -2)  # [B, n, Hkv, G, anchors]
     return scores.permute(0, 2, 3, 1, 4).flatten(1, 2)
 
 
