@@ -23,6 +23,13 @@ def _writable(text: str) -> Path:
         )
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{path} is a folder; a file is meant")
+    existed = path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path} cannot be written: {error.strerror}") from None
+    if not existed:
+        path.unlink()
     return path
 
 
@@ -115,6 +122,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from attnext.demo.errors import DemoError
     from attnext.demo.run import run
 
+    try:
+        attnext._C.isa()
+    except ValueError as error:  # an ATTNEXT_ISA that there is not
+        print(f"python -m attnext: {error}", file=sys.stderr)
+        return 2
     try:
         passed = run(
             options.image,

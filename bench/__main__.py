@@ -13,7 +13,10 @@ def main() -> None:
     """Say in one sentence what is missing, or hand over to the command line."""
     for module, how in (
         ("torch", "pip install torch"),
-        ("attnext._C", "pip install . in the root of the repository"),
+        (
+            "attnext._C",
+            "pip install -e . in the root of the repository, which has the bench folder",
+        ),
         ("click", "pip install 'attnext[bench]'"),
     ):
         try:

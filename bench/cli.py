@@ -106,6 +106,9 @@ def run_(
         contenders_for(cases[0], names)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
+    for name in names:
+        if not any(contenders_for(case, (name,)) for case in cases):
+            click.echo(f"-c {name}: it is for none of these cases", err=True)
     if isa is not None:
         allowed = list(_C.available_isas())
         if isa not in allowed:
@@ -115,6 +118,12 @@ def run_(
         torch.set_num_threads(threads)
     if path is not None and not path.parent.is_dir():
         raise click.UsageError(f"--json {path}: there is no folder {path.parent}")
+    if path is not None and not path.exists():
+        try:
+            path.open("xb").close()
+        except OSError as error:
+            raise click.UsageError(f"--json {path}: {error.strerror}") from error
+        path.unlink()
     settings = Settings(
         rounds=rounds, budget=budget, patience=patience, contenders=names,
         modes=modes, dtypes=dtypes, memory=memory, timing=timing,

@@ -168,12 +168,12 @@ def draw(points: list[Point], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def main(steps: int = 800, quick: bool = False, output: str = "") -> list[Point]:
+def main(steps: int | None = None, quick: bool = False, output: str = "") -> list[Point]:
     """Trains all, or with ``quick`` three on an easier task; prints and perhaps draws them."""
-    task = Task()
+    task, steps = Task(), steps or (200 if quick else 800)
     chosen = entries(task.pairs)
     if quick:
-        task, steps = Task(pairs=16, words=16, batch=32), 200
+        task = Task(pairs=16, words=16, batch=32)
         chosen = [
             Entry("Taylor, linear", "d 2", "linear", {"feature_dim": 2}),
             Entry("hybrid", "d 2, W 16", "hybrid", {"feature_dim": 2, "window_size": 16}),
@@ -195,7 +195,7 @@ def main(steps: int = 800, quick: bool = False, output: str = "") -> list[Point]
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Recall against the size of the state.")
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, help="of training (default: 800; quick: 200)")
     parser.add_argument("--quick", action="store_true", help="three models, easier, no picture")
     parser.add_argument("--output", default="recall.png")
     given = parser.parse_args()

@@ -10,6 +10,8 @@ checkpoint loads with ``load_state_dict``.
 
 from __future__ import annotations
 
+import argparse
+
 import numpy as np
 import torch
 from matplotlib.cbook import get_sample_data
@@ -75,4 +77,5 @@ def main() -> tuple[float, float]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description="A model written for NATTEN, without NATTEN.").parse_args()
     main()

@@ -179,6 +179,26 @@ def test_missing_extras_are_named(
 # ---- its parts -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("option", ["--output", "--json"])
+def test_what_cannot_be_written_is_told_before_the_work(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([option, "/proc/there-is-no-such.png"])
+    assert stop.value.code == 2
+    assert "cannot be written" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([option, str(tmp_path / "made.png"), "--threads", "0"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_of_sixteen_bits(tmp_path: Path) -> None:
+    numbers = torch.linspace(0, 65535, 64 * 64).to(torch.uint16).reshape(64, 64)
+    Image.fromarray(numbers.numpy()).save(tmp_path / "grey.png")
+    picture = data.load_picture(tmp_path / "grey.png")
+    assert abs(picture.pixels.mean().item() - 0.5) < 0.01
+
+
 @pytest.mark.parametrize("extents", [(8, 8), (12, 9), (7, 17), (3, 5)])
 @pytest.mark.parametrize(("window", "shift"), [(4, 0), (4, 2), (5, 3)])
 def test_tiles_are_shifted_windows(extents: tuple[int, int], window: int, shift: int) -> None:

@@ -13,6 +13,7 @@ import importlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,6 +64,17 @@ class Inputs:
         return tuple(self.query.shape[1:-2])
 
 
+def _of_eight_bits(image: Any) -> Any:
+    """An image of wider numbers, whose white PIL would take for 255: integers up to 65,535 (or 255,
+    if none is above), others as far as they go."""
+    from PIL import Image
+
+    numbers = np.asarray(image, dtype=np.float64)
+    top = numbers.max(initial=0.0)
+    white = (255.0 if top <= 255 else max(65535.0, top)) if image.mode[0] == "I" else top or 1.0
+    return Image.fromarray((numbers.clip(0.0) / white * 255).round().astype(np.uint8))
+
+
 def load_picture(path: Path | None) -> Picture:
     """The image at `path`, or the portrait of Grace Hopper that comes with matplotlib."""
     from PIL import Image, ImageOps, UnidentifiedImageError
@@ -76,7 +88,10 @@ def load_picture(path: Path | None) -> Picture:
         else:
             file = path
         with Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
+            upright = ImageOps.exif_transpose(opened)
+            if upright.mode.startswith(("I", "F")):
+                upright = _of_eight_bits(upright)
+            image = upright.convert("RGB")
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise DemoError(f"cannot read an image from {source}: {error}") from error
     if min(image.size) < 2 * PATCH or max(image.size) > 12 * min(image.size):
