@@ -35,13 +35,15 @@ def differentiable(
     results_asked: Callable[[Any, Any], Any] = lambda plain, grads: grads,
 ) -> Any:
     """Gives the operators ``{op}_forward`` and ``{op}_backward`` their gradients and vmap rules,
-    and returns ``apply`` of forward(*problem) for plain tensors, with gradients from backward.
+    and returns the call of it all: forward(*problem) on plain tensors, with gradients from backward
+    where they are needed, on others the operator.
 
     A problem begins with ``num_tensors`` tensors, of which the first ``num_grads`` have gradients;
     the rest is plain. backward takes the problem, its first two results, the gradients of all
     results and a list of the gradients that are needed. ``results_asked(plain, grads)``: None in
     the place of gradients of results that nobody asked for.
     """
+    forward_op = getattr(torch.ops.attnext, f"{op}_forward").default
     backward_op = getattr(torch.ops.attnext, f"{op}_backward").default
 
     def save(ctx: Any, inputs: Any, output: Any) -> None:
@@ -110,7 +112,16 @@ def differentiable(
     # torch.func wants autograd.Functions of this kind.
     for name, function in zip(names, (Forward, Backward), strict=True):
         LIBRARY.impl(name, function.apply, "FuncTorchDynamicLayerFrontMode")
-    return Forward.apply
+
+    def call(*problem: Any) -> Any:
+        if not is_plain(problem[:num_tensors]):
+            if not is_compiling():
+                refuse_forward_mode(names[0], problem[:num_grads])
+            return forward_op(*problem)
+        function: Any = Forward.apply if needs_gradient(problem[:num_grads]) else forward
+        return function(*problem)
+
+    return call
 
 
 def _no_second_derivative(name: str) -> NotImplementedError:
@@ -216,10 +227,3 @@ def refuse_forward_mode(name: str, tensors: tuple[Any, ...]) -> None:
     for t in tensors:
         if t is not None and forward_ad.unpack_dual(t).tangent is not None:
             raise NotImplementedError(f"{name} has no forward-mode derivative")
-
-
-def call(op: Any, problem: tuple[Any, ...], num_grads: int) -> Any:
-    """The operator on tensors that are not plain. Errors: NotImplementedError for forward mode."""
-    if not is_compiling():
-        refuse_forward_mode(op.name(), problem[:num_grads])
-    return op(*problem)

@@ -7,13 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .arguments import (
-    PerAxis,
-    attend,
-    neighborhood_rules,
-    partition_rules,
-    sliding_rules,
-)
+from .window_call import attend
+from .window_rules import PerAxis, neighborhood_rules, partition_rules, sliding_rules
 
 
 def neighborhood_attention(

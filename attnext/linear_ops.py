@@ -13,14 +13,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import _C
-from .autograd import (
-    LIBRARY,
-    call,
-    differentiable,
-    is_plain,
-    needs_gradient,
-    one_slice_at_a_time,
-)
+from .autograd import LIBRARY, differentiable, one_slice_at_a_time
 from .device_tables import DeviceTables
 from .ops import accumulator_dtype, sequence_ends, unit_stride
 
@@ -334,7 +327,7 @@ def _results_asked(plain: Any, grads: Any) -> Any:
 
 
 # By their names: what stands in for a GPU in the tests takes their places.
-_apply = differentiable(
+_call = differentiable(
     "linear",
     lambda *problem: _forward(*problem),
     lambda *args: _backward(*args),
@@ -349,14 +342,7 @@ _apply = differentiable(
 def linear_op(*problem: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs, denominators and final state (empty if not wanted), entering autograd only where it
     is needed."""
-    results: tuple[Tensor, Tensor, Tensor]
-    if not is_plain(problem[:_NUM_TENSORS]):
-        op = torch.ops.attnext.linear_forward.default
-        results = call(op, problem, _NUM_GRADS)
-    elif needs_gradient(problem[:_NUM_GRADS]):
-        results = _apply(*problem)
-    else:
-        results = _forward(*problem)
+    results: tuple[Tensor, Tensor, Tensor] = _call(*problem)
     return results
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from . import _C
 from .autograd import (
     LIBRARY,
-    call,
     differentiable,
     is_plain,
     needs_gradient,
@@ -214,7 +213,7 @@ def _batched(
 
 
 # By their names: what stands in for a GPU in the tests takes their places.
-_apply = differentiable(
+_call = differentiable(
     "window",
     lambda *problem: _forward(*problem),
     lambda *args: _backward(*args),
@@ -228,16 +227,10 @@ _apply = differentiable(
 def window_op(want_lse: bool, *problem: Any) -> tuple[Tensor, Tensor | None]:
     """window_forward, entering autograd only when something needs a gradient: that costs more than
     a small window too. Without ``want_lse`` the second result may be None."""
-    results: tuple[Tensor, Tensor]
-    if not is_plain(problem[:_NUM_TENSORS]):
-        op = torch.ops.attnext.window_forward.default
-        results = call(op, problem, _NUM_GRADS)
+    alone = not want_lse and problem[0].is_cpu and is_plain(problem[:_NUM_TENSORS])
+    if not alone or needs_gradient(problem[:_NUM_GRADS]):
+        results: tuple[Tensor, Tensor] = _call(*problem)
         return results
-    if needs_gradient(problem[:_NUM_GRADS]):
-        results = _apply(*problem)
-        return results
-    if want_lse or not problem[0].is_cpu:
-        return _forward(*problem)
     return _without_lse(*problem), None
 
 

@@ -11,14 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _C
-from .autograd import (
-    LIBRARY,
-    call,
-    differentiable,
-    is_plain,
-    needs_gradient,
-    one_slice_at_a_time,
-)
+from .autograd import LIBRARY, differentiable, one_slice_at_a_time
 from .geometry import UNLIMITED
 from .ops import _where, accumulator_dtype, unit_stride
 from .routed_tables import Facts, Lists, ListTables, Remembered, facts, list_tables
@@ -275,7 +268,7 @@ def _sliced(
 
 
 # By their names: what stands in for a GPU in the tests takes their places.
-_apply = differentiable(
+_call = differentiable(
     "routed",
     lambda *problem: _forward(*problem),
     lambda *args: _backward(*args),
@@ -288,12 +281,5 @@ _apply = differentiable(
 
 def routed_op(*problem: Any) -> tuple[Tensor, Tensor]:
     """Outputs and lse, entering autograd only where it is needed."""
-    results: tuple[Tensor, Tensor]
-    if not is_plain(problem[:_NUM_TENSORS]):
-        op = torch.ops.attnext.routed_forward.default
-        results = call(op, problem, _NUM_GRADS)
-    elif needs_gradient(problem[:_NUM_GRADS]):
-        results = _apply(*problem)
-    else:
-        results = _forward(*problem)
+    results: tuple[Tensor, Tensor] = _call(*problem)
     return results
