@@ -95,5 +95,5 @@ def main(steps: int = 150) -> tuple[float, float]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Learns to denoise a photograph.")
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=150, help="none: 0")
     main(parser.parse_args().steps)

@@ -116,5 +116,5 @@ def main(steps: int = 60) -> tuple[float, float, float]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Learns to read, with sliding windows.")
-    parser.add_argument("--steps", type=int, default=60)
-    main(parser.parse_args().steps)
+    parser.add_argument("--steps", type=int, default=60, help="at least 1")
+    main(max(parser.parse_args().steps, 1))

@@ -410,7 +410,7 @@ WRONG = {
     "nsa pair": (lambda: native_sparse_attention(X, X, X, G, window_kv=X), TypeError,
                  "window_kv must be a pair"),
     "nsa forced": (lambda: native_sparse_attention(X, X, X, G, num_blocks=2), ValueError,
-                   "must fit into k"),
+                   "num_blocks must be at least initial_blocks"),
     "nsa compress": (lambda: NativeSparseAttention(8, 2, compress="max"), ValueError,
                      "compress must be 'mean' or 'mlp'"),
     "pooled": (lambda: pooled_topk_plan(X, X, 0, 4, 1), ValueError, "query_block must"),

@@ -89,6 +89,13 @@ def native_sparse_attention(
         ("block_size", block_size), ("num_blocks", num_blocks), ("window_size", window_size),
     ):  # fmt: skip
         check_integer(name, number, 1)
+    for name, number in (("initial_blocks", initial_blocks), ("local_blocks", local_blocks)):
+        check_integer(name, number, 0)
+    if initial_blocks + local_blocks > num_blocks:
+        raise ValueError(
+            f"num_blocks must be at least initial_blocks + local_blocks, {initial_blocks} + "
+            f"{local_blocks}, got {num_blocks}"
+        )
     query, key, value = under_autocast(query, key, value)
     check_sequences(query, key, value)
     _check_gates(query, gates)
