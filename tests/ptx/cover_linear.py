@@ -147,6 +147,7 @@ PROBLEMS: dict[str, Maker] = {
     "plain, apart": _make(70, feature_map="relu", dim=21, dim_v=13, edit=_apart),
     "plain, not finite": _make(70, dim_v=64, edit=_not_finite, backward=False),
     "elu": _make(100, batch=2, **_ELU, decay="token"),
+    "elu, no decay": _make(70, **_ELU, backward=False),
     "wide elu": _make(70, **_ELU, decay="token", dim=64),
     "relu": _make(90, feature_map="relu", dim_v=64, decay="head", **_packed(0, 66, 1, 23)),
     "wide relu": _make(20, feature_map="relu", decay="token", dim=64, reverse=True),
