@@ -98,8 +98,8 @@ def differentiable(
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
-            once = torch.is_grad_enabled() and not is_compiling()
-            return gradients(Backward.apply if once else backward, ctx, *grads)
+            followed = torch.is_grad_enabled() and not is_compiling()  # by a second derivative
+            return gradients(Backward.apply if followed else backward, ctx, *grads)
 
         @staticmethod
         def vmap(info: Any, in_dims: Any, *problem: Any) -> Any:
@@ -115,8 +115,7 @@ def differentiable(
 
     def call(*problem: Any) -> Any:
         if not is_plain(problem[:num_tensors]):
-            if not is_compiling():
-                refuse_forward_mode(names[0], problem[:num_grads])
+            refuse_forward_mode(names[0], problem[:num_grads])
             return forward_op(*problem)
         function: Any = Forward.apply if needs_gradient(problem[:num_grads]) else forward
         return function(*problem)

@@ -227,8 +227,8 @@ _call = differentiable(
 def window_op(want_lse: bool, *problem: Any) -> tuple[Tensor, Tensor | None]:
     """window_forward, entering autograd only when something needs a gradient: that costs more than
     a small window too. Without ``want_lse`` the second result may be None."""
-    alone = not want_lse and problem[0].is_cpu and is_plain(problem[:_NUM_TENSORS])
-    if not alone or needs_gradient(problem[:_NUM_GRADS]):
+    alone = not want_lse and problem[0].is_cpu and not needs_gradient(problem[:_NUM_GRADS])
+    if not alone or not is_plain(problem[:_NUM_TENSORS]):
         results: tuple[Tensor, Tensor] = _call(*problem)
         return results
     return _without_lse(*problem), None

@@ -261,15 +261,17 @@ def _check_integers(name: str, t: Any, shape: tuple[int, ...], query: Tensor) ->
 
 def _as_int32(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Numbers of documents; those that 32 bits do not hold are counted instead."""
+
+    def fits(t: Tensor) -> bool:
+        unknown = t.is_meta or is_compiling()
+        return t.dtype != torch.int64 or unknown or bool((t.int() == t).all())
+
     same = queries is keys
-    for t in (queries, keys):
-        known = t.dtype == torch.int64 and not (t.is_meta or is_compiling())
-        if known and bool((t.int() != t).any()):
-            both = torch.cat([queries.flatten().long(), keys.flatten().long()])
-            _, number = both.unique(return_inverse=True)
-            first, second = number.split([queries.numel(), keys.numel()])
-            queries, keys = first.reshape(queries.shape), second.reshape(keys.shape)
-            break
+    if not (fits(queries) and fits(keys)):
+        both = torch.cat([queries.flatten().long(), keys.flatten().long()])
+        _, number = both.unique(return_inverse=True)
+        first, second = number.split([queries.numel(), keys.numel()])
+        queries, keys = first.reshape(queries.shape), second.reshape(keys.shape)
     small = queries.int().contiguous()
     return small, small if same else keys.int().contiguous()
 

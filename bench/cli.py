@@ -118,12 +118,14 @@ def run_(
         torch.set_num_threads(threads)
     if path is not None and not path.parent.is_dir():
         raise click.UsageError(f"--json {path}: there is no folder {path.parent}")
-    if path is not None and not path.exists():
+    if path is not None:
+        existed = path.exists()
         try:
-            path.open("xb").close()
+            path.open("ab").close()
         except OSError as error:
             raise click.UsageError(f"--json {path}: {error.strerror}") from error
-        path.unlink()
+        if not existed:
+            path.unlink()
     settings = Settings(
         rounds=rounds, budget=budget, patience=patience, contenders=names,
         modes=modes, dtypes=dtypes, memory=memory, timing=timing,

@@ -95,5 +95,8 @@ def main(steps: int = 150) -> tuple[float, float]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Learns to denoise a photograph.")
-    parser.add_argument("--steps", type=int, default=150, help="none: 0")
-    main(parser.parse_args().steps)
+    parser.add_argument("--steps", type=int, default=150, help="0: none")
+    given = parser.parse_args()
+    if given.steps < 0:
+        parser.error(f"--steps must not be negative, got {given.steps}")
+    main(given.steps)

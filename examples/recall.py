@@ -170,7 +170,9 @@ def draw(points: list[Point], path: Path) -> None:
 
 def main(steps: int | None = None, quick: bool = False, output: str = "") -> list[Point]:
     """Trains all, or with ``quick`` three on an easier task; prints and perhaps draws them."""
-    task, steps = Task(), steps or (200 if quick else 800)
+    task = Task()
+    if steps is None:
+        steps = 200 if quick else 800
     chosen = entries(task.pairs)
     if quick:
         task = Task(pairs=16, words=16, batch=32)
@@ -199,4 +201,6 @@ if __name__ == "__main__":
     parser.add_argument("--quick", action="store_true", help="three models, easier, no picture")
     parser.add_argument("--output", default="recall.png")
     given = parser.parse_args()
+    if given.steps is not None and given.steps < 1:
+        parser.error(f"--steps must be at least 1, got {given.steps}")
     main(given.steps, given.quick, "" if given.quick else given.output)

@@ -117,4 +117,7 @@ def main(steps: int = 60) -> tuple[float, float, float]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Learns to read, with sliding windows.")
     parser.add_argument("--steps", type=int, default=60, help="at least 1")
-    main(max(parser.parse_args().steps, 1))
+    given = parser.parse_args()
+    if given.steps < 1:
+        parser.error(f"--steps must be at least 1, got {given.steps}")
+    main(given.steps)

@@ -413,7 +413,8 @@ WRONG = {
                    "num_blocks must be at least initial_blocks"),
     "nsa compress": (lambda: NativeSparseAttention(8, 2, compress="max"), ValueError,
                      "compress must be 'mean' or 'mlp'"),
-    "pooled": (lambda: pooled_topk_plan(X, X, 0, 4, 1), ValueError, "query_block must"),
+    "pooled": (lambda: pooled_topk_plan(X, X, 0, 4, 1), ValueError,
+               "query_block must be at least 1"),
 }  # fmt: skip
 
 
