@@ -105,6 +105,10 @@ class KVCache:
                 f"indices must be below the rows of their heads, {self.lengths.tolist()}, got "
                 f"up to {int(indices.max())}"
             )
+        self._keep(indices, complete)
+
+    def _keep(self, indices: Tensor, complete: bool) -> None:
+        count = indices.shape[2]
         rows, heads = self._rows_and_heads()
         at = (rows, indices.to(self.key.device).clamp(min=0).transpose(1, 2), heads)
         self.key[:, :count], self.value[:, :count] = self.key[at], self.value[at]
@@ -445,7 +449,7 @@ class LazyEvictionCache:
         score[:, :, count - self.window_size :] = math.inf
         best = score.sort(dim=-1, descending=True, stable=True).indices[..., : self.budget]
         best = best.sort(-1).values
-        self.rows.keep(best, complete=True)
+        self.rows._keep(best, True)
         mine = best.repeat_interleave(group, 1)
         for state in (self.last_hit, self.interval):
             state[:, :, : self.budget] = state.gather(2, mine)
