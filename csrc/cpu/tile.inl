@@ -61,53 +61,48 @@ using AccOf = typename Contraction<Elem>::Acc;
 constexpr int most_score_rows(int vectors) { return vectors == 2 || kRows > 8 ? kRows : 8; }
 constexpr int most_dims(int vectors) { return vectors == 2 ? kRows : 2 * kRows; }
 
-// Rows of memory that will be wanted soon: their lines start loading a few at a time, between the
-// tiles of products. All at once they would wait for each other, and the products with them.
+// Rows of memory that will be wanted soon: they start loading a few at a time, between the tiles of
+// products. All at once they would wait for each other, and the products with them.
 class Ahead {
  public:
   void clear() { at_ = count_ = 0; }
   // To be read, or (`write`) written.
   void add(const void* row, int64_t bytes, bool write) {
-    if (count_ < kMost) rows_[count_++] = {static_cast<const char*>(row), bytes, write};
+    if (count_ < kMost) rows_[count_++] = {static_cast<const char*>(row), int32_t(bytes), write};
   }
   // Begun after each of `steps` products, all of them are.
-  void pace(int64_t steps) {
-    int64_t lines = 0;
-    for (int i = 0; i < count_; ++i) lines += (rows_[i].left + kLine - 1) / kLine;
-    lines_ = lines / max64(steps, 1) + 1;
-  }
+  void pace(int64_t steps) { each_ = static_cast<int>((count_ - 1) / max64(steps, 1) + 1); }
   // After `products` of them.
   ATTNEXT_INLINE void start(int64_t products) {
-    if (at_ < count_) start_lines(products * lines_);
+    if (at_ < count_) start_rows(products * each_);
   }
-  void start_all() { start_lines(INT64_MAX); }
+  void start_all() { start_rows(kMost); }
 
  private:
-  static constexpr int kMost = 512;  // rows: eight tensors of 64 lanes
+  static constexpr int kMost = 512;  // eight tensors of 64 lanes
   static constexpr int64_t kLine = 64;
   struct Row {
-    const char* next;
-    int64_t left;
+    const char* at;
+    int32_t bytes;
     bool write;
   };
-  void start_lines(int64_t lines) {
-    while (at_ < count_ && lines > 0) {
-      Row& row = rows_[at_];
-      for (; row.left > 0 && lines > 0; --lines, row.next += kLine, row.left -= kLine) {
+  void start_rows(int64_t rows) {
+    const int end = static_cast<int>(min64(count_, at_ + rows));
+    for (; at_ < end; ++at_) {
+      const Row row = rows_[at_];
+      for (int64_t c = 0; c < row.bytes; c += kLine) {
         if (row.write) {
-          __builtin_prefetch(row.next, 1, 3);
+          __builtin_prefetch(row.at + c, 1, 3);
         } else {
-          __builtin_prefetch(row.next, 0, 2);
+          __builtin_prefetch(row.at + c, 0, 2);
         }
         asm volatile("");  // a function that only prefetches is thought to be without effect
       }
-      if (row.left <= 0) ++at_;
     }
   }
 
   Row rows_[kMost];
-  int at_ = 0, count_ = 0;
-  int64_t lines_ = 1;
+  int at_ = 0, count_ = 0, each_ = 1;
 };
 
 // Rows of the next tile. The last two tiles share what is left: a short one would be slow.
