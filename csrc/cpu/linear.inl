@@ -60,11 +60,27 @@ ATTNEXT_INLINE VecOf<Acc> feature(VecOf<Acc> x) {
 }
 
 // dx of a feature f of x, from that of f.
-template <class Acc>
-ATTNEXT_INLINE VecOf<Acc> feature_chain(FeatureMap map, VecOf<Acc> f, VecOf<Acc> df) {
-  if (map == FeatureMap::kElu) return f > 1 ? df : f * df;
-  if (map == FeatureMap::kRelu) return f <= 0 ? VecOf<Acc>{} : df;
-  return df;
+template <FeatureMap kMap, class Acc>
+ATTNEXT_INLINE VecOf<Acc> feature_chain(VecOf<Acc> f, VecOf<Acc> df) {
+  if constexpr (kMap == FeatureMap::kElu) {
+    return f > 1 ? df : f * df;
+  } else if constexpr (kMap == FeatureMap::kRelu) {
+    return f <= 0 ? VecOf<Acc>{} : df;
+  } else {
+    return df;
+  }
+}
+
+// f(map) with a map that is known; those whose features are not made entry by entry are none.
+template <class F>
+ATTNEXT_INLINE void with_map(FeatureMap map, F f) {
+  if (map == FeatureMap::kElu) {
+    f(std::integral_constant<FeatureMap, FeatureMap::kElu>{});
+  } else if (map == FeatureMap::kRelu) {
+    f(std::integral_constant<FeatureMap, FeatureMap::kRelu>{});
+  } else {
+    f(std::integral_constant<FeatureMap, FeatureMap::kIdentity>{});
+  }
 }
 
 // At most kLanes x kLanes entries as a whole block, the rest 0.
@@ -113,25 +129,21 @@ void pack_lanes(const T* rows, int64_t step, int64_t count, int64_t dim, Acc* ou
 template <class T, class Acc>
 void pack_lanes(FeatureMap map, const T* rows, int64_t step, int64_t count, int64_t dim, Acc* out,
                 int64_t ld) {
-  if (map == FeatureMap::kElu) {
-    pack_lanes<FeatureMap::kElu>(rows, step, count, dim, out, ld);
-  } else if (map == FeatureMap::kRelu) {
-    pack_lanes<FeatureMap::kRelu>(rows, step, count, dim, out, ld);
-  } else {
-    pack_lanes<FeatureMap::kIdentity>(rows, step, count, dim, out, ld);
-  }
+  with_map(map, [&](auto m) { pack_lanes<m.value>(rows, step, count, dim, out, ld); });
 }
 
-// The way back: [dim][ld] to token rows.
-template <class T, class Acc>
-void unpack_lanes(const Acc* in, int64_t ld, int64_t count, int64_t dim, T* rows, int64_t step) {
+// The way back to token rows, of vectors lane(d, t): number d of the tokens from t on.
+template <class T, class F>
+void unpack_lanes(int64_t count, int64_t dim, T* rows, int64_t step, F lane) {
+  using Vec = decltype(lane(0, 0));
+  using Acc = std::remove_reference_t<decltype(Vec{}[0])>;
   constexpr int kLanes = Simd<Acc>::kLanes;
   for (int64_t t = 0; t < count; t += kLanes) {
     for (int64_t d = 0; d < dim; d += kLanes) {
       T* to = rows + t * step + d;
-      VecOf<Acc> block[kLanes];
+      Vec block[kLanes];
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) block[i] = load(in + min64(d + i, dim - 1) * ld + t);
+      for (int i = 0; i < kLanes; ++i) block[i] = lane(min64(d + i, dim - 1), t);
       transpose_vectors<Acc>(block);
       if (t + kLanes <= count && d + kLanes <= dim) {
 #pragma GCC unroll 16
@@ -181,13 +193,7 @@ void pack_features(const T* rows, int64_t step, int64_t count, int64_t dim, Acc*
 template <class T, class Acc>
 void pack_features(FeatureMap map, const T* rows, int64_t step, int64_t count, int64_t dim,
                    Acc* out, int64_t ld) {
-  if (map == FeatureMap::kElu) {
-    pack_features<FeatureMap::kElu>(rows, step, count, dim, out, ld);
-  } else if (map == FeatureMap::kRelu) {
-    pack_features<FeatureMap::kRelu>(rows, step, count, dim, out, ld);
-  } else {
-    pack_features<FeatureMap::kIdentity>(rows, step, count, dim, out, ld);
-  }
+  with_map(map, [&](auto m) { pack_features<m.value>(rows, step, count, dim, out, ld); });
 }
 
 // [rows][ld] times a factor per lane.

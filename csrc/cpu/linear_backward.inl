@@ -293,8 +293,7 @@ class LinearBackward : public LinearHead<T> {
       }
       for (int64_t j = seen; j < lanes; ++j) s_row[j] = p_row[j] = 0;
     }
-    unpack_lanes<Acc, Acc>(dp_, ld, count, count, dp_lanes_, ld);
-    clear_lanes(dp_lanes_, count, count, lanes);
+    turn_pairs(count, lanes);
     if (!is_finite(count)) return pair_by_pair(count);
     if (rounds_once()) {
       entry_gradients(along_lanes(q_, dim, ld, lanes, query_lanes_),
@@ -367,9 +366,11 @@ class LinearBackward : public LinearHead<T> {
   template <class E>
   void entry_gradients(const E* q, const E* k, const E* dp, const E* dp_lanes, int64_t count) {
     constexpr int64_t depth = Contraction<E>::kDepth;
+    // Narrow strips leave out more; a short vector alone has too few sums to hide their latency.
+    constexpr int64_t kStrip = kInTiles<E> || kLanes < 16 ? 2 * kLanes : kLanes;
     const int64_t lanes = whole_vectors<Acc>(count), dim = p.head_dim;
-    for (int64_t i = 0; i < lanes; i += 2 * kLanes) {
-      const int64_t more = min64(2 * kLanes, lanes - i), to = min64(i + more, count);
+    for (int64_t i = 0; i < lanes; i += kStrip) {
+      const int64_t more = min64(kStrip, lanes - i), to = min64(i + more, count);
       product<By::kRows>(dim, more, elements<E>(to), k, ld / depth, dp_lanes + i, ld, dq_ + i, ld,
                          false, &ahead_);
       product<By::kRows, false>(dim, more, elements<E>(count - i), q + i / depth, ld / depth,
@@ -377,9 +378,12 @@ class LinearBackward : public LinearHead<T> {
                                 Mix<Acc>{false, 1, Acc(p.scale)}, &ahead_);
     }
   }
-  void clear_lanes(Acc* x, int64_t rows, int64_t from, int64_t to) {
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t t = from; t < to; ++t) x[r * ld + t] = 0;
+  // dp_lanes_ = dp_ turned, with zeros in the lanes beyond `count`.
+  void turn_pairs(int64_t count, int64_t lanes) {
+    unpack_lanes(count, count, dp_lanes_, ld,
+                 [&](int64_t j, int64_t i) { return load(dp_ + j * ld + i); });
+    for (int64_t r = 0; r < count; ++r) {
+      for (int64_t t = count; t < lanes; ++t) dp_lanes_[r * ld + t] = 0;
     }
   }
 
@@ -401,29 +405,33 @@ class LinearBackward : public LinearHead<T> {
       scale_lanes(kf_, features, ld, lanes, decay_.to_end);
       for (int64_t i = 0; i < 2 * ld; ++i) slope_[i] = 0;
     }
+    // What states mean for entries that are their own features is added up in place.
+    const bool plain = !taylor() && !decays();
     if (after) {
-      product<By::kRows>(features, lanes, columns, after, width, v_lanes_, ld, df_, ld, false,
+      Acc* const to = plain ? dk_ : df_;
+      product<By::kRows>(features, lanes, columns, after, width, v_lanes_, ld, to, ld, plain,
                          &ahead_);
-      if (p.normalize) add_sums(this->sums(after), nullptr, lanes);
+      if (p.normalize) add_sums(this->sums(after), nullptr, lanes, to);
       if (decays()) dot_lanes(kf_, df_, features, lanes, slope_k_, false);
       if (decays()) scale_lanes(df_, features, ld, lanes, decay_.to_end);
-      chain(k_, false, lanes, dk_);
+      if (!plain) chain(k_, false, lanes, dk_);
       product<By::kColumns>(count, width, features, kf_, ld, after, width, dv_, width, p.causal,
                             &ahead_);
     } else if (!p.causal) {
       for (int64_t i = 0; i < count * width; ++i) dv_[i] = 0;
     }
     if (before) {
-      product<By::kRows>(features, lanes, columns, before, width, dout_lanes_, ld, df_, ld, false,
-                         &ahead_);
+      const bool in_place = plain && !p.normalize;
+      product<By::kRows>(features, lanes, columns, before, width, dout_lanes_, ld,
+                         in_place ? dq_ : df_, ld, in_place, &ahead_);
       if (p.normalize) {
         scale_lanes(df_, features, ld, lanes, inverse_);
-        add_sums(this->sums(before), dsum_, lanes);
+        add_sums(this->sums(before), dsum_, lanes, df_);
       }
       if (decays()) dot_lanes(qf_, df_, features, lanes, slope_, false);
       if (decays()) scale_all(slope_, 1, 0, ld, this->outer_scale());
       if (decays()) scale_lanes(df_, features, ld, lanes, decay_.from_start);
-      chain(q_, true, lanes, dq_);
+      if (!in_place) chain(q_, true, lanes, dq_);
     }
     if (p.delta()) unsolve(t, count, before);
     if (p.ddecay.data) store_decay(t, count, before, after);
@@ -436,11 +444,11 @@ class LinearBackward : public LinearHead<T> {
     }
   }
 
-  void add_sums(const Acc* sums, const Acc* per_lane, int64_t lanes) {
+  void add_sums(const Acc* sums, const Acc* per_lane, int64_t lanes, Acc* df) {
     for (int64_t f = 0; f < features; ++f) {
       for (int64_t i = 0; i < lanes; i += kLanes) {
         const VecOf<Acc> more = per_lane ? load(per_lane + i) * sums[f] : broadcast(sums[f]);
-        store(df_ + f * ld + i, load(df_ + f * ld + i) + more);
+        store(df + f * ld + i, load(df + f * ld + i) + more);
       }
     }
   }
@@ -492,8 +500,7 @@ class LinearBackward : public LinearHead<T> {
       }
       for (int64_t j = i; j < lanes; ++j) row[j] = 0;
     }
-    unpack_lanes<Acc, Acc>(dp_, ld, count, count, dp_lanes_, ld);
-    clear_lanes(dp_lanes_, count, count, lanes);
+    turn_pairs(count, lanes);
     product<By::kRows>(features, lanes, count, k_, ld, dp_lanes_, ld, dk_, ld, true);
     product<By::kRows>(features, lanes, count, k_, ld, dp_, ld, dk_, ld, true);
     // kf_ becomes the keys that read, each as decayed as the state it saw.
@@ -543,22 +550,21 @@ class LinearBackward : public LinearHead<T> {
     }
   }
 
+  // Of entries, from those of features, `f`, times `scale`.
   void store_lanes(const TensorRef& ref, int64_t heads, int64_t t, int64_t count, const Acc* f,
-                   Acc* dx, Acc scale) {
-    const int64_t lanes = whole_vectors<Acc>(count), dim = p.head_dim;
-    const bool curved = p.feature_map == FeatureMap::kElu || p.feature_map == FeatureMap::kRelu;
-    if (curved || scale != 1) {
-      for (int64_t d = 0; d < dim; ++d) {
-        for (int64_t i = d * ld; i < d * ld + lanes; i += kLanes) {
-          const VecOf<Acc> df = load(dx + i) * scale;
-          store(dx + i, feature_chain<Acc>(p.feature_map, load(f + i), df));
-        }
-      }
-    }
+                   const Acc* dx, Acc scale) {
+    const int64_t dim = p.head_dim;
+    const auto to_rows = [&](auto* rows) {
+      with_map(p.feature_map, [&](auto map) {
+        unpack_lanes(count, dim, rows, this->step(ref), [&](int64_t d, int64_t i) {
+          return feature_chain<map.value, Acc>(load(f + d * ld + i), load(dx + d * ld + i) * scale);
+        });
+      });
+    };
     if (heads == p.heads) {
-      unpack_lanes(dx, ld, count, dim, this->template row<T>(ref, t, p.heads), this->step(ref));
+      to_rows(this->template row<T>(ref, t, p.heads));
     } else {
-      unpack_lanes(dx, ld, count, dim, this->template row<Acc>(ref, t, p.heads), this->step(ref));
+      to_rows(this->template row<Acc>(ref, t, p.heads));
     }
   }
   template <class U>
