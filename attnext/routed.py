@@ -260,18 +260,20 @@ def _check_integers(name: str, t: Any, shape: tuple[int, ...], query: Tensor) ->
 
 
 def _as_int32(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers of documents; those that 32 bits do not hold are counted instead."""
+    """Numbers of documents; where 32 bits may not hold them, their ranks."""
 
     def fits(t: Tensor) -> bool:
+        if t.dtype != torch.int64:
+            return True
         unknown = t.is_meta or is_compiling()
-        return t.dtype != torch.int64 or unknown or bool((t.int() == t).all())
+        return not unknown and bool((t.int() == t).all())
 
     same = queries is keys
     if not (fits(queries) and fits(keys)):
-        both = torch.cat([queries.flatten().long(), keys.flatten().long()])
-        _, number = both.unique(return_inverse=True)
-        first, second = number.split([queries.numel(), keys.numel()])
-        queries, keys = first.reshape(queries.shape), second.reshape(keys.shape)
+        both = [queries.flatten()] if same else [queries.flatten().long(), keys.flatten().long()]
+        all_of = torch.cat(both)
+        ranks = torch.searchsorted(all_of.sort().values, all_of).split([t.numel() for t in both])
+        queries, keys = ranks[0].reshape(queries.shape), ranks[-1].reshape(keys.shape)
     small = queries.int().contiguous()
     return small, small if same else keys.int().contiguous()
 

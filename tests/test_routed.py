@@ -435,17 +435,19 @@ def test_sums_over_many_queries_do_not_drift():
         assert error < 2e-7, f"gradient of {name}: {error:.1e}"
 
 
-def test_documents_of_64_bits():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_documents_of_64_bits(compiled):
     """Ids that are equal in their lower half are not the same document."""
+    attend = attnext.routed_attention
+    if compiled:
+        attend = torch.compile(attend, fullgraph=True, backend="aot_eager")
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 4, 1, 4, generator=generator) for _ in range(3))
     plan = attnext.BlockPlan.of(torch.zeros(1, 1, 1, 1, dtype=torch.int32), 4, 4)
     documents = torch.tensor([[0, 2**32, 2**32, -(2**40)]])
     small = torch.tensor([[1, 2, 2, 0]])
     for of_keys, known in ((documents, small), (documents.clone(), small.clone())):
-        got = attnext.routed_attention(
-            q, k, v, plan, query_documents=documents, key_documents=of_keys
-        )
+        got = attend(q, k, v, plan, query_documents=documents, key_documents=of_keys)
         want = attnext.routed_attention(q, k, v, plan, query_documents=small, key_documents=known)
         assert torch.equal(got, want)
     torch.testing.assert_close(got[:, [0, 3]], v[:, [0, 3]])
