@@ -219,6 +219,11 @@ def test_superlinear_nan_is_never_found():
         ({"chunk_size": 0}, ValueError, "chunk_size"),
         ({"key_starts": torch.zeros(3, dtype=torch.int64)}, ValueError, "key_starts"),
         ({"query_positions": torch.zeros(1, 9)}, TypeError, "query_positions"),
+        (
+            {"query_positions": torch.full((1, 9), 9)},
+            ValueError,
+            "query_positions must be below .* 9, got 9",
+        ),
         ({"search_query": torch.zeros(1, 8, 2, 4)}, ValueError, "search_query"),
     ],
 )

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ..functional import sliding_window_attention
 from ..merging import merge, merge_attentions
@@ -226,6 +227,12 @@ def _places(
     else:
         check_indices("query_positions", query_positions, ((batch, num_queries), (1, num_queries)))
         positions = query_positions.to(key.device, torch.int64)
+        readable = key.device.type == "cpu" and not is_compiling()
+        if readable and bool((positions >= key.shape[1]).any()):
+            raise ValueError(
+                f"query_positions must be below the number of keys, {key.shape[1]}, "
+                f"got {int(positions.max())}"
+            )
     if key_starts is None:
         return positions, torch.zeros(1, dtype=torch.int64, device=key.device)
     check_indices("key_starts", key_starts, ((batch,),))
@@ -295,7 +302,8 @@ def superlinear_attention(
             keys before and after its anchor, ``n`` the keys up to the query. Spans reach every key
             if the two powers sum to 1 or more.
         query_positions: int ``[B or 1, Nq]``, key indices at which the queries stand, for caches
-            with room behind the last key.
+            with room behind the last key. Checked against their number on the CPU, where nobody has
+            to wait for that.
         key_starts: int ``[B]``, the first key of each batch item: keys before it are padding.
         scale: of the attention, by default ``D ** -0.5``; the search has none.
         chunk_size: see :func:`superlinear_search`.
