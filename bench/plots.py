@@ -125,9 +125,9 @@ def _lines(
 
 
 # What the time of a method's search is to grow as.
-_GROWTH: dict[str, tuple[str, Callable[[float], float]]] = {
-    "hip": ("T log T", lambda t: t * math.log(t)),
-    "superlinear": ("T^1.5", lambda t: t**1.5),
+_GROWTH: dict[str, tuple[str, str, Callable[[float], float]]] = {
+    "hip": (":", "T log T", lambda t: t * math.log(t)),
+    "superlinear": ("-.", "T^1.5", lambda t: t**1.5),
 }
 
 
@@ -148,16 +148,15 @@ def _searches(results: list[Result], record: dict[str, Any], path: Path) -> Path
         ax.plot(tokens, whole, "o-", color=f"C{colour}", label=method)
         ax.plot(tokens, search, "o--", color=f"C{colour}", label=f"{method}, search alone")
         if method in _GROWTH:
-            style, curve = _GROWTH[method]
+            style, growth, curve = _GROWTH[method]
             guide = [search[0] * curve(t) / curve(tokens[0]) for t in tokens]
-            ax.plot(tokens, guide, ":", color="0.4", lw=1)
-            ax.annotate(style, (tokens[-1], guide[-1]), fontsize=8, color="0.4")
+            ax.plot(tokens, guide, style, color="0.4", lw=1, label=f"growth of {growth}")
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.set_xlabel("tokens")
     ax.set_ylabel("seconds")
     ax.grid(True, which="both", alpha=0.25)
-    ax.legend(fontsize=8)
+    ax.legend(fontsize=8, handlelength=3.5)
     return _finish(figure, record, path)
 
 
