@@ -4,6 +4,8 @@
 // product of vectors.
 #pragma once
 
+#include <type_traits>
+
 #include "linear.h"
 #include "linear_product.inl"
 
