@@ -320,6 +320,13 @@ def lazy_scores(last_hit: Tensor, interval: Tensor, step: int, variant: str = "c
             ``2 sigmoid(1 - interval)`` where the interval is not 0; at interval 0 the first term is
             its limit, 1 for a token hit in this step and else 0. ``"code"``: as the authors'
             program has it, with ``1 + (step - last_hit) / (interval + 1e-5)``.
+
+    Example:
+        >>> import torch
+        >>> from attnext import lazy_scores
+        >>> last_hit, interval = torch.tensor([7, 2]), torch.tensor([4, 4])
+        >>> lazy_scores(last_hit, interval, step=7, variant="paper").argmax()
+        tensor(0)
     """
     check_choice("variant", variant, ("paper", "code"))
     since, longest = (step - last_hit).float(), interval.float()

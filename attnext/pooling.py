@@ -79,6 +79,13 @@ def packed_blocks(cu_seqlens: Tensor, size: int) -> tuple[Blocks, Tensor]:
         read there. Returns the blocks, on its device, and int32 ``[N + 1]``, the blocks of which
         sequence ``n`` are ``first[n]`` to ``first[n + 1]``.
     Errors: ValueError or TypeError, naming the argument.
+
+    Example:
+        >>> import torch
+        >>> from attnext import packed_blocks
+        >>> blocks, first = packed_blocks(torch.tensor([0, 5, 5, 9], dtype=torch.int32), 4)
+        >>> blocks.offsets.tolist(), first.tolist()
+        ([0, 4, 5, 9], [0, 2, 2, 3])
     """
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
         raise TypeError(f"cu_seqlens must be an int32 tensor, got {kind_of(cu_seqlens)}")

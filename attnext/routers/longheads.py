@@ -95,6 +95,13 @@ def longheads_plan(
 
     Complexity:
         O(Nq chunks D) time; memory of the lists.
+
+    Example:
+        >>> import torch
+        >>> from attnext.routers.longheads import longheads_plan
+        >>> q, chunk_keys = torch.ones(1, 1, 1, 8), torch.ones(1, 6, 1, 8)
+        >>> longheads_plan(q, chunk_keys, 96, chunk_size=16, num_chunks=4).lists[0, 0].tolist()
+        [[0, 1, 4, 5]]
     """
     for name, t in (("query", query), ("chunk_keys", chunk_keys)):
         if not isinstance(t, Tensor) or not t.is_floating_point():

@@ -197,6 +197,13 @@ def minference_attention(
 
     Shapes, Numerics, Errors: as :func:`attnext.routed_attention`; differentiable, but for the
     patterns.
+
+    Example:
+        >>> import torch
+        >>> from attnext.routers.minference import minference_attention
+        >>> q, k, v = (torch.randn(1, 200, 2, 16) for _ in range(3))
+        >>> minference_attention(q, k, v).shape
+        torch.Size([1, 200, 2, 16])
     """
     query, key, value = under_autocast(query, key, value)
     check_sequences(query, key, value)

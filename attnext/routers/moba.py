@@ -32,7 +32,15 @@ def moba_plan(
     cu_seqlens: Tensor | None = None,
 ) -> BlockPlan:
     """The lists of :func:`moba_attention`: for each query and head the block it stands in and the
-    ``topk - 1`` earlier ones of largest ``q . mean(keys)``."""
+    ``topk - 1`` earlier ones of largest ``q . mean(keys)``.
+
+    Example:
+        >>> import torch
+        >>> from attnext.routers.moba import moba_plan
+        >>> q, k = torch.ones(1, 6, 1, 8), torch.ones(1, 6, 1, 8)
+        >>> moba_plan(q, k, block_size=2, topk=2).lists[0, 0].tolist()
+        [[0, -1], [0, -1], [0, 1], [0, 1], [0, 2], [0, 2]]
+    """
     blocks, first, own = _blocks(query, key, block_size, topk, cu_seqlens)
     lists = _select(query, key, blocks, topk, first, own + 1, force_last=1)
     return BlockPlan.of(lists, query.shape[1], 1, key.shape[1], blocks)

@@ -162,6 +162,13 @@ def superlinear_search(
 
     Complexity:
         O(Nq Nk^search_power D) time; memory of one chunk's scores. No gradient.
+
+    Example:
+        >>> import torch
+        >>> from attnext.routers.superlinear import superlinear_search
+        >>> s, k = torch.randn(1, 100, 2, 16), torch.randn(1, 100, 2, 16)
+        >>> superlinear_search(s, k, sw_index=3, num_spans=2, search_power=0.5).anchors.shape
+        torch.Size([1, 100, 2, 2])
     """
     check_sequences(search_query, key, key)
     check_integer("num_spans", num_spans, 1)
