@@ -73,7 +73,7 @@ ATTNEXT_INLINE VecOf<Acc> feature_chain(VecOf<Acc> f, VecOf<Acc> df) {
   }
 }
 
-// f(map) with a map that is known; those whose features are not made entry by entry are none.
+// f(map) with a map that is known. Taylor's, not made entry by entry, is as the identity here.
 template <class F>
 ATTNEXT_INLINE void with_map(FeatureMap map, F f) {
   if (map == FeatureMap::kElu) {
