@@ -245,6 +245,14 @@ struct Tokens {
       end = min(begin + p.length, p.tokens);
     }
   }
+  // From then on positions, and how many there are, count from `first`.
+  ATTNEXT_DEVICE void begin_at(int64_t first) {
+    if (backwards) {
+      end -= first;
+    } else {
+      begin += first;
+    }
+  }
   ATTNEXT_DEVICE int64_t count() const { return end - begin; }
   ATTNEXT_DEVICE int64_t token(int64_t position) const {
     return backwards ? end - 1 - position : begin + position;

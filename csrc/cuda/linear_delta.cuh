@@ -67,7 +67,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::replace_gradients(
     const int row = at + warp * 16 + half * 8 + g;
     const bool live = is_token(row);
     const T* lacking = static_cast<const T*>(p.lacking.rows.data) + slice * kColumns;
-    if (live) lacking += tokens.offset(p.lacking.rows, 1, first + row);
+    if (live) lacking += tokens().offset(p.lacking.rows, 1, row);
     float dot = 0.f;
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n) {
@@ -80,7 +80,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::replace_gradients(
     }
     dot = quad_sum(dot);
     if (live && t == 0) {
-      p.dots[slice * p.batch * p.tokens * p.heads + tokens.index(p, first + row)] = -dot;
+      p.dots[slice * p.batch * p.tokens * p.heads + tokens().index(p, row)] = -dot;
     }
   }
 }

@@ -126,8 +126,10 @@ struct ScanShared {
   static constexpr int kOutBytes = kFolded ? kChunk * kRoom * 4 : kOutApart ? kNarrow : 0;
   static constexpr int kNumbersAt = kOutAt + kOutBytes;
   static constexpr int kTotalsAt = kNumbersAt + 2 * kChunk * 16;
-  static constexpr int kZAt = kTotalsAt + 2 * 16;
-  static constexpr int kUnitsAt = kZAt + (kDim > kColumns ? kDim : kColumns) * 4;
+  static constexpr int kTokensAt = kTotalsAt + 2 * 16;
+  static constexpr int kZAt = kTokensAt + 32;
+  static constexpr int kSums = kDim > kColumns ? kDim : kColumns;
+  static constexpr int kUnitsAt = kZAt + kSums * 4;
   static constexpr int kBytes = kUnitsAt + kWarps * 4;
   static_assert(kBytes <= 99 * 1024, "some GPUs have no more");
 };

@@ -15,14 +15,12 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::look_at(int at, Next& nex
     next.number[i] = make_float2(0.f, 0.f);
     if (!is_token(row)) continue;
     if (decays()) {
-      next.decay[i] =
-          static_cast<const float*>(p.decay.data)[tokens.offset(p.decay, 1, first + row)];
+      next.decay[i] = static_cast<const float*>(p.decay.data)[tokens().offset(p.decay, 1, row)];
     }
     if constexpr (kDelta || kDeltaBack) {
-      next.number[i].y =
-          static_cast<const float*>(p.beta.data)[tokens.offset(p.beta, 1, first + row)];
+      next.number[i].y = static_cast<const float*>(p.beta.data)[tokens().offset(p.beta, 1, row)];
     } else if (!is_on(Side::kNone)) {
-      next.number[i] = reinterpret_cast<const float2*>(p.numbers)[tokens.index(p, first + row)];
+      next.number[i] = reinterpret_cast<const float2*>(p.numbers)[tokens().index(p, row)];
     }
   }
 }

@@ -11,7 +11,7 @@ namespace cuda {
 ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::attend(int at, int stage) {
   const int buffer = stage, walked = walks();
   Rows rows;
-  if constexpr (!kExpanded) rows.load(tile(stage, 0), warp * 16);
+  rows.load(features(stage, 0, 0), warp * 16);
   Numbers mine[2] = {{0.f, 0.f, 1.f, 1.f}, {0.f, 0.f, 1.f, 1.f}};
   float unit = 1.f;
   if constexpr (kGated) {
@@ -32,7 +32,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::attend(int at, int stage)
   }
 #pragma unroll
   for (int panel = 0; panel < S::kPanels; ++panel) {
-    if constexpr (kExpanded) rows.load(features(stage, 0, panel), warp * 16);
+    rows.below = panel * S::kPanelTile;
     add_state_product(out, rows, panel);
     if (has_sums()) add_products_with_z(rows, panel * kPanel, by_z);
   }
@@ -46,11 +46,16 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::attend(int at, int stage)
   }
   float scores[1][kChunk / 8][4], sum[2] = {0.f, 0.f};
   if (is_within()) {
-    if constexpr (kExpanded) rows.load(tile(stage, 0), warp * 16);
+    if constexpr (kExpanded) rows.load(tile(stage, 0), warp * 16), rows.below = 0;
     walked_product<T, kRaw, kChunk, kKept, kRawChunks / 2>(scores, rows, wide, tile(stage, 1),
                                                            walked);
     finish_scores(scores[0], buffer, mine, walked, sum);
     if constexpr (kFolded) times_slope(scores, at, stage, walked, mine, unit);
+  } else {  // never read; but undefined on one way, they would be kept during all of the loop
+#pragma unroll
+    for (int n = 0; n < kChunk / 8; ++n) {
+      scores[0][n][0] = scores[0][n][1] = scores[0][n][2] = scores[0][n][3] = 0.f;
+    }
   }
 
 #pragma unroll
@@ -76,7 +81,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::attend(int at, int stage)
         float& x = out[0][n][2 * half + e];
         x *= of_state;
         if (is_further()) {
-          x += by * mine[half].entry * shared_z()[n * 8 + 2 * t + e];
+          x += by * mine[half].entry * load_shared_float(z(n * 8 + 2 * t + e));
         }
       }
     }
@@ -115,7 +120,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::add_products_with_z(const
 #pragma unroll
   for (int k = 0; k < Rows::kSteps; ++k) {
     visit_left<false, T>(rows(0, k), [&](int half, int i, float x) {
-      by_z[half] = fmaf(x, shared_z()[first_feature + k * kDepth + i], by_z[half]);
+      by_z[half] = fmaf(x, load_shared_float(z(first_feature + k * kDepth + i)), by_z[half]);
     });
   }
 }
@@ -143,29 +148,33 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::finish(int at, int stage,
     store_numbers<float>(p.out, at, out[0], factor[0]);
     return;
   }
-  const int row = at + warp * 16 + lane;
-  uint64_t address = 0;
-  if (lane < 16 && is_token(row)) {
-    address =
-        reinterpret_cast<uint64_t>(static_cast<T*>(p.out.rows.data) +
-                                   tokens.offset(p.out.rows, 1, first + row) + slice * kColumns);
-  }
-  if constexpr (kExpanded) {
-    constexpr int kPart = kColumns < kPanel ? kColumns : kPanel;
-#pragma unroll
-    for (int column = 0; column < kColumns; column += kPart) {
-      float part[1][kPart / 8][4];
-      memcpy(part, out[0][column / 8], sizeof(part));
-      store_rows<T, kPanel, kPart, 1>(features(stage, 0, 0), warp * 16, part, factor, address,
-                                      dim - column, p.out.aligned);
-      if (address) address += kPart * sizeof(T);
-    }
-    return;
-  }
   constexpr int kRowBytes = S::kOutApart ? Layout<T, kColumns>::kRowBytes : Wide::kRowBytes;
-  const uint32_t room = (S::kOutApart ? shared + S::kOutAt : tile(stage, 0));
-  store_rows<T, kColumns, kColumns, 1>(room + warp * 16 * kRowBytes, 0, out, factor, address, dim,
-                                       p.out.aligned);
+  const uint32_t room =
+      (S::kOutApart ? shared + S::kOutAt : features(stage, 0, 0)) + warp * 16 * kRowBytes;
+  const uint64_t start = next_out;
+  next_out += int64_t(p.out.stride) * kChunk;
+  uint64_t address = 0;
+  const bool even = is_whole(at) && p.out.stride != 0 && dim >= kColumns;
+  if (!even) {
+    const int row = at + warp * 16 + lane;
+    if (lane < 16 && is_token(row)) {
+      address = reinterpret_cast<uint64_t>(static_cast<T*>(p.out.rows.data) + slice * kColumns +
+                                           tokens().offset(p.out.rows, 1, row));
+    }
+  }
+#pragma unroll
+  for (int column = 0; column < kColumns; column += kOut) {
+    float part[1][kOut / 8][4];
+    memcpy(part, out[0][column / 8], sizeof(part));
+    if (even) {
+      store_even_rows<T, kOut, kOut>(room, 0, part, factor, start + column * sizeof(T),
+                                     p.out.stride);
+    } else {
+      store_rows<T, kOut, kOut, 1>(room, 0, part, factor,
+                                   address ? address + column * sizeof(T) : 0, dim - column,
+                                   p.out.aligned);
+    }
+  }
 }
 
 template <class T, int kDim, int kWarps, ScanKind kKind>
@@ -177,8 +186,8 @@ ATTNEXT_DEVICE void Scan<T, kDim, kWarps, kKind>::store_numbers(const ScanRows& 
   for (int half = 0; half < 2; ++half) {
     const int row = at + warp * 16 + half * 8 + g;
     if (!is_token(row)) continue;
-    Out* to = static_cast<Out*>(rows.rows.data) + tokens.offset(rows.rows, 1, first + row) +
-              slice * kColumns;
+    Out* to =
+        static_cast<Out*>(rows.rows.data) + tokens().offset(rows.rows, 1, row) + slice * kColumns;
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n) {
 #pragma unroll
@@ -256,7 +265,7 @@ ATTNEXT_DEVICE void Scan<T, kDim, kWarps, kKind>::visit_raw(int row, int half,
   if (!is_token(row)) return;
   const int dim = p.out.dim - slice * kColumns;
   const T* raw = static_cast<const T*>(p.raw.rows.data) + slice * kColumns +
-                 tokens.offset(p.raw.rows, p.raw.group, first + row);
+                 tokens().offset(p.raw.rows, p.raw.group, row);
 #pragma unroll
   for (int n = 0; n < kColumns / 8; ++n) {
 #pragma unroll

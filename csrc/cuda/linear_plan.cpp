@@ -168,7 +168,7 @@ class Plan {
     const ScanFacts& scan = scan_of(p.dtype, l.b.dim, kind);
     l.slices = static_cast<int32_t>(l.folds ? fold_slices() : slices(l.c.dim));
     l.outer_scale = 1 / l.inner_scale;
-    for (ScanRows* x : {&l.a, &l.b, &l.c, &l.raw}) {
+    for (ScanRows* x : {&l.a, &l.b, &l.c, &l.raw, &l.out}) {
       x->step = l.backwards ? -x->rows.token[2] : x->rows.token[2];
       const int64_t bytes = x->step * elem(), most = INT32_MAX / chunk_;
       x->stride = x->aligned && std::abs(bytes) <= most ? static_cast<int32_t>(bytes) : 0;

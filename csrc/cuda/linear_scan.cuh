@@ -48,8 +48,7 @@ struct Scan {
   static constexpr int kDepth = P::kDepth, kSteps = kChunk / kDepth;
   static constexpr int kMine = kDepth / 4;  // rows of a step that a lane has
   static constexpr int kPer = kChunk / 32;  // tokens of a lane when one warp looks at all
-  static constexpr int kOwn = (kDim / 16 + kWarps - 1) / kWarps;  // z: fragments of a warp
-  static constexpr bool kKept = sizeof(T) == 2 && kDim <= 64;     // rows of a
+  static constexpr bool kKept = sizeof(T) == 2 && kDim <= 64;  // rows of a
   using Rows = LeftRows<T, kPanel, 1, kKept>;
   // fp16 has too few exponents for a sum over a sequence: its copy is in a unit of each warp's.
   static constexpr bool kUnits = std::is_same<T, fp16>::value;
@@ -61,6 +60,9 @@ struct Scan {
   // Branches around what a launch may do without; in fp32 they cost registers, of which it has
   // none.
   static constexpr bool kSpares = sizeof(T) == 2;
+  // Whether outputs go by way of a tile, and so many columns at once.
+  static constexpr bool kStoresRows = !kFolded && !kIsWide;
+  static constexpr int kOut = kExpanded && kPanel < kColumns ? kPanel : kColumns;
 
   // What is known of a token: its decay in two parts, factor, further entry of a or b.
   struct Numbers {
@@ -75,16 +77,17 @@ struct Scan {
   uint32_t shared;
   int lane, warp, g, t;
   WalkLanes<T, kPanel> wide;
-  WalkLanes<T, kColumns> of_columns;  // unless they are `wide` over again
-  WalkLanes<T, kEntryWidth> entries;  // fold: of raw and c
-  Tokens tokens;
+  WalkLanes<T, kColumns> of_columns;          // unless they are `wide` over again
+  WalkLanes<T, kEntryWidth> entries;          // fold: of raw and c
   uint64_t next_a, next_b, next_c, next_raw;  // the thread's places in what is copied next
+  uint64_t next_out;                          // the lane's in its warp's outputs
   int32_t sequence, head, segment, slice, part = 0;
-  int32_t first, count;      // of the segment's tokens, the first perhaps before the sequence
-  int32_t skipped, chunks;   // chunks without tokens at its start; its chunks, with these
+  // Of the segment's rows those from `low` to `count` are tokens, after `skipped` chunks without.
+  int32_t low, count, skipped;
+  bool even_wide, even_narrow;
   float state[kDim / 8][4];  // transposed: rows are columns of S
-  float z[kOwn][2];
   float kept_all = 1.f;
+  float further[2];     // what the lane's tokens of a chunk add to z of its columns
   float of_keys = 0.f;  // fold: the lane's part of what they get from the state's gradient
 
   ATTNEXT_DEVICE Scan(const LinearLaunch& launch, uint8_t* shared_memory)
@@ -104,7 +107,10 @@ struct Scan {
     }
   }
   ATTNEXT_DEVICE uint32_t tile(int stage, int operand) const {
-    return shared + stage * S::kStage + operand * S::kWide;
+    // Opaque, or what lanes add to it is added to `shared` once and kept, address by address.
+    uint32_t at = shared + stage * S::kStage;
+    asm("" : "+r"(at));
+    return at + operand * S::kWide;
   }
   ATTNEXT_DEVICE uint32_t c_tile(int stage) const {
     return kFolded ? shared + S::kFeaturesAt : tile(stage, 2);
@@ -126,9 +132,13 @@ struct Scan {
   ATTNEXT_DEVICE Totals& totals(int buffer) const {
     return reinterpret_cast<Totals*>(memory + S::kTotalsAt)[buffer];
   }
-  ATTNEXT_DEVICE float* shared_z() const { return reinterpret_cast<float*>(memory + S::kZAt); }
-  // Of Taylor features in a tensor of states, while the sums are not there.
-  ATTNEXT_DEVICE int* places() const { return reinterpret_cast<int*>(memory + S::kZAt); }
+  ATTNEXT_DEVICE uint32_t z(int i) const { return shared + S::kZAt + i * 4; }
+  // Of Taylor features in a tensor of states, while no copy of the state is there.
+  ATTNEXT_DEVICE int* places() const { return reinterpret_cast<int*>(memory + S::kStateAt); }
+  // The segment's, in shared memory: rarely asked for.
+  ATTNEXT_DEVICE const Tokens& tokens() const {
+    return *reinterpret_cast<const Tokens*>(memory + S::kTokensAt);
+  }
   ATTNEXT_DEVICE float* units() const { return reinterpret_cast<float*>(memory + S::kUnitsAt); }
 
   ATTNEXT_DEVICE void run() {
@@ -155,7 +165,8 @@ struct Scan {
       if (more && gives() && (sums() || !there)) copy_state();
       if (more && notes()) note(next, stage ^ 1);
       there = true;
-    } while (++c < chunks);
+    } while (++c * kChunk < count);
+    find_block_again();
     store_state();
   }
 
@@ -174,11 +185,18 @@ struct Scan {
     if (leaves() && p.meetings) meet(c, stage);
     if (leaves() && !p.meetings) leave(c);
     if (adds && !kDeltaBack) add_chunk(stage);
-    if (adds && gives()) __syncthreads();  // the copy of the state has been read
+    if (adds && gives()) __syncthreads();  // the copy of the state has been read, and z
+    if (adds) add_sums(stage);
   }
 
-  ATTNEXT_DEVICE void locate() {
+  // Where the block stands, found again instead of kept during the walk.
+  ATTNEXT_DEVICE void find_block_again() {
     uint32_t block = blockIdx.x;
+    asm volatile("" : "+r"(block), "+r"(lane));
+    g = lane / 4, t = lane % 4;
+    find_block(block);
+  }
+  ATTNEXT_DEVICE void find_block(uint32_t block) {
     slice = block % static_cast<uint32_t>(p.slices), block /= static_cast<uint32_t>(p.slices);
     if constexpr (kIsWide && kExpanded) {
       part = block % static_cast<uint32_t>(p.parts), block /= static_cast<uint32_t>(p.parts);
@@ -186,21 +204,36 @@ struct Scan {
     segment = block % static_cast<uint32_t>(p.segments), block /= static_cast<uint32_t>(p.segments);
     head = block % static_cast<uint32_t>(p.heads);
     sequence = static_cast<int32_t>(block / static_cast<uint32_t>(p.heads));
+  }
+  ATTNEXT_DEVICE void locate() {
+    find_block(blockIdx.x);
+    Tokens tokens;
     tokens.start(p, sequence, head);
     const int64_t whole = (tokens.count() + p.segment - 1) / p.segment * p.segment;
     const int64_t from = segment * p.segment - (p.exclusive ? whole - tokens.count() : 0);
-    first = static_cast<int32_t>(from);
+    low = static_cast<int32_t>(max(-from, int64_t(0)));
     count = static_cast<int32_t>(max(min(from + p.segment, tokens.count()) - from, int64_t(0)));
-    skipped = max(-first, 0) / kChunk;
-    next_a = place_in<kRawChunks>(p.a, 0);
-    next_b = place_in<kRawChunks>(p.b, 0);
+    skipped = low / kChunk;
+    tokens.begin_at(from);
+    if (threadIdx.x == 0) *reinterpret_cast<Tokens*>(memory + S::kTokensAt) = tokens;
+    next_a = place_in<kRawChunks>(tokens, p.a, 0);
+    next_b = place_in<kRawChunks>(tokens, p.b, 0);
     if constexpr (kFolded) {
-      next_c = place_in<Layout<T, kEntryWidth>::kChunks>(p.c, 0);
-      next_raw = place_in<Layout<T, kEntryWidth>::kChunks>(p.raw, 0);
+      next_c = place_in<Layout<T, kEntryWidth>::kChunks>(tokens, p.c, 0);
+      next_raw = place_in<Layout<T, kEntryWidth>::kChunks>(tokens, p.raw, 0);
     } else {
-      next_c = place_in<Layout<T, kColumns>::kChunks>(p.c, slice * kColumns);
+      next_c = place_in<Layout<T, kColumns>::kChunks>(tokens, p.c, slice * kColumns);
     }
-    chunks = (count + kChunk - 1) / kChunk;
+    if constexpr (kStoresRows) {
+      constexpr int kElems = Layout<T, kOut>::kElems, kChunks = kOut / kElems;
+      const int row = skipped * kChunk + warp * 16 + lane / kChunks;
+      next_out = reinterpret_cast<uint64_t>(static_cast<T*>(p.out.rows.data) +
+                                            tokens.offset(p.out.rows, 1, row) + slice * kColumns +
+                                            lane % kChunks * kElems);
+    }
+    even_wide = (!gives() || solves() || is_even<kRawChunks>(p.a, 0)) &&
+                (!sums() || is_even<kRawChunks>(p.b, 0));
+    even_narrow = is_even<Layout<T, kColumns>::kChunks>(p.c, slice * kColumns);
   }
 
   // Outputs are wanted; tokens enter the state; another chunk follows; a warp's products within the
@@ -213,7 +246,7 @@ struct Scan {
 #else
   ATTNEXT_DEVICE bool gives() const { return p.outputs; }
   ATTNEXT_DEVICE bool sums() const { return p.sums; }
-  ATTNEXT_DEVICE bool is_more(int c) const { return c + 1 < chunks; }
+  ATTNEXT_DEVICE bool is_more(int c) const { return (c + 1) * kChunk < count; }
   ATTNEXT_DEVICE int walks() const { return warp * 16 + 16; }
 #endif
   ATTNEXT_DEVICE bool decays() const { return kGated && p.decay.data; }
@@ -227,7 +260,8 @@ struct Scan {
   ATTNEXT_DEVICE bool leaves() const { return kHasFurther && p.boundaries; }
   // The delta rule's values are all that is wanted.
   ATTNEXT_DEVICE bool solves() const { return kDelta && p.written.rows.data; }
-  ATTNEXT_DEVICE bool is_token(int row) const { return row < count && first + row >= 0; }
+  ATTNEXT_DEVICE bool is_token(int row) const { return row < count && row >= low; }
+  ATTNEXT_DEVICE bool is_whole(int at) const { return at >= low && at + kChunk <= count; }
 
   // ---- rows ------------------------------------------------------------------------------------
 
@@ -246,24 +280,28 @@ struct Scan {
   }
   // What the thread copies first of the first chunk, from a column on.
   template <int kChunks>
-  ATTNEXT_DEVICE uint64_t place_in(const ScanRows& x, int column) const {
+  ATTNEXT_DEVICE uint64_t place_in(const Tokens& tokens, const ScanRows& x, int column) const {
     const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
-    const int64_t offset = tokens.offset(x.rows, x.group, first + skipped * kChunk + row) + column;
+    const int64_t offset = tokens.offset(x.rows, x.group, skipped * kChunk + row) + column;
     return reinterpret_cast<uint64_t>(static_cast<const T*>(x.rows.data) + offset) + chunk * 16;
   }
-  // Copies it, and goes on to the next one. `whole`: all its rows are tokens'. kShort: none of them
-  // is as long as what is copied.
-  template <int kD, int kChunks = Layout<T, kD>::kChunks, bool kShort = false>
-  ATTNEXT_DEVICE void copy_rows_of(const ScanRows& x, uint64_t& start, int at, bool whole,
+  // Whether all of what is copied of rows that are tokens' is theirs, and aligned.
+  template <int kChunks>
+  ATTNEXT_DEVICE static bool is_even(const ScanRows& x, int column) {
+    return x.stride != 0 && (x.dim - column) * static_cast<int>(sizeof(T)) >= kChunks * 16;
+  }
+  // Copies it, and goes on to the next one.
+  template <int kD, int kChunks = Layout<T, kD>::kChunks>
+  ATTNEXT_DEVICE void copy_rows_of(const ScanRows& x, uint64_t& start, int at, bool even,
                                    int column, uint32_t to) const {
-    constexpr int kBytes = sizeof(T);
-    const int row_bytes = (x.dim - column) * kBytes;
-    if (!kShort && whole && x.stride != 0 && row_bytes >= kChunks * 16) {
+    if (even) {
       each_chunk<kD, true, kChunks>([&](int, int, uint32_t place) {
         copy_chunk_async(to + place, reinterpret_cast<const void*>(start));
         start += int64_t(x.stride) * (kThreads / kChunks);
       });
     } else {
+      constexpr int kBytes = sizeof(T);
+      const int row_bytes = (x.dim - column) * kBytes;
       const int64_t step = x.step * (kThreads / kChunks * kBytes);
       each_chunk<kD, false, kChunks>([&](int row, int chunk, uint32_t place) {
         const int bytes = is_token(at + row) ? min(max(row_bytes - chunk * 16, 0), 16) : 0;
@@ -273,20 +311,24 @@ struct Scan {
     }
   }
   ATTNEXT_DEVICE void copy_chunk_rows(int at, int stage) {
-    const bool whole = first + at >= 0 && at + kChunk <= count;
+    const bool whole = is_whole(at), even = whole && even_wide;
+    constexpr int kEntryChunks = Layout<T, kEntryWidth>::kChunks;
     if (gives() && !solves())
-      copy_rows_of<kRaw, kRawChunks>(p.a, next_a, at, whole, 0, tile(stage, 0));
+      copy_rows_of<kRaw, kRawChunks>(p.a, next_a, at, even, 0, tile(stage, 0));
     if constexpr (kFolded) {
-      copy_rows_of<kEntryWidth, Layout<T, kEntryWidth>::kChunks, !kIsWide>(
-          p.raw, next_raw, at, whole, 0, entries_tile(stage, 0));
+      copy_rows_of<kEntryWidth>(p.raw, next_raw, at,
+                                kIsWide && whole && is_even<kEntryChunks>(p.raw, 0), 0,
+                                entries_tile(stage, 0));
     }
     if (sums()) {
-      copy_rows_of<kRaw, kRawChunks>(p.b, next_b, at, whole, 0, tile(stage, 1));
+      copy_rows_of<kRaw, kRawChunks>(p.b, next_b, at, even, 0, tile(stage, 1));
       if constexpr (kFolded) {
-        copy_rows_of<kEntryWidth, Layout<T, kEntryWidth>::kChunks, !kIsWide>(
-            p.c, next_c, at, whole, 0, entries_tile(stage, 1));
+        copy_rows_of<kEntryWidth>(p.c, next_c, at,
+                                  kIsWide && whole && is_even<kEntryChunks>(p.c, 0), 0,
+                                  entries_tile(stage, 1));
       } else {
-        copy_rows_of<kColumns>(p.c, next_c, at, whole, slice * kColumns, tile(stage, 2));
+        copy_rows_of<kColumns>(p.c, next_c, at, whole && even_narrow, slice * kColumns,
+                               tile(stage, 2));
       }
     }
     commit_copies();
@@ -428,7 +470,7 @@ struct Scan {
                                 int walked);
   ATTNEXT_DEVICE void store_dot(int set, int row, float dot) const {
     if (is_token(row)) {
-      p.dots[set * p.batch * p.tokens * p.heads + tokens.index(p, first + row)] = dot;
+      p.dots[set * p.batch * p.tokens * p.heads + tokens().index(p, row)] = dot;
     }
   }
   // What of a row's features with their gradient is of the state: two lanes a row have a part each.
@@ -453,7 +495,7 @@ struct Scan {
   ATTNEXT_DEVICE float divide_by(float total, int row) const {
     const float moved = total < 0.f ? total - p.eps : total + p.eps;
     if (slice == 0 && t == 0 && is_token(row)) {
-      static_cast<float*>(p.denominator.data)[tokens.offset(p.denominator, 1, first + row)] = moved;
+      static_cast<float*>(p.denominator.data)[tokens().offset(p.denominator, 1, row)] = moved;
     }
     return 1.f / moved;
   }
@@ -461,7 +503,7 @@ struct Scan {
   // Of several blocks' sum: nothing is divided yet.
   ATTNEXT_DEVICE float store_part(float total, int row) const {
     if (t == 0 && slice == 0 && is_token(row)) {
-      p.part_sums[part * p.batch * p.tokens * p.heads + tokens.index(p, first + row)] = total;
+      p.part_sums[part * p.batch * p.tokens * p.heads + tokens().index(p, row)] = total;
     }
     return 1.f;
   }
@@ -494,10 +536,27 @@ struct Scan {
   // ---- the state -------------------------------------------------------------------------------
 
   ATTNEXT_DEVICE void add_chunk(int stage);
+  // What a token's row of c counts in the state, and its further entry.
+  struct Weight {
+    float by, entry;
+  };
+  ATTNEXT_DEVICE Weight weight_of(int stage, int row) const {
+    Weight w = {1.f, 1.f};
+    if constexpr (kGated) {
+      const Numbers known = numbers(stage, row);
+      const Totals all = totals(stage);
+      if (decays()) w.by = power((all.decay - known.decay) + (all.rest - known.rest));
+      if (is_on(Side::kB)) w.by *= known.factor, w.entry = known.entry;
+    }
+    return w;
+  }
+  // To z. All lanes of a quad know what is added.
+  ATTNEXT_DEVICE void add_sum(int i, float kept, float more) const {
+    if (t == 0) store_shared(z(i), __float_as_uint(fmaf(load_shared_float(z(i)), kept, more)));
+  }
   // Of the features of an operand, times `unit`, to what is `kept`.
   ATTNEXT_DEVICE void add_products(int stage, int operand, float kept, float unit);
-  ATTNEXT_DEVICE void add_sums(int stage, int operand, const float (&w)[kSteps][kMine], float kept,
-                               float unit);
+  ATTNEXT_DEVICE void add_sums(int stage) const;
 
   // The decays of a chunk's tokens scale, besides what passes between the tokens, what reaches them
   // from the state before, what they leave to the one after it, and what passes by them: the state
@@ -526,7 +585,7 @@ struct Scan {
   ATTNEXT_DEVICE void add_state_product(float (&out)[1][kColumns / 8][4], const Rows& rows,
                                         int panel) const;
 
-  // visit(i, half, feature) for the numbers of z that the warp has.
+  // visit(i, offset of the number in a tensor of states) for the thread's real numbers of z.
   template <class Visit>
   ATTNEXT_DEVICE void each_z(Visit visit) const;
   // visit(n, e, offset of the number in a tensor of states) for the lane's real numbers of S.

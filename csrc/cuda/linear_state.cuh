@@ -10,12 +10,11 @@ namespace cuda {
 template <class T, int kDim, int kWarps, ScanKind kKind>
 template <class Visit>
 ATTNEXT_DEVICE void Scan<T, kDim, kWarps, kKind>::each_z(Visit visit) const {
-#pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
-    const int n = i * kWarps + warp;
-    if (n * 16 >= kDim) continue;
-    visit(i, 0, n * 16 + g);
-    visit(i, 1, n * 16 + 8 + g);
+  if (!has_sums() && !is_further()) return;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < (has_sums() ? kDim : kColumns); i += kThreads) {
+    const int at = has_sums() ? state_row(i) : state_column(slice * kColumns + i);
+    if (at >= 0) visit(i, p.z_offset + at * p.z_stride);
   }
 }
 
@@ -53,43 +52,27 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::add_chunk(int stage) {
 
 ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::add_products(int stage, int operand,
                                                                     float kept, float unit) {
-  const int buffer = stage;
   typename P::Left c[kSteps];
-  float w[kSteps][kMine], more[2] = {0.f, 0.f};
+  float more[2] = {0.f, 0.f};
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
     c[k] = TransposedLeft<T, kColumns>::load(c_tile(stage), k * kDepth,
                                              warp * 16 / Layout<T, kColumns>::kElems);
-    float entry[kMine];
+    float w[kMine], entry[kMine];
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
-      w[k][i] = entry[i] = 1.f;
-      if constexpr (kGated) {
-        const Numbers known = numbers(buffer, k * kDepth + contraction_row<T>(i));
-        const Totals all = totals(buffer);
-        if (decays()) w[k][i] = power((all.decay - known.decay) + (all.rest - known.rest));
-        if (is_on(Side::kB)) w[k][i] *= known.factor, entry[i] = known.entry;
-      }
+      const Weight x = weight_of(stage, k * kDepth + contraction_row<T>(i));
+      w[i] = x.by, entry[i] = x.entry;
     }
     if (is_further()) {
       visit_left<true, T>(c[k], [&](int half, int i, float x) {
         const int at = sizeof(T) == 4 ? i % 2 : i / 8 * 2 + i % 2;
-        more[half] = fmaf(x, w[k][at] * entry[at], more[half]);
+        more[half] = fmaf(x, w[at] * entry[at], more[half]);
       });
     }
-    if constexpr (kGated) weigh<T>(c[k], w[k]);
-    if (has_sums()) {
-#pragma unroll
-      for (int i = 0; i < kMine; ++i) w[k][i] *= entry[i];
-    }
+    if constexpr (kGated) weigh<T>(c[k], w);
   }
-  if (is_further()) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      z[0][half] = fmaf(z[0][half], kept, quad_sum(more[half]) * unit);
-    }
-  }
-  if (has_sums()) add_sums(stage, operand, w, kept, unit);
+  if constexpr (kHasFurther) further[0] = more[0], further[1] = more[1];
 #pragma unroll
   for (int n = 0; n < kDim / 16; ++n) {
     float part[2][4] = {};
@@ -111,25 +94,39 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::add_products(int stage, i
   }
 }
 
-// To the normaliser's: of some of the features by each warp, weighted.
-ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::add_sums(int stage, int operand,
-                                                                const float (&w)[kSteps][kMine],
-                                                                float kept, float unit) {
+// To z: of some of the features by each warp, weighted.
+ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::add_sums(int stage) const {
+  float kept = 1.f, unit = p.inner_scale;
+  if constexpr (kGated) kept = totals(stage).kept, unit *= totals(stage).unit;
+  if (is_further()) {
 #pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
-    const int n = i * kWarps + warp;
-    if (n * 16 >= kDim) break;
+    for (int half = 0; half < 2; ++half) {
+      add_sum(warp * 16 + half * 8 + g, kept, quad_sum(further[half]) * unit);
+    }
+  }
+  if (!has_sums()) return;
+  float w[kSteps][kMine];
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) {
+      const Weight x = weight_of(stage, k * kDepth + contraction_row<T>(i));
+      w[k][i] = x.by * x.entry;
+    }
+  }
+#pragma unroll
+  for (int n = warp; n < kDim / 16; n += kWarps) {
     float sum[2] = {0.f, 0.f};
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       const auto b = P::template load_right_transposed<kPanel>(
-          features(stage, operand, n * 16 / kPanel) + wide.transposed, k * kDepth,
+          features(stage, 1, n * 16 / kPanel) + wide.transposed, k * kDepth,
           n * 16 % kPanel / Wide::kElems);
       visit_right<T>(b, [&](int half, int j, float x) { sum[half] = fmaf(x, w[k][j], sum[half]); });
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      z[i][half] = fmaf(z[i][half], kept, quad_sum(sum[half]) * unit);
+      add_sum(n * 16 + half * 8 + g, kept, quad_sum(sum[half]) * unit);
     }
   }
 }
@@ -140,12 +137,14 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::leave(int c) const {
   for (int n = 0; n < kDim / 8; ++n) {
     to[n * kThreads] = make_float4(state[n][0], state[n][1], state[n][2], state[n][3]);
   }
-  to[kDim / 8 * kThreads] = make_float4(z[0][0], z[0][1], 0.f, 0.f);
+  const int mine = warp * 16 + g;
+  to[kDim / 8 * kThreads] =
+      make_float4(load_shared_float(z(mine)), load_shared_float(z(mine + 8)), 0.f, 0.f);
 }
 
 ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::meet(int c, int stage) const {
   const int64_t per = p.segment / kChunk;
-  const int64_t all = (tokens.count() + p.segment - 1) / p.segment * per;
+  const int64_t all = ((tokens().count() + p.segment - 1) / p.segment + segment) * per;
   const int64_t chunk = all - 1 - segment * per - c;
   const float4* from = left_at(chunk);
   float sum = 0.f;
@@ -156,7 +155,8 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::meet(int c, int stage) co
   }
   if (is_further() && t == 0) {
     const float4 x = from[kDim / 8 * kThreads];
-    sum += x.x * z[0][0] + x.y * z[0][1];
+    const int mine = warp * 16 + g;
+    sum += x.x * load_shared_float(z(mine)) + x.y * load_shared_float(z(mine + 8));
   }
   sum = fmaf(sum, totals(stage).kept, of_keys);
   sum = warp_sum(sum);
@@ -211,12 +211,6 @@ ATTNEXT_DEVICE void Scan<T, kDim, kWarps, kKind>::copy_state() const {
         store_shared(block_of_state(n * 8, row), whole);
       }
     }
-    if (!kRest && is_further() && t == 0) shared_z()[row] = z[0][half];
-  }
-  if (!kRest && has_sums()) {
-    each_z([&](int i, int half, int f) {
-      if (t == 0) shared_z()[f] = z[i][half];
-    });
   }
 }
 
@@ -250,25 +244,13 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::find_places() const {
 ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::load_state() {
 #pragma unroll
   for (int n = 0; n < kDim / 8; ++n) state[n][0] = state[n][1] = state[n][2] = state[n][3] = 0.f;
-#pragma unroll
-  for (int i = 0; i < kOwn; ++i) z[i][0] = z[i][1] = 0.f;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < S::kSums; i += kThreads) store_shared(z(i), 0u);
   if (!p.before) return;
   find_places();
   const float* from = p.before + state_of(p.before_segments);
   each_state([&](int n, int e, int64_t at) { state[n][e] = from[at]; });
-  from += p.z_offset;
-  if (has_sums()) {
-    each_z([&](int i, int half, int f) {
-      const int row = state_row(f);
-      if (row >= 0) z[i][half] = from[row * p.z_stride];
-    });
-  } else if (is_further()) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int column = state_column(slice * kColumns + warp * 16 + half * 8 + g);
-      if (column >= 0) z[0][half] = from[column * p.z_stride];
-    }
-  }
+  each_z([&](int i, int64_t at) { store_shared(z(i), __float_as_uint(from[at])); });
 }
 
 ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::store_state() const {
@@ -276,18 +258,9 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::store_state() const {
   find_places();
   float* to = p.after + state_of(p.after_segments);
   each_state([&](int n, int e, int64_t at) { to[at] = state[n][e]; });
-  to += p.z_offset;
-  if (has_sums() && slice == 0) {
-    each_z([&](int i, int half, int f) {
-      const int row = state_row(f);
-      if (t == 0 && row >= 0) to[row * p.z_stride] = z[i][half];
-    });
-  } else if (is_further() && t == 0) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int column = state_column(slice * kColumns + warp * 16 + half * 8 + g);
-      if (column >= 0) to[column * p.z_stride] = z[0][half];
-    }
+  __syncthreads();  // z is complete
+  if (slice == 0 || is_further()) {
+    each_z([&](int i, int64_t at) { to[at] = load_shared_float(z(i)); });
   }
   if (kHasSums && p.factors && slice == 0 && part == 0 && threadIdx.x == 0) {
     p.factors[(int64_t(sequence) * p.after_segments + segment) * p.heads + head] = kept_all;

@@ -76,14 +76,19 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::expand_pairs(int at, int 
   }
   numbers.x[Row::kToken / 2] = Number<T>::pack(is_token(at + row) ? 1.f : 0.f, 1.f);
   numbers.x[Row::kZero / 2] = 0;
+  // Opaque, or the compiler makes the places of each panel from the beginning.
+  uint32_t places[Wide::kChunks];
+#pragma unroll
+  for (int chunk = 0; chunk < Wide::kChunks; ++chunk) {
+    places[chunk] = features(stage, operand, 0) + Wide::at(row, chunk);
+    asm("" : "+r"(places[chunk]));
+  }
   each_number<kDim / 8>([&](auto nth) {
     constexpr int chunk = decltype(nth)::value, f = chunk * 8;
     const uint4 whole = {numbers.template features<T, f>(), numbers.template features<T, f + 2>(),
                          numbers.template features<T, f + 4>(),
                          numbers.template features<T, f + 6>()};
-    store_shared(
-        features(stage, operand, chunk / Wide::kChunks) + Wide::at(row, chunk % Wide::kChunks),
-        whole);
+    store_shared(places[chunk % Wide::kChunks] + chunk / Wide::kChunks * S::kPanelTile, whole);
   });
 }
 
@@ -289,8 +294,8 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::fold(int at, int stage,
   __syncwarp();
   const int token = at + warp * 16 + row;
   if (is_token(token)) {
-    float* to = p.folded +
-                (slice * p.batch * p.tokens * p.heads + tokens.index(p, first + token)) * kEntries;
+    float* to =
+        p.folded + (slice * p.batch * p.tokens * p.heads + tokens().index(p, token)) * kEntries;
 #pragma unroll
     for (int i = 0; i < kHalf; ++i) to[2 * i + odd] = fmaf(sum[i], by, mine[2 * i + odd]);
   }
@@ -353,7 +358,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::fold_wide(
   const int token = at + warp * 16 + row;
   if (!is_token(token)) return;
   float* to = p.folded +
-              (slice * p.batch * p.tokens * p.heads + tokens.index(p, first + token)) * p.width +
+              (slice * p.batch * p.tokens * p.heads + tokens().index(p, token)) * p.width +
               first_entry;
 #pragma unroll
   for (int i = 0; i < kHalf; ++i) {

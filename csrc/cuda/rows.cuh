@@ -63,13 +63,12 @@ ATTNEXT_DEVICE void copy_rows(uint32_t tile, const uint64_t* address, int bytes,
   }
 }
 
-// Rows of accumulators, times `factor` of each (of rows g and g + 8 of a fragment), rounded, to
-// global memory by way of the warp's part of a tile. Lane r has the address of row r, 0 for none.
-// Columns are the first kOut of the tile's.
+// Rows of accumulators, times `factor` of each (of rows g and g + 8 of a fragment), rounded, to the
+// warp's part of a tile, from where they go to global memory. Columns are the first kOut of the
+// tile's.
 template <class T, int kDim, int kOut, int kFrags>
-ATTNEXT_DEVICE void store_rows(uint32_t tile, int row0, const float (&x)[kFrags][kOut / 8][4],
-                               const float (&factor)[kFrags][2], uint64_t address, int dim,
-                               bool aligned) {
+ATTNEXT_DEVICE void round_rows(uint32_t tile, int row0, const float (&x)[kFrags][kOut / 8][4],
+                               const float (&factor)[kFrags][2]) {
   using L = Layout<T, kDim>;
   const int lane = threadIdx.x % 32, g = lane / 4;
   const auto places = L::places(tile, row0 + g);
@@ -97,6 +96,16 @@ ATTNEXT_DEVICE void store_rows(uint32_t tile, int row0, const float (&x)[kFrags]
     }
   }
   __syncwarp();
+}
+
+// To global memory: lane r has the address of row r, 0 for none.
+template <class T, int kDim, int kOut, int kFrags>
+ATTNEXT_DEVICE void store_rows(uint32_t tile, int row0, const float (&x)[kFrags][kOut / 8][4],
+                               const float (&factor)[kFrags][2], uint64_t address, int dim,
+                               bool aligned) {
+  using L = Layout<T, kDim>;
+  const int lane = threadIdx.x % 32;
+  round_rows<T, kDim, kOut, kFrags>(tile, row0, x, factor);
   constexpr int kChunks = kOut / L::kElems;
 #pragma unroll
   for (int i = 0; i < kFrags * 16 * kChunks / 32; ++i) {
@@ -117,6 +126,22 @@ ATTNEXT_DEVICE void store_rows(uint32_t tile, int row0, const float (&x)[kFrags]
         if (e < left) to[e] = elems[e];
       }
     }
+  }
+}
+
+// The same of whole, aligned rows that lie `stride` bytes apart: `start` is the lane's place in the
+// first ones, of which a lane has 16 bytes.
+template <class T, int kDim, int kOut>
+ATTNEXT_DEVICE void store_even_rows(uint32_t tile, int row0, const float (&x)[1][kOut / 8][4],
+                                    const float (&factor)[1][2], uint64_t start, int32_t stride) {
+  using L = Layout<T, kDim>;
+  constexpr int kChunks = kOut / L::kElems, kAtOnce = 32 / kChunks;
+  const int lane = threadIdx.x % 32;
+  round_rows<T, kDim, kOut, 1>(tile, row0, x, factor);
+#pragma unroll
+  for (int r = 0; r < 16; r += kAtOnce) {
+    *reinterpret_cast<uint4*>(start + int64_t(stride) * r) =
+        load_shared(tile + L::at(row0 + r + lane / kChunks, lane % kChunks));
   }
 }
 

@@ -359,7 +359,7 @@ template <class T, int kDim, int kFrags, bool kKept>
 struct LeftRows {
   static constexpr int kSteps = Layout<T, kDim>::kChunks / 2;
   typename Products<T>::Left kept[kKept ? kFrags : 1][kKept ? kSteps : 1];
-  uint32_t at;
+  uint32_t at, below = 0;  // below: from the loaded tile to another one like it
 
   ATTNEXT_DEVICE void load(uint32_t tile, int row0) {
     at = tile + left_lane<T, kDim>(row0);
@@ -372,7 +372,7 @@ struct LeftRows {
     }
   }
   ATTNEXT_DEVICE typename Products<T>::Left fetch(int f, int k) const {
-    return Products<T>::load_left((at ^ static_cast<uint32_t>(k * 32)) +
+    return Products<T>::load_left((at ^ static_cast<uint32_t>(k * 32)) + below +
                                   f * 16 * Layout<T, kDim>::kRowBytes);
   }
   ATTNEXT_DEVICE typename Products<T>::Left operator()(int f, int k) const {

@@ -156,7 +156,7 @@ BUGS = [
          (BLOCK, "for (int i = 0; i < kEach; ++i) {", "for (int i = 0; i < kEach - 1; ++i) {")),
     _bug("no order between rows' stores and loads", "forward_bf16_32", "sliding forward",
          "read-write race",
-         (ROWS, "  __syncwarp();\n  constexpr int kChunks", "  constexpr int kChunks")),
+         (ROWS, "  __syncwarp();\n}", "}")),
     _bug("low parts of fp32 forgotten", "forward_fp32_32", "exact", WRONG,
          (TILE, "      multiply(part[i], a.high, b.low + 2 * i);\n", "")),
     _bug("long sums of fp32 left to the tensor cores", "forward_fp32_64", "dense", WRONG,

@@ -24,6 +24,8 @@ OUTPUTS = "linear_outputs.cuh"
 DELTA, TAYLOR, NUMBERS = "linear_delta.cuh", "linear_taylor.cuh", "linear_numbers.cuh"
 LEAVE = "    if (leaves() && !p.meetings) leave(c);\n"
 ADD = "    if (adds && !kDeltaBack) add_chunk(stage);\n"
+SYNC = "    if (adds && gives()) __syncthreads();  // the copy of the state has been read, and z\n"
+ADD_SUMS = "    if (adds) add_sums(stage);\n"
 # After the last chunk of all, too.
 LATE_LEAVE = ((SCAN, LEAVE + ADD, ADD + LEAVE), (SCAN, "(more || p.after);", "true;"))
 
@@ -61,6 +63,7 @@ PROBLEMS: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "taylor": (
         "identity", False, {"tokens": 70, "feature_map": "taylor2", "dim": 16, "dim_v": 40}
     ),
+    "even": ("identity", False, {"tokens": 150, "feature_map": "taylor2", "dim": 16, "dim_v": 64}),
     "rounding scale": (
         "identity", False, {"tokens": 70, "feature_map": "taylor2", "dim": 12, "dim_v": 40}
     ),
@@ -73,7 +76,9 @@ BUGS = [
     _bug("no barrier before a chunk", "scan_bf16_32", "plain", "read-write race",
          (SCAN, "__syncthreads();  // rows, numbers and the copy of the state are there\n", "")),
     _bug("state copied while it is read", "scan_bf16_32", "plain", "write-read race",
-         (SCAN, "__syncthreads();  // the copy of the state has been read\n", ";\n")),
+         (SCAN, "__syncthreads();  // the copy of the state has been read, and z\n", ";\n")),
+    _bug("sums added to while they are read", "scan_bf16_32_gated", "gated", "write-read race",
+         (SCAN, SYNC + ADD_SUMS, ADD_SUMS + SYNC)),
     _bug("copies into the stage that is read", "scan_bf16_32", "plain", EARLY,
          (SCAN, "copy_chunk_rows((c + 1) * kChunk, stage ^ 1);",
           "copy_chunk_rows((c + 1) * kChunk, stage);")),
@@ -94,6 +99,10 @@ BUGS = [
          (SCAN, "const int bytes = is_token(at + row) ? min", "const int bytes = true ? min")),
     _bug("tail is stored", "scan_bf16_32", "plain", "global write out of bounds",
          (OUTPUTS, "if (lane < 16 && is_token(row)) {", "if (lane < 16) {")),
+    _bug("a short chunk taken for a whole one", "scan_bf16_32", "plain",
+         "global read out of bounds", (SCAN, "return at >= low && at + kChunk <= count;", "return at >= low;")),
+    _bug("outputs' halves the other way round", "scan_bf16_taylor", "even", WRONG,
+         (OUTPUTS, "start + column * sizeof(T)", "start + (column ^ kOut) * sizeof(T)")),
     _bug("tail has features", "scan_bf16_32", "narrow", WRONG,
          (SCAN, "      if (!is_token(at + row)) return;  // rows of zeros stay\n", "")),
     _bug("entries that are not there have features", "scan_bf16_32", "narrow", WRONG,
@@ -112,8 +121,7 @@ BUGS = [
     _bug("state not decayed", "scan_bf16_32_gated", "gated", WRONG,
          (STATE, "kGated ? x * kept : x);", "x);")),
     _bug("sums not decayed", "scan_bf16_32_gated", "gated", WRONG,
-         (STATE, "z[i][half] = fmaf(z[i][half], kept, quad_sum(sum[half]) * unit);",
-          "z[i][half] += quad_sum(sum[half]) * unit;")),
+         (SCAN, "fmaf(load_shared_float(z(i)), kept, more)", "load_shared_float(z(i)) + more")),
     _bug("a state that nobody has made", "combine", "segments' gradients",
          "read of unwritten global memory",
          (SUMS, "if (!p.after && s + 1 == p.segments) {", "if (false) {")),
@@ -192,7 +200,7 @@ BUGS = [
     _bug("gradient of features taken for that of entries", "scan_bf16_32_gated", "gradients", WRONG,
          (OUTPUTS, "p.raw.map, f);", "FeatureMap::kIdentity, f);")),
     _bug("columns of outputs that there are not", "scan_bf16_taylor", "taylor",
-         "global write-write race", (OUTPUTS, "dim - column, p.out.aligned", "dim, p.out.aligned")),
+         "global write-write race", (OUTPUTS, " : 0, dim - column,", " : 0, dim,")),
     _bug("squares counted twice", "scan_bf16_taylor", "taylor", WRONG,
          (TAYLOR, "pair.a == pair.b ? kHalves + pair.a : pair.a", "pair.a")),
     _bug("squares counted twice where a scale rounds", "scan_bf16_taylor", "rounding scale", WRONG,
