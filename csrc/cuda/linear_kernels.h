@@ -103,8 +103,8 @@ constexpr int kStepColumns = 96, kStepTokens = 8;
 
 // Shared memory of a scan: two stages of a, b and c, the features of a and b where they are more
 // than their entries, the state as operand of a product, the outputs on their way, what is known of
-// each token of two chunks, z, and what a warp has scaled its part of the state by. Wide tiles lie
-// in panels, whose rows have a power of two of bytes.
+// each token of two chunks, where the segment's tokens are, z, and what a warp has scaled its part
+// of the state by. Wide tiles lie in panels, whose rows have a power of two of bytes.
 template <int kElem, int kDim, int kWarps, ScanKind kKind>
 struct ScanShared {
   static constexpr bool kExpanded = is_expanded(kKind), kFolded = is_folded(kKind);

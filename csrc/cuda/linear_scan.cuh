@@ -108,9 +108,7 @@ struct Scan {
   }
   ATTNEXT_DEVICE uint32_t tile(int stage, int operand) const {
     // Opaque, or what lanes add to it is added to `shared` once and kept, address by address.
-    uint32_t at = shared + stage * S::kStage;
-    asm("" : "+r"(at));
-    return at + operand * S::kWide;
+    return opaque(shared + stage * S::kStage) + operand * S::kWide;
   }
   ATTNEXT_DEVICE uint32_t c_tile(int stage) const {
     return kFolded ? shared + S::kFeaturesAt : tile(stage, 2);
@@ -136,6 +134,7 @@ struct Scan {
   // Of Taylor features in a tensor of states, while no copy of the state is there.
   ATTNEXT_DEVICE int* places() const { return reinterpret_cast<int*>(memory + S::kStateAt); }
   // The segment's, in shared memory: rarely asked for.
+  static_assert(sizeof(Tokens) <= S::kZAt - S::kTokensAt, "room");
   ATTNEXT_DEVICE const Tokens& tokens() const {
     return *reinterpret_cast<const Tokens*>(memory + S::kTokensAt);
   }

@@ -80,8 +80,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::expand_pairs(int at, int 
   uint32_t places[Wide::kChunks];
 #pragma unroll
   for (int chunk = 0; chunk < Wide::kChunks; ++chunk) {
-    places[chunk] = features(stage, operand, 0) + Wide::at(row, chunk);
-    asm("" : "+r"(places[chunk]));
+    places[chunk] = opaque(features(stage, operand, 0) + Wide::at(row, chunk));
   }
   each_number<kDim / 8>([&](auto nth) {
     constexpr int chunk = decltype(nth)::value, f = chunk * 8;

@@ -124,6 +124,13 @@ ATTNEXT_DEVICE float in_register(float x) {
   return x;
 }
 
+// The same, and the compiler does not know how it came about: sums with it stay as they are
+// written.
+ATTNEXT_DEVICE uint32_t opaque(uint32_t x) {
+  asm("" : "+r"(x));
+  return x;
+}
+
 template <class T>
 struct Number;
 template <>
