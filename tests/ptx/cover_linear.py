@@ -168,7 +168,8 @@ PROBLEMS: dict[str, Maker] = {
                            dim_v=8),
     "Taylor, blocks": _make(70, **_TAYLOR, dim_v=8, window_size=40, state=False),
     "Taylor, many entries in blocks": _make(40, **_MANY, window_size=30, state=False),
-    "Taylor": _make(130, **_TAYLOR, dim_v=64),
+    # 14 tokens in the last chunk: its whole rows are stored in two goes, each half of the columns
+    "Taylor": _make(142, **_TAYLOR, dim_v=64),
     "Taylor, decayed": _make(70, **_TAYLOR, decay="token", dim_v=13),
     "Taylor, decayed, packed": _make(70, feature_map="taylor2", dim=16, dim_v=63, decay="token",
                                      reverse=True, edit=_apart, heads=(2, 1, 1),
