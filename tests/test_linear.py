@@ -326,6 +326,43 @@ def test_threads_and_neighbours_do_not_change_a_bit(name):
         assert_same(*singles)
 
 
+@pytest.mark.parametrize("name", ["identity", "delta", "delta, decayed"])
+@pytest.mark.parametrize("kind", ["plain", "state", "packed", "not finite"])
+def test_one_head_gives_all_threads_work_and_the_same_bits(name, kind):
+    """Large enough for threads; columns, segments and what both passes hold go to any of them."""
+    more = {"state": kind in ("state", "packed")}
+    if kind == "packed":
+        ends = torch.tensor([0, 180, 180, 183, 400], dtype=torch.int32)
+        more |= {"cu_seqlens": ends, "states": 4, "reverse": True}
+    tensors, options = form(
+        name,
+        dtype=torch.float32,
+        tokens=400,
+        heads=(1, 1, 1),
+        dim=30,
+        dim_v=61,
+        chunk_size=4,
+        **more,
+    )
+    cotangent = normal(1, 400, 1, 61, dtype=torch.float32, seed=7)
+    if kind == "not finite":
+        cotangent[0, 210, 0, 50] = torch.inf
+
+    def run():
+        leaves = {n: x.clone().requires_grad_() for n, x in tensors.items()}
+        out = linear_attention(**leaves, **options)
+        return {"out": out} | dict(
+            zip(leaves, torch.autograd.grad(out, list(leaves.values()), cotangent), strict=True)
+        )
+
+    results = []
+    for count in (1, 2, 3, 8):
+        with threads(count):
+            results.append(run())
+    for other in results[1:]:
+        assert_same(results[0], other)
+
+
 def test_more_rows_than_a_grid_has():
     tensors, options = problem(3, batch=66000, heads=(1, 1, 1), dim=2, dim_v=1, dtype=torch.float32)
     out = linear_attention(**tensors, **options)

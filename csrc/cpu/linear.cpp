@@ -44,7 +44,9 @@ class Problem {
     }
     serial = tokens * p.heads * p.features() * p.head_dim_v < kSerialWork;
     const int64_t threads = serial ? 1 : max_threads();
-    split = threads > 1 && rows < 2 * threads && most_segments > 1 && !p.delta();
+    // Under the delta rule both states are then made twice.
+    const bool few = p.delta() ? 2 * rows <= threads : rows < 2 * threads;
+    split = threads > 1 && most_segments > 1 && few;
   }
 
   int64_t length(int64_t n) const { return p.sequences[n].end - p.sequences[n].begin; }
@@ -64,6 +66,16 @@ class Problem {
     const int64_t each = segment_length(item.sequence);
     item.begin = s * each;
     item.end = std::min(item.end, item.begin + each);
+    return item;
+  }
+
+  // Under the delta rule chunks do not add up, but columns of the values know nothing of each
+  // other: in how many parts a row is worked on, and one of these.
+  int64_t parts() const { return (p.head_dim_v + part_columns() - 1) / part_columns(); }
+  LinearItem part(int64_t r, int64_t i) const {
+    LinearItem item = row(r);
+    item.column = i * part_columns();
+    item.columns = std::min(part_columns(), p.head_dim_v - item.column);
     return item;
   }
 
@@ -107,6 +119,13 @@ class Problem {
     } else {
       kernels.advance(p, p.head_dim_v, carry->data, local);
     }
+  }
+
+  int64_t part_columns() const {
+    if (serial || rows >= max_threads()) return p.head_dim_v;
+    const int64_t wanted = (max_threads() + rows - 1) / std::max<int64_t>(rows, 1);
+    const int64_t columns = (p.head_dim_v + wanted - 1) / wanted;
+    return (columns + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
   }
 
   const int64_t rows, state_bytes;
@@ -266,19 +285,10 @@ class Forward : public Problem {
     });
   }
 
-  // Chunks do not add up under the delta rule, but columns of the values know nothing of each
-  // other: they are what is split.
   void run_delta() {
-    int64_t columns = p.head_dim_v;
-    if (!serial && rows < max_threads()) {
-      const int64_t parts = (max_threads() + rows - 1) / std::max<int64_t>(rows, 1);
-      columns = ((columns + parts - 1) / parts + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
-    }
-    const int64_t parts = (p.head_dim_v + columns - 1) / columns;
+    const int64_t parts = this->parts();
     for_each(rows * parts, serial, [&](int64_t i) {
-      LinearItem item = row(i / parts);
-      item.column = i % parts * columns;
-      item.columns = std::min(columns, p.head_dim_v - item.column);
+      const LinearItem item = part(i / parts, i % parts);
       State state = load(item, p.initial_state, i / parts, room(1));
       if (item.end > 0) {
         forward(item, nullptr, state.data, nullptr, state.empty, p.final_state != nullptr);
@@ -299,7 +309,9 @@ class Backward : public Problem {
       : Problem(params), scratch_bytes_(kernels.backward_scratch(p, p.head_dim_v, most_chunk)) {}
 
   void run() {
-    if (split) {
+    if (split && p.delta()) {
+      run_split_delta();
+    } else if (split) {
       run_split();
     } else if (!p.causal) {
       for_each(rows, serial, [&](int64_t r) { sum_and_read(r); });
@@ -409,6 +421,49 @@ class Backward : public Problem {
         dcarry = !is_last || p.dfinal_state ? dcarries.at(r, s) : nullptr;
       }
       kernels.backward(p, segment(r, s), carry, dcarry, room(1), true, scratch());
+    });
+  }
+
+  // The states that segments start from and the gradients of those they end with, each in one walk
+  // of a row's columns; then all segments at once.
+  void run_split_delta() {
+    const int64_t bytes = p.features() * p.state_columns() * acc_size(p.dtype);
+    const Memory before = allocate(rows * most_segments * bytes);
+    const Memory after = allocate(rows * most_segments * bytes);
+    const auto place = [&](const Memory& states, int64_t r, int64_t s) {
+      return states.get() + (r * most_segments + s) * bytes;
+    };
+    const int64_t parts = this->parts();
+    for_each(2 * rows * parts, serial, [&](int64_t i) {
+      const bool back = i < rows * parts;  // the longer walks first
+      const int64_t r = i / parts % rows, count = segments(r / p.heads);
+      const LinearItem own = part(r, i % parts);
+      State state = load(own, back ? p.dfinal_state : p.initial_state, r, room(1));
+      for (int64_t n = 0; n < count; ++n) {
+        const int64_t s = back ? count - 1 - n : n;
+        if (!state.empty)
+          kernels.store_state(p, own, state.data, place(back ? after : before, r, s));
+        LinearItem item = segment(r, s);
+        item.column = own.column, item.columns = own.columns;
+        if (back) {
+          kernels.sum_queries(p, item, state.data, state.empty, scratch());
+        } else if (n + 1 < count) {
+          kernels.sum_keys(p, item, state.data, state.empty, scratch());
+        }
+        state.empty = false;
+      }
+      if (back) store(own, state, p.dinitial_state, r);
+    });
+    const std::vector<Work> work = all_segments(*this);
+    for_each(static_cast<int64_t>(work.size()), serial, [&](int64_t i) {
+      const auto [r, s] = work[i];
+      const LinearItem item = segment(r, s);
+      char *const carry = room(2), *const dcarry = carry + state_bytes;
+      const bool is_first = s == 0 && !p.initial_state;
+      const bool is_last = s + 1 == segments(r / p.heads) && !p.dfinal_state;
+      if (!is_first) kernels.load_state(p, item, place(before, r, s), carry);
+      if (!is_last) kernels.load_state(p, item, place(after, r, s), dcarry);
+      kernels.backward(p, item, is_first ? nullptr : carry, nullptr, dcarry, is_last, scratch());
     });
   }
 

@@ -88,7 +88,7 @@ class LinearBackward : public LinearHead<T> {
       const Acc* before = p.causal ? before_[n] : carry;
       look_ahead(t);
       pack(t, count, before);
-      within(count);
+      within(t, count);
       across(t, count, before, after);
       gone += decays() ? decay_.total : 0;
       if (!p.causal) continue;
@@ -115,6 +115,7 @@ class LinearBackward : public LinearHead<T> {
       pack_queries(t, count);
       pack_gradients(t, count);
       read_decay(t, count);
+      if (p.delta()) pull_back(t, count, fresh ? nullptr : dlocal);
       make_features(q_, qf_, count, true);
       if (decays()) {
         scale_lanes(qf_, features, ld, whole_vectors<Acc>(count), decay_.from_start);
@@ -176,6 +177,11 @@ class LinearBackward : public LinearHead<T> {
                        this->step(p.query), count, p.head_dim, q_, ld);
   }
 
+  void pack_keys(int64_t t, int64_t count) {
+    pack_lanes<T, Acc>(p.feature_map, this->template row<const T>(p.key, t, p.key_heads),
+                       this->step(p.key), count, p.head_dim, k_, ld);
+  }
+
   // dO as rows and lanes; the numbers by which outputs were divided, inverted, which take part
   // where rounding does not add to that of bf16; and the gradients of the sums, dsum_ = inverse_
   // dmean_.
@@ -223,8 +229,7 @@ class LinearBackward : public LinearHead<T> {
 
   void pack(int64_t t, int64_t count, const Acc* before) {
     pack_queries(t, count);
-    pack_lanes<T, Acc>(p.feature_map, this->template row<const T>(p.key, t, p.key_heads),
-                       this->step(p.key), count, p.head_dim, k_, ld);
+    pack_keys(t, count);
     pack_rows<T, Acc>(this->template row<const T>(p.value, t, p.value_heads) + item.column,
                       this->step(p.value), count, columns, v_, width);
     pack_gradients(t, count);
@@ -233,21 +238,51 @@ class LinearBackward : public LinearHead<T> {
     pack_lanes<FeatureMap::kIdentity, Acc, Acc>(v_, width, count, columns, v_lanes_, ld);
   }
 
-  // The delta rule: v_ becomes what is written, e_ what it was before beta.
-  void solve(int64_t t, int64_t count, const Acc* before) {
+  // The delta rule: the system of a chunk, keys_ and beta_.
+  void make_system(int64_t t, int64_t count) {
     const Acc* beta = this->template row<const Acc>(p.beta, t, p.heads);
     for (int64_t i = 0; i < count; ++i) beta_[i] = beta[i * this->step(p.beta)];
+    key_products(k_, ld, features, count, decays() ? &decay_ : nullptr, weights_, keys_);
+  }
+  // v_ becomes what is written, e_ what it was before beta.
+  void solve(int64_t t, int64_t count, const Acc* before) {
     const Acc* decay = decays() ? decay_.from_start : nullptr;
     if (before) subtract_read(k_, ld, features, count, decay, before, width, y_, v_);
-    key_products(k_, ld, features, count, decays() ? &decay_ : nullptr, weights_, keys_);
+    make_system(t, count);
     solve_lower(keys_, ld, count, beta_, v_, e_, later_, width);
     Acc* const lacking = v_;
     v_ = e_;
     e_ = lacking;
   }
 
+  // Of the delta rule only what the state's gradient takes from a chunk: h_, and in kf_ the keys
+  // that read. The same products as in a whole pass, whose columns need no others.
+  void pull_back(int64_t t, int64_t count, const Acc* after) {
+    pack_keys(t, count);
+    make_system(t, count);
+    const int64_t lanes = whole_vectors<Acc>(count);
+    for (int64_t i = 0; i < count; i += kBlock) {
+      const int64_t rows = min64(kBlock, count - i);
+      product<By::kColumns>(rows, whole_vectors<Acc>(i + rows), p.head_dim, q_ + i, ld, k_, ld,
+                            s_ + i * ld, ld, false);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      if (decays()) decay_.weights(i, lanes, weights_);
+      for (int64_t j = 0; j <= i && decays(); ++j) s_[i * ld + j] *= weights_[j];
+      for (int64_t j = i + 1; j < lanes; ++j) s_[i * ld + j] = 0;
+    }
+    value_gradients(count, is_finite(t, count));
+    if (after) {
+      make_features(k_, kf_, count, false);
+      if (decays()) scale_lanes(kf_, features, ld, lanes, decay_.to_end);
+      product<By::kColumns>(count, width, features, kf_, ld, after, width, dv_, width, true);
+    }
+    solve_upper(keys_, ld, count, beta_, dv_, y_, h_, later_, width);
+    find_readers(count);
+  }
+
   // Products within the chunk: dq_, dk_, dv_, and what each pair says of the decays between.
-  void within(int64_t count) {
+  void within(int64_t t, int64_t count) {
     const int64_t lanes = whole_vectors<Acc>(count), dim = p.head_dim;
     if (!p.causal) {
       for (int64_t i = 0; i < dim * ld; ++i) dq_[i] = dk_[i] = 0;
@@ -294,8 +329,10 @@ class LinearBackward : public LinearHead<T> {
       for (int64_t j = seen; j < lanes; ++j) s_row[j] = p_row[j] = 0;
     }
     turn_pairs(count, lanes);
-    if (!is_finite(count)) return pair_by_pair(count);
-    if (rounds_once()) {
+    const bool finite = is_finite(t, count);
+    if (!finite) {
+      entries_pair_by_pair(count);
+    } else if (rounds_once()) {
       entry_gradients(along_lanes(q_, dim, ld, lanes, query_lanes_),
                       along_lanes(k_, dim, ld, lanes, key_lanes_),
                       along_rows(dp_, count, ld, lanes, pair_rows_),
@@ -303,17 +340,11 @@ class LinearBackward : public LinearHead<T> {
     } else {
       entry_gradients(q_, k_, dp_, dp_lanes_, count);
     }
-    const Elem* const scores = along_rows(s_, count, ld, lanes, score_rows_);
-    const Elem* const dout_by_rows = along_rows(dout_, count, width, width, dout_room_);
-    for (int64_t j = 0; j < count; j += kBlock) {  // queries from the key on
-      product<By::kColumns, false>(min64(kBlock, count - j), width, elements<Elem>(count - j),
-                                   scores + j / kDepth * ld + j, ld,
-                                   dout_by_rows + j / kDepth * width, width, dv_ + j * width, width,
-                                   Mix<Acc>{false, 1, this->outer_scale()}, &ahead_);
-    }
+    value_gradients(count, finite);
   }
-  // Of a chunk's queries, keys and gradients of outputs.
-  bool is_finite(int64_t count) const {
+  // Of a chunk's queries, keys and gradients of outputs; of these all columns, lest a bit depend on
+  // how they are shared out.
+  bool is_finite(int64_t t, int64_t count) const {
     VecOf<Acc> zero{};
     const auto add = [&](const Acc* x, int64_t rows, int64_t step, int64_t numbers) {
       for (int64_t r = 0; r < rows; ++r) {
@@ -322,15 +353,45 @@ class LinearBackward : public LinearHead<T> {
     };
     add(q_, p.head_dim, ld, count);
     add(k_, p.head_dim, ld, count);
-    add(dout_, count, width, columns);
+    if (columns == p.head_dim_v) {
+      add(dout_, count, width, columns);
+      return add_lanes<Acc>(zero) == 0;
+    }
+    const T* row = this->template row<const T>(p.dout, t, p.heads);
+    for (int64_t i = 0; i < count; ++i, row += this->step(p.dout)) {
+      for (int64_t c = 0; c < p.head_dim_v; c += kLanes) {
+        zero += widen_part<T, Acc>(row + c, p.head_dim_v - c) * Acc(0);
+      }
+    }
     return add_lanes<Acc>(zero) == 0;
   }
-  // The products of `within`, in which 0 times what is not finite has no place: a key meets the
-  // queries from its own on only.
-  void pair_by_pair(int64_t count) {
+  // dv_, of queries from the key on. 0 times what is not finite has no place in it: pair by pair
+  // then, as in `entries_pair_by_pair`.
+  void value_gradients(int64_t count, bool finite) {
+    if (finite) {
+      const Elem* const scores = along_rows(s_, count, ld, whole_vectors<Acc>(count), score_rows_);
+      const Elem* const dout = along_rows(dout_, count, width, width, dout_room_);
+      for (int64_t j = 0; j < count; j += kBlock) {
+        product<By::kColumns, false>(min64(kBlock, count - j), width, elements<Elem>(count - j),
+                                     scores + j / kDepth * ld + j, ld, dout + j / kDepth * width,
+                                     width, dv_ + j * width, width,
+                                     Mix<Acc>{false, 1, this->outer_scale()}, &ahead_);
+      }
+      return;
+    }
+    for (int64_t i = 0; i < count * width; ++i) dv_[i] = 0;
+    for (int64_t j = 0; j < count; ++j) {
+      for (int64_t i = j; i < count; ++i) {
+        const Acc by = s_[i * ld + j] * this->outer_scale();
+        for (int64_t c = 0; c < width; c += kLanes) {
+          store(dv_ + j * width + c, load(dv_ + j * width + c) + by * load(dout_ + i * width + c));
+        }
+      }
+    }
+  }
+  void entries_pair_by_pair(int64_t count) {
     const int64_t dim = p.head_dim;
     for (int64_t i = 0; i < dim * ld; ++i) dq_[i] = dk_[i] = 0;
-    for (int64_t i = 0; i < count * width; ++i) dv_[i] = 0;
     for (int64_t j = 0; j < count; ++j) {
       for (int64_t i = j / kLanes * kLanes; i < count; i += kLanes) {
         const uint64_t from_key_on = j > i ? ~uint64_t(0) << (j - i) : ~uint64_t(0);
@@ -338,12 +399,6 @@ class LinearBackward : public LinearHead<T> {
           const VecOf<Acc> more = k_[d * ld + j] * load(dp_lanes_ + j * ld + i);
           store(dq_ + d * ld + i,
                 load(dq_ + d * ld + i) + select_bits<Acc>(from_key_on, more, VecOf<Acc>{}));
-        }
-      }
-      for (int64_t i = j; i < count; ++i) {
-        const Acc by = s_[i * ld + j] * this->outer_scale();
-        for (int64_t c = 0; c < width; c += kLanes) {
-          store(dv_ + j * width + c, load(dv_ + j * width + c) + by * load(dout_ + i * width + c));
         }
       }
     }
@@ -503,14 +558,20 @@ class LinearBackward : public LinearHead<T> {
     turn_pairs(count, lanes);
     product<By::kRows>(features, lanes, count, k_, ld, dp_lanes_, ld, dk_, ld, true);
     product<By::kRows>(features, lanes, count, k_, ld, dp_, ld, dk_, ld, true);
-    // kf_ becomes the keys that read, each as decayed as the state it saw.
-    make_features(k_, kf_, count, false);
-    if (decays()) scale_lanes(kf_, features, ld, lanes, decay_.from_start);
+    find_readers(count);
     if (!before) return;
     product<By::kRows>(features, lanes, columns, before, width, h_lanes_, ld, df_, ld, false);
     if (decays()) dot_lanes(kf_, df_, features, lanes, slope_, true);
     if (decays()) scale_lanes(df_, features, ld, lanes, decay_.from_start);
     chain(k_, false, lanes, dk_);
+  }
+
+  // kf_ becomes the keys that read, each as decayed as the state it saw.
+  void find_readers(int64_t count) {
+    make_features(k_, kf_, count, false);
+    if (decays()) {
+      scale_lanes(kf_, features, ld, whole_vectors<Acc>(count), decay_.from_start);
+    }
   }
 
   // The decay of token t scales every pair around it: keys before it (in the chunk or in the state)
