@@ -126,6 +126,8 @@ def test_value_head_dim_differs(dims, dtype):
         {"op": "sliding_window_attention", "extents": (500,), "window_size": None, "sinks": 3},
         {"op": "sliding_window_attention", "extents": (600,), "window_size": (70, 300),
          "is_causal": False},
+        {"op": "neighborhood_attention", "extents": (300,), "kernel_size": 121,
+         "aux": {"bias": normal(2, 241)}.items()},
         {"op": "neighborhood_attention", "extents": (24, 25), "kernel_size": (7, 13)},
         {"op": "neighborhood_attention", "extents": (26, 22), "kernel_size": 5, "dilation": (4, 3)},
         {"op": "neighborhood_attention", "extents": (5, 9, 11), "kernel_size": (5, 3, 7),

@@ -299,6 +299,22 @@ struct KeyWalk {
   }
 
  private:
+  // The first run of keys in [begin, end) that all live lanes attend, which in a long window most
+  // keys are of. Left as it is where the run is too short to be worth a way of its own.
+  static constexpr int64_t kLeastCommon = 32;
+  void find_common(uint64_t others, const uint64_t* mask, int64_t begin, int64_t end, int64_t* from,
+                   int64_t* to) const {
+    const auto is_common = [&](int64_t k) { return !~((others & mask[k]) | ~tile.live); };
+    int64_t k = begin;
+    while (k < end && !is_common(k)) ++k;
+    const int64_t first = k;
+    while (k < end && is_common(k)) ++k;
+    if (k - first >= kLeastCommon) *from = first, *to = k;
+  }
+  static void step_through(const T* at, int64_t step, int64_t count, const T** out) {
+    for (int64_t k = 0; k < count; ++k, at += step) out[k] = at;
+  }
+
   void emit_extra(int64_t e, KeyBlock<T>* block) const {
     const int64_t j = block->count++;
     block->key[j] = static_cast<const T*>(p.extra_key.data) + b * p.extra_key.batch +
@@ -356,7 +372,27 @@ struct KeyWalk {
     }
     uint64_t all = ~uint64_t(0);
     int64_t j = block->count;
+    int64_t common = n, common_end = n;
+    if (real_end - real_begin >= kLeastCommon) {
+      find_common(mask01, mask2, real_begin, real_end, &common, &common_end);
+    }
     for (int64_t k = 0; k < n; ++k) {
+      if (k == common) {
+        const int64_t count = common_end - k, first = u + k;
+        const int64_t old = tile.fresh > first ? min64(tile.fresh - first, count) : 0;
+        for (int64_t i = 0; i < count; ++i) block->mask[j + i] = ~uint64_t(0);
+        step_through(key + k * key_step, key_step, count, block->key + j);
+        step_through(value + k * value_step, value_step, count, block->value + j);
+        memset(block->fresh + j, false, old);
+        memset(block->fresh + j + old, true, count - old);
+        for (int64_t i = old; i < count; ++i) block->fetch_rows(j + i, p.head_dim, p.head_dim_v);
+        for (int64_t i = 0; with_bias && i < count; ++i) {
+          block->bias[j + i] = bias_at + (k + i) * tile.bias_stride[2];
+        }
+        for (int64_t i = 0; local && i < count; ++i) block->row[j + i] = row_at + k + i;
+        j += count, k = common_end;
+        if (k == n) break;
+      }
       const uint64_t mask = mask01 & mask2[k];
       if (!(mask & tile.whole)) continue;
       const bool real = k >= real_begin && k < real_end && (mask & tile.live);

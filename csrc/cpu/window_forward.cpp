@@ -26,13 +26,17 @@ class Items {
   Items(const WindowProblem& problem, bool heads_in_lanes)
       : problem_(problem), p_(problem.params), heads_in_lanes_(heads_in_lanes) {
     constexpr int64_t kTurnBytes = 2 << 20;  // of keys and values, all heads
+    // On one axis twice as much: each turn brings the keys of a window before it, too.
+    const AxisView* axis = problem.views[0].axis;
+    one_axis_ = axis[0].num_keys == 1 && axis[1].num_keys == 1;
+    const int64_t turn_bytes = one_axis_ ? 2 * kTurnBytes : kTurnBytes;
     const WindowKernels& kernels = problem.kernels;
     int64_t most_tiles = 1;
     for (const PlanView& v : problem.views) most_tiles = std::max(most_tiles, num_tiles(v));
     const int64_t tile_bytes = int64_t(kernels.lanes) * kernels.vectors * p_.kv_heads *
                                (p_.head_dim + p_.head_dim_v) * size_of(p_.dtype);
     const bool side_by_side = std::abs(p_.key.head) < std::abs(p_.key.token[2]);
-    if (side_by_side) turns_ += (most_tiles - 1) / std::max<int64_t>(1, kTurnBytes / tile_bytes);
+    if (side_by_side) turns_ += (most_tiles - 1) / std::max<int64_t>(1, turn_bytes / tile_bytes);
     together_ =
         heads_in_lanes ? p_.heads / p_.kv_heads : heads_together(kManyItems * max_threads());
     runs_ = (p_.heads - 1) / together_ + 1;
@@ -43,6 +47,8 @@ class Items {
     }
   }
 
+  // How many a thread takes at once, at most: about what a head has of a turn.
+  int64_t most_at_once() const { return one_axis_ ? 32 : 16; }
   int64_t of_batch() const { return first_.back(); }
   int64_t count() const { return p_.batch * of_batch(); }
   const PlanView& plan_of(const Item& item) const { return problem_.view_of(item.h); }
@@ -106,7 +112,7 @@ class Items {
 
   const WindowProblem& problem_;
   const WindowParams& p_;
-  bool heads_in_lanes_;
+  bool heads_in_lanes_, one_axis_;
   int64_t turns_ = 1, together_, runs_;
   std::vector<int64_t> first_ = {0};  // item of a batch item, per turn and run of heads
 };
@@ -153,7 +159,8 @@ class WindowForwardPass {
 
   void take_tiles() const {
     const KeyBoxes boxes(p_, problem_.views[0], kernels_, false);
-    const int64_t grain = std::clamp<int64_t>(items_.count() / (8 * max_threads()), 1, 16);
+    const int64_t grain =
+        std::clamp<int64_t>(items_.count() / (8 * max_threads()), 1, items_.most_at_once());
     const void* const* bias = p_.bias ? problem_.bias.data() : nullptr;
     parallel_for(items_.count(), grain, problem_.serial, [&](int64_t begin, int64_t end) {
       void* memory = thread_buffer(0, scratch_);
