@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .arguments import check_integer, check_scale, check_sequences, kind_of
+from .arguments import check_flag, check_integer, check_scale, check_sequences, kind_of
 from .functional import sliding_window_attention
 from .ops import DTYPES, accumulator_dtype
 from .plans import INDEX_DTYPES, BlockPlan
@@ -139,6 +139,10 @@ class KVCache:
             return sliding_window_attention(
                 query, key, value, None, scale=scale, return_lse=return_lse
             )
+        if not isinstance(query, Tensor):
+            raise TypeError(f"query must be a tensor, got {kind_of(query)}")
+        if query.dim() != 4:
+            raise ValueError(f"query must be [B, n, H, D], got shape {tuple(query.shape)}")
         batch, count, heads = query.shape[:3]
         kv_heads = key.shape[2]
         last = torch.arange(1 - count, 1, device=key.device)
@@ -155,7 +159,7 @@ class KVCache:
                 )
             if blocks.shape[1] == heads:
                 ends = ends.repeat_interleave(heads // kv_heads, 1)
-            starts = blocks.long() * block_size
+            starts = _first_rows(blocks, block_size, self.longest)
             ends = torch.minimum(starts + block_size, ends).masked_fill(blocks < 0, 0)
             starts = starts.clamp(0, self.longest).expand(ends.shape)
         plan = BlockPlan.of_spans(starts, ends.clamp(min=0), count, 1, self.longest)
@@ -172,7 +176,8 @@ class KVCache:
         check_integer("block_size", block_size, 1)
         _check_indices("blocks", blocks, (self.key.shape[0], self.key.shape[2]))
         within = torch.arange(block_size, device=self.key.device)
-        at = (blocks.to(self.key.device).long()[..., None] * block_size + within).flatten(2)
+        first = _first_rows(blocks.to(self.key.device), block_size, self.key.shape[1])
+        at = (first[..., None] + within).flatten(2)
         real = (at >= 0) & (at < self.lengths[..., None])
         rows, heads = self._rows_and_heads()
         found = (rows, at.clamp(0, max(self.key.shape[1] - 1, 0)).transpose(1, 2), heads)
@@ -281,6 +286,7 @@ class StreamingCache:
         """
         _check_rows(key, value, self.key, self.value)
         check_step(query, key, value, scale)
+        check_flag("return_lse", return_lse)
         if key.shape[1] == 1:
             self.append(key, value)
             at = self.positions()
@@ -462,6 +468,11 @@ class LazyEvictionCache:
             state[:, :, : self.budget] = state.gather(2, mine)
 
 
+def _first_rows(blocks: Tensor, block_size: int, rows: int) -> Tensor:
+    """Where blocks begin; of those behind all rows, somewhere behind them."""
+    return blocks.long().clamp(max=rows // block_size + 1) * block_size
+
+
 def _buffers(
     batch: Any,
     capacity: Any,
@@ -518,5 +529,6 @@ def _check_indices(name: str, t: Any, lead: tuple[int, ...], rank: int = 3) -> N
         raise TypeError(f"{name} must be an int32 or int64 tensor, got {kind_of(t)}")
     if t.dim() != rank or tuple(t.shape[: len(lead)]) != lead:
         raise ValueError(
-            f"{name} must have {rank} dimensions, the first {lead}, got {tuple(t.shape)}"
+            f"{name} must have {rank} dimensions{f', the first {lead}' if lead else ''}, got "
+            f"{tuple(t.shape)}"
         )

@@ -56,7 +56,11 @@ def prepare(
             found = _CACHE.get(signature)
             if found is not None:
                 return found
-        except (TypeError, AttributeError):  # not tensors, or options that are lists
+        except (
+            TypeError,
+            AttributeError,
+            RuntimeError,
+        ):  # not dense tensors, options that are lists
             signature = None
     prepared = _with_fields(build(query, key, value, *options))
     if signature is not None:

@@ -142,6 +142,8 @@ def test_gradients_reach_the_stored_table():
         (lambda: swin_bias(torch.zeros(10, 1), 2), "10 rows"),
         (lambda: swin_bias(torch.zeros(9, 1), (2, 3)), "9 rows"),
         (lambda: swin_bias(torch.zeros(9, 1), 0), "9 rows"),
+        (lambda: swin_bias(torch.zeros(1, 2), ()), "1 to 3 axes"),
+        (lambda: swin_bias(torch.zeros(81, 1), (2, 2, 2, 2)), "1 to 3 axes"),
         (lambda: swin_table(torch.zeros(2, 4, 4)), "bias must have shape"),
         (lambda: swin_table(torch.zeros(5)), "bias must have shape"),
         (lambda: hat_bias(torch.zeros(24, 1), 2, 4), r"table must have shape \[25, heads\]"),

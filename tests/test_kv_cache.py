@@ -128,6 +128,20 @@ def test_cache_fetches_blocks_to_where_they_stand():
                         assert not keys[b, at, h].any() and not values[b, at, h].any()
 
 
+def test_blocks_far_behind_the_last_row_are_none():
+    """However far: what they are multiplied to would not fit into an int64."""
+    cache = KVCache(1, 300, 2, 4, dtype=F64)
+    cache.append(normal(1, 200, 2, 4, seed=1), normal(1, 200, 2, 4, seed=2))
+    query = normal(1, 1, 2, 4, seed=3)
+    for far in (4, 5, 100, 2**57, 2**58, 2**58 + 1, 2**62, 2**63 - 1):
+        blocks = torch.full((1, 2, 1, 1), far)
+        assert not cache.attend(query, blocks=blocks, block_size=64).any()
+        assert not any(x.any() for x in cache.fetch(blocks[..., 0], 64))
+        some = torch.tensor([[[[2, far]]]])
+        expected = cache.attend(query, blocks=some[..., :1], block_size=2**40)
+        assert torch.equal(cache.attend(query, blocks=some, block_size=2**40), expected)
+
+
 def test_cache_that_is_full_refuses():
     cache = KVCache(1, 4, 1, 2)
     x = torch.zeros(1, 3, 1, 2)
@@ -323,7 +337,20 @@ def test_a_refused_step_changes_nothing():
             tried.step(tokens(2)[0], *second[1:])
         with pytest.raises(TypeError, match="query must be a tensor"):
             tried.step(None, *second[1:])
+        with pytest.raises(TypeError, match="return_lse"):
+            tried.step(*second, return_lse=1)
         assert torch.equal(plain.step(*second), tried.step(*second))
+
+
+@pytest.mark.parametrize("blocks", [None, torch.zeros(1, 1, 1, 1, dtype=torch.int64)], ids=str)
+def test_a_cache_asks_for_a_query(blocks):
+    cache = attnext.KVCache(1, 20, 2, 8)
+    cache.append(*(torch.randn(1, 10, 2, 8) for _ in range(2)))
+    cache.keep(torch.tensor([[[0, 5], [1, -1]]]))
+    with pytest.raises(TypeError, match="query must be a tensor, got NoneType"):
+        cache.attend(None, blocks=blocks)
+    with pytest.raises(ValueError, match="query must be"):
+        cache.attend(torch.randn(2, 4), blocks=blocks)
 
 
 def test_rows_that_are_not_there_cannot_be_kept():

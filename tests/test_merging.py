@@ -181,6 +181,7 @@ def x(*shape):
 
 TWO, LSES = [x(2, 3)] * 2, [x(2)] * 2
 WRONG = {
+    "return_lse": (lambda: merge(TWO, LSES, return_lse="x"), TypeError, "return_lse must be a"),
     "mode": (lambda: merge(TWO, LSES, mode="mean"), ValueError, "mode must be one of .*'mean'"),
     "no lses": (lambda: merge(TWO), ValueError, "lses must be given with mode='lse'"),
     "lses not read": (lambda: merge(TWO, LSES, 0.5, "lerp"), ValueError, "lses have no part in"),

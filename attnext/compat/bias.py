@@ -160,6 +160,8 @@ def _sides(rows: int, window_size: int | Sequence[int]) -> tuple[int, ...]:
     if isinstance(window_size, int) and not isinstance(window_size, bool):
         candidates = [(window_size,) * rank for rank in (1, 2, 3)]
     elif isinstance(window_size, tuple | list):
+        if not 1 <= len(window_size) <= 3:
+            raise ValueError(f"window_size must have 1 to 3 axes, got {window_size}")
         for side in window_size:
             _check_side("window_size", side)
         candidates = [tuple(window_size)]
