@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .ops import DTYPES
 
@@ -41,14 +43,18 @@ def _check_cuda(query: Tensor, value: Tensor) -> None:
             )
 
 
+def check_dense(name: str, t: Tensor) -> None:
+    if t.layout != torch.strided or t.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got {_layout(t)}")
+
+
 def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> int:
     """Checks the three inputs against each other; returns the number of token axes."""
     for name, t in (("query", query), ("key", key), ("value", value)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+        check_dense(name, t)
     dtype, rank = query.dtype, query.dim() - 3
-    if query.layout != torch.strided or query.is_nested:
-        raise TypeError(f"query must be a dense tensor, got {_layout(query)}")
     if dtype not in DTYPES:
         raise TypeError(f"query must be one of {DTYPE_NAMES}, got {dtype}")
     if not 1 <= rank <= 3:
@@ -64,8 +70,6 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> int:
             raise ValueError(
                 f"{name} must be on the device of query, {query.device}, got {t.device}"
             )
-        if t.layout != torch.strided or t.is_nested:
-            raise TypeError(f"{name} must be a dense tensor, got {_layout(t)}")
         if t.dim() != rank + 3:
             raise ValueError(
                 f"{name} must have as many dimensions as query, {rank + 3}, got {t.dim()}"
@@ -122,6 +126,7 @@ def check_flag(name: str, x: Any) -> None:
 def check_cu_seqlens(name: str, cu_seqlens: Any, query: Tensor) -> None:
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
         raise TypeError(f"{name} must be an int32 tensor, got {kind_of(cu_seqlens)}")
+    check_dense(name, cu_seqlens)
     if cu_seqlens.device != query.device and not cu_seqlens.is_cpu:
         raise ValueError(
             f"{name} must be on the CPU or the device of query, {query.device}, got "
@@ -146,12 +151,13 @@ def check_scale(scale: Any, default: float, allowed: str = "a number") -> float:
     """``scale`` as a float; ``default`` if it is None."""
     if scale is None:
         return default
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
-        raise TypeError(f"scale must be {allowed}, got {scale!r}")
-    return _finite("scale", scale)
+    return finite_number("scale", scale, allowed)
 
 
-def _finite(name: str, x: int | float) -> float:
+def finite_number(name: str, x: Any, allowed: str = "a number") -> float:
+    """A finite number as a float."""
+    if isinstance(x, bool) or not isinstance(x, int | float):
+        raise TypeError(f"{name} must be {allowed}, got {x!r}")
     try:
         number = float(x)
     except OverflowError:
@@ -172,6 +178,13 @@ def check_softcap(softcap: Any) -> float:
     if not _SOFTCAPS[0] <= softcap <= _SOFTCAPS[1]:
         raise ValueError(f"softcap must be between 2**-100 and 2**100, got {softcap}")
     return float(softcap)
+
+
+def without_autocast(like: Tensor) -> Any:
+    """A context for calls of public functions whose inputs are cast, or must not be."""
+    if not (is_compiling() or torch._C._is_any_autocast_enabled()) or like.device.type == "meta":
+        return contextlib.nullcontext()
+    return torch.autocast(like.device.type, enabled=False)
 
 
 def under_autocast(*tensors: Any) -> tuple[Any, ...]:

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from .arguments import check_integer, check_scale, check_sequences, kind_of, under_autocast
+from .arguments import (
+    check_integer,
+    check_scale,
+    check_sequences,
+    kind_of,
+    under_autocast,
+    without_autocast,
+)
 from .functional import sliding_window_attention
 from .linear import linear_attention, linear_attention_step
 from .linear_ops import num_features
@@ -203,9 +210,10 @@ def _read_older(
     acc = state.dtype
     one = value.new_ones((), dtype=acc).expand(*value.shape[:-1], 1)
     with_one = torch.cat([value.to(acc), one], dim=-1)
-    sums = linear_attention_step(
-        query.to(acc), key.to(acc), with_one, state, feature_map="taylor2", scale=scale
-    )
+    with without_autocast(state):
+        sums = linear_attention_step(
+            query.to(acc), key.to(acc), with_one, state, feature_map="taylor2", scale=scale
+        )
     total = sums[..., -1]
     return sums[..., :-1] / total[..., None], total
 
@@ -283,7 +291,8 @@ class BasedAttention(nn.Module):
         a window a :class:`BasedCache`."""
         heads = self._project(x)
         if self.window_size is None:
-            mixed, kept = linear_attention(*heads, **_TAYLOR, output_final_state=True)
+            mixed, state = linear_attention(*heads, **_TAYLOR, output_final_state=True)
+            kept = state.detach()
         else:
             mixed, kept = based_attention(*heads, self.window_size, output_final_cache=True)
         return self._leave(mixed), kept

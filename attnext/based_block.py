@@ -82,6 +82,8 @@ class SlidingWindowAttention(nn.Module):
         """The next token or tokens; ``kept`` is updated in place."""
         query, key, value = self._project(x, kept.length)
         kept.check(key, value)
+        if x.shape[1] == 0:
+            return self._leave(value)
         outs = []
         for q, k, v in zip(*(t.split(1, dim=1) for t in (query, key, value)), strict=True):
             kept.push(k, v)

@@ -13,9 +13,11 @@ from torch.compiler import is_compiling
 from .arguments import (
     DTYPE_NAMES,
     check_cu_seqlens,
+    check_dense,
     check_flag,
     check_integer,
     check_scale,
+    finite_number,
     kind_of,
     under_autocast,
 )
@@ -264,7 +266,7 @@ def linear_attention_step(
             "not require one, or call it under torch.no_grad()"
         )
     if not in_place:
-        state = state.clone()
+        state = state.clone(memory_format=torch.contiguous_format)
     out = step_op(
         unit_stride(query),
         unit_stride(key),
@@ -325,7 +327,7 @@ def taylor_state_from_plain(plain: Tensor, head_dim: int, scale: float | None = 
     check_integer("head_dim", head_dim, 1)
     index, weight = _plain_layout(plain, head_dim, scale, 1 + head_dim + head_dim**2)
     features = num_features("taylor2", head_dim)
-    copies = torch.bincount(index, minlength=features).to(plain.dtype)[:, None]
+    copies = plain.new_zeros(features, 1).index_add(0, index, plain.new_ones(len(index), 1))
     shape = (*plain.shape[:-2], features, plain.shape[-1])
     return plain.new_zeros(shape).index_add(-2, index, plain / weight) / copies
 
@@ -369,6 +371,7 @@ def _check_problem(
     for name, t in (("query", query), ("key", key), ("value", value)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+        check_dense(name, t)
     if query.dtype not in DTYPES:
         raise TypeError(f"query must be one of {DTYPE_NAMES}, got {query.dtype}")
     if query.dim() != 4:
@@ -411,10 +414,8 @@ def _check_problem(
     if feature_map not in FEATURE_MAPS:
         raise ValueError(f"feature_map must be one of {FEATURE_MAPS}, got {feature_map!r}")
     check_flag("normalize", normalize)
-    if isinstance(eps, bool) or not isinstance(eps, int | float):
-        raise TypeError(f"eps must be a number, got {eps!r}")
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps must be finite and not negative, got {eps}")
+    if finite_number("eps", eps) < 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
     scaled = feature_map in ("identity", "taylor2")
     return heads, check_scale(scale, query.shape[-1] ** -0.5 if scaled else 1.0)
 
@@ -435,6 +436,7 @@ def _check_gates(
             continue
         if not isinstance(gate, Tensor) or not gate.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {kind_of(gate)}")
+        check_dense(name, gate)
         if gate.device != query.device:
             raise ValueError(
                 f"{name} must be on the device of query, {query.device}, got {gate.device}"
@@ -467,6 +469,7 @@ def _check_state(
 ) -> None:
     if not isinstance(state, Tensor) or not state.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {kind_of(state)}")
+    check_dense(name, state)
     if state.device != query.device:
         raise ValueError(
             f"{name} must be on the device of query, {query.device}, got {state.device}"

@@ -504,7 +504,7 @@ def linear_attention(
     out = torch.cat(outs, dim=1)
     denominator = torch.ones_like(out[..., :1])
     if normalize:
-        denominator = out[..., -1:] + torch.where(out[..., -1:] < 0, -eps, eps)
+        denominator = out[..., -1:] + torch.where(out[..., -1:] < 0, -1.0, 1.0).to(out) * eps
         out = out[..., :-1] / denominator
     results = [out]
     if return_denominator:

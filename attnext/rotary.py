@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .arguments import DTYPE_NAMES, check_integer, under_autocast
+from .arguments import DTYPE_NAMES, check_dense, check_integer, finite_number, under_autocast
 from .ops import DTYPES, accumulator_dtype
 
 
@@ -50,6 +48,7 @@ def rotary_embedding(x: Tensor, *, base: float = 10000.0, offset: int = 0) -> Te
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
         raise TypeError(f"x must be one of {DTYPE_NAMES}, got {x.dtype}")
+    check_dense("x", x)
     rank = x.dim() - 3
     if not 1 <= rank <= 3:
         raise ValueError(
@@ -61,10 +60,8 @@ def rotary_embedding(x: Tensor, *, base: float = 10000.0, offset: int = 0) -> Te
             f"x must have a head_dim that is a multiple of {2 * rank}, two for each token axis, "
             f"got {x.shape[-1]}"
         )
-    if isinstance(base, bool) or not isinstance(base, int | float):
-        raise TypeError(f"base must be a number, got {base!r}")
-    if not 0 < base < math.inf:
-        raise ValueError(f"base must be finite and positive, got {base}")
+    if finite_number("base", base) <= 0:
+        raise ValueError(f"base must be positive, got {base}")
     check_integer("offset", offset, 0)
 
     count = x.shape[-1] // (2 * rank)

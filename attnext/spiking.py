@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.functional import elu
 
-from .arguments import DTYPE_NAMES, check_integer, kind_of, under_autocast
+from .arguments import (
+    DTYPE_NAMES,
+    check_dense,
+    check_integer,
+    finite_number,
+    kind_of,
+    under_autocast,
+    without_autocast,
+)
 from .autograd import differentiable_once
 from .based import check_heads
 from .linear import linear_attention
@@ -119,6 +127,7 @@ def lif_spikes(
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
         raise TypeError(f"x must be one of {DTYPE_NAMES}, got {x.dtype}")
+    check_dense("x", x)
     if x.dim() < 2 or x.shape[1] < 1:
         raise ValueError(f"x must be [batch, time, ...] with time at least 1, got {tuple(x.shape)}")
     for name, number, least in (
@@ -126,10 +135,8 @@ def lif_spikes(
         ("threshold", threshold, 0.0),
         ("surrogate_slope", surrogate_slope, 0.0),
     ):
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            raise TypeError(f"{name} must be a number, got {number!r}")
-        if not least <= number < math.inf:
-            raise ValueError(f"{name} must be finite and at least {least:g}, got {number}")
+        if finite_number(name, number) < least:
+            raise ValueError(f"{name} must be at least {least:g}, got {number}")
     if not isinstance(output_membrane, bool):
         raise TypeError(f"output_membrane must be a bool, got {output_membrane!r}")
     acc = accumulator_dtype(x.dtype)
@@ -194,6 +201,7 @@ def spiking_attention(
     for name, t in (("query", query), ("key", key), ("value", value)):
         if not isinstance(t, Tensor) or t.dtype not in DTYPES or t.dtype != query.dtype:
             raise TypeError(f"{name} must be like query one of {DTYPE_NAMES}, got {kind_of(t)}")
+        check_dense(name, t)
         if t.device != query.device:
             raise ValueError(f"{name} must be on {query.device} like query, got {t.device}")
     rank = query.dim() - 3
@@ -203,25 +211,28 @@ def spiking_attention(
             f"value the same but for head_dim, got shapes {tuple(query.shape)}, "
             f"{tuple(key.shape)} and {tuple(value.shape)}"
         )
-    if math.prod(query.shape[-2:]) % (2 * rank):
+    channels = math.prod(query.shape[-2:])
+    if channels < 1 or channels % (2 * rank):
         raise ValueError(
             f"query must have a multiple of {2 * rank} channels in all heads together, got "
-            f"{math.prod(query.shape[-2:])}"
+            f"{channels}"
         )
-    if isinstance(eps, bool) or not isinstance(eps, int | float):
-        raise TypeError(f"eps must be a number, got {eps!r}")
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps must be finite and not negative, got {eps}")
+    if finite_number("eps", eps) < 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
     acc = accumulator_dtype(query.dtype)
     features = [elu(x.to(acc)) + 1 for x in (query, key)]
-    turned_q, turned_k = (
-        rotary_embedding(x.flatten(-2)[..., None, :], base=base).reshape(x.shape).flatten(1, rank)
-        for x in features
-    )
+    with without_autocast(query):
+        turned_q, turned_k = (
+            rotary_embedding(x.flatten(-2)[..., None, :], base=base)
+            .reshape(x.shape)
+            .flatten(1, rank)
+            for x in features
+        )
     plain_q, plain_k = (x.flatten(1, rank) for x in features)
     scale = 1 / max(plain_q.shape[1], 1)
     values = value.to(acc).flatten(1, rank)
-    mixed = linear_attention(turned_q, turned_k, values, is_causal=False, scale=scale)
+    with without_autocast(query):
+        mixed = linear_attention(turned_q, turned_k, values, is_causal=False, scale=scale)
     total = (plain_q * plain_k.sum(1, keepdim=True)).sum(-1, keepdim=True) * scale + eps
     return (mixed / total).to(query.dtype).unflatten(1, query.shape[1 : rank + 1])
 

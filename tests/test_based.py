@@ -2,6 +2,8 @@
 """BASED: the hybrid against weights written down, decoding against prefill, blocks against their
 formula."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -81,6 +83,12 @@ def test_nothing_to_decode():
     assert layer(torch.randn(2, 0, 8)).shape == (2, 0, 8)
     out, kept = layer.prefill(torch.randn(2, 0, 8))
     assert out.shape == (2, 0, 8) and kept.shape == (2, 2, 16) and not kept.any()
+    for mixer in MIXERS:
+        block, x = block_of(mixer), normal(2, 5, 24)
+        _, kept = block.prefill(x)
+        again = copy.deepcopy(kept)  # it hangs on no graph
+        assert block.step(x[:, :0], kept).shape == (2, 0, 24)
+        assert torch.equal(block.step(x[:, :1], kept), block.step(x[:, :1], again))
 
 
 def test_sums_that_a_half_cannot_hold():
@@ -158,6 +166,22 @@ def test_compiled_and_autocast():
         same_cache(other, cache)
         after = based_attention_step(*new, other)
     assert torch.equal(out, expected) and after.dtype == torch.bfloat16
+
+
+def test_a_step_under_autocast_keeps_its_sums():
+    """Of 70,000 weights of 1, which a half cannot hold, and unrounded."""
+    tokens = 70001
+    query = torch.zeros(1, tokens, 1, 4)
+    value = 1 + normal(1, tokens, 1, 2, dtype=torch.float32) / 100
+    whole = [x.half() for x in (query, query, value)]
+    _, cache = based_attention(*(x[:, :-1] for x in whole), 2, output_final_cache=True)
+    other = copy.deepcopy(cache)
+    last = [x[:, -1:] for x in whole]
+    expected = based_attention_step(*last, cache)
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert torch.equal(based_attention_step(*(x.float() for x in last), other), expected)
+    assert expected.isfinite().all()
+    same_cache(cache, other, 0)
 
 
 # ---- positions -----------------------------------------------------------------------------------

@@ -414,6 +414,14 @@ WRONG = {
     ),
     # tensors of another kind
     "sparse": (lambda: swa(2, q=x(*LINE).to_sparse()), TypeError, "query must be a dense tensor"),
+    "nested": (
+        lambda: swa(2, q=torch.nested.nested_tensor([x(6, 2, 4)])), TypeError,
+        "query must be a dense tensor, got a nested tensor",
+    ),
+    "nested key": (
+        lambda: swa(2, k=torch.nested.nested_tensor([x(6, 2, 4)])), TypeError,
+        "key must be a dense tensor, got a nested tensor",
+    ),
     "sparse key": (lambda: swa(2, k=x(*LINE).to_sparse()), TypeError, "key must be a dense tensor"),
     "cu_seqlens elsewhere": (
         lambda: swa(2, cu_seqlens_q=cu(0, 6).to("meta")), ValueError,

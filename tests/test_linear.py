@@ -374,6 +374,13 @@ def test_more_rows_than_a_grid_has():
 # ---- traps ---------------------------------------------------------------------------------------
 
 
+def test_reference_keeps_the_digits_of_eps():
+    one = torch.ones(1, 1, 1, 1, dtype=F64)
+    options = {"scale": 1.0, "normalize": True, "eps": 0.1, "return_denominator": True}
+    assert reference.linear_attention(one, one, one, **options)[1].item() == 1.1
+    assert reference.linear_attention(-one, one, one, **options)[1].item() == -1.1
+
+
 @pytest.mark.parametrize("kind", ["zero", "steep", "mixed", "never", "slow"])
 @pytest.mark.parametrize("name", ["identity", "taylor2, decayed, normalized", "delta"])
 @pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)

@@ -11,12 +11,19 @@ from linear_problems import (
     assert_same,
     evaluate,
     form,
+    normal,
     problem,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnext
-from attnext import linear_attention, linear_attention_step
+from attnext import (
+    linear_attention,
+    linear_attention_step,
+    taylor_state_from_plain,
+    taylor_state_to_plain,
+)
+from attnext.linear_ops import num_features
 from attnext.testing import available_isas, isa
 
 # ---- as torch sees it ----------------------------------------------------------------------------
@@ -118,6 +125,35 @@ def test_compiled_step():
     given_state = tensors["state"].clone()
     assert torch.equal(compiled(**{**tensors, "state": given_state}, **options), expected)
     assert not torch.equal(given_state, tensors["state"])
+
+
+def test_plain_state_of_meta_tensors():
+    plain = taylor_state_to_plain(torch.zeros(2, 15, 3, device="meta"), 4)
+    assert plain.is_meta and plain.shape == (2, 21, 3)
+    assert taylor_state_from_plain(plain, 4).shape == (2, 15, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("feature_map", ["elu", "taylor2"])
+def test_a_step_without_a_state_gives_zeros(feature_map, dtype):
+    """Padding, whatever it would have been divided by; its neighbour has what it has alone."""
+    q, k = (normal(2, 3, 2, 5, dtype=dtype, seed=s) for s in (1, 2))
+    v = normal(2, 3, 2, 19, dtype=dtype, seed=3)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    state = torch.rand(3, 2, num_features(feature_map, 5), 20, dtype=acc)
+    options = {"feature_map": feature_map, "normalize": True, "eps": 0.0}
+    alone = linear_attention_step(q[:1], k[:1], v[:1], state[1:2].clone(), **options)
+    out = linear_attention_step(q, k, v, state, slots=torch.tensor([1, -1]), **options)
+    assert torch.equal(out[:1], alone) and not out[1].any()
+
+
+def test_a_state_that_overlaps_itself_is_copied():
+    state = torch.rand(100).as_strided((1, 2, 4, 5), (1, 1, 1, 1))
+    tensors = [normal(1, 1, 2, dim, dtype=torch.float32, seed=dim) for dim in (4, 4, 5)]
+    out, after = linear_attention_step(*tensors, state, in_place=False)
+    expected = state.contiguous()
+    assert torch.equal(out, linear_attention_step(*tensors, expected))
+    assert torch.equal(after, expected)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -284,7 +320,22 @@ WRONG = {
         lambda: attend(return_denominator=True), ValueError, "return_denominator needs normalize",
     ),
     "output_final_state": (lambda: attend(output_final_state=2), TypeError, "output_final_state"),
-    "eps": (lambda: attend(eps=-1.0), ValueError, "eps must be finite and not negative, got -1"),
+    "eps": (lambda: attend(eps=-1.0), ValueError, "eps must not be negative, got -1"),
+    "eps size": (lambda: attend(normalize=True, eps=10**400), ValueError, "eps must be finite"),
+    "sparse": (lambda: attend(q=x(1, 6, 2, 4).to_sparse()), TypeError, "query must be a dense"),
+    "nested": (
+        lambda: attend(k=torch.nested.nested_tensor([x(6, 2, 4)])), TypeError,
+        "key must be a dense tensor, got a nested tensor",
+    ),
+    "sparse decay": (lambda: attend(decay=x(2).to_sparse()), TypeError, "decay must be a dense"),
+    "sparse state": (
+        lambda: attend(initial_state=x(1, 2, 4, 4).to_sparse()), TypeError,
+        "initial_state must be a dense tensor",
+    ),
+    "sparse cu_seqlens": (
+        lambda: attend(cu_seqlens=torch.tensor([0, 6], dtype=torch.int32).to_sparse()), TypeError,
+        "cu_seqlens must be a dense tensor",
+    ),
     "eps type": (lambda: attend(eps="0"), TypeError, "eps must be a number"),
     "scale": (lambda: attend(scale=float("nan")), ValueError, "scale must be finite, got nan"),
     "scale type": (lambda: attend(scale=x(2)), TypeError, "scale must be a number"),

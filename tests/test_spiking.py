@@ -116,6 +116,23 @@ def test_attention(extents):
     assert torch.autograd.gradcheck(spiking_attention, leaves, fast_mode=True)
 
 
+def test_attention_under_autocast():
+    """As with inputs of that precision, and what lies between them is no half: sums of 64 times
+    1000 would not fit."""
+    ones, large = torch.ones(1, 64, 1, 64), torch.full((1, 64, 1, 4), 1000.0)
+    query, key = (spikes(1, 3, 4, 2, 4, seed=s).float() for s in (1, 2))
+    value = normal(1, 3, 4, 2, 5, dtype=torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(spiking_attention, fullgraph=True, backend="aot_eager")
+    for dtype in (torch.float16, torch.bfloat16):
+        for tensors in ((ones, ones, large), (query, key, value)):
+            expected = spiking_attention(*(x.to(dtype) for x in tensors))
+            assert expected.isfinite().all()
+            with torch.autocast("cpu", dtype=dtype):
+                assert torch.equal(spiking_attention(*tensors), expected)
+                assert torch.equal(compiled(*tensors), expected)
+
+
 def test_vmap_of_neurons():
     x = torch.randn(3, 2, 4, 5)
     for f in (attnext.lif_spikes, torch.func.grad(lambda y: attnext.lif_spikes(y).sum())):
@@ -224,7 +241,7 @@ WRONG = {
     "no tensor": (lambda: lif_spikes([1.0]), TypeError, "x must be a tensor, got list"),
     "integers": (lambda: lif_spikes(x(1, 2).long()), TypeError, "x must be one of .*int64"),
     "no time": (lambda: lif_spikes(x(3)), ValueError, r"x must be \[batch, time.*\(3,\)"),
-    "tau": (lambda: lif_spikes(x(1, 2), tau=0.5), ValueError, "tau must be .* at least 1, got 0.5"),
+    "tau": (lambda: lif_spikes(x(1, 2), tau=0.5), ValueError, "tau must be at least 1, got 0.5"),
     "threshold": (lambda: lif_spikes(x(1, 2), threshold="1"), TypeError, "threshold must be a num"),
     "slope": (
         lambda: lif_spikes(x(1, 2), surrogate_slope=float("inf")), ValueError, "surrogate_slope",
@@ -241,7 +258,18 @@ WRONG = {
     "pairs": (
         lambda: attend(*(x(1, 2, 2, 1, 6),) * 3), ValueError, "multiple of 4 channels.*got 6",
     ),
-    "eps": (lambda: attend(eps=-1), ValueError, "eps must be finite and not negative"),
+    "eps": (lambda: attend(eps=-1), ValueError, "eps must not be negative, got -1"),
+    "eps size": (lambda: attend(eps=10**400), ValueError, "eps must be finite"),
+    "tau size": (lambda: lif_spikes(x(1, 2), tau=10**400), ValueError, "tau must be finite"),
+    "no heads": (
+        lambda: attend(*(x(1, 2, 0, 2),) * 3), ValueError, "query must have a multiple of 2 .* 0",
+    ),
+    "no channels": (
+        lambda: attend(x(1, 2, 2, 0), x(1, 2, 2, 0), x(1, 2, 2, 3)), ValueError,
+        "query must have a multiple of 2 .* 0",
+    ),
+    "sparse": (lambda: attend(x(1, 6, 2, 4).to_sparse()), TypeError, "query must be a dense"),
+    "sparse x": (lambda: lif_spikes(x(1, 2).to_sparse()), TypeError, "x must be a dense tensor"),
     "eps type": (lambda: attend(eps=None), TypeError, "eps must be a number"),
     "layer dim": (lambda: attnext.SpikingAttention(6, 2, (2, 2)), ValueError, "multiple of 4"),
     "layer grid": (lambda: attnext.SpikingAttention(8, 2, 4), TypeError, "grid must be a tuple"),

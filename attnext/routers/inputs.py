@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_flag, check_integer, check_sequences, kind_of
+from ..arguments import check_flag, check_integer, check_sequences, finite_number, kind_of
 from ..ops import accumulator_dtype
 from ..slices import slices
 
@@ -28,9 +28,7 @@ def check_choice(name: str, x: Any, allowed: tuple[str, ...]) -> None:
 
 
 def check_number(name: str, x: Any, low: float, high: float) -> None:
-    if isinstance(x, bool) or not isinstance(x, int | float):
-        raise TypeError(f"{name} must be a number, got {x!r}")
-    if not low <= x <= high:
+    if not low <= finite_number(name, x) <= high:
         raise ValueError(f"{name} must be between {low} and {high}, got {x}")
 
 

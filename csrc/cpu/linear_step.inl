@@ -34,10 +34,13 @@ class LinearStep {
     for (int64_t t = 0; t < p_.tokens; ++t) {
       if (state) {
         token(batch, head, t, state);
+        store_out(batch, head, t);
       } else {
-        for (int64_t c = 0; c < p_.state_columns(); ++c) out_[c] = 0;
+        T* const out = row<T>(p_.out, batch, head, t, p_.heads);
+        for (int64_t c = 0; c < p_.head_dim_v; c += kLanes) {
+          narrow_part(out + c, VecOf<Acc>{}, p_.head_dim_v - c);
+        }
       }
-      store_out(batch, head, t);
     }
   }
 
