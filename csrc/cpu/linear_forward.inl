@@ -45,6 +45,7 @@ class LinearForward : public LinearHead<T> {
     score_room_ = room(chunk * ld);
     state_room_ = room((features + 1) * width);
     feature_room_ = room(max64((features + 1) * ld, (chunk + 1) * row_ld_));
+    if (constant_apart()) constants_ = arena_.take(chunk * width);
     if (p.delta()) {
       keys_ = arena_.take(chunk * ld);
       beta_ = arena_.take(ld);
@@ -93,6 +94,10 @@ class LinearForward : public LinearHead<T> {
   static constexpr int64_t kBlock = kRowBlock<Elem>;  // rows of scores at a time
 
   static constexpr int64_t kDepth = Contraction<Elem>::kDepth;
+  // A constant feature is most of a Taylor product of small scores. Rounded to bf16 with the
+  // others, in the state and in the scores, it alone would cost as much as an output's own
+  // rounding; as a sum of values, which it is, it needs no product.
+  bool constant_apart() const { return kDepth == 2 && taylor(); }
   Elem* room(int64_t numbers) {
     return kDepth == 1 ? nullptr : reinterpret_cast<Elem*>(arena_.take(numbers / kDepth + 1));
   }
@@ -197,13 +202,6 @@ class LinearForward : public LinearHead<T> {
     constexpr bool kInRows = kTokens == By::kRows;
     const int64_t lanes = whole_vectors<Acc>(count), dim = p.head_dim;
     const int64_t query_ld = kInRows ? row_ld_ / kDepth : ld;
-    const Elem *query, *feature;
-    if constexpr (kInRows) {
-      query = feature = along_lanes(q_, count, row_ld_, row_ld_, query_room_);
-    } else {
-      query = along_rows(q_, dim, ld, lanes, query_room_);
-      feature = state ? along_rows(qf_, features, ld, lanes, feature_room_) : nullptr;
-    }
     if (p.normalize) {
       for (int64_t i = 0; i < lanes; ++i) sum_[i] = 0;
       if (state && kInRows) {
@@ -212,6 +210,14 @@ class LinearForward : public LinearHead<T> {
         weigh_rows(qf_, features, ld, lanes, this->sums(state), sum_, Mix<Acc>{false});
       }
       if (state && decays()) scale_lanes(sum_, 1, 0, lanes, decay_.from_start);
+    }
+    if (constant_apart()) add_constants(count, state);
+    const Elem *query, *feature;
+    if constexpr (kInRows) {
+      query = feature = along_lanes(q_, count, row_ld_, row_ld_, query_room_);
+    } else {
+      query = along_rows(q_, dim, ld, lanes, query_room_);
+      feature = state ? along_rows(qf_, features, ld, lanes, feature_room_) : nullptr;
     }
     const Elem* const key = p.causal ? along_rows(k_, dim, ld, lanes, key_room_) : nullptr;
     for (int64_t i = 0; p.causal && i < count; i += kBlock) {
@@ -230,11 +236,28 @@ class LinearForward : public LinearHead<T> {
         count, width,
         OutputTerms<Elem>{feature, query_ld, elements<Elem>(features), state ? read : nullptr,
                           decays() ? decay_.from_start : nullptr, scores, ld / kDepth, value_,
-                          width, this->outer_scale()},
+                          width, constants_, this->outer_scale()},
         to, step, &ahead_);
     if (p.normalize) divide(t, count, to, step);
     for (int64_t i = 0; !in_place && i < count; ++i) {
       narrow_row(to + i * step, columns, out + i * this->step(p.out));
+    }
+  }
+
+  // constants_ = the sum of the values up to each token, decayed as the state is; of all, if it is
+  // not causal. The queries' constant feature becomes 0.
+  void add_constants(int64_t count, const Acc* state) {
+    for (int64_t i = 0; i < ld; i += kLanes) store(qf_ + i, VecOf<Acc>{});
+    const Acc* before = state;  // its first row
+    for (int64_t i = 0; i < count; ++i) {
+      Acc* const row = constants_ + i * width;
+      const Acc left = decays() ? decay_.left_after(i) : Acc(1);
+      for (int64_t c = 0; c < width; c += kLanes) {
+        VecOf<Acc> sum = before ? load(before + c) * left : VecOf<Acc>{};
+        if (p.causal) sum += load(v_ + i * width + c);
+        store(row + c, sum);
+      }
+      before = row;
     }
   }
 
@@ -251,16 +274,21 @@ class LinearForward : public LinearHead<T> {
       VecOf<Acc> total{};
       for (int64_t j = 0; j < seen; j += kLanes) {
         VecOf<Acc> s = load(row + j);
+        VecOf<Acc> all = s;
         if (taylor()) {
           s *= scale;
-          s = (s * Acc(0.5) + Acc(1)) * s + Acc(1);
+          const VecOf<Acc> slope = s * Acc(0.5) + Acc(1);
+          all = slope * s + Acc(1);
+          s = constant_apart() ? slope * s : all;
         }
-        if (decays()) s *= load(weights_ + j);
+        if (decays()) s *= load(weights_ + j), all *= load(weights_ + j);
         if (j + kLanes > i + 1) {
-          s = select_bits<Acc>((uint64_t(2) << (i - j)) - 1, s, VecOf<Acc>{});
+          const uint64_t seen_bits = (uint64_t(2) << (i - j)) - 1;
+          s = select_bits<Acc>(seen_bits, s, VecOf<Acc>{});
+          all = select_bits<Acc>(seen_bits, all, VecOf<Acc>{});
         }
         store(row + j, s);
-        total += s;
+        total += all;
       }
       if (p.normalize) sum_[i] += add_lanes<Acc>(total);
     }
@@ -313,7 +341,7 @@ class LinearForward : public LinearHead<T> {
   Ahead ahead_;
   Scratch<Acc> arena_;
   ChunkDecay<Acc> decay_;
-  Acc *q_, *k_, *qf_, *kf_, *v_, *out_, *scores_, *sum_, *weights_;
+  Acc *q_, *k_, *qf_, *kf_, *v_, *out_, *scores_, *sum_, *weights_, *constants_ = nullptr;
   Acc *keys_ = nullptr, *beta_ = nullptr, *u_ = nullptr, *earlier_ = nullptr;
   const Elem *value_ = nullptr, *read_ = nullptr;
   // Room for operands as pairs; null for numbers.

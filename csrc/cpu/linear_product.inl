@@ -217,8 +217,9 @@ struct OutputTerms {
   const Elem* score;          // null: only features times the state
   int64_t score_ld;
   const Elem* value;
-  int64_t ld;         // of states and values
-  AccOf<Elem> scale;  // of the sum
+  int64_t ld;                   // of states and values
+  const AccOf<Elem>* constant;  // null: 0
+  AccOf<Elem> scale;            // of the sum
 };
 
 // Rows from m and columns from n on; `c` points at the first.
@@ -246,7 +247,10 @@ ATTNEXT_INLINE void output_tile(const OutputTerms<Elem>& x, int64_t m, int64_t n
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) store(c + i * ldc + j * kLanes, acc[i][j] * x.scale);
+    for (int j = 0; j < N; ++j) {
+      if (x.constant) acc[i][j] += load(x.constant + (m + i) * x.ld + n + j * kLanes);
+      store(c + i * ldc + j * kLanes, acc[i][j] * x.scale);
+    }
   }
 }
 
@@ -278,6 +282,12 @@ void outputs(int64_t rows, int64_t columns, const OutputTerms<Elem>& x, AccOf<El
     for (int64_t m = 0; x.score && m < rows; m += kRowBlock<Elem>) {
       product_lower(m, min64(kRowBlock<Elem>, rows - m), columns, x.score + m * x.score_ld,
                     x.score_ld, x.value, x.ld, c + m * ldc, ldc, Mix<Acc>{true, 1, x.scale}, ahead);
+    }
+    for (int64_t m = 0; x.constant && m < rows; ++m) {
+      for (int64_t n = 0; n < columns; n += kLanes) {
+        Acc* const to = c + m * ldc + n;
+        store(to, load(to) + load(x.constant + m * x.ld + n) * x.scale);
+      }
     }
     return;
   }
