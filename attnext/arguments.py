@@ -48,6 +48,11 @@ def check_dense(name: str, t: Tensor) -> None:
         raise TypeError(f"{name} must be a dense tensor, got {_layout(t)}")
 
 
+def check_device(name: str, t: Tensor, like: Tensor) -> None:
+    if t.device != like.device:
+        raise ValueError(f"{name} must be on the device of query, {like.device}, got {t.device}")
+
+
 def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> int:
     """Checks the three inputs against each other; returns the number of token axes."""
     for name, t in (("query", query), ("key", key), ("value", value)):

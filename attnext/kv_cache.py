@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .arguments import check_flag, check_integer, check_scale, check_sequences, kind_of
+from .arguments import (
+    check_flag,
+    check_integer,
+    check_scale,
+    check_sequences,
+    kind_of,
+    without_autocast,
+)
 from .functional import sliding_window_attention
 from .ops import DTYPES, accumulator_dtype
 from .plans import INDEX_DTYPES, BlockPlan
@@ -112,7 +119,7 @@ class KVCache:
         rows, heads = self._rows_and_heads()
         at = (rows, indices.to(self.key.device).clamp(min=0).transpose(1, 2), heads)
         self.key[:, :count], self.value[:, :count] = self.key[at], self.value[at]
-        self.lengths = (indices >= 0).sum(-1).to(self.lengths)
+        self.lengths.copy_((indices >= 0).sum(-1))
         self.longest, self._even = count, complete
 
     def attend(
@@ -288,10 +295,12 @@ class StreamingCache:
         check_step(query, key, value, scale)
         check_flag("return_lse", return_lse)
         if key.shape[1] == 1:
+            newest = min(self.seen + 1, self.sinks + self.window_size) - 1
+            asked = rotated(self.rotary, query, torch.full((1,), newest, device=key.device))
             self.append(key, value)
             at = self.positions()
             return sliding_window_attention(
-                rotated(self.rotary, query, at.max(0, keepdim=True).values),
+                asked,
                 rotated(self.rotary, self.key[:, : self.count], at),
                 self.value[:, : self.count],
                 None,
@@ -445,7 +454,8 @@ class LazyEvictionCache:
         acc = accumulator_dtype(query.dtype)
         number = query.shape[-1] ** -0.5 if scale is None else scale
         keys = self.rows.key[:, :count].permute(0, 2, 3, 1).to(acc)  # [B, Hkv, D, n]
-        logits = query[:, 0].to(acc).unflatten(1, (-1, group)) @ keys * number
+        with without_autocast(query):
+            logits = query[:, 0].to(acc).unflatten(1, (-1, group)) @ keys * number
         hit = logits.flatten(1, 2) >= (lse[:, 0, :, None] + math.log(self.alpha))
         last, longest = self.last_hit[:, :, :count], self.interval[:, :, :count]
         longest.copy_(torch.where(hit, torch.maximum(longest, self.steps - last), longest))

@@ -17,6 +17,7 @@ from .arguments import (
     check_sequences,
     kind_of,
     under_autocast,
+    without_autocast,
 )
 from .autograd import differentiable_once
 from .functional import sliding_window_attention
@@ -104,7 +105,7 @@ def landmark_attention(
         if query.device.type == "cpu" and sections.longest() <= _LONGEST:
             out, lse = _walked(query, key, value, is_landmark, scale)
         else:
-            with torch.autocast(query.device.type, enabled=False):
+            with without_autocast(query):
                 out, lse = _Dense.apply(query, key, value, sections, scale, acc)
     else:
         out, lse = _retrieved(query, key, value, sections, topk, scale)
@@ -204,6 +205,11 @@ class _Dense(torch.autograd.Function):
     @staticmethod
     @differentiable_once("landmark_attention")
     def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> Any:
+        with without_autocast(dout):  # it may be called under one
+            return _Dense._gradients(ctx, dout, dlse)
+
+    @staticmethod
+    def _gradients(ctx: Any, dout: Tensor, dlse: Tensor) -> Any:
         query, key, value = ctx.saved_tensors
         sections, scale, acc = ctx.problem
         keys, values = _heads_first(key, acc), _heads_first(value, acc)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import check_flag, kind_of
+from .arguments import check_flag, finite_number, kind_of
 from .ops import accumulator_dtype
 
 MODES = ("lse", "softmax", "sigmoid", "raw", "scaled", "lerp")
@@ -177,8 +177,7 @@ def _check_gates(gates: Any, outputs: Sequence[Tensor], mode: str) -> None:
         return
     rows = tuple(outputs[0].shape[:-1])
     if mode in _PAIRS and isinstance(gates, int | float) and not isinstance(gates, bool):
-        if not -math.inf < gates < math.inf:
-            raise ValueError(f"gates must be finite, got {gates}")
+        finite_number("gates", gates)
         return
     if not isinstance(gates, Tensor) or not gates.is_floating_point():
         kinds = "a number or a floating-point tensor" if mode in _PAIRS else "a floating-point"

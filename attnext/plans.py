@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .arguments import check_integer, kind_of
+from .constants import constant
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 
@@ -63,23 +63,24 @@ class Blocks:
             TypeError or ValueError, naming the argument.
         """
         extents = per_axis("extent", extent, None, 0)
+        _check_tokens("extent", extents)
         sizes = per_axis("size", size, len(extents), 1)
         return _blocks(extents, sizes, torch.device("cpu" if device is None else device))
 
 
-@functools.lru_cache(maxsize=256)
+@constant(maxsize=256)
 def _blocks(extents: tuple[int, ...], sizes: tuple[int, ...], device: torch.device) -> Blocks:
     grid = tuple(-(-n // s) for n, s in zip(extents, sizes, strict=True))
     with torch.inference_mode(False):
         if len(extents) == 1:
-            edges = torch.arange(grid[0] + 1, dtype=torch.int32) * sizes[0]
-            return Blocks(extents, edges.clamp(max=extents[0]).to(device), None, grid)
-        raster = torch.arange(math.prod(extents), dtype=torch.int32).reshape(extents)
+            edges = torch.arange(grid[0] + 1, device="cpu") * sizes[0]
+            return Blocks(extents, edges.clamp(max=extents[0]).int().to(device), None, grid)
+        raster = torch.arange(math.prod(extents), dtype=torch.int32, device="cpu").reshape(extents)
         boxes = [
             raster[tuple(slice(i * s, (i + 1) * s) for i, s in zip(box, sizes, strict=True))]
             for box in itertools.product(*map(range, grid))
         ]
-        counts = torch.tensor([0, *(box.numel() for box in boxes)])
+        counts = torch.tensor([0, *(box.numel() for box in boxes)], device="cpu")
         order = torch.cat([box.flatten() for box in boxes]) if boxes else raster.flatten()
         return Blocks(extents, counts.cumsum(0).int().to(device), order.to(device), grid)
 
@@ -180,7 +181,7 @@ class BlockPlan:
                 f"ends must have the shape of starts, {tuple(starts.shape)}, got "
                 f"{tuple(ends.shape)}"
             )
-        plan = BlockPlan(queries, keys, _int32(starts), _int32(ends), bias=bias)
+        plan = BlockPlan(queries, keys, *_int32_spans(starts, ends), bias=bias)
         _check_bias(plan)
         return plan
 
@@ -257,12 +258,18 @@ def _both(
 
 def _blocks_of(name: str, extent: Any, block: Any, device: Any) -> Blocks:
     extents = per_axis(f"{name}_extent", extent, None, 0)
+    _check_tokens(f"{name}_extent", extents)
     if isinstance(block, Blocks):
         if block.extent != extents:
             raise ValueError(f"{name}_block must be of {extents} tokens, got {block.extent}")
         return block
     sizes = per_axis(f"{name}_block", block, len(extents), 1)
     return _blocks(extents, sizes, torch.device("cpu") if device is None else device)
+
+
+def _check_tokens(name: str, extents: tuple[int, ...]) -> None:
+    if math.prod(extents) >= 2**31:
+        raise ValueError(f"{name} must have less than 2**31 tokens, got {extents}")
 
 
 def per_axis(name: str, x: Any, rank: int | None, minimum: int) -> tuple[int, ...]:
@@ -311,3 +318,12 @@ def _int32(t: Tensor) -> Tensor:
     if t.dtype == torch.int32:
         return t.contiguous()
     return t.clamp(-(2**31), 2**31 - 1).int().contiguous()
+
+
+def _int32_spans(starts: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of spans: those of something stay so."""
+    if starts.dtype == ends.dtype == torch.int32:
+        return starts.contiguous(), ends.contiguous()
+    first = starts.clamp(-(2**31), 2**31 - 2)
+    last = torch.where(ends > starts, ends.clamp(1 - 2**31, 2**31 - 1), first)
+    return first.int().contiguous(), last.int().contiguous()

@@ -98,7 +98,7 @@ def packed_blocks(cu_seqlens: Tensor, size: int) -> tuple[Blocks, Tensor]:
         raise ValueError(f"cu_seqlens must rise from 0, got {ends.tolist()[:8]}")
     counts = -(-lengths // size)
     first = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    within = torch.arange(int(first[-1])) - first[:-1].repeat_interleave(counts)
+    within = torch.arange(int(first[-1]), device="cpu") - first[:-1].repeat_interleave(counts)
     offsets = torch.cat([ends[:-1].repeat_interleave(counts) + within * size, ends[-1:]])
     device = cu_seqlens.device
     return Blocks((int(ends[-1]),), offsets.int().to(device)), first.int().to(device)

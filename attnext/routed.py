@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .arguments import (
+    check_device,
     check_flag,
     check_integer,
     check_modifier,
@@ -195,10 +196,10 @@ def _check_plan(plan: BlockPlan, query: Tensor, key: Tensor) -> None:
                 f"plan must be of the {name} tokens, {tuple(t.shape[1:-2])}, got {blocks.extent}"
             )
         _check_blocks(f"plan.{name}_blocks", blocks, t)
-    if plan.lists.device != query.device:
-        raise ValueError(
-            f"plan must be on the device of query, {query.device}, got {plan.lists.device}"
-        )
+    check_device("plan", plan.lists, query)
+    for name, part in (("ends", plan.ends), ("indptr", plan.indptr), ("bias", plan.bias)):
+        if part is not None:
+            check_device(f"plan.{name}", part, query)
     batch, heads = plan.list_shape
     if batch not in (1, query.shape[0]):
         raise ValueError(f"plan must have lists for 1 or {query.shape[0]} batch items, got {batch}")
@@ -255,8 +256,7 @@ def _check_integers(name: str, t: Any, shape: tuple[int, ...], query: Tensor) ->
         raise TypeError(f"{name} must be an int32 or int64 tensor, got {kind_of(t)}")
     if tuple(t.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
-    if t.device != query.device:
-        raise ValueError(f"{name} must be on the device of query, {query.device}, got {t.device}")
+    check_device(name, t, query)
 
 
 def _as_int32(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:

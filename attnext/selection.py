@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .arguments import check_integer, check_scale, kind_of
+from .arguments import check_device, check_integer, check_scale, kind_of, without_autocast
 from .autograd import differentiable_once, refuse_forward_mode
 from .ops import accumulator_dtype
 from .plans import Blocks
@@ -306,7 +306,7 @@ class _Problem:
         kv_heads = c.shape[2]
         q = q * self.scale if self.scale != 1 else q
         grouped = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q):
             s = grouped.flatten(2, 3) @ c.permute(0, 2, 3, 1)
         s = s.unflatten(2, grouped.shape[2:4]).flatten(1, 2)
         if self.score == "relu_wsum":
@@ -368,7 +368,10 @@ def overlaps(windows: Windows, blocks: Blocks | Windows, device: Any) -> tuple[T
     first, past = bounds_of(blocks, device)
     starts, ends = windows.bounds(device)
     count = windows.num_blocks
-    longest = blocks.size if isinstance(blocks, Windows) else int(blocks.counts.max())
+    if isinstance(blocks, Windows):
+        longest = blocks.size
+    else:
+        longest = int(blocks.counts.max()) if blocks.num_blocks else 0
     slots = min(count, (longest + windows.size - 2) // windows.stride + 1)
     low = torch.searchsorted(ends, first, right=True)
     index = low[:, None] + torch.arange(slots, device=device)
@@ -437,11 +440,14 @@ class _Values(torch.autograd.Function):
                 mixed = (given.get(i, t) for i, t in enumerate(wide))
                 return problem.scores(*mixed, low, high, count)
 
-            scores, chain, *_ = torch.func.vjp(scores_of, *(wide[i] for i in wanted))
+            with without_autocast(grad):  # a backward pass may be called under one
+                scores, chain, *_ = torch.func.vjp(scores_of, *(wide[i] for i in wanted))
             chosen = indices[:, :, low:high].long()
             spread = scores.new_zeros(*scores.shape[:-1], count + 1)
             spread.scatter_(-1, torch.where(chosen < 0, count, chosen), grad[:, :, low:high])
-            for total, share in zip(sums, chain(spread[..., :count]), strict=True):
+            with without_autocast(grad):
+                shares = chain(spread[..., :count])
+            for total, share in zip(sums, shares, strict=True):
                 total += share
         of = dict(zip(wanted, sums, strict=True))
         grads = [of[i].to(t.dtype) if i in of else None for i, t in enumerate(tensors)]
@@ -464,6 +470,10 @@ def _checked(
             raise TypeError(f"{name} must be a floating-point tensor, got {kind_of(t)}")
         if t.dim() != 4:
             raise ValueError(f"{name} must be [B, tokens, H, D], got {tuple(t.shape)}")
+    tensors = {"candidates": candidates, "exclude": exclude, "weights": weights, "lse": lse}
+    for name, t in tensors.items():
+        if isinstance(t, Tensor):
+            check_device(name, t, query)
     if candidates.shape[0] != query.shape[0] or candidates.shape[-1] != query.shape[-1]:
         raise ValueError(
             f"candidates must have the batch and head_dim of query, {tuple(query.shape)}, got "

@@ -60,7 +60,7 @@ class Rows:
     def __init__(self, t: Tensor) -> None:
         t, dim = t.detach(), t.shape[-1]
         self.tokens, self.heads = t.shape[1:3]
-        if t.numel() and any(stride % dim for stride in t.stride()[:3]):
+        if t.numel() and (t.stride(3) != 1 or any(stride % dim for stride in t.stride()[:3])):
             t = t.contiguous()
         self._strides = [stride // dim for stride in t.stride()[:3]]
         last = sum((n - 1) * stride for n, stride in zip(t.shape, self._strides, strict=False))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import under_autocast
+from ..arguments import under_autocast, without_autocast
 from ..plans import BlockPlan
 from ..routed import routed_attention
 from .block_sparse import pooled_topk_plan
@@ -144,7 +144,7 @@ def _vertical_slash(
 ) -> Spans:
     batch, num_keys = query.shape[0], key.shape[1]
     last = exact(query[:, -pattern.last :, 0])
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         logits = last @ exact(key[:, :, 0]).transpose(1, 2)
     logits = logits * (query.shape[-1] ** -0.5 if scale is None else scale)
     at = torch.arange(-last.shape[1], 0, device=key.device)[:, None] + num_keys

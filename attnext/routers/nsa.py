@@ -4,7 +4,6 @@ these say matter, and a sliding window, summed by gates."""
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import check_integer, check_scale, check_sequences, kind_of, under_autocast
+from ..constants import constant
 from ..functional import sliding_window_attention
 from ..merging import merge
 from ..plans import BlockPlan, Blocks
@@ -104,7 +104,7 @@ def native_sparse_attention(
     if compressed is None:
         short_key, short_value = (block_pool(x, windows) for x in (key, value))
     else:
-        short_key, short_value = compressed
+        short_key, short_value = compressed = under_autocast(*compressed)
         _check_pair("compressed", compressed, key, value, windows.num_blocks)
     if window_kv is None:
         window_kv = key, value
@@ -141,7 +141,7 @@ def _compressed_branch(
     return out, lse
 
 
-@functools.lru_cache(maxsize=64)
+@constant(maxsize=64)
 def _stairs(num_queries: int, windows: Windows, device: torch.device) -> tuple[Blocks, Tensor]:
     """Blocks of queries that see equally many windows, and how many, ``[1, 1, blocks, 1]``."""
     offset = windows.num_tokens - num_queries

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -12,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from ..arguments import kind_of, under_autocast, without_autocast
+from ..constants import constant
 from ..functional import sliding_window_attention
 from ..merging import merge, merge_attentions
 from ..plans import BlockPlan
@@ -38,8 +39,9 @@ class Spans(NamedTuple):
     ends: Tensor
 
 
-def stripe_table(power: Power, limit: int, factor: Power = 1) -> list[int]:
-    """``floor((i / factor) ** (1 / power))`` for i = 0, 1, ... while it is at most ``limit``.
+def stripe_table(power: Power, limit: int, factor: Power = 1, most: int | None = None) -> list[int]:
+    """``floor((i / factor) ** (1 / power))`` for i = 0, 1, ... while it is at most ``limit``, and i
+    at most ``most``.
 
     In integers: single precision is off by 27 positions within the first 8000 stripes of power
     0.55, and double precision has no guarantee where the root is a whole number.
@@ -50,7 +52,7 @@ def stripe_table(power: Power, limit: int, factor: Power = 1) -> list[int]:
     if c == 0:  # lengths of nothing: no number of tokens makes one
         return table
     i = 0
-    while True:
+    while most is None or i < most:
         i += 1
         # root^below <= (i / factor)^above, multiplied out
         want, unit = (i * c.denominator) ** above, c.numerator**above
@@ -67,14 +69,15 @@ def stripe_table(power: Power, limit: int, factor: Power = 1) -> list[int]:
         while fits(root + 1):
             root += 1
         table.append(root)
+    return table
 
 
-@functools.lru_cache(maxsize=64)
+@constant(maxsize=64)
 def _table(
     power: Fraction, limit: int, factor: Fraction, device: torch.device
 ) -> tuple[list[int], Tensor]:
     # Limits are powers of two: few tables serve a cache that grows.
-    table = stripe_table(power, limit, factor)
+    table = stripe_table(power, limit, factor, limit)
     with torch.inference_mode(False):
         return table, torch.tensor(table, device=device)
 
@@ -118,12 +121,14 @@ def window_of(sw_index: int, search_power: Power) -> int:
     check_integer("sw_index", sw_index, 0)
     power = _power("search_power", search_power)
     root = (sw_index + 1) ** power.denominator
-    n = int((sw_index + 1) ** (power.denominator / power.numerator))
-    while n**power.numerator > root:
-        n -= 1
-    while (n + 1) ** power.numerator <= root:
-        n += 1
-    return n - 1
+    low, high = 0, 1 << (root.bit_length() // power.numerator + 1)
+    while high - low > 1:  # low^numerator <= root < high^numerator
+        middle = (low + high) // 2
+        if middle**power.numerator <= root:
+            low = middle
+        else:
+            high = middle
+    return low - 1
 
 
 def superlinear_search(
@@ -257,7 +262,7 @@ def _shifted_scores(q: Tensor, k: Tensor, first: list[int]) -> Tensor:
         if begin + skip < end:
             keys = exact(k[:, begin + skip : end, :, None])
             to = slice(skip, end - begin)
-            with torch.autocast(q.device.type, enabled=False):
+            with without_autocast(q):
                 scores[i, :, to] = torch.linalg.vecdot(q[:, to], keys)
     return scores.permute(1, 3, 4, 2, 0).flatten(1, 2)
 
@@ -266,7 +271,7 @@ def _gathered_scores(q: Tensor, k: Tensor, at: Tensor) -> Tensor:
     item = torch.arange(k.shape[0], device=k.device)[:, None, None, None]
     head = torch.arange(k.shape[2], device=k.device)[:, None]
     keys = exact(Rows(k)(item, at.clamp(0, k.shape[1] - 1)[:, :, None], head))
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         scores = exact(q) @ keys.transpose(-1, -2)  # [B, n, Hkv, G, anchors]
     return scores.permute(0, 2, 3, 1, 4).flatten(1, 2)
 
@@ -336,7 +341,10 @@ def superlinear_attention(
         >>> superlinear_attention(s, q, k, v, sw_index=3, search_power=0.5).shape
         torch.Size([1, 100, 2, 16])
     """
+    search_query, query, key, value = under_autocast(search_query, query, key, value)
     check_sequences(query, key, value)
+    if not isinstance(search_query, Tensor):
+        raise TypeError(f"search_query must be a tensor, got {kind_of(search_query)}")
     if search_query.shape != query.shape or search_query.dtype != query.dtype:
         raise ValueError(
             f"search_query must have shape and dtype of query, {tuple(query.shape)} and "

@@ -47,6 +47,13 @@ class Problem {
     // Under the delta rule both states are then made twice.
     const bool few = p.delta() ? 2 * rows <= threads : rows < 2 * threads;
     split = threads > 1 && most_segments > 1 && few;
+    // Here and not where parts are taken: a thread of a team may have a limit of its own.
+    part_columns = p.head_dim_v;
+    if (rows < threads) {
+      const int64_t wanted = (threads + rows - 1) / std::max<int64_t>(rows, 1);
+      const int64_t columns = (p.head_dim_v + wanted - 1) / wanted;
+      part_columns = (columns + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
+    }
   }
 
   int64_t length(int64_t n) const { return p.sequences[n].end - p.sequences[n].begin; }
@@ -71,11 +78,11 @@ class Problem {
 
   // Under the delta rule chunks do not add up, but columns of the values know nothing of each
   // other: in how many parts a row is worked on, and one of these.
-  int64_t parts() const { return (p.head_dim_v + part_columns() - 1) / part_columns(); }
+  int64_t parts() const { return (p.head_dim_v + part_columns - 1) / part_columns; }
   LinearItem part(int64_t r, int64_t i) const {
     LinearItem item = row(r);
-    item.column = i * part_columns();
-    item.columns = std::min(part_columns(), p.head_dim_v - item.column);
+    item.column = i * part_columns;
+    item.columns = std::min(part_columns, p.head_dim_v - item.column);
     return item;
   }
 
@@ -121,15 +128,8 @@ class Problem {
     }
   }
 
-  int64_t part_columns() const {
-    if (serial || rows >= max_threads()) return p.head_dim_v;
-    const int64_t wanted = (max_threads() + rows - 1) / std::max<int64_t>(rows, 1);
-    const int64_t columns = (p.head_dim_v + wanted - 1) / wanted;
-    return (columns + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
-  }
-
   const int64_t rows, state_bytes;
-  int64_t most_segments = 0, most_chunk = 1;
+  int64_t most_segments = 0, most_chunk = 1, part_columns;
   bool serial, split;
 };
 
