@@ -105,13 +105,29 @@ class KVCache:
             raise ValueError(
                 f"indices must name at most {self.key.shape[1]} rows, the capacity, got {count}"
             )
-        if not is_compiling() and bool(
-            (indices.to(self.key.device) >= self.lengths[..., None]).any()
-        ):
-            raise ValueError(
-                f"indices must be below the rows of their heads, {self.lengths.tolist()}, got "
-                f"up to {int(indices.max())}"
-            )
+        if not is_compiling():
+            here = indices.to(self.key.device)
+            none = here < 0
+            # One look at the device: too large, too small, a row behind none, none of a whole.
+            wrong = torch.stack(
+                [
+                    (here >= self.lengths[..., None]).any(),
+                    (here < -1).any(),
+                    (none[..., :-1] & ~none[..., 1:]).any(),
+                    none.any() if complete else none.new_zeros(()),
+                ]
+            ).tolist()
+            if wrong[0]:
+                raise ValueError(
+                    f"indices must be below the rows of their heads, {self.lengths.tolist()}, got "
+                    f"up to {int(indices.max())}"
+                )
+            if wrong[1]:
+                raise ValueError(f"indices must be at least -1, got {int(indices.min())}")
+            if wrong[2]:
+                raise ValueError("indices must have -1 only behind all others of a head")
+            if wrong[3]:
+                raise ValueError("indices must not have -1 with complete=True")
         self._keep(indices, complete)
 
     def _keep(self, indices: Tensor, complete: bool) -> None:

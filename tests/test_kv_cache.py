@@ -339,6 +339,11 @@ def test_a_refused_step_changes_nothing():
             tried.step(None, *second[1:])
         with pytest.raises(TypeError, match="return_lse"):
             tried.step(*second, return_lse=1)
+        if hasattr(tried, "rotary"):
+            tried.rotary = lambda x, positions: x[..., :4]
+            with pytest.raises(ValueError, match="rotary must keep shape"):
+                tried.step(*second)
+            tried.rotary = None
         assert torch.equal(plain.step(*second), tried.step(*second))
 
 
@@ -359,5 +364,40 @@ def test_rows_that_are_not_there_cannot_be_kept():
     for index in (10, 15, 25):
         with pytest.raises(ValueError, match="indices must be below the rows"):
             cache.keep(torch.tensor([[[0, index], [1, 2]]]))
+    for index, options, match in (
+        ([[-1, 3], [1, 2]], {}, "-1 only behind"),
+        ([[3, -2], [1, 2]], {}, "at least -1, got -2"),
+        ([[3, -1], [1, 2]], {"complete": True}, "complete"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            cache.keep(torch.tensor([index]), **options)
+    assert cache.lengths.tolist() == [[10, 10]]
     cache.keep(torch.tensor([[[0, 9], [1, -1]]]))
     assert cache.lengths.tolist() == [[2, 1]]
+
+
+def test_a_cache_kept_in_inference_mode_goes_on():
+    cache = attnext.KVCache(1, 20, 2, 8)
+    tokens = [torch.randn(1, 5, 2, 8) for _ in range(2)]
+    cache.append(*tokens)
+    with torch.inference_mode():
+        cache.keep(torch.tensor([[[0, 1], [1, -1]]]))
+    cache.append(*tokens)
+    assert cache.longest == 7 and cache.lengths.tolist() == [[7, 6]]
+
+
+def test_hits_are_those_of_exact_logits_under_autocast():
+    def run(autocast):
+        cache = LazyEvictionCache(
+            1, 600, 1, 1, 64, budget=128, window_size=8, alpha=5e-4, dtype=torch.bfloat16
+        )
+        keys = normal(1, 400, 1, 64, seed=3, dtype=torch.bfloat16)
+        cache.prefill(keys, keys)
+        for i in range(6):
+            x, y = (normal(1, 1, 1, 64, seed=s + i, dtype=torch.bfloat16) for s in (10, 20))
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                cache.step(3 * x, y, y)
+        return cache.last_hit, cache.interval
+
+    for one, other in zip(run(False), run(True), strict=True):
+        assert torch.equal(one, other)

@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnext
@@ -447,3 +448,64 @@ def test_binary_refuses_what_does_not_fit():
             attnext._C.routed_forward(tuple(given), out, lse)
     with pytest.raises((ValueError, TypeError)):
         attnext._C.routed_forward(tuple(good), out[..., :3], lse)
+
+
+def test_plans_on_another_device():
+    query = torch.randn(1, 40, 2, 8)
+    lists = torch.zeros(1, 1, 5, 2, dtype=torch.int32)
+    bias = torch.randn(1, 1, 5, 2, device="meta")
+    rows = torch.arange(6).reshape(1, 1, 6)
+    for name, plan in (
+        ("ends", BlockPlan.of_spans(lists, (lists + 8).to("meta"), 40, 8)),
+        ("bias", BlockPlan.of(lists, 40, 8, bias=bias)),
+        ("indptr", BlockPlan.of_csr(rows.to("meta"), torch.arange(5), 40, 8)),
+    ):
+        with pytest.raises(ValueError, match=f"plan.{name} must be on the device of query"):
+            routed_attention(query, query, query, plan)
+
+
+def test_blocks_and_spans_beyond_an_int32():
+    query = torch.randn(1, 100, 2, 8)
+    for size in (2**31, 2**40, 2**62):
+        assert Blocks.of(100, size).offsets.tolist() == [0, 100]
+    assert torch.equal(
+        attnext.moba_attention(query, query, query, 2**31, 1),
+        attnext.moba_attention(query, query, query, 100, 1),
+    )
+    with pytest.raises(ValueError, match="extent must have less than 2"):
+        Blocks.of(2**31 + 5, 2**30)
+    for start, end in ((2**31, 2**33), (2**40, 2**41), (-(2**40), -(2**35)), (200, 300)):
+        span = torch.tensor([[[[start]]]]), torch.tensor([[[[end]]]])
+        with pytest.raises(ValueError, match="plan"):
+            routed_attention(query, query, query, BlockPlan.of_spans(*span, 100, 100))
+    nothing = torch.tensor([[[[2**40]]]]), torch.tensor([[[[2**39]]]])
+    plan = BlockPlan.of_spans(*nothing, 100, 100)
+    assert not (plan.ends > plan.lists).any()
+
+
+def test_fake_tensors_leave_nothing_behind():
+    """And find nothing: sizes that no other test has."""
+    query = torch.randn(1, 103, 2, 8)
+    with FakeTensorMode() as mode:
+        Blocks.of(103, 16)
+        Blocks.of((11, 13), 4)
+    expected = attnext.moba_attention(query, query, query, 16, 2)
+    assert expected.isfinite().all() and Blocks.of((11, 13), 4).order.sum() == 143 * 142 // 2
+    with mode:
+        fake = torch.randn(1, 103, 2, 8)
+        lists = torch.zeros(1, 1, 7, 1, dtype=torch.int32)
+        out = routed_attention(fake, fake, fake, BlockPlan.of(lists, 103, 16))
+    assert out.shape == expected.shape
+
+
+def test_another_default_device():
+    query = torch.randn(1, 105, 2, 8)
+    expected = attnext.moba_attention(query, query, query, 17, 2)
+    ends = torch.tensor([0, 50, 105], dtype=torch.int32)
+    torch.set_default_device("meta")
+    try:
+        assert torch.equal(attnext.moba_attention(query, query, query, 17, 2), expected)
+        assert Blocks.of(107, 19).offsets.device.type == "cpu"
+        assert attnext.packed_blocks(ends, 16)[0].num_blocks == 8
+    finally:
+        torch.set_default_device(None)

@@ -588,3 +588,42 @@ def test_superlinear_search_under_autocast(tokens):
         with torch.autocast("cpu", torch.bfloat16):
             got = superlinear_search(query, key, sw_index=3, search_power=0.5)
         assert torch.equal(got.anchors, want.anchors)
+
+
+def test_keys_with_a_stride_of_their_own():
+    """Whose other strides are multiples of head_dim all the same."""
+    query = torch.randn(1, 20, 2, 8)
+    wide = torch.full((1, 20, 2, 16), torch.nan)
+    wide[..., ::2] = torch.randn(1, 20, 2, 8)
+    key = wide[..., ::2]
+    options = {"sw_index": 1, "search_power": 0.5}
+    found = superlinear_search(query, key, **options)
+    expected = superlinear_search(query, key.contiguous(), **options)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert (found.anchors >= 0).any()
+
+
+def test_superlinear_under_autocast():
+    tensors = [torch.randn(1, 150, h, 16) for h in (4, 4, 2, 2)]
+    options = {"sw_index": 3, "search_power": 0.5}
+    expected = superlinear_attention(*(t.bfloat16() for t in tensors), **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(superlinear_attention(*tensors, **options), expected)
+
+
+def test_large_numbers_of_superlinear_take_no_time():
+    query = torch.randn(1, 40, 2, 8)
+    for options in (
+        {"sw_index": 2**40},
+        {"sw_index": 0, "forward_factor": 10**5},
+        {"sw_index": 0, "forward_factor": 10**400},
+    ):
+        out = superlinear_attention(query, query, query, query, **options)
+        assert out.isfinite().all()
+    assert window_of(2**40, 1) == 2**40 and window_of(3, 0.5) == 15
+
+
+def test_superlinear_asks_for_a_search_query():
+    query = torch.randn(1, 4, 2, 8)
+    with pytest.raises(TypeError, match="search_query must be a tensor"):
+        superlinear_attention(None, query, query, query)

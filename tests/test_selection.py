@@ -610,3 +610,32 @@ def test_forward_mode_is_refused():
             lambda q: select_topk(q, candidates, 2, return_values=True)[1],
             (query,), (query,),
         )  # fmt: skip
+
+
+def test_tensors_on_another_device():
+    x = torch.randn(1, 40, 2, 8)
+    for name, options in (
+        ("candidates", {"candidates": x.to("meta")}),
+        ("exclude", {"exclude": torch.zeros(1, 1, 1, 40, device="meta") > 0}),
+        ("weights", {"weights": torch.zeros(1, 40, 2, device="meta"), "score": "relu_wsum"}),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be on the device of query"):
+            select_topk(**{"query": x, "candidates": x, "k": 2, **options})
+
+
+def test_no_blocks_to_choose_from():
+    empty = torch.randn(1, 0, 2, 8)
+    found = select_topk(
+        empty, empty, 2, score="group_prob", lse=torch.zeros(1, 0, 2), windows=Windows(0, 4),
+        candidate_blocks=Blocks.of(0, 4),
+    )  # fmt: skip
+    assert found.shape == (1, 2, 0, 2)
+
+
+def test_a_backward_pass_under_autocast():
+    x, y = (torch.randn(1, 40, 2, 8, requires_grad=True) for _ in range(2))
+    values = select_topk(x, y, 3, return_values=True)[1].sin().sum()
+    expected = torch.autograd.grad(values, (x, y), retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(values, (x, y))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -351,13 +351,23 @@ def time_step(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 every check passed, 1 one failed, 2 no GPU."""
-    parser = argparse.ArgumentParser(prog="python -m attnext.gpu_check.linear")
-    parser.add_argument("--only", default="*", metavar="PATTERN")
-    parser.add_argument("--device", type=int, default=0)
-    parser.add_argument("--no-timing", action="store_true")
+    parser = argparse.ArgumentParser(
+        prog="python -m attnext.gpu_check.linear",
+        description="Holds linear attention on a GPU to float64, and times a few cases.",
+    )
+    parser.add_argument(
+        "--only",
+        default="*",
+        metavar="PATTERN",
+        help="problems to run, as in a shell (default: all)",
+    )
+    parser.add_argument("--device", type=int, default=0, help="number of the GPU (default: 0)")
+    parser.add_argument("--no-timing", action="store_true", help="leaves the timing out")
     options = parser.parse_args(arguments)
+    if not fnmatch.filter(PROBLEMS, options.only):
+        parser.error(f"--only {options.only!r} is no problem: {', '.join(PROBLEMS)}")
     if not torch.cuda.is_available():
-        print("there is no GPU", file=sys.stderr)
+        print(f"{parser.prog}: torch sees no GPU here", file=sys.stderr)
         return 2
     device = torch.device("cuda", options.device)
     failed = 0

@@ -24,6 +24,7 @@ Power = float | Fraction
 
 _MOST_SPANS = 16
 _MOST_DENOMINATOR = 1000
+_ALL = 2**62  # keys of a window that no sequence has
 _FEW = 64  # queries whose anchors are gathered; more share shifted slices of the keys
 
 
@@ -181,7 +182,7 @@ def superlinear_search(
         raise ValueError(f"num_spans must be at most {_MOST_SPANS}, got {num_spans}")
     if chunk_size is not None:
         check_integer("chunk_size", chunk_size, 1)
-    window = window_of(sw_index, search_power)
+    window = min(window_of(sw_index, search_power), _ALL)
     span = (_power("span_power", span_power), _fraction("backward_factor", backward_factor))
     ahead = _fraction("forward_factor", forward_factor)
     batch, num_queries, heads, _ = search_query.shape
@@ -364,7 +365,7 @@ def superlinear_attention(
         chunk_size=chunk_size,
     )
     num_queries, num_keys = query.shape[1], key.shape[1]
-    window = window_of(sw_index, search_power)
+    window = min(window_of(sw_index, search_power), _ALL)
 
     def listed(begin: Tensor, end: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         starts, ends = (x.transpose(1, 2)[..., None] for x in (begin, end))
