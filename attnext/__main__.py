@@ -64,8 +64,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     found = argparse.ArgumentParser(
         prog="python -m attnext",
-        description="Runs window operators and a router on a real image and a real text, checks each "
-        "against float64, times it beside torch's scaled_dot_product_attention, and draws "
+        description="Runs window operators and a router on a real image and a real text, checks "
+        "each against float64, times it beside torch's scaled_dot_product_attention, and draws "
         "where attention goes.",
         epilog="Exit status: 0 every check passed; 1 a check failed; "
         "2 wrong arguments or unreadable input.",
