@@ -49,8 +49,8 @@ class Problem {
     split = threads > 1 && most_segments > 1 && few;
     // Here and not where parts are taken: a thread of a team may have a limit of its own.
     part_columns = p.head_dim_v;
-    if (rows < threads) {
-      const int64_t wanted = (threads + rows - 1) / std::max<int64_t>(rows, 1);
+    if (rows > 0 && rows < threads) {
+      const int64_t wanted = (threads + rows - 1) / rows;
       const int64_t columns = (p.head_dim_v + wanted - 1) / wanted;
       part_columns = (columns + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
     }
