@@ -71,10 +71,7 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> int:
     for name, t in (("key", key), ("value", value)):
         if t.dtype != dtype:
             raise TypeError(f"{name} must have the dtype of query, {dtype}, got {t.dtype}")
-        if t.device != query.device:
-            raise ValueError(
-                f"{name} must be on the device of query, {query.device}, got {t.device}"
-            )
+        check_device(name, t, query)
         if t.dim() != rank + 3:
             raise ValueError(
                 f"{name} must have as many dimensions as query, {rank + 3}, got {t.dim()}"
@@ -146,8 +143,7 @@ def check_cu_seqlens(name: str, cu_seqlens: Any, query: Tensor) -> None:
 def check_modifier(name: str, t: Any, shape: tuple[Any, ...], query: Tensor) -> None:
     if not isinstance(t, Tensor) or not t.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {kind_of(t)}")
-    if t.device != query.device:
-        raise ValueError(f"{name} must be on the device of query, {query.device}, got {t.device}")
+    check_device(name, t, query)
     if t.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(t.shape)}")
 
@@ -186,7 +182,7 @@ def check_softcap(softcap: Any) -> float:
 
 
 def without_autocast(like: Tensor) -> Any:
-    """A context for calls of public functions whose inputs are cast, or must not be."""
+    """A context in which nothing is cast: inputs that were, and what was widened since."""
     if not (is_compiling() or torch._C._is_any_autocast_enabled()) or like.device.type == "meta":
         return contextlib.nullcontext()
     return torch.autocast(like.device.type, enabled=False)

@@ -14,6 +14,7 @@ from .arguments import (
     DTYPE_NAMES,
     check_cu_seqlens,
     check_dense,
+    check_device,
     check_flag,
     check_integer,
     check_scale,
@@ -381,10 +382,7 @@ def _check_problem(
     for name, t in (("key", key), ("value", value)):
         if t.dtype != query.dtype:
             raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {t.dtype}")
-        if t.device != query.device:
-            raise ValueError(
-                f"{name} must be on the device of query, {query.device}, got {t.device}"
-            )
+        check_device(name, t, query)
         if t.dim() != 4 or t.shape[:2] != query.shape[:2]:
             raise ValueError(
                 f"{name} must be [batch, tokens, heads, dim] with the batch and tokens of query, "
@@ -437,10 +435,7 @@ def _check_gates(
         if not isinstance(gate, Tensor) or not gate.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {kind_of(gate)}")
         check_dense(name, gate)
-        if gate.device != query.device:
-            raise ValueError(
-                f"{name} must be on the device of query, {query.device}, got {gate.device}"
-            )
+        check_device(name, gate, query)
         if gate.shape != rows and (name == "beta" or gate.shape != (heads,)):
             either = "" if name == "beta" else f"{(heads,)} or "
             raise ValueError(f"{name} must have shape {either}{rows}, got {tuple(gate.shape)}")
@@ -470,10 +465,7 @@ def _check_state(
     if not isinstance(state, Tensor) or not state.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {kind_of(state)}")
     check_dense(name, state)
-    if state.device != query.device:
-        raise ValueError(
-            f"{name} must be on the device of query, {query.device}, got {state.device}"
-        )
+    check_device(name, state, query)
     features = num_features(feature_map, query.shape[-1])
     want = (heads, features, value.shape[-1] + int(normalize))
     if state.dim() != 4 or state.shape[1:] != want:

@@ -228,10 +228,9 @@ def spiking_attention(
             .flatten(1, rank)
             for x in features
         )
-    plain_q, plain_k = (x.flatten(1, rank) for x in features)
-    scale = 1 / max(plain_q.shape[1], 1)
-    values = value.to(acc).flatten(1, rank)
-    with without_autocast(query):
+        plain_q, plain_k = (x.flatten(1, rank) for x in features)
+        scale = 1 / max(plain_q.shape[1], 1)
+        values = value.to(acc).flatten(1, rank)
         mixed = linear_attention(turned_q, turned_k, values, is_causal=False, scale=scale)
     total = (plain_q * plain_k.sum(1, keepdim=True)).sum(-1, keepdim=True) * scale + eps
     return (mixed / total).to(query.dtype).unflatten(1, query.shape[1 : rank + 1])

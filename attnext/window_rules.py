@@ -56,11 +56,8 @@ def prepare(
             found = _CACHE.get(signature)
             if found is not None:
                 return found
-        except (
-            TypeError,
-            AttributeError,
-            RuntimeError,
-        ):  # not dense tensors, options that are lists
+        # Of what is no dense tensor, and of options that are lists.
+        except (TypeError, AttributeError, RuntimeError):
             signature = None
     prepared = _with_fields(build(query, key, value, *options))
     if signature is not None:

@@ -132,6 +132,11 @@ def window_of(sw_index: int, search_power: Power) -> int:
     return low - 1
 
 
+def _window(sw_index: int, search_power: Power) -> int:
+    """As kernels take it."""
+    return min(window_of(sw_index, search_power), _ALL)
+
+
 def superlinear_search(
     search_query: Tensor,
     key: Tensor,
@@ -182,7 +187,7 @@ def superlinear_search(
         raise ValueError(f"num_spans must be at most {_MOST_SPANS}, got {num_spans}")
     if chunk_size is not None:
         check_integer("chunk_size", chunk_size, 1)
-    window = min(window_of(sw_index, search_power), _ALL)
+    window = _window(sw_index, search_power)
     span = (_power("span_power", span_power), _fraction("backward_factor", backward_factor))
     ahead = _fraction("forward_factor", forward_factor)
     batch, num_queries, heads, _ = search_query.shape
@@ -365,7 +370,7 @@ def superlinear_attention(
         chunk_size=chunk_size,
     )
     num_queries, num_keys = query.shape[1], key.shape[1]
-    window = min(window_of(sw_index, search_power), _ALL)
+    window = _window(sw_index, search_power)
 
     def listed(begin: Tensor, end: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         starts, ends = (x.transpose(1, 2)[..., None] for x in (begin, end))
