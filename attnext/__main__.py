@@ -15,7 +15,8 @@ FORMATS = (".png", ".pdf", ".svg")
 NEEDED = {"matplotlib": "matplotlib", "numpy": "numpy", "PIL": "pillow", "rich": "rich"}
 
 
-def _writable(text: str) -> Path:
+def writable(text: str) -> Path:
+    """A file that can be written, as an argument of a command line."""
     path = Path(text)
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(
@@ -33,8 +34,9 @@ def _writable(text: str) -> Path:
     return path
 
 
-def _picture(text: str) -> Path:
-    path = _writable(text)
+def picture(text: str) -> Path:
+    """A picture that can be."""
+    path = writable(text)
     if path.suffix.lower() not in FORMATS:
         raise argparse.ArgumentTypeError(f"{path.name!r} must end in one of {', '.join(FORMATS)}")
     return path
@@ -81,14 +83,12 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument(
         "--output",
-        type=_picture,
+        type=picture,
         default="attnext.png",
         metavar="PATH",
         help="picture to write (default: %(default)s)",
     )
-    found.add_argument(
-        "--json", type=_writable, metavar="PATH", help="write the figures there, too"
-    )
+    found.add_argument("--json", type=writable, metavar="PATH", help="write the figures there, too")
     found.add_argument(
         "--threads",
         type=_positive_int,
@@ -108,7 +108,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    options = parser().parse_args(arguments)
+    command_line = parser()
+    options = command_line.parse_args(arguments)
+    if options.json is not None and options.json.resolve() == options.output.resolve():
+        command_line.error(f"--json and --output are one file, {options.json}")
     missing = [
         package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None
     ]

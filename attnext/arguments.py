@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,13 @@ from .ops import DTYPES
 _MAX_INTEGER = 2**62
 _SOFTCAPS = 2.0**-100, 2.0**100  # so that logits / softcap and the products by it are float32
 DTYPE_NAMES = "float32, float64, bfloat16, float16"
+INDEX_DTYPES = (torch.int32, torch.int64)
+_KINDS: dict[str, Callable[[torch.dtype], bool]] = {
+    "a floating-point": lambda dtype: dtype.is_floating_point,
+    "an int32 or int64": lambda dtype: dtype in INDEX_DTYPES,
+    "an int32": lambda dtype: dtype == torch.int32,
+    "a bool": lambda dtype: dtype == torch.bool,
+}
 
 
 def kind_of(x: Any) -> str:
@@ -48,9 +56,18 @@ def check_dense(name: str, t: Tensor) -> None:
         raise TypeError(f"{name} must be a dense tensor, got {_layout(t)}")
 
 
-def check_device(name: str, t: Tensor, like: Tensor) -> None:
+def check_device(name: str, t: Tensor, like: Tensor, of: str = "query") -> None:
     if t.device != like.device:
-        raise ValueError(f"{name} must be on the device of query, {like.device}, got {t.device}")
+        raise ValueError(f"{name} must be on the device of {of}, {like.device}, got {t.device}")
+
+
+def check_tensor(name: str, t: Any, kind: str, like: Tensor | None = None) -> None:
+    """A dense tensor of a kind of numbers, one of ``_KINDS``; on the device of query, ``like``."""
+    if not isinstance(t, Tensor) or not _KINDS[kind](t.dtype):
+        raise TypeError(f"{name} must be {kind} tensor, got {kind_of(t)}")
+    check_dense(name, t)
+    if like is not None:
+        check_device(name, t, like)
 
 
 def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> int:
@@ -126,9 +143,7 @@ def check_flag(name: str, x: Any) -> None:
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Any, query: Tensor) -> None:
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"{name} must be an int32 tensor, got {kind_of(cu_seqlens)}")
-    check_dense(name, cu_seqlens)
+    check_tensor(name, cu_seqlens, "an int32")
     if cu_seqlens.device != query.device and not cu_seqlens.is_cpu:
         raise ValueError(
             f"{name} must be on the CPU or the device of query, {query.device}, got "
@@ -141,9 +156,7 @@ def check_cu_seqlens(name: str, cu_seqlens: Any, query: Tensor) -> None:
 
 
 def check_modifier(name: str, t: Any, shape: tuple[Any, ...], query: Tensor) -> None:
-    if not isinstance(t, Tensor) or not t.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {kind_of(t)}")
-    check_device(name, t, query)
+    check_tensor(name, t, "a floating-point", query)
     if t.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(t.shape)}")
 
@@ -190,8 +203,10 @@ def without_autocast(like: Tensor) -> Any:
 
 def under_autocast(*tensors: Any) -> tuple[Any, ...]:
     """The tensors in the dtype of the active autocast, if there is one (float64 stays)."""
-    device = getattr(tensors[0], "device", None)
-    if device is None or device.type == "meta" or not torch.is_autocast_enabled(device.type):
+    if not isinstance(tensors[0], Tensor):
+        return tensors  # to be refused
+    device = tensors[0].device
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return tensors
     cast = torch.get_autocast_dtype(device.type)
     return tuple(

@@ -12,16 +12,19 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .arguments import (
+    check_dense,
+    check_device,
     check_flag,
     check_integer,
     check_scale,
     check_sequences,
+    check_tensor,
     kind_of,
     without_autocast,
 )
 from .functional import sliding_window_attention
 from .ops import DTYPES, accumulator_dtype
-from .plans import INDEX_DTYPES, BlockPlan
+from .plans import BlockPlan
 from .routed import routed_attention
 from .routers.inputs import Rotary, check_choice, check_number, rotated
 from .routers.streaming import streaming_attention
@@ -162,8 +165,7 @@ class KVCache:
             return sliding_window_attention(
                 query, key, value, None, scale=scale, return_lse=return_lse
             )
-        if not isinstance(query, Tensor):
-            raise TypeError(f"query must be a tensor, got {kind_of(query)}")
+        check_tensor("query", query, "a floating-point")
         if query.dim() != 4:
             raise ValueError(f"query must be [B, n, H, D], got shape {tuple(query.shape)}")
         batch, count, heads = query.shape[:3]
@@ -454,8 +456,7 @@ class LazyEvictionCache:
     ) -> Tensor:
         """The attention ``[B, 1, H, Dv]`` of the next token, whose key and value are appended."""
         heads, group = self.last_hit.shape[1], self.last_hit.shape[1] // self.rows.key.shape[2]
-        if not isinstance(query, Tensor):
-            raise TypeError(f"query must be a tensor, got {kind_of(query)}")
+        check_tensor("query", query, "a floating-point")
         if query.dim() != 4 or query.shape[1:3] != (1, heads):
             raise ValueError(f"query must be [B, 1, {heads}, D], got {tuple(query.shape)}")
         _check_rows(key, value, self.rows.key, self.rows.value)
@@ -531,8 +532,8 @@ def _check_rows(key: Any, value: Any, keys: Tensor, values: Tensor) -> int:
     for name, t, buffer in (("key", key, keys), ("value", value, values)):
         if not isinstance(t, Tensor) or t.dtype != buffer.dtype:
             raise TypeError(f"{name} must be a {buffer.dtype} tensor, got {kind_of(t)}")
-        if t.device != buffer.device:
-            raise ValueError(f"{name} must be on {buffer.device}, got {t.device}")
+        check_dense(name, t)
+        check_device(name, t, buffer, "the cache")
         want = (buffer.shape[0], key.shape[1] if key.dim() == 4 else 0, *buffer.shape[2:])
         if tuple(t.shape) != want:
             raise ValueError(
@@ -551,8 +552,7 @@ def check_step(query: Any, key: Tensor, value: Tensor, scale: Any) -> None:
 
 
 def _check_indices(name: str, t: Any, lead: tuple[int, ...], rank: int = 3) -> None:
-    if not isinstance(t, Tensor) or t.dtype not in INDEX_DTYPES:
-        raise TypeError(f"{name} must be an int32 or int64 tensor, got {kind_of(t)}")
+    check_tensor(name, t, "an int32 or int64")
     if t.dim() != rank or tuple(t.shape[: len(lead)]) != lead:
         raise ValueError(
             f"{name} must have {rank} dimensions{f', the first {lead}' if lead else ''}, got "

@@ -18,8 +18,8 @@ from .arguments import (
     check_flag,
     check_integer,
     check_scale,
+    check_tensor,
     finite_number,
-    kind_of,
     under_autocast,
 )
 from .linear_ops import FEATURE_MAPS, linear_op, num_features, num_heads, step_op
@@ -247,14 +247,15 @@ def linear_attention_step(
                 f"state must have a state for each of {query.shape[0]} batch items, got "
                 f"{state.shape[0]}"
             )
-    elif not isinstance(slots, Tensor) or slots.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"slots must be an int32 or int64 tensor, got {kind_of(slots)}")
-    elif slots.shape != query.shape[:1]:
-        raise ValueError(f"slots must be [B] = {(query.shape[0],)}, got {tuple(slots.shape)}")
-    elif slots.device != query.device and not slots.is_cpu:
-        raise ValueError(
-            f"slots must be on the CPU or the device of query, {query.device}, got {slots.device}"
-        )
+    else:
+        check_tensor("slots", slots, "an int32 or int64")
+        if slots.shape != query.shape[:1]:
+            raise ValueError(f"slots must be [B] = {(query.shape[0],)}, got {tuple(slots.shape)}")
+        if slots.device != query.device and not slots.is_cpu:
+            raise ValueError(
+                f"slots must be on the CPU or the device of query, {query.device}, got "
+                f"{slots.device}"
+            )
     if in_place and any(n > 1 and s == 0 for n, s in zip(state.shape, state.stride(), strict=True)):
         raise ValueError(
             f"state must have a place for each of its numbers to be updated in place, got strides "
@@ -337,8 +338,7 @@ def _plain_layout(
     state: Tensor, head_dim: int, scale: float | None, rows: int
 ) -> tuple[Tensor, Tensor]:
     """For each plain feature the packed one, and its weight."""
-    if not isinstance(state, Tensor) or not state.is_floating_point():
-        raise TypeError(f"state must be a floating-point tensor, got {kind_of(state)}")
+    check_tensor("state", state, "a floating-point")
     if state.dim() < 2 or state.shape[-2] != rows:
         raise ValueError(
             f"state must have {rows} rows for head_dim {head_dim}, got {tuple(state.shape)}"
@@ -432,10 +432,7 @@ def _check_gates(
     for name, gate in (("decay", decay), ("beta", beta)):
         if gate is None:
             continue
-        if not isinstance(gate, Tensor) or not gate.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {kind_of(gate)}")
-        check_dense(name, gate)
-        check_device(name, gate, query)
+        check_tensor(name, gate, "a floating-point", query)
         if gate.shape != rows and (name == "beta" or gate.shape != (heads,)):
             either = "" if name == "beta" else f"{(heads,)} or "
             raise ValueError(f"{name} must have shape {either}{rows}, got {tuple(gate.shape)}")
@@ -462,10 +459,7 @@ def _check_state(
     feature_map: str,
     normalize: bool,
 ) -> None:
-    if not isinstance(state, Tensor) or not state.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {kind_of(state)}")
-    check_dense(name, state)
-    check_device(name, state, query)
+    check_tensor(name, state, "a floating-point", query)
     features = num_features(feature_map, query.shape[-1])
     want = (heads, features, value.shape[-1] + int(normalize))
     if state.dim() != 4 or state.shape[1:] != want:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import check_flag, finite_number, kind_of
+from .arguments import check_dense, check_device, check_flag, finite_number, kind_of
 from .ops import accumulator_dtype
 
 MODES = ("lse", "softmax", "sigmoid", "raw", "scaled", "lerp")
@@ -160,6 +160,7 @@ def _check(outputs: Any, lses: Any, gates: Any, mode: Any, return_lse: bool) -> 
         for t in tensors:
             if not isinstance(t, Tensor) or not t.is_floating_point():
                 raise TypeError(f"{name} must be floating-point tensors, got {kind_of(t)}")
+            check_dense(name, t)
             if t.device != outputs[0].device:
                 raise ValueError(
                     f"{name} must be on {outputs[0].device} like the first output, got {t.device}"
@@ -185,6 +186,8 @@ def _check_gates(gates: Any, outputs: Sequence[Tensor], mode: str) -> None:
             f"gates must be {kinds}{'' if mode in _PAIRS else ' tensor'} with "
             f"mode={mode!r}, got {kind_of(gates)}"
         )
+    check_dense("gates", gates)
+    check_device("gates", gates, outputs[0], "the first output")
     want = rows if mode in _PAIRS else (*rows, len(outputs))
     lead = len(want) - gates.dim()
     fits = lead >= 0 and all(n in (1, want[lead + a]) for a, n in enumerate(gates.shape))

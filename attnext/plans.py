@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import check_integer, kind_of
+from .arguments import check_integer, check_tensor
 from .constants import constant
-
-INDEX_DTYPES = (torch.int32, torch.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,7 +204,7 @@ class BlockPlan:
         """
         queries, keys = _both(query_extent, query_block, key_extent, key_block, indices)
         _check_lists("indptr", indptr, 3, queries, more=1)
-        _check_integers("indices", indices)
+        check_tensor("indices", indices, "an int32 or int64")
         if indices.dim() != 1:
             raise ValueError(f"indices must have one dimension, got shape {tuple(indices.shape)}")
         plan = BlockPlan(queries, keys, _int32(indices), indptr=indptr.long(), bias=bias)
@@ -222,8 +220,7 @@ class BlockPlan:
         key_block: int | tuple[int, ...] | Blocks | None = None,
     ) -> BlockPlan:
         """A plan from a bool mask ``[B or 1, H or Hkv or 1, query blocks, key blocks]``."""
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise TypeError(f"mask must be a bool tensor, got {kind_of(mask)}")
+        check_tensor("mask", mask, "a bool")
         if mask.dim() != 4:
             raise ValueError(f"mask must have four dimensions, got shape {tuple(mask.shape)}")
         queries, keys = _both(query_extent, query_block, key_extent, key_block, mask)
@@ -284,13 +281,8 @@ def per_axis(name: str, x: Any, rank: int | None, minimum: int) -> tuple[int, ..
     return tuple(x)
 
 
-def _check_integers(name: str, t: Any) -> None:
-    if not isinstance(t, Tensor) or t.dtype not in INDEX_DTYPES:
-        raise TypeError(f"{name} must be an int32 or int64 tensor, got {kind_of(t)}")
-
-
 def _check_lists(name: str, t: Any, rank: int, queries: Blocks, more: int = 0) -> None:
-    _check_integers(name, t)
+    check_tensor(name, t, "an int32 or int64")
     if t.dim() != rank:
         raise ValueError(f"{name} must have {rank} dimensions, got shape {tuple(t.shape)}")
     if t.shape[2] != queries.num_blocks + more:
@@ -304,8 +296,7 @@ def _check_bias(plan: BlockPlan) -> None:
     bias = plan.bias
     if bias is None:
         return
-    if not isinstance(bias, Tensor) or not bias.is_floating_point():
-        raise TypeError(f"bias must be a floating-point tensor, got {kind_of(bias)}")
+    check_tensor("bias", bias, "a floating-point")
     if bias.shape != plan.lists.shape:
         raise ValueError(
             f"bias must have the shape of the lists, {tuple(plan.lists.shape)}, got "

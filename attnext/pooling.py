@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .arguments import check_integer, kind_of
+from .arguments import check_device, check_integer, check_tensor
 from .ops import accumulator_dtype
 from .plans import Blocks, per_axis
 from .routed_tables import Remembered
@@ -72,12 +72,20 @@ def bounds_of(blocks: Blocks | Windows, device: Any) -> tuple[Tensor, Tensor]:
     return offsets[:-1], offsets[1:]
 
 
-def packed_blocks(cu_seqlens: Tensor, size: int) -> tuple[Blocks, Tensor]:
+def packed_blocks(
+    cu_seqlens: Tensor, size: int, *, num_tokens: int | None = None
+) -> tuple[Blocks, Tensor]:
     """Blocks of ``size`` tokens that start anew in every sequence of a packed batch.
 
     Shapes: cu_seqlens int32 ``[N + 1]``, where each sequence ends; best on the CPU, since it is
         read there. Returns the blocks, on its device, and int32 ``[N + 1]``, the blocks of which
         sequence ``n`` are ``first[n]`` to ``first[n + 1]``.
+
+    Args:
+        num_tokens: where cu_seqlens ends. Given, it is not read on the host, nor checked, and the
+            number of blocks does not depend on it: it is ``num_tokens // size + N``, the last ones
+            empty.
+
     Errors: ValueError or TypeError, naming the argument.
 
     Example:
@@ -87,21 +95,31 @@ def packed_blocks(cu_seqlens: Tensor, size: int) -> tuple[Blocks, Tensor]:
         >>> blocks.offsets.tolist(), first.tolist()
         ([0, 4, 5, 9], [0, 2, 2, 3])
     """
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"cu_seqlens must be an int32 tensor, got {kind_of(cu_seqlens)}")
+    check_tensor("cu_seqlens", cu_seqlens, "an int32")
     if cu_seqlens.dim() != 1 or not cu_seqlens.shape[0]:
         raise ValueError(f"cu_seqlens must be [N + 1], got {tuple(cu_seqlens.shape)}")
     check_integer("size", size, 1)
-    ends = cu_seqlens.cpu().long()
-    lengths = ends.diff()
-    if int(ends[0]) or (lengths < 0).any():
-        raise ValueError(f"cu_seqlens must rise from 0, got {ends.tolist()[:8]}")
-    counts = -(-lengths // size)
-    first = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    within = torch.arange(int(first[-1]), device="cpu") - first[:-1].repeat_interleave(counts)
-    offsets = torch.cat([ends[:-1].repeat_interleave(counts) + within * size, ends[-1:]])
+    ends = cu_seqlens.long()
+    if num_tokens is None:
+        ends = ends.cpu()
+        if int(ends[0]) or (ends.diff() < 0).any():
+            raise ValueError(f"cu_seqlens must rise from 0, got {ends.tolist()[:8]}")
+    else:
+        check_integer("num_tokens", num_tokens, 0)
+    sequences = ends.shape[0] - 1
+    first = torch.cat([ends.new_zeros(1), (-(-ends.diff() // size)).cumsum(0)])
+    if num_tokens is None:
+        num_tokens, count = int(ends[-1]), int(first[-1])
+    else:
+        count = num_tokens // size + sequences
+    block = torch.arange(count, device=ends.device)
+    sequence = torch.searchsorted(first[1:], block, right=True)
+    of = sequence.clamp(max=max(sequences - 1, 0))
+    starts = ends[of] + (block - first[of]) * size
+    starts = torch.where(sequence < sequences, starts, num_tokens)
+    offsets = torch.cat([starts, starts.new_full((1,), num_tokens)])
     device = cu_seqlens.device
-    return Blocks((int(ends[-1]),), offsets.int().to(device)), first.int().to(device)
+    return Blocks((num_tokens,), offsets.int().to(device)), first.int().to(device)
 
 
 def block_pool(
@@ -279,7 +297,7 @@ def _check_cover(blocks: Blocks) -> None:
 
 
 def _over_segments(x: Tensor, blocks: Blocks, op: str) -> Tensor:
-    if not is_compiling():
+    if not (is_compiling() or blocks.offsets.is_meta):
         _COVERS.get((blocks.offsets, blocks.order), blocks.extent, lambda: _check_cover(blocks))
     batch, heads, dim = x.shape[0], x.shape[-2], x.shape[-1]
     rows = x.flatten(1, -3)
@@ -298,8 +316,7 @@ def _over_segments(x: Tensor, blocks: Blocks, op: str) -> Tensor:
 
 
 def _check(x: Any, blocks: Any, reduce: Any, weights: Any, dtype: Any) -> None:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"x must be a floating-point tensor, got {kind_of(x)}")
+    check_tensor("x", x, "a floating-point")
     if not 4 <= x.dim() <= 6:
         raise ValueError(f"x must be [B, *tokens, H, D], 1 to 3 token axes, got {tuple(x.shape)}")
     extents = tuple(x.shape[1:-2])
@@ -317,8 +334,8 @@ def _check(x: Any, blocks: Any, reduce: Any, weights: Any, dtype: Any) -> None:
         return
     if reduce not in ("mean", "sum"):
         raise ValueError(f"weights have no part in reduce={reduce!r}: leave them out")
-    if not isinstance(weights, Tensor) or not weights.is_floating_point():
-        raise TypeError(f"weights must be a floating-point tensor, got {kind_of(weights)}")
+    check_tensor("weights", weights, "a floating-point")
+    check_device("weights", weights, x, "x")
     want = (x.shape[0], *extents, x.shape[-2])
     if weights.dim() != len(want) or any(
         n not in ((1, w) if a in (0, len(want) - 1) else (w,))

@@ -19,12 +19,13 @@ from .arguments import (
     check_qkv,
     check_scale,
     check_softcap,
+    check_tensor,
     kind_of,
     under_autocast,
 )
 from .geometry import UNLIMITED
 from .ops import accumulator_dtype, unit_stride
-from .plans import INDEX_DTYPES, BlockPlan, Blocks
+from .plans import BlockPlan, Blocks
 from .routed_ops import HEAD_POLICIES, Rules, routed_op
 
 
@@ -252,11 +253,9 @@ def _policy(head_policy: Any, heads: int) -> list[int]:
 
 
 def _check_integers(name: str, t: Any, shape: tuple[int, ...], query: Tensor) -> None:
-    if not isinstance(t, Tensor) or t.dtype not in INDEX_DTYPES:
-        raise TypeError(f"{name} must be an int32 or int64 tensor, got {kind_of(t)}")
+    check_tensor(name, t, "an int32 or int64", query)
     if tuple(t.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
-    check_device(name, t, query)
 
 
 def _as_int32(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:

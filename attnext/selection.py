@@ -12,8 +12,14 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .arguments import check_device, check_integer, check_scale, kind_of, without_autocast
-from .autograd import differentiable_once, refuse_forward_mode
+from .arguments import (
+    check_device,
+    check_integer,
+    check_scale,
+    check_tensor,
+    without_autocast,
+)
+from .autograd import differentiable_once, is_plain, refuse_forward_mode
 from .ops import accumulator_dtype
 from .plans import Blocks
 from .pooling import Windows, bounds_of
@@ -389,7 +395,7 @@ def largest(rank: Tensor, k: int, tie: str, ordered: bool) -> tuple[Tensor, Tens
     """The ``k`` largest and where they are, of equal ones the lowest (or highest) places; -inf is
     no number. ``ordered``: falling, equal ones by place too."""
     count = rank.shape[-1]
-    if rank.device.type == "cpu" and not is_compiling():
+    if rank.device.type == "cpu" and is_plain((rank,)):
         # torch.topk promises nothing about ties, but with one more it tells whether there are any.
         best, index = rank.topk(min(k + 1, count), dim=-1)
         left, right = best[..., :-1], best[..., 1:]
@@ -444,11 +450,11 @@ class _Values(torch.autograd.Function):
                 scores, chain, *_ = torch.func.vjp(scores_of, *(wide[i] for i in wanted))
             chosen = indices[:, :, low:high].long()
             spread = scores.new_zeros(*scores.shape[:-1], count + 1)
-            spread.scatter_(-1, torch.where(chosen < 0, count, chosen), grad[:, :, low:high])
+            to = torch.where(chosen < 0, count, chosen)
+            spread = spread.scatter(-1, to, grad[:, :, low:high])
             with without_autocast(grad):
                 shares = chain(spread[..., :count])
-            for total, share in zip(sums, shares, strict=True):
-                total += share
+            sums = [total + share for total, share in zip(sums, shares, strict=True)]
         of = dict(zip(wanted, sums, strict=True))
         grads = [of[i].to(t.dtype) if i in of else None for i, t in enumerate(tensors)]
         return (None, None, None, *grads)
@@ -466,14 +472,10 @@ def _checked(
         if choice not in allowed:
             raise ValueError(f"{name} must be one of {allowed}, got {choice!r}")
     for name, t in (("query", query), ("candidates", candidates)):
-        if not isinstance(t, Tensor) or not t.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {kind_of(t)}")
+        check_tensor(name, t, "a floating-point")
         if t.dim() != 4:
             raise ValueError(f"{name} must be [B, tokens, H, D], got {tuple(t.shape)}")
-    tensors = {"candidates": candidates, "exclude": exclude, "weights": weights, "lse": lse}
-    for name, t in tensors.items():
-        if isinstance(t, Tensor):
-            check_device(name, t, query)
+    check_device("candidates", candidates, query)
     if candidates.shape[0] != query.shape[0] or candidates.shape[-1] != query.shape[-1]:
         raise ValueError(
             f"candidates must have the batch and head_dim of query, {tuple(query.shape)}, got "
@@ -499,8 +501,7 @@ def _checked(
         if (t is None) == (score == of):
             raise ValueError(f"{name} must be given with score={of!r}, and only then")
         if t is not None and name != "windows":
-            if not isinstance(t, Tensor) or not t.is_floating_point():
-                raise TypeError(f"{name} must be a floating-point tensor, got {kind_of(t)}")
+            check_tensor(name, t, "a floating-point", query)
             if t.shape != query.shape[:3]:
                 raise ValueError(
                     f"{name} must have shape {tuple(query.shape[:3])}, got {tuple(t.shape)}"
@@ -512,8 +513,7 @@ def _checked(
         _check_ranges(ranges, causal, query.shape[0], rows)
     list_heads = {"relu_wsum": 1, "group_prob": kv_heads}.get(score, heads)
     if exclude is not None:
-        if not isinstance(exclude, Tensor) or exclude.dtype != torch.bool:
-            raise TypeError(f"exclude must be a bool tensor, got {kind_of(exclude)}")
+        check_tensor("exclude", exclude, "a bool", query)
         want = (query.shape[0], list_heads, rows, count)
         if (
             exclude.dim() != 4
@@ -582,8 +582,7 @@ def _check_ranges(ranges: Any, causal: str, batch: int, rows: int) -> None:
     if not isinstance(ranges, tuple) or len(ranges) != 2:
         raise TypeError(f"ranges must be a pair of tensors, got {type(ranges).__name__}")
     for t in ranges:
-        if not isinstance(t, Tensor) or t.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"ranges must be int32 or int64 tensors, got {kind_of(t)}")
+        check_tensor("each of ranges", t, "an int32 or int64")
         if tuple(t.shape) not in ((rows,), (batch, rows)):
             raise ValueError(f"ranges must be [{rows}] or [{batch}, {rows}], got {tuple(t.shape)}")
 

@@ -15,7 +15,9 @@ from torch.nn.functional import elu
 from .arguments import (
     DTYPE_NAMES,
     check_dense,
+    check_device,
     check_integer,
+    check_tensor,
     finite_number,
     kind_of,
     under_autocast,
@@ -143,13 +145,11 @@ def lif_spikes(
     rest = (x.shape[0], *x.shape[2:])
     if membrane is None:
         membrane = x.new_zeros(rest, dtype=acc)
-    elif not isinstance(membrane, Tensor) or not membrane.is_floating_point():
-        raise TypeError(f"membrane must be a floating-point tensor, got {kind_of(membrane)}")
-    elif membrane.shape != rest or membrane.device != x.device:
-        raise ValueError(
-            f"membrane must be {rest} on {x.device}, got {tuple(membrane.shape)} on "
-            f"{membrane.device}"
-        )
+    else:
+        check_tensor("membrane", membrane, "a floating-point")
+        check_device("membrane", membrane, x, "x")
+        if membrane.shape != rest:
+            raise ValueError(f"membrane must be {rest}, got {tuple(membrane.shape)}")
     spikes, left, _ = _Lif.apply(x.to(acc), membrane.to(acc), tau, threshold, surrogate_slope)
     spikes = spikes.to(x.dtype)
     return (spikes, left) if output_membrane else spikes
@@ -202,8 +202,7 @@ def spiking_attention(
         if not isinstance(t, Tensor) or t.dtype not in DTYPES or t.dtype != query.dtype:
             raise TypeError(f"{name} must be like query one of {DTYPE_NAMES}, got {kind_of(t)}")
         check_dense(name, t)
-        if t.device != query.device:
-            raise ValueError(f"{name} must be on {query.device} like query, got {t.device}")
+        check_device(name, t, query)
     rank = query.dim() - 3
     if not 1 <= rank <= 3 or key.shape != query.shape or value.shape[:-1] != query.shape[:-1]:
         raise ValueError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .arguments import kind_of
+from .arguments import check_dense, check_device, kind_of
 
 
 @dataclass
@@ -72,10 +72,8 @@ class WindowCache:
                 raise TypeError(
                     f"{name} must have the dtype of the cache, {kept.dtype}, got {kind_of(new)}"
                 )
-            if new.device != kept.device:
-                raise ValueError(
-                    f"{name} must be on the device of the cache, {kept.device}, got {new.device}"
-                )
+            check_dense(name, new)
+            check_device(name, new, kept, "the cache")
             want = (kept.shape[0], *kept.shape[2:])
             if new.dim() != 4 or (new.shape[0], *new.shape[2:]) != want:
                 raise ValueError(

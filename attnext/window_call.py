@@ -13,10 +13,13 @@ from torch.compiler import is_compiling
 
 from .arguments import (
     check_cu_seqlens,
+    check_dense,
+    check_device,
     check_flag,
     check_modifier,
     check_scale,
     check_softcap,
+    check_tensor,
     kind_of,
     under_autocast,
 )
@@ -113,10 +116,7 @@ def _on_host(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> tuple[Tensor, Tensor
 
 def _check_bias(bias: Any, query: Tensor) -> None:
     rank = query.dim() - 3
-    if not isinstance(bias, Tensor) or not bias.is_floating_point():
-        raise TypeError(f"bias must be a floating-point tensor, got {kind_of(bias)}")
-    if bias.device != query.device:
-        raise ValueError(f"bias must be on the device of query, {query.device}, got {bias.device}")
+    check_tensor("bias", bias, "a floating-point", query)
     if bias.dim() != rank + 1 or bias.shape[0] != query.shape[-2]:
         raise ValueError(
             f"bias must be [heads, {', '.join(['2e - 1'] * rank)}] with {query.shape[-2]} heads, "
@@ -135,10 +135,8 @@ def _row_scale(scale: Any, query: Tensor) -> tuple[float, Tensor | None]:
             raise TypeError(
                 f"scale must be a floating-point tensor or a number, got {kind_of(scale)}"
             )
-        if scale.device != query.device:
-            raise ValueError(
-                f"scale must be on the device of query, {query.device}, got {scale.device}"
-            )
+        check_dense("scale", scale)
+        check_device("scale", scale, query)
         rows = query.shape[:-1]
         lead = len(rows) - scale.dim()
         fits = lead >= 0 and all(
@@ -211,6 +209,7 @@ def _check_additional(keys: Any, values: Any, query: Tensor, key: Tensor, value:
     ):
         if not isinstance(t, Tensor) or t.dtype != query.dtype:
             raise TypeError(f"{name} must be a {query.dtype} tensor like query, got {kind_of(t)}")
+        check_dense(name, t)
         if t.dim() != 4:
             raise ValueError(f"{name} must be [B, E, heads, dim], got {tuple(t.shape)}")
         want = (query.shape[0], keys.shape[1], key.shape[-2], dim)

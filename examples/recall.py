@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import attnext
+from attnext.__main__ import picture
 
 DIM, NEAR = 32, 4
 
@@ -168,7 +169,7 @@ def draw(points: list[Point], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def main(steps: int | None = None, quick: bool = False, output: str = "") -> list[Point]:
+def main(steps: int | None = None, quick: bool = False, output: Path | None = None) -> list[Point]:
     """Trains all, or with ``quick`` three on an easier task; prints and perhaps draws them."""
     task = Task()
     if steps is None:
@@ -189,8 +190,8 @@ def main(steps: int | None = None, quick: bool = False, output: str = "") -> lis
         name = f"{entry.series}, {entry.label}"
         print(f"{name:28} {point.state_bytes:11,} {point.accuracy:9.1%} {point.seconds:8.0f}",
               flush=True)  # fmt: skip
-    if output:
-        draw(points, Path(output))
+    if output is not None:
+        draw(points, output)
         print(f"drawn: {output}")
     return points
 
@@ -199,8 +200,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Recall against the size of the state.")
     parser.add_argument("--steps", type=int, help="of training (default: 800; quick: 200)")
     parser.add_argument("--quick", action="store_true", help="three models, easier, no picture")
-    parser.add_argument("--output", default="recall.png")
+    parser.add_argument("--output", type=picture, default="recall.png")
     given = parser.parse_args()
     if given.steps is not None and given.steps < 1:
         parser.error(f"--steps must be at least 1, got {given.steps}")
-    main(given.steps, given.quick, "" if given.quick else given.output)
+    main(given.steps, given.quick, None if given.quick else given.output)

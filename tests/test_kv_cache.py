@@ -335,7 +335,7 @@ def test_a_refused_step_changes_nothing():
             tried.step(*second, scale="bad")
         with pytest.raises(ValueError, match="query must"):
             tried.step(tokens(2)[0], *second[1:])
-        with pytest.raises(TypeError, match="query must be a tensor"):
+        with pytest.raises(TypeError, match="query must be a .*tensor"):
             tried.step(None, *second[1:])
         with pytest.raises(TypeError, match="return_lse"):
             tried.step(*second, return_lse=1)
@@ -352,7 +352,7 @@ def test_a_cache_asks_for_a_query(blocks):
     cache = attnext.KVCache(1, 20, 2, 8)
     cache.append(*(torch.randn(1, 10, 2, 8) for _ in range(2)))
     cache.keep(torch.tensor([[[0, 5], [1, -1]]]))
-    with pytest.raises(TypeError, match="query must be a tensor, got NoneType"):
+    with pytest.raises(TypeError, match="query must be a floating-point tensor, got NoneType"):
         cache.attend(None, blocks=blocks)
     with pytest.raises(ValueError, match="query must be"):
         cache.attend(torch.randn(2, 4), blocks=blocks)

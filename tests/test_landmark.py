@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnext import landmark as module
 from attnext import landmark_attention, reference_methods, sliding_window_attention
+from attnext import landmark_ops as module
 from attnext.testing import available_isas, isa, threads
 
 F64 = torch.float64
@@ -168,6 +168,10 @@ def test_memory_is_a_slice(monkeypatch):
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             nonlocal largest
+            if str(func).startswith("attnext.landmark"):
+                with Watch():  # what it is made of
+                    run = module.forward if "forward" in str(func) else module.backward
+                    return run(*args, **(kwargs or {}))
             result = func(*args, **(kwargs or {}))
             for x in torch.utils._pytree.tree_leaves(result):
                 if isinstance(x, torch.Tensor):
@@ -207,6 +211,21 @@ def test_long_sequences_on_every_isa(dtype, period, monkeypatch):
             assert torch.equal(a, c), name
             assert (a.double() - b).norm() <= 4 * eps * b.norm(), (level, name)
         assert not got[4][:, marks].any()
+
+
+@pytest.mark.parametrize("period", [4, 80])  # walked; a slice at a time
+@pytest.mark.parametrize("shared", [True, False])
+def test_operators(period, shared):
+    leaves = [x.detach().float().requires_grad_() for x in inputs(90)]
+    marks = every(period, 90) if shared else torch.rand(2, 90) < 1 / period
+    torch.library.opcheck(torch.ops.attnext.landmark_forward.default, (*leaves, marks, 0.5))
+    with torch.no_grad():
+        results = torch.ops.attnext.landmark_forward(*leaves, marks, 0.5)
+        sent = [torch.randn_like(t) for t in results]
+        problem = (*(x.detach() for x in leaves), marks, 0.5)
+    for dlse in (sent[1], None):
+        arguments = (*problem, *results, sent[0], dlse, [True] * 3)
+        torch.library.opcheck(torch.ops.attnext.landmark_backward.default, arguments)
 
 
 X = torch.zeros(2, 6, 2, 4)

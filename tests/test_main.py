@@ -149,6 +149,7 @@ def test_unreadable_input_is_told_in_a_sentence(
         ["--output", "no/such/folder/a.png"],
         ["--output", "a.txt"],
         ["--json", "/"],
+        ["--output", "one.png", "--json", "./one.png"],
         ["--threads", "0"],
         ["--threads", "two"],
         ["--seconds", "0"],

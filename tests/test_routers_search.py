@@ -401,6 +401,10 @@ def test_infinite_hip_decoder():
         ("infinite", {"query_reduce": "max"}, "query_reduce"),
         ("decoder", {"intervals": (4,)}, "intervals"),
         ("decoder", {"intervals": (4, 3, 2)}, "intervals"),
+        ("decoder", {"intervals": 4}, "intervals"),
+        ("decoder", {"block_size": 0}, "block_size"),
+        ("decoder", {"window_size": 0}, "window_size"),
+        ("decoder", {"share_heads": 1}, "share_heads"),
     ],
 )
 def test_hip_errors(call, change, match):
@@ -603,6 +607,19 @@ def test_keys_with_a_stride_of_their_own():
     assert (found.anchors >= 0).any()
 
 
+def test_longheads_under_autocast():
+    """A rotation by what casts keeps the dtype of what it is given."""
+
+    def turned(x, positions):
+        return x @ torch.eye(16, dtype=x.dtype).roll(1, 0)
+
+    tensors = [torch.randn(1, 40, 2, 16) for _ in range(3)]
+    expected = longheads_chunk_keys(*(t.bfloat16() for t in tensors), 8, rotary=turned)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = longheads_chunk_keys(*tensors, 8, rotary=turned)
+    assert torch.equal(found, expected)
+
+
 def test_superlinear_under_autocast():
     tensors = [torch.randn(1, 150, h, 16) for h in (4, 4, 2, 2)]
     options = {"sw_index": 3, "search_power": 0.5}
@@ -625,5 +642,5 @@ def test_large_numbers_of_superlinear_take_no_time():
 
 def test_superlinear_asks_for_a_search_query():
     query = torch.randn(1, 4, 2, 8)
-    with pytest.raises(TypeError, match="search_query must be a tensor"):
+    with pytest.raises(TypeError, match="search_query must be a floating-point tensor"):
         superlinear_attention(None, query, query, query)

@@ -149,6 +149,21 @@ def test_blocks_of_packed_sequences():
     torch.testing.assert_close(block_pool(x, blocks), torch.cat(pieces, 1))
 
 
+@given(st.lists(st.integers(0, 9), max_size=5), st.integers(1, 5))
+def test_blocks_of_packed_sequences_that_nobody_reads(lengths, size):
+    """Of a number that is known beforehand: the same blocks, and empty ones behind them."""
+    cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    blocks, first = packed_blocks(cu, size)
+    known, same = packed_blocks(cu, size, num_tokens=sum(lengths))
+    assert torch.equal(first, same) and known.extent == blocks.extent
+    assert known.num_blocks == sum(lengths) // size + len(lengths)
+    offsets = known.offsets.tolist()
+    assert offsets[: blocks.num_blocks + 1] == blocks.offsets.tolist()
+    assert set(offsets[blocks.num_blocks :]) == {sum(lengths)}
+    away = packed_blocks(cu.to("meta"), size, num_tokens=sum(lengths))[0]
+    assert away.offsets.shape == known.offsets.shape
+
+
 # ---- selection -----------------------------------------------------------------------------------
 
 

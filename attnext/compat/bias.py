@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import check_dense
+
 
 def swin_bias(table: Tensor, window_size: int | Sequence[int]) -> Tensor:
     """Swin's flattened table, which counts offsets as query - key, as a ``bias``.
@@ -140,6 +142,7 @@ def natten_rpb(rpb: Tensor) -> Tensor:
 def _check_tensor(x: Any, name: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    check_dense(name, x)
 
 
 def _check_side(name: str, x: Any) -> None:

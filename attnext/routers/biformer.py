@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_integer, check_qkv, check_scale, under_autocast
+from ..arguments import (
+    check_flag,
+    check_integer,
+    check_qkv,
+    check_scale,
+    check_tensor,
+    under_autocast,
+)
 from ..merging import merge, merge_attentions
 from ..plans import BlockPlan, Blocks, per_axis
 from ..pooling import block_pool
@@ -47,7 +54,7 @@ def bilevel_routing_attention(
     Args:
         region_size: tokens per axis of a query region; those at the end of an axis are what is
             left. ``key_region_size``: of a key region, by default the same.
-        topk: key regions per query region.
+        topk: key regions per query region, at most as many as there are.
         scale: factor on ``q . k``, by default ``D ** -0.5`` (the published model:
             ``(H * D) ** -0.5``).
         padding: what the cut regions at the border hold besides their tokens: nothing
@@ -78,13 +85,8 @@ def bilevel_routing_attention(
         >>> attnext.bilevel_routing_attention(q, k, v, (4, 4), topk=2).shape
         torch.Size([1, 14, 9, 2, 16])
     """
-    if padding not in PADDING:
-        raise ValueError(f"padding must be one of {PADDING}, got {padding!r}")
-    if soft is not None and soft not in SOFT:
-        raise ValueError(f"soft must be None or one of {SOFT}, got {soft!r}")
-    if padding == "zero" and soft in ("bias", "mix"):
-        raise ValueError(f"padding must be 'mask' with soft={soft!r}, got 'zero'")
-    check_integer("topk", topk, 1)
+    _check_options(topk, padding, soft, differentiable_routing, scale)
+    check_flag("return_plan", return_plan)
     query, key, value = under_autocast(query, key, value)
     rank = check_qkv(query, key, value)
     sizes = per_axis("region_size", region_size, rank, 1)
@@ -119,6 +121,20 @@ def bilevel_routing_attention(
         absent = torch.log(count.to(lse.dtype)).expand(lse.shape)
         out = merge_attentions((out, zeros), (lse, absent))[0]
     return (out, whole) if return_plan else out
+
+
+def _check_options(
+    topk: Any, padding: Any, soft: Any, differentiable_routing: Any, scale: Any
+) -> None:
+    check_integer("topk", topk, 1)
+    if padding not in PADDING:
+        raise ValueError(f"padding must be one of {PADDING}, got {padding!r}")
+    if soft is not None and soft not in SOFT:
+        raise ValueError(f"soft must be None or one of {SOFT}, got {soft!r}")
+    if padding == "zero" and soft in ("bias", "mix"):
+        raise ValueError(f"padding must be 'mask' with soft={soft!r}, got 'zero'")
+    check_flag("differentiable_routing", differentiable_routing)
+    check_scale(scale, 1.0)
 
 
 def _means(x: Tensor, sizes: tuple[int, ...], kv_heads: int) -> Tensor:
@@ -203,8 +219,12 @@ class BiLevelRoutingAttention(nn.Module):
         channels_last: bool = False,
     ) -> None:
         super().__init__()
-        for name, number in (("num_heads", num_heads), ("n_win", n_win), ("topk", topk)):
+        for name, number in (("dim", dim), ("num_heads", num_heads), ("n_win", n_win)):
             check_integer(name, number, 1)
+        _check_options(topk, padding, soft, differentiable_routing, scale)
+        check_flag("channels_last", channels_last)
+        if region_size is not None:
+            per_axis("region_size", region_size, 2, 1)
         check_integer("side_dwconv", side_dwconv, 0)
         if dim % num_heads:
             raise ValueError(f"dim must be a multiple of num_heads, {num_heads}, got {dim}")
@@ -228,6 +248,7 @@ class BiLevelRoutingAttention(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        check_tensor("x", x, "a floating-point")
         if x.dim() != 4:
             raise ValueError(f"x must have four dimensions, got shape {tuple(x.shape)}")
         if not self.channels_last:

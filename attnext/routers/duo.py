@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import check_modifier, kind_of, under_autocast
+from ..arguments import check_device, check_modifier, check_tensor, under_autocast
 from ..functional import sliding_window_attention
 from ..kv_cache import KVCache, StreamingCache, check_step
 from ..merging import merge
-from ..plans import INDEX_DTYPES, BlockPlan
+from ..plans import BlockPlan
 from ..pooling import Windows
 from ..routed import routed_attention
 from ..selection import select_topk
@@ -130,8 +130,7 @@ def choose_full_heads(gate: Tensor, sparsity: float = 0.5) -> Tensor:
     The share ``sparsity`` of smallest gates streams, rounded to whole heads; of equal gates, as
     many are at 0 and 1, the first stay full. A threshold at a quantile would take all or none.
     """
-    if not isinstance(gate, Tensor) or not gate.is_floating_point():
-        raise TypeError(f"gate must be a floating-point tensor, got {kind_of(gate)}")
+    check_tensor("gate", gate, "a floating-point")
     check_number("sparsity", sparsity, 0, 1)
     flat = gate.detach().flatten().clamp(0, 1)
     order = flat.sort(descending=True, stable=True).indices
@@ -186,8 +185,8 @@ def retrieval_scores(
         tensor([1.0000, 0.5000])
     """
     for name, t, rank in (("attended", attended, 2), ("output", output, 1), ("prompt", prompt, 1)):
-        if not isinstance(t, Tensor) or t.dtype not in INDEX_DTYPES:
-            raise TypeError(f"{name} must be an int32 or int64 tensor, got {kind_of(t)}")
+        check_tensor(name, t, "an int32 or int64")
+        check_device(name, t, attended, "attended")
         if t.dim() != rank:
             raise ValueError(f"{name} must have {rank} dimensions, got shape {tuple(t.shape)}")
     if output.shape[0] != attended.shape[0]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import kind_of
+from ..arguments import check_tensor
 from ..merging import merge
 from .inputs import check_integer, check_number, exact
 
@@ -62,8 +62,7 @@ class LayerRouter(nn.Module):
 
     def pool(self, query: Tensor) -> Tensor:
         """The mean over the ends and the heads, ``[B, D]``."""
-        if not isinstance(query, Tensor) or not query.is_floating_point():
-            raise TypeError(f"query must be a floating-point tensor, got {kind_of(query)}")
+        check_tensor("query", query, "a floating-point")
         if query.dim() != 4 or query.shape[1] == 0:
             raise ValueError(f"query must be [B, N, H, D] with tokens, got {tuple(query.shape)}")
         tokens, most = query.shape[1], self.pool_tokens

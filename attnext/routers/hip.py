@@ -164,7 +164,7 @@ def hip_plan(
     blocks, key_blocks = -(-num_queries // query_block), -(-num_keys // key_block)
     keep = max(min(mask_k // key_block, key_blocks), 1)
     rounds = max(-(-key_blocks // keep) - 1, 0).bit_length()
-    found = torch.full((batch, lists, blocks, keep), -1, dtype=torch.int32, device=key.device)
+    found = []
     samples_each = heads // lists * max(query_block // query_stride, 1)
     entries = batch * lists * 2 * keep * (dim + samples_each)
     with torch.no_grad():
@@ -186,8 +186,12 @@ def hip_plan(
                     at = (at + torch.minimum(hi * key_block, seen[:, None])) // 2
                 best = _keep(_scores(samples, key, at), lo >= hi, keep)
                 lo, hi = lo.gather(-1, best), hi.gather(-1, best)
-            found[:, :, part] = lo.masked_fill(lo >= hi, -1).int()
-    return BlockPlan.of(found, num_queries, query_block, num_keys, key_block)
+            found.append(lo.masked_fill(lo >= hi, -1).int())
+    if found:
+        plan = torch.cat(found, 2)
+    else:
+        plan = torch.full((batch, lists, 0, keep), -1, dtype=torch.int32, device=key.device)
+    return BlockPlan.of(plan, num_queries, query_block, num_keys, key_block)
 
 
 def infinite_hip_plan(
@@ -255,12 +259,8 @@ class _Cascade:
         share_heads: bool,
     ) -> None:
         check_sequences(query, key, key)
-        check_stages(stages)
-        check_integer("block_size", block_size, 1)
-        check_integer("sinks", sinks, 0)
-        check_integer("window_size", window_size, 1)
+        _check_options(stages, block_size, sinks, window_size, share_heads)
         check_choice("query_reduce", query_reduce, ("stride", "mean"))
-        check_flag("share_heads", share_heads)
         if is_causal is not True:
             raise NotImplementedError(f"is_causal must be True, got {is_causal!r}")
         self.query, self.key, self.stages, self.block_size = query, key, stages, block_size
@@ -362,7 +362,13 @@ class _Cascade:
         return block.masked_fill(block == total, -1).int()
 
 
-def check_stages(stages: Any) -> None:
+def _check_options(
+    stages: Any, block_size: Any, sinks: Any, window_size: Any, share_heads: Any
+) -> None:
+    check_integer("block_size", block_size, 1)
+    check_integer("sinks", sinks, 0)
+    check_integer("window_size", window_size, 1)
+    check_flag("share_heads", share_heads)
     if not isinstance(stages, Sequence) or not stages:
         raise TypeError(f"stages must be a sequence of at least one stage, got {stages!r}")
     for stage in stages:
@@ -413,7 +419,9 @@ class InfiniteHipDecoder:
         window_size: int = 1024,
         share_heads: bool = False,
     ) -> None:
-        check_stages(stages)
+        _check_options(stages, block_size, sinks, window_size, share_heads)
+        if not isinstance(intervals, Sequence):
+            raise TypeError(f"intervals must be a sequence of ints, got {intervals!r}")
         if len(intervals) != len(stages):
             raise ValueError(
                 f"intervals must be one for each of {len(stages)} stages, got {intervals!r}"

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_flag, check_integer, check_sequences, finite_number, kind_of
+from ..arguments import (
+    check_flag,
+    check_integer,
+    check_sequences,
+    check_tensor,
+    finite_number,
+    kind_of,
+)
 from ..ops import accumulator_dtype
 from ..slices import slices
 
@@ -34,8 +41,7 @@ def check_number(name: str, x: Any, low: float, high: float) -> None:
 
 def check_indices(name: str, t: Any, shapes: tuple[tuple[int, ...], ...]) -> None:
     """An integer tensor of one of the shapes."""
-    if not isinstance(t, Tensor) or t.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be an int32 or int64 tensor, got {kind_of(t)}")
+    check_tensor(name, t, "an int32 or int64")
     if tuple(t.shape) not in shapes:
         allowed = " or ".join(map(str, dict.fromkeys(shapes)))
         raise ValueError(f"{name} must have shape {allowed}, got {tuple(t.shape)}")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import kind_of, under_autocast
+from ..arguments import check_tensor, under_autocast
 from ..functional import window_attention
 from ..merging import merge_attentions
 from ..plans import BlockPlan
@@ -44,6 +44,7 @@ def longheads_chunk_keys(
     Complexity:
         O(N chunk_size D). Chunks can be added as they fill up: they do not depend on each other.
     """
+    query, key, value = under_autocast(query, key, value)
     check_sequences(query, key, value)
     check_integer("chunk_size", chunk_size, 1)
     if query.shape[1] != key.shape[1]:
@@ -104,8 +105,7 @@ def longheads_plan(
         [[0, 1, 4, 5]]
     """
     for name, t in (("query", query), ("chunk_keys", chunk_keys)):
-        if not isinstance(t, Tensor) or not t.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {kind_of(t)}")
+        check_tensor(name, t, "a floating-point", query if isinstance(query, Tensor) else None)
         if t.dim() != 4:
             raise ValueError(f"{name} must have four dimensions, got shape {tuple(t.shape)}")
     for name, x, least in (
@@ -163,7 +163,7 @@ def longheads_attention(
     Shapes:
         query ``[B, Nq, H, D]``, key ``[B, Nk, Hkv, D]``, value ``[B, Nk, Hkv, Dv]``, not rotated;
         the result is ``[B, Nq, H, Dv]``, and with ``return_lse`` also ``[B, Nq, H]``. Query ``i``
-        stands at key ``i + Nk - Nq``.
+        stands at key ``i + Nk - Nq``. Without ``chunk_keys``, ``Dv`` is ``D`` and ``Nq`` is ``Nk``.
 
     Args:
         rotary: ``rotary(x [B, N, H, D], positions int64 [N])`` gives ``x`` rotated, such that

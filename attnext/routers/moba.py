@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..arguments import check_cu_seqlens, check_integer, check_sequences, under_autocast
 from ..merging import merge_attentions
@@ -63,7 +64,9 @@ def _blocks(
         raise ValueError(
             f"key must have the tokens of query, {num_queries}, with cu_seqlens, got {num_keys}"
         )
-    blocks, first = packed_blocks(cu_seqlens, block_size)
+    # A compiler must not be asked how many blocks there are.
+    known = num_keys if is_compiling() or cu_seqlens.is_meta else None
+    blocks, first = packed_blocks(cu_seqlens, block_size, num_tokens=known)
     if blocks.num_tokens != num_keys:
         raise ValueError(
             f"cu_seqlens must end at the number of tokens, {num_keys}, got {blocks.num_tokens}"

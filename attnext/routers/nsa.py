@@ -4,13 +4,22 @@ these say matter, and a sliding window, summed by gates."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_integer, check_scale, check_sequences, kind_of, under_autocast
+from ..arguments import (
+    check_flag,
+    check_integer,
+    check_scale,
+    check_sequences,
+    check_tensor,
+    kind_of,
+    under_autocast,
+)
 from ..constants import constant
 from ..functional import sliding_window_attention
 from ..merging import merge
@@ -84,18 +93,11 @@ def native_sparse_attention(
         >>> attnext.native_sparse_attention(q, k, v, gates, num_blocks=3, window_size=64).shape
         torch.Size([1, 200, 4, 32])
     """
-    for name, number in (
-        ("compress_size", compress_size), ("compress_stride", compress_stride),
-        ("block_size", block_size), ("num_blocks", num_blocks), ("window_size", window_size),
-    ):  # fmt: skip
-        check_integer(name, number, 1)
-    for name, number in (("initial_blocks", initial_blocks), ("local_blocks", local_blocks)):
-        check_integer(name, number, 0)
-    if initial_blocks + local_blocks > num_blocks:
-        raise ValueError(
-            f"num_blocks must be at least initial_blocks + local_blocks, {initial_blocks} + "
-            f"{local_blocks}, got {num_blocks}"
-        )
+    _check_options(
+        compress_size=compress_size, compress_stride=compress_stride, block_size=block_size,
+        num_blocks=num_blocks, initial_blocks=initial_blocks, local_blocks=local_blocks,
+        window_size=window_size, share_selection=share_selection, scale=scale,
+    )  # fmt: skip
     query, key, value = under_autocast(query, key, value)
     check_sequences(query, key, value)
     _check_gates(query, gates)
@@ -129,6 +131,38 @@ def native_sparse_attention(
     return (out, plan) if return_plan else out
 
 
+def _check_options(
+    *, initial_blocks: Any, local_blocks: Any, share_selection: Any, scale: Any, **sizes: Any
+) -> None:
+    for name, number in sizes.items():
+        check_integer(name, number, 1)
+    for name, number in (("initial_blocks", initial_blocks), ("local_blocks", local_blocks)):
+        check_integer(name, number, 0)
+    if initial_blocks + local_blocks > sizes["num_blocks"]:
+        raise ValueError(
+            f"num_blocks must be at least initial_blocks + local_blocks, {initial_blocks} + "
+            f"{local_blocks}, got {sizes['num_blocks']}"
+        )
+    check_flag("share_selection", share_selection)
+    check_scale(scale, 1.0)
+
+
+def _all_options(given: dict[str, Any]) -> dict[str, Any]:
+    """The options of :func:`native_sparse_attention` that a layer has, checked."""
+    tensors = ("compressed", "window_kv", "return_plan")
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(native_sparse_attention).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and name not in tensors
+    }
+    for name in given:
+        if name not in defaults:
+            raise TypeError(f"options must be among {tuple(defaults)}, got {name!r}")
+    options = defaults | given
+    _check_options(**options)
+    return options
+
+
 def _compressed_branch(
     query: Tensor, key: Tensor, value: Tensor, windows: Windows, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -160,8 +194,7 @@ def _stairs(num_queries: int, windows: Windows, device: torch.device) -> tuple[B
 
 
 def _check_gates(query: Tensor, gates: Any) -> None:
-    if not isinstance(gates, Tensor) or not gates.is_floating_point():
-        raise TypeError(f"gates must be a floating-point tensor, got {kind_of(gates)}")
+    check_tensor("gates", gates, "a floating-point", query)
     want = (*query.shape[:3], 3)
     if tuple(gates.shape) != want:
         raise ValueError(f"gates must have shape {want}, got {tuple(gates.shape)}")
@@ -172,11 +205,9 @@ def _check_pair(name: str, pair: Any, key: Tensor, value: Tensor, count: int) ->
         raise TypeError(f"{name} must be a pair of keys and values, got {kind_of(pair)}")
     for what, t, like in zip(("keys", "values"), pair, (key, value), strict=True):
         want = (like.shape[0], count, *like.shape[2:])
-        if not isinstance(t, Tensor) or tuple(t.shape) != want:
-            raise ValueError(
-                f"{name} {what} must have shape {want}, got "
-                f"{tuple(t.shape) if isinstance(t, Tensor) else kind_of(t)}"
-            )
+        check_tensor(f"{name} {what}", t, "a floating-point", like)
+        if tuple(t.shape) != want:
+            raise ValueError(f"{name} {what} must have shape {want}, got {tuple(t.shape)}")
 
 
 class NativeSparseAttention(nn.Module):
@@ -214,17 +245,21 @@ class NativeSparseAttention(nn.Module):
     ) -> None:
         super().__init__()
         kv_heads = num_heads if kv_heads is None else kv_heads
-        check_integer("num_heads", num_heads, 1)
-        check_integer("kv_heads", kv_heads, 1)
+        for name, number in (("dim", dim), ("num_heads", num_heads), ("kv_heads", kv_heads)):
+            check_integer(name, number, 1)
         if num_heads % kv_heads:
-            raise ValueError(f"num_heads must be a multiple of kv_heads, {kv_heads}")
+            raise ValueError(
+                f"num_heads must be a multiple of kv_heads, {kv_heads}, got {num_heads}"
+            )
         if head_dim is None and dim % num_heads:
             raise ValueError(f"dim must be a multiple of num_heads, {num_heads}, got {dim}")
         head_dim = dim // num_heads if head_dim is None else head_dim
+        check_integer("head_dim", head_dim, 1)
         if compress not in ("mean", "mlp"):
             raise ValueError(f"compress must be 'mean' or 'mlp', got {compress!r}")
+        check_flag("window_kv", window_kv)
         self.num_heads, self.kv_heads, self.head_dim = num_heads, kv_heads, head_dim
-        self.options = options
+        self.options = _all_options(options)
         self.query = nn.Linear(dim, num_heads * head_dim, bias=False)
         self.key = nn.Linear(dim, kv_heads * head_dim, bias=False)
         self.value = nn.Linear(dim, kv_heads * head_dim, bias=False)
@@ -235,7 +270,7 @@ class NativeSparseAttention(nn.Module):
         self.out = nn.Linear(num_heads * head_dim, dim, bias=False)
         self.compress = None
         if compress == "mlp":
-            size = options.get("compress_size", 32)
+            size = self.options["compress_size"]
             self.compress = nn.ModuleList(_Compression(size, head_dim) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -244,7 +279,7 @@ class NativeSparseAttention(nn.Module):
         gates = self.gates(x).unflatten(-1, (self.num_heads, 3))
         compressed = None
         if self.compress is not None:
-            stride = self.options.get("compress_stride", 16)
+            stride = self.options["compress_stride"]
             of_keys, of_values = self.compress
             compressed = (of_keys(k, stride), of_values(v, stride))
         window_kv = None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from ..arguments import kind_of, under_autocast, without_autocast
+from ..arguments import check_tensor, under_autocast, without_autocast
 from ..constants import constant
 from ..functional import sliding_window_attention
 from ..merging import merge, merge_attentions
@@ -201,27 +201,28 @@ def superlinear_search(
     roots, offsets = table[stripes][::-1], offsets[stripes].flip(0)
     shifted = query_positions is None and num_queries > _FEW
 
-    anchors = torch.full((batch, num_queries, heads, num_spans), -1, device=device)
+    parts = []
+    count = min(num_spans, offsets.numel())
     with torch.no_grad():
         q, k = by_group(search_query.detach(), key), key.detach()
         row = heads if shifted else heads + k.shape[2] * k.shape[3]
         per_query = offsets.numel() * batch * row
-        for part in steps(num_queries, per_query, device, chunk_size):
+        for part in steps(num_queries if count else 0, per_query, device, chunk_size):
             at = positions[:, part, None] - offsets + 1  # [B or 1, n, anchors]
             valid = (at >= starts[:, None, None]) & (at < num_keys)
-            if not offsets.numel():
-                break
             if shifted:
                 begin = part.start + num_keys - num_queries + 1
                 scores = _shifted_scores(q[:, part], k, [begin - root for root in roots])
             else:
                 scores = _gathered_scores(q[:, part], k, at)  # [B, H, n, anchors]
             scores = scores.masked_fill(~valid[:, None] | scores.isnan(), -math.inf)
-            count = min(num_spans, offsets.numel())
             best, place = largest(scores, count, tie="low", ordered=True)
             chosen = at[:, None].expand(batch, heads, -1, -1).gather(-1, place)
-            chosen = torch.where(best > -math.inf, chosen, -1)
-            anchors[:, part, :, :count] = chosen.transpose(1, 2)
+            parts.append(torch.where(best > -math.inf, chosen, -1).transpose(1, 2))
+        if parts:
+            anchors = nn.functional.pad(torch.cat(parts, 1), (0, num_spans - count), value=-1)
+        else:
+            anchors = torch.full((batch, num_queries, heads, num_spans), -1, device=device)
 
         ago = (positions + 1 - starts[:, None]).clamp(min=0)
         back, forth = (
@@ -349,8 +350,7 @@ def superlinear_attention(
     """
     search_query, query, key, value = under_autocast(search_query, query, key, value)
     check_sequences(query, key, value)
-    if not isinstance(search_query, Tensor):
-        raise TypeError(f"search_query must be a tensor, got {kind_of(search_query)}")
+    check_tensor("search_query", search_query, "a floating-point", query)
     if search_query.shape != query.shape or search_query.dtype != query.dtype:
         raise ValueError(
             f"search_query must have shape and dtype of query, {tuple(query.shape)} and "
