@@ -38,6 +38,13 @@ class BasedCache:
     Shapes: ``window`` holds the last ``W`` keys and values; ``state``, ``[B, H, F, V + 1]`` in
     float32 (float64 for float64), is the Taylor state of all older ones, as
     :func:`linear_attention` has it with ``normalize``.
+
+    Example:
+        >>> import torch, attnext
+        >>> q, k, v = torch.randn(3, 1, 100, 2, 16)
+        >>> _, cache = attnext.based_attention(q, k, v, 32, output_final_cache=True)
+        >>> cache.window.length, cache.state.shape
+        (100, torch.Size([1, 2, 153, 17]))
     """
 
     window: WindowCache

@@ -111,7 +111,15 @@ def na1d(
     additional_values: Tensor | None = None,
     return_lse: bool = False,
 ) -> Any:
-    """:func:`neighborhood_attention` on ``[B, X, H, D]``, with NATTEN's name and argument order."""
+    """:func:`neighborhood_attention` on ``[B, X, H, D]``, with NATTEN's name and argument
+    order.
+
+    Example:
+        >>> import torch, attnext
+        >>> q, k, v = torch.randn(3, 1, 50, 2, 16)
+        >>> attnext.na1d(q, k, v, 7).shape
+        torch.Size([1, 50, 2, 16])
+    """
     return _natten(
         1,
         query,
@@ -142,7 +150,14 @@ def na2d(
     return_lse: bool = False,
 ) -> Any:
     """:func:`neighborhood_attention` on ``[B, X, Y, H, D]``, with NATTEN's name and argument
-    order."""
+    order.
+
+    Example:
+        >>> import torch, attnext
+        >>> q, k, v = torch.randn(3, 1, 14, 9, 2, 16)
+        >>> attnext.na2d(q, k, v, 3, dilation=2).shape
+        torch.Size([1, 14, 9, 2, 16])
+    """
     return _natten(
         2,
         query,
@@ -173,7 +188,14 @@ def na3d(
     return_lse: bool = False,
 ) -> Any:
     """:func:`neighborhood_attention` on ``[B, X, Y, Z, H, D]``, with NATTEN's name and argument
-    order."""
+    order.
+
+    Example:
+        >>> import torch, attnext
+        >>> q, k, v = torch.randn(3, 1, 4, 8, 8, 2, 16)
+        >>> attnext.na3d(q, k, v, (3, 5, 5), is_causal=(True, False, False)).shape
+        torch.Size([1, 4, 8, 8, 2, 16])
+    """
     return _natten(
         3,
         query,

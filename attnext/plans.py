@@ -25,6 +25,13 @@ class Blocks:
         offsets: int32 ``[blocks + 1]``, rising from 0 to the number of tokens.
         order: int32 ``[tokens]``, the tokens' raster indices, block after block; None: as they are.
         grid: blocks along each axis, for blocks that are boxes.
+
+    Example:
+        >>> import attnext
+        >>> attnext.Blocks.of(10, 4).offsets.tolist()
+        [0, 4, 8, 10]
+        >>> attnext.Blocks.of((2, 4), 2).order.tolist()
+        [0, 1, 4, 5, 2, 3, 6, 7]
     """
 
     extent: tuple[int, ...]
@@ -102,6 +109,12 @@ class BlockPlan:
             units). Differentiable.
 
     Build plans with :meth:`of`, :meth:`of_spans`, :meth:`of_csr` or :meth:`of_mask`.
+
+    Example:
+        >>> import torch, attnext
+        >>> last_two = torch.tensor([[[[0, -1], [0, 1], [1, 2]]]])
+        >>> attnext.BlockPlan.of(last_two, query_extent=12, query_block=4).list_shape
+        (1, 1)
     """
 
     query_blocks: Blocks

@@ -18,6 +18,14 @@ class WindowCache:
 
     Shapes: keys ``[B, W, H, K]``, values ``[B, W, H, V]``; token ``t`` lies in slot ``t % W``.
     Softmax attention does not ask in which order keys lie.
+
+    Example:
+        >>> import torch, attnext
+        >>> k, v = torch.randn(2, 1, 100, 2, 16)
+        >>> cache = attnext.WindowCache.after(k, v, window_size=8)
+        >>> _ = cache.push(*torch.randn(2, 1, 1, 2, 16))
+        >>> cache.length, cache.seen()[0].shape
+        (101, torch.Size([1, 8, 2, 16]))
     """
 
     keys: Tensor

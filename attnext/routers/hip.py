@@ -236,6 +236,14 @@ def infinite_hip_plan(
     Source:
         InfiniteHiP (arXiv 2502.08910). Keys and queries are scored as they are given: positions
         beyond those of the training are the caller's to rotate.
+
+    Example:
+        >>> import torch, attnext
+        >>> q, k = torch.randn(2, 1, 3000, 2, 16)
+        >>> stages = (64, 1, 64, 512), (64, 1, 16, 256)
+        >>> plan = attnext.infinite_hip_plan(q, k, stages=stages, sinks=64, window_size=256)
+        >>> plan.lists.shape  # each of 16 ranges lies in one block of 64 keys
+        torch.Size([1, 2, 47, 16])
     """
     search = _Cascade(
         query, key, stages, block_size, sinks, window_size, query_reduce, is_causal, share_heads
