@@ -302,51 +302,6 @@ void taylor_chain(const Acc* x, Acc scale, const Acc* dfeatures, int64_t dim, in
   }
 }
 
-// Cumulative decays of a chunk, in powers of two and in double: a difference of two is exact
-// beside a number of the accumulator's precision, whatever has gone by before.
-template <class Acc>
-struct ChunkDecay {
-  double* until;    // [tokens], its own included
-  Acc* from_start;  // [tokens] 2^until
-  Acc* to_end;      // [tokens] 2^(total - until)
-  double total = 0;
-
-  ChunkDecay(Scratch<Acc>& arena, int64_t chunk)
-      : until(reinterpret_cast<double*>(arena.take(2 * chunk))),
-        from_start(arena.take(chunk)),
-        to_end(arena.take(chunk)) {}
-
-  void read(const Acc* log, int64_t step, int64_t count, int64_t width) {
-    constexpr int64_t kLanes = Simd<Acc>::kLanes;
-    constexpr double kLeast = -1000;  // its exponential is 0 in double; -inf would leave NaN
-    total = 0;
-    for (int64_t t = 0; t < count; ++t) {
-      const double g = log[t * step];
-      total += (g < kLeast ? kLeast : g) * kLog2E;
-      until[t] = total;
-    }
-    for (int64_t t = 0; t < width; ++t) {
-      from_start[t] = Acc(until[min64(t, count - 1)]);
-      to_end[t] = Acc(total - until[min64(t, count - 1)]);
-    }
-    for (int64_t t = 0; t < width; t += kLanes) {
-      store(from_start + t, power<Acc>(load(from_start + t)));
-      store(to_end + t, power<Acc>(load(to_end + t)));
-    }
-  }
-  // What token i leaves of what was there before it.
-  Acc left_after(int64_t i) const {
-    return power<Acc>(broadcast(Acc(until[i] - (i > 0 ? until[i - 1] : 0))))[0];
-  }
-  // How much of token j is left at token i, for a row of lanes j; nothing where j > i.
-  void weights(int64_t i, int64_t width, Acc* out) const {
-    constexpr int64_t kLanes = Simd<Acc>::kLanes;
-    for (int64_t j = 0; j <= i; ++j) out[j] = Acc(until[i] - until[j]);
-    for (int64_t j = i + 1; j < width; ++j) out[j] = 0;
-    for (int64_t j = 0; j < width; j += kLanes) store(out + j, power<Acc>(load(out + j)));
-  }
-};
-
 template <class Acc>
 ATTNEXT_INLINE Acc power_of(double x) {
   return power<Acc>(broadcast(Acc(x)))[0];

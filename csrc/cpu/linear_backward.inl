@@ -27,7 +27,8 @@ class LinearBackward : public LinearHead<T> {
       : Head(params, work),
         again_(params, work, scratch),
         arena_(past(scratch)),
-        decay_(arena_, ld) {
+        decay_(arena_, ld),
+        slopes_(arena_, ld, decays()) {
     const int64_t dim = p.head_dim;
     q_ = arena_.take(dim * ld);
     k_ = arena_.take(dim * ld);
@@ -50,11 +51,6 @@ class LinearBackward : public LinearHead<T> {
     dmean_ = arena_.take(ld);
     weights_ = arena_.take(ld);
     after_ = arena_.take(this->state_size());
-    if (decays()) {
-      slope_ = arena_.take(2 * ld);
-      slope_k_ = slope_ + ld;
-      pairs_ = reinterpret_cast<double*>(arena_.take(6 * ld));
-    }
     if (p.delta()) {
       keys_ = arena_.take(chunk * ld);
       beta_ = arena_.take(ld);
@@ -299,9 +295,7 @@ class LinearBackward : public LinearHead<T> {
       product<By::kColumns>(rows, seen, elements<Elem>(columns), dout + i, ld, value, ld,
                             dp_ + i * ld, ld, false, &ahead_);
     }
-    if (decays()) {
-      for (int64_t i = 0; i < 2 * ld; ++i) pairs_[i] = 0;
-    }
+    if (decays()) slopes_.begin();
     for (int64_t i = 0; i < count; ++i) {
       Acc *s_row = s_ + i * ld, *p_row = dp_ + i * ld;
       const int64_t seen = whole_vectors<Acc>(i + 1);
@@ -319,7 +313,7 @@ class LinearBackward : public LinearHead<T> {
         }
         if (decays()) {
           store(p_row + j, s * dp * this->outer_scale());
-          count_pairs(i, j, min64(kLanes, i - j), p_row);
+          slopes_.count(i, j, min64(kLanes, i - j), p_row);
           s *= load(weights_ + j);
         }
         if (p.normalize) s *= inverse_[i];
@@ -442,14 +436,6 @@ class LinearBackward : public LinearHead<T> {
     }
   }
 
-  // Pairs of query i with keys [j, j + n): all decays after the key, up to the query, scale them.
-  void count_pairs(int64_t i, int64_t j, int64_t n, const Acc* row) {
-    for (int64_t l = j; l < j + n; ++l) {
-      pairs_[i] += row[l];
-      pairs_[ld + l] += row[l];
-    }
-  }
-
   // Products with the states, and what is left to store.
   void across(int64_t t, int64_t count, const Acc* before, const Acc* after) {
     const int64_t lanes = whole_vectors<Acc>(count);
@@ -458,7 +444,6 @@ class LinearBackward : public LinearHead<T> {
     if (decays()) {
       scale_lanes(qf_, features, ld, lanes, decay_.from_start);
       scale_lanes(kf_, features, ld, lanes, decay_.to_end);
-      for (int64_t i = 0; i < 2 * ld; ++i) slope_[i] = 0;
     }
     // What states mean for entries that are their own features is added up in place.
     const bool plain = !taylor() && !decays();
@@ -467,7 +452,7 @@ class LinearBackward : public LinearHead<T> {
       product<By::kRows>(features, lanes, columns, after, width, v_lanes_, ld, to, ld, plain,
                          &ahead_);
       if (p.normalize) add_sums(this->sums(after), nullptr, lanes, to);
-      if (decays()) dot_lanes(kf_, df_, features, lanes, slope_k_, false);
+      if (decays()) dot_lanes(kf_, df_, features, lanes, slopes_.keys, false);
       if (decays()) scale_lanes(df_, features, ld, lanes, decay_.to_end);
       if (!plain) chain(k_, false, lanes, dk_);
       product<By::kColumns>(count, width, features, kf_, ld, after, width, dv_, width, p.causal,
@@ -483,8 +468,8 @@ class LinearBackward : public LinearHead<T> {
         scale_lanes(df_, features, ld, lanes, inverse_);
         add_sums(this->sums(before), dsum_, lanes, df_);
       }
-      if (decays()) dot_lanes(qf_, df_, features, lanes, slope_, false);
-      if (decays()) scale_all(slope_, 1, 0, ld, this->outer_scale());
+      if (decays()) dot_lanes(qf_, df_, features, lanes, slopes_.queries, false);
+      if (decays()) scale_all(slopes_.queries, 1, 0, ld, this->outer_scale());
       if (decays()) scale_lanes(df_, features, ld, lanes, decay_.from_start);
       if (!in_place) chain(q_, true, lanes, dq_);
     }
@@ -550,7 +535,7 @@ class LinearBackward : public LinearHead<T> {
       if (decays()) {
         decay_.weights(i, lanes, weights_);
         for (int64_t j = 0; j < i; ++j) s_[j] = row[j] * keys_[i * ld + j];
-        count_pairs(i, 0, i, s_);
+        slopes_.count(i, 0, i, s_);
         for (int64_t j = 0; j < i; ++j) row[j] *= weights_[j];
       }
       for (int64_t j = i; j < lanes; ++j) row[j] = 0;
@@ -561,7 +546,7 @@ class LinearBackward : public LinearHead<T> {
     find_readers(count);
     if (!before) return;
     product<By::kRows>(features, lanes, columns, before, width, h_lanes_, ld, df_, ld, false);
-    if (decays()) dot_lanes(kf_, df_, features, lanes, slope_, true);
+    if (decays()) dot_lanes(kf_, df_, features, lanes, slopes_.queries, true);
     if (decays()) scale_lanes(df_, features, ld, lanes, decay_.from_start);
     chain(k_, false, lanes, dk_);
   }
@@ -574,8 +559,7 @@ class LinearBackward : public LinearHead<T> {
     }
   }
 
-  // The decay of token t scales every pair around it: keys before it (in the chunk or in the state)
-  // with queries from it on (in the chunk or behind it). Sums in double, since pairs come and go.
+  // What the decays scale of the state that goes through the chunk is told apart from its pairs.
   void store_decay(int64_t t, int64_t count, const Acc* before, const Acc* after) {
     double through = 0;
     if (before && after) {
@@ -589,26 +573,8 @@ class LinearBackward : public LinearHead<T> {
       }
       through *= power_of<Acc>(decay_.total);
     }
-    // Of pairs, sums from both ends: where only one is finite, the other has met pairs that the
-    // decay does not scale.
-    double* const keys = pairs_ + 2 * ld;
-    double earlier = 0, read = 0, within = 0, queries = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      const double more = pairs_[ld + i] - pairs_[i];
-      pairs_[ld + i] = more;
-      pairs_[i] = earlier;
-      keys[i] = read;
-      earlier += more;
-      read += slope_k_[i];
-    }
-    Acc* ddecay = this->template row<Acc>(p.ddecay, t, p.heads);
-    for (int64_t i = count - 1; i >= 0; --i) {
-      queries += slope_[i];
-      within -= pairs_[ld + i];
-      const bool is_finite = pairs_[i] - pairs_[i] == 0;
-      const double of_pairs = is_finite ? pairs_[i] : within;
-      ddecay[i * this->step(p.ddecay)] = Acc(through + of_pairs + queries + keys[i]);
-    }
+    slopes_.store(through, count, this->template row<Acc>(p.ddecay, t, p.heads),
+                  this->step(p.ddecay));
   }
 
   // Of entries, from those of features, `f`, times `scale`.
@@ -657,10 +623,9 @@ class LinearBackward : public LinearHead<T> {
   Ahead ahead_;
   Scratch<Acc> arena_;
   ChunkDecay<Acc> decay_;
+  DecayGradient<Acc> slopes_;
   Acc *q_, *k_, *qf_, *kf_, *dq_, *dk_, *df_, *v_, *dout_, *dv_, *v_lanes_, *dout_lanes_, *s_, *dp_,
       *dp_lanes_, *dsum_, *inverse_, *dmean_, *weights_, *after_, *states_;
-  Acc *slope_ = nullptr, *slope_k_ = nullptr;
-  double* pairs_ = nullptr;  // [3][tokens]: sums over the pairs of a query, of a key; a room
   Acc *keys_ = nullptr, *beta_ = nullptr, *dbeta_ = nullptr, *e_ = nullptr, *y_ = nullptr,
       *h_ = nullptr, *h_lanes_ = nullptr, *later_ = nullptr;
   const Acc* before_[kMostChunks];

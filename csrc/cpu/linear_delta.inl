@@ -6,7 +6,7 @@
 // With u in the place of v, the rest is linear attention.
 #pragma once
 
-#include "linear.inl"
+#include "linear_decay.inl"
 
 namespace attnext {
 namespace cpu {

@@ -203,8 +203,7 @@ void product_lower(int64_t first, int64_t rows, int64_t columns, const Elem* a, 
   }
 }
 
-// ---- outputs of a chunk
-// --------------------------------------------------------------------------
+// ---- outputs of a chunk -------------------------------------------------------------------------
 
 // Their terms: features of queries times the state, times a factor of the row's; and scores times
 // values, of which a row has those up to its own. Beyond them scores are 0 if they are of pairs.

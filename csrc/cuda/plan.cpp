@@ -14,8 +14,7 @@ namespace attnext {
 namespace cuda {
 namespace {
 
-// ---- kernels
-// -------------------------------------------------------------------------------------
+// ---- kernels ------------------------------------------------------------------------------------
 
 using Kernel = KernelFacts;
 
@@ -100,8 +99,7 @@ int32_t narrow(int64_t x, const char* what) {
   return static_cast<int32_t>(x);
 }
 
-// ---- tables
-// --------------------------------------------------------------------------------------
+// ---- tables -------------------------------------------------------------------------------------
 
 constexpr int32_t kRuleInts = sizeof(RuleTiles) / 4;
 
@@ -311,8 +309,7 @@ std::shared_ptr<const Tables> shared_tables(const std::shared_ptr<const Geometry
   return tables;
 }
 
-// ---- launches
-// ------------------------------------------------------------------------------------
+// ---- launches -----------------------------------------------------------------------------------
 
 std::vector<KernelFacts> all_kernels() { return {std::begin(kKernels), std::end(kKernels)}; }
 
