@@ -49,6 +49,7 @@ class LinearBackward : public LinearHead<T> {
     dsum_ = arena_.take(ld);
     inverse_ = arena_.take(ld);
     dmean_ = arena_.take(ld);
+    far_ = arena_.take(ld);
     weights_ = arena_.take(ld);
     after_ = arena_.take(this->state_size());
     if (p.delta()) {
@@ -84,6 +85,7 @@ class LinearBackward : public LinearHead<T> {
       const Acc* before = p.causal ? before_[n] : carry;
       look_ahead(t);
       pack(t, count, before);
+      if (p.normalize) read_state(count, before);
       within(t, count);
       across(t, count, before, after);
       gone += decays() ? decay_.total : 0;
@@ -161,7 +163,6 @@ class LinearBackward : public LinearHead<T> {
     rows(p.key, earlier, p.key_heads, dim, false);
     rows(p.value, earlier, p.value_heads, columns, false);
     rows(p.dout, earlier, p.heads, columns, false);
-    if (p.normalize) rows(p.out, earlier, p.heads, columns, false);
     // Scores and their gradients; what they mean for entries and values; the two states' parts.
     ahead_.pace(2 * (count_tiles<Elem>(chunk, ld) + count_tiles<Elem>(dim, ld) +
                      count_tiles<Elem>(features, ld) + count_tiles<Elem>(chunk, width)) +
@@ -179,16 +180,14 @@ class LinearBackward : public LinearHead<T> {
   }
 
   // dO as rows and lanes; the numbers by which outputs were divided, inverted, which take part
-  // where rounding does not add to that of bf16; and the gradients of the sums, dsum_ = inverse_
-  // dmean_.
+  // where rounding does not add to that of bf16; and what the gradients of the sums of features are
+  // for the state: dmean_ inverse_.
   void pack_gradients(int64_t t, int64_t count) {
     const T* dout = this->template row<const T>(p.dout, t, p.heads) + item.column;
     pack_rows<T, Acc>(dout, this->step(p.dout), count, columns, dout_, width);
     if (p.normalize) {
       const T* out = this->template row<const T>(p.out, t, p.heads) + item.column;
       const Acc* denominator = this->template row<const Acc>(p.denominator, t, p.heads);
-      const Acc* ddenominator =
-          p.ddenominator.data ? this->template row<const Acc>(p.ddenominator, t, p.heads) : nullptr;
       for (int64_t i = 0; i < ld; ++i) dsum_[i] = inverse_[i] = dmean_[i] = 0;
       for (int64_t i = 0; i < count; ++i) {
         const Acc divisor = denominator[i * this->step(p.denominator)];
@@ -198,16 +197,18 @@ class LinearBackward : public LinearHead<T> {
                  widen_part<T, Acc>(out + i * this->step(p.out) + c, columns - c);
         }
         inverse_[i] = 1 / divisor;
-        dmean_[i] = -add_lanes<Acc>(sum);
-        dsum_[i] = dmean_[i] * inverse_[i];
-        if (p.ddenominator.data) {
-          const Acc more = ddenominator[i * this->step(p.ddenominator)];
-          dsum_[i] += more;
-          dmean_[i] += more * divisor;
-        }
+        dmean_[i] = of_denominator(t, i) * divisor - add_lanes<Acc>(sum);
       }
     }
     pack_lanes<FeatureMap::kIdentity, Acc, Acc>(dout_, width, count, columns, dout_lanes_, ld);
+  }
+  Acc of_denominator(int64_t t, int64_t i) const {
+    if (!p.ddenominator.data) return 0;
+    return *this->template row<const Acc>(p.ddenominator, t + i, p.heads);
+  }
+  // The same for the query itself, from dO . its numerators.
+  void set_sum(int64_t t, int64_t i, Acc product) {
+    dsum_[i] = of_denominator(t, i) - product * this->outer_scale() * inverse_[i] * inverse_[i];
   }
 
   void read_decay(int64_t t, int64_t count) {
@@ -277,11 +278,53 @@ class LinearBackward : public LinearHead<T> {
     find_readers(count);
   }
 
+  void query_features(int64_t count) {
+    make_features(q_, qf_, count, true);
+    if (decays()) {
+      scale_lanes(qf_, features, ld, whole_vectors<Acc>(count), decay_.from_start);
+    }
+  }
+  // What the state before the chunk means for features of its queries, and far_, its share of
+  // dO . numerators.
+  void read_state(int64_t count, const Acc* before) {
+    const int64_t lanes = whole_vectors<Acc>(count);
+    query_features(count);
+    if (before) {
+      product<By::kRows>(features, lanes, columns, before, width, dout_lanes_, ld, df_, ld, false,
+                         &ahead_);
+      dot_lanes(qf_, df_, features, lanes, far_, false);
+    } else {
+      for (int64_t i = 0; i < lanes; ++i) far_[i] = 0;
+    }
+  }
+  // Of query i, from its products with the chunk's keys: the very ones that cancel against it in
+  // the gradient. Outputs have been rounded, and beside that a gradient may be small.
+  void sum_of_pairs(int64_t t, int64_t i) {
+    const Acc *const s_row = s_ + i * ld, *const p_row = dp_ + i * ld;
+    VecOf<Acc> sum{};
+    for (int64_t j = 0; j <= i; j += kLanes) {
+      VecOf<Acc> more = score(load(s_row + j)) * load(p_row + j);
+      if (decays()) more *= load(weights_ + j);
+      sum += select_bits<Acc>(up_to(i, j), more, VecOf<Acc>{});
+    }
+    set_sum(t, i, add_lanes<Acc>(sum) + far_[i]);
+  }
+  // Lanes of the keys from j on that query i sees.
+  static uint64_t up_to(int64_t i, int64_t j) {
+    return j + kLanes > i + 1 ? (uint64_t(2) << (i - j)) - 1 : ~uint64_t(0);
+  }
+  VecOf<Acc> score(VecOf<Acc> s) const {
+    if (!taylor()) return s;
+    s *= this->inner_scale();
+    return (s * Acc(0.5) + Acc(1)) * s + Acc(1);
+  }
+
   // Products within the chunk: dq_, dk_, dv_, and what each pair says of the decays between.
   void within(int64_t t, int64_t count) {
     const int64_t lanes = whole_vectors<Acc>(count), dim = p.head_dim;
     if (!p.causal) {
       for (int64_t i = 0; i < dim * ld; ++i) dq_[i] = dk_[i] = 0;
+      for (int64_t i = 0; i < count && p.normalize; ++i) set_sum(t, i, far_[i]);
       return;
     }
     const Elem* const query = along_rows(q_, dim, ld, lanes, query_rows_);
@@ -300,17 +343,15 @@ class LinearBackward : public LinearHead<T> {
       Acc *s_row = s_ + i * ld, *p_row = dp_ + i * ld;
       const int64_t seen = whole_vectors<Acc>(i + 1);
       if (decays()) decay_.weights(i, seen, weights_);
+      if (p.normalize) sum_of_pairs(t, i);
       for (int64_t j = 0; j < seen; j += kLanes) {
-        const uint64_t bits = j + kLanes > i + 1 ? (uint64_t(2) << (i - j)) - 1 : ~uint64_t(0);
+        const uint64_t bits = up_to(i, j);
         VecOf<Acc> s = load(s_row + j), dp = load(p_row + j);
         if (p.normalize) dp = dp * inverse_[i] + dsum_[i];
         if (decays()) dp *= load(weights_ + j);
         VecOf<Acc> ds = dp;
-        if (taylor()) {
-          s *= this->inner_scale();
-          ds *= s + Acc(1);
-          s = (s * Acc(0.5) + Acc(1)) * s + Acc(1);
-        }
+        if (taylor()) ds *= s * this->inner_scale() + Acc(1);
+        s = score(s);
         if (decays()) {
           store(p_row + j, s * dp * this->outer_scale());
           slopes_.count(i, j, min64(kLanes, i - j), p_row);
@@ -439,14 +480,25 @@ class LinearBackward : public LinearHead<T> {
   // Products with the states, and what is left to store.
   void across(int64_t t, int64_t count, const Acc* before, const Acc* after) {
     const int64_t lanes = whole_vectors<Acc>(count);
-    make_features(q_, qf_, count, true);
+    if (!p.normalize) query_features(count);
     make_features(k_, kf_, count, false);
-    if (decays()) {
-      scale_lanes(qf_, features, ld, lanes, decay_.from_start);
-      scale_lanes(kf_, features, ld, lanes, decay_.to_end);
-    }
+    if (decays()) scale_lanes(kf_, features, ld, lanes, decay_.to_end);
     // What states mean for entries that are their own features is added up in place.
     const bool plain = !taylor() && !decays();
+    if (before) {
+      const bool in_place = plain && !p.normalize;
+      if (p.normalize) {
+        scale_lanes(df_, features, ld, lanes, inverse_);
+        add_sums(this->sums(before), dsum_, lanes, df_);
+      } else {
+        product<By::kRows>(features, lanes, columns, before, width, dout_lanes_, ld,
+                           in_place ? dq_ : df_, ld, in_place, &ahead_);
+      }
+      if (decays()) dot_lanes(qf_, df_, features, lanes, slopes_.queries, false);
+      if (decays()) scale_all(slopes_.queries, 1, 0, ld, this->outer_scale());
+      if (decays()) scale_lanes(df_, features, ld, lanes, decay_.from_start);
+      if (!in_place) chain(q_, true, lanes, dq_);
+    }
     if (after) {
       Acc* const to = plain ? dk_ : df_;
       product<By::kRows>(features, lanes, columns, after, width, v_lanes_, ld, to, ld, plain,
@@ -459,19 +511,6 @@ class LinearBackward : public LinearHead<T> {
                             &ahead_);
     } else if (!p.causal) {
       for (int64_t i = 0; i < count * width; ++i) dv_[i] = 0;
-    }
-    if (before) {
-      const bool in_place = plain && !p.normalize;
-      product<By::kRows>(features, lanes, columns, before, width, dout_lanes_, ld,
-                         in_place ? dq_ : df_, ld, in_place, &ahead_);
-      if (p.normalize) {
-        scale_lanes(df_, features, ld, lanes, inverse_);
-        add_sums(this->sums(before), dsum_, lanes, df_);
-      }
-      if (decays()) dot_lanes(qf_, df_, features, lanes, slopes_.queries, false);
-      if (decays()) scale_all(slopes_.queries, 1, 0, ld, this->outer_scale());
-      if (decays()) scale_lanes(df_, features, ld, lanes, decay_.from_start);
-      if (!in_place) chain(q_, true, lanes, dq_);
     }
     if (p.delta()) unsolve(t, count, before);
     if (p.ddecay.data) store_decay(t, count, before, after);
@@ -625,7 +664,7 @@ class LinearBackward : public LinearHead<T> {
   ChunkDecay<Acc> decay_;
   DecayGradient<Acc> slopes_;
   Acc *q_, *k_, *qf_, *kf_, *dq_, *dk_, *df_, *v_, *dout_, *dv_, *v_lanes_, *dout_lanes_, *s_, *dp_,
-      *dp_lanes_, *dsum_, *inverse_, *dmean_, *weights_, *after_, *states_;
+      *dp_lanes_, *dsum_, *inverse_, *dmean_, *far_, *weights_, *after_, *states_;
   Acc *keys_ = nullptr, *beta_ = nullptr, *dbeta_ = nullptr, *e_ = nullptr, *y_ = nullptr,
       *h_ = nullptr, *h_lanes_ = nullptr, *later_ = nullptr;
   const Acc* before_[kMostChunks];
