@@ -89,6 +89,25 @@ def test_budget(name, dtype):
     check(*form(name, dtype=dtype, chunk_size=8))  # several segments
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("feature_map", ["elu", "relu", "taylor2"])
+def test_query_gradients_where_features_are_few(feature_map, is_causal, dtype):
+    """A query's gradient is small beside the mean that it is taken from: no rounding of the outputs
+    may be in it."""
+    form = {"feature_map": feature_map, "normalize": True, "is_causal": is_causal}
+    tensors, _ = problem(tokens=400, dim=8, dim_v=64, dtype=dtype)
+    tensors["cotangent"] = normal(1, 400, 2, 64, dtype=dtype, seed=7)
+
+    def gradient(query, cotangent, **others):
+        query.requires_grad_()
+        out = linear_attention(query, **others, **form)
+        return torch.autograd.grad(out, query, cotangent)[0]
+
+    exact = gradient(**{name: x.double() for name, x in tensors.items()})
+    assert error(gradient(**tensors), exact) <= 1.25 * BUDGET[dtype]
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_every_instruction_set(name):
     for dtype in (torch.float32, torch.float16):

@@ -657,7 +657,7 @@ class LinearBackward : public LinearHead<T> {
     }
   }
 
-  LinearForward<T, Elem> again_;  // makes states once more
+  LinearForward<T, Acc> again_;  // makes states once more, of features that nothing has rounded
   [[no_unique_address]] tiles::SessionIf<kInTiles<Elem>> session_;
   Ahead ahead_;
   Scratch<Acc> arena_;

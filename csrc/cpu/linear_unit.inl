@@ -13,10 +13,10 @@ template <class T>
 struct LinearEntry {
   using Head = LinearHead<T>;
   using Acc = typename Head::Acc;
-  // The delta rule has products of what it solved for, by numbers.
   using Elem = typename ElemOf<T>::type;
 
-  // f(pass): Pass<T, elements of its products>, made of the rest.
+  // f(pass): Pass<T, elements of its products>, made of the rest. The delta rule has products of
+  // what it solved for, by numbers.
   template <template <class, class> class Pass, class F>
   static ATTNEXT_INLINE auto with(const LinearParams& p, const LinearItem& item, void* scratch,
                                   F f) {
@@ -25,14 +25,21 @@ struct LinearEntry {
     }
     return f(Pass<T, Acc>(p, item, scratch));
   }
+  // The same of states: those that gradients read are sums of features that nothing has rounded.
+  template <class F>
+  static ATTNEXT_INLINE auto with_states(const LinearParams& p, const LinearItem& item,
+                                         void* scratch, F f) {
+    if (p.dout.data) return f(LinearForward<T, Acc>(p, item, scratch));
+    return with<LinearForward>(p, item, scratch, f);
+  }
 
   static LinearItem of_size(int64_t columns, int64_t chunk) {
     return {0, 0, 0, 0, 0, columns, chunk};
   }
 
   static int64_t forward_scratch(const LinearParams& p, int64_t columns, int64_t chunk) {
-    return with<LinearForward>(p, of_size(columns, chunk), nullptr,
-                               [](auto pass) { return pass.scratch_bytes(); });
+    return with_states(p, of_size(columns, chunk), nullptr,
+                       [](auto pass) { return pass.scratch_bytes(); });
   }
   static int64_t backward_scratch(const LinearParams& p, int64_t columns, int64_t chunk) {
     return with<LinearBackward>(p, of_size(columns, chunk), nullptr,
@@ -52,8 +59,8 @@ struct LinearEntry {
   }
   static void sum_keys(const LinearParams& p, const LinearItem& item, void* local, bool fresh,
                        void* scratch) {
-    with<LinearForward>(p, item, scratch,
-                        [&](auto pass) { pass.sum_keys(static_cast<Acc*>(local), fresh); });
+    with_states(p, item, scratch,
+                [&](auto pass) { pass.sum_keys(static_cast<Acc*>(local), fresh); });
   }
   static void sum_queries(const LinearParams& p, const LinearItem& item, void* local, bool fresh,
                           void* scratch) {
