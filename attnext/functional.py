@@ -22,7 +22,7 @@ def neighborhood_attention(
     *,
     boundary: str = "inward",
     phase: PerAxis = 0,
-    offset: PerAxis = None,
+    offset: PerAxis | None = None,
     scale: float | Tensor | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
@@ -41,8 +41,8 @@ def neighborhood_attention(
         kv head ``h // (H // Hkv)``). Any strides; no copies as long as the last axis has stride 1.
 
     Args:
-        kernel_size: keys per axis, self included, or ``(left, right)`` beside self for an axis. A
-            *list* gives each query head its own.
+        kernel_size: keys per axis, self included, or ``(left, right)`` beside self for an axis
+            (``((2, 1), 7)``; on one axis ``(2, 1)``). A *list* gives each query head its own.
         stride: queries per axis that share one window position (1: every query its own).
         dilation: step between the keys of a window; tokens of different residues never mix.
         is_causal: per axis, no key after the query.
@@ -53,18 +53,22 @@ def neighborhood_attention(
             ``n_k - n_q`` (the last query stands at the last key).
         scale: factor on ``q . k``: a number (default ``D ** -0.5``), a tensor ``[H]``, or one that
             broadcasts to ``[B, *X, H]`` (per query, e.g. LogN scaling). Differentiable.
-        softcap: logits become ``softcap * tanh(logit / softcap)``.
+        softcap: logits become ``softcap * tanh(logit / softcap)``, before anything is added.
         alibi_slopes: ``[H]``; adds ``-slope * distance``, the sum over axes of the distance in
             tokens. Differentiable.
         bias: ``[H, 2 e_0 - 1, ...]``, added to the logit of each pair: entry
-            ``key - query + e - 1`` per axis, in units of the dilation. Differentiable.
+            ``key - query + e - 1`` per axis, in units of the dilation. ``e - 1`` is the largest
+            distance that the table has; it must have all that are attended, those of sinks and of
+            keys beyond the border among them. Differentiable.
         additional_keys, additional_values: ``[B, E, Hkv, D]`` and ``[B, E, Hkv, Dv]``, seen by
             every query in the same softmax, without bias.
         sink_logits: ``[H]``, one further logit per head in the denominator, without a value.
 
     Numerics:
         float32, float64, bfloat16, float16 in and out; sums and statistics in float32 (float64 for
-        float64), one rounding at the store. A query without keys gives 0 and lse -inf.
+        float64), one rounding at the store. lse is the natural logarithm, in float32 (float64 for
+        float64). A query without keys gives 0 and lse -inf. Deterministic, forward and backward,
+        and on the CPU the same bits for any number of threads.
 
     Errors:
         ValueError, TypeError or NotImplementedError, naming the argument.
@@ -110,9 +114,14 @@ def na1d(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     return_lse: bool = False,
+    *,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Any:
     """:func:`neighborhood_attention` on ``[B, X, H, D]``, with NATTEN's name and argument
-    order.
+    order; what NATTEN has no name for comes by name.
 
     Example:
         >>> import torch, attnext
@@ -133,6 +142,10 @@ def na1d(
         additional_keys,
         additional_values,
         return_lse,
+        softcap,
+        alibi_slopes,
+        bias,
+        sink_logits,
     )
 
 
@@ -148,9 +161,14 @@ def na2d(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     return_lse: bool = False,
+    *,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Any:
     """:func:`neighborhood_attention` on ``[B, X, Y, H, D]``, with NATTEN's name and argument
-    order.
+    order; what NATTEN has no name for comes by name.
 
     Example:
         >>> import torch, attnext
@@ -171,6 +189,10 @@ def na2d(
         additional_keys,
         additional_values,
         return_lse,
+        softcap,
+        alibi_slopes,
+        bias,
+        sink_logits,
     )
 
 
@@ -186,9 +208,14 @@ def na3d(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     return_lse: bool = False,
+    *,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Any:
     """:func:`neighborhood_attention` on ``[B, X, Y, Z, H, D]``, with NATTEN's name and argument
-    order.
+    order; what NATTEN has no name for comes by name.
 
     Example:
         >>> import torch, attnext
@@ -209,6 +236,10 @@ def na3d(
         additional_keys,
         additional_values,
         return_lse,
+        softcap,
+        alibi_slopes,
+        bias,
+        sink_logits,
     )
 
 
@@ -225,6 +256,10 @@ def _natten(
     additional_keys: Tensor | None,
     additional_values: Tensor | None,
     return_lse: bool,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    bias: Tensor | None,
+    sink_logits: Tensor | None,
 ) -> Any:
     if isinstance(query, Tensor) and query.dim() != rank + 3:
         raise ValueError(
@@ -239,8 +274,12 @@ def _natten(
         dilation,
         is_causal,
         scale=scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        bias=bias,
         additional_keys=additional_keys,
         additional_values=additional_values,
+        sink_logits=sink_logits,
         return_lse=return_lse,
     )
 
@@ -326,7 +365,7 @@ def window_attention(
     window_size: PerAxis,
     shift: PerAxis = 0,
     *,
-    key_window_size: PerAxis = None,
+    key_window_size: PerAxis | None = None,
     boundary: str | None = None,
     scale: float | Tensor | None = None,
     softcap: float | None = None,

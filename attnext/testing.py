@@ -122,8 +122,9 @@ def assert_within_budget(
         one for each instruction set; ``reference`` takes what ``op`` takes, and ``dtype`` and
         ``average`` as ``attnext.reference`` does.
     Numerics: infinite and NaN entries must be those of the float64 result. Half-precision inputs
-        are held to what float32 arithmetic gives, rounded to the dtype of the result; float64 to
-        twice the errors of float32, scaled by the ratio of the two precisions.
+        are held to what float32 arithmetic gives, with weights rounded to the dtype as matrix units
+        take them, rounded to the dtype of the result; float64 to twice the errors of float32,
+        scaled by the ratio of the two precisions.
     Errors: AssertionError naming the result, its error and its budget.
     Complexity: a few evaluations of the reference.
     Source: ``error_budget``.

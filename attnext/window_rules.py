@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 from .arguments import check_integer, check_qkv, is_int
 from .geometry import BOUNDARIES, UNLIMITED
 
-PerAxis = Any  # a value, or a tuple with one per token axis
+PerAxis: TypeAlias = int | bool | Sequence[Any]  # a value, or a tuple with one per token axis
 _MAX_PHANTOMS = 2**20  # keys beyond the border, each of which costs as much as a real one
 _FAR = 2**29  # coordinates of phantoms are 32-bit integers in the kernels' tables
 _MAX_DILATION = 2**12  # that is taken as it is, however short the axis
@@ -100,10 +100,10 @@ def neighborhood_rules(
     is_causal: PerAxis,
     boundary: str,
     phase: PerAxis,
-    offset: PerAxis,
+    offset: PerAxis | None,
 ) -> Rules:
     rank = check_qkv(query, key, value)
-    if boundary not in BOUNDARIES:
+    if not isinstance(boundary, str) or boundary not in BOUNDARIES:
         raise ValueError(f"boundary must be one of {BOUNDARIES}, got {boundary!r}")
     strides = _per_axis("stride", stride, rank, minimum=1)
     dilations = _per_axis("dilation", dilation, rank, minimum=1)
@@ -121,6 +121,12 @@ def neighborhood_rules(
         _shortened(dilations[a], query.shape[1 + a], key.shape[1 + a], offsets[a])
         for a in range(rank)
     ]
+    if isinstance(kernel_size, list) and len(kernel_size) == rank == query.shape[-2] > 1:
+        if all(is_int(size) for size in kernel_size):
+            raise ValueError(
+                f"kernel_size is a list with an entry for each of {rank} heads and as many axes: "
+                f"give a tuple for axes, or tuples in the list for heads, got {kernel_size!r}"
+            )
     windows, head_rule = _per_head("kernel_size", kernel_size, query)
     rules = []
     for entry in windows:
@@ -172,7 +178,7 @@ def partition_rules(
     value: Tensor,
     window_size: PerAxis,
     shift: PerAxis,
-    key_window_size: PerAxis,
+    key_window_size: PerAxis | None,
     boundary: str | None,
 ) -> Rules:
     rank = check_qkv(query, key, value)
@@ -189,7 +195,7 @@ def partition_rules(
                 )
     if boundary is None:
         boundary = "truncate" if key_window_size is None else "zero_pad"
-    elif boundary not in BOUNDARIES:
+    elif not isinstance(boundary, str) or boundary not in BOUNDARIES:
         raise ValueError(f"boundary must be one of {BOUNDARIES}, got {boundary!r}")
     if boundary == "zero_pad":
         _check_near("shift", shifts)
@@ -276,8 +282,12 @@ def _per_axis_windows(x: Any, rank: int) -> Sequence[Any]:
             f"kernel_size must be an int, a tuple of {rank}, or a list with one of these per head, "
             f"got {x!r}"
         )
+    if rank == 1 and len(x) == 2 and all(is_int(side) for side in x):
+        return (x,)  # (left, right)
     if len(x) != rank:
-        raise ValueError(f"kernel_size must have one entry per token axis, {rank}, got {x!r}")
+        raise ValueError(
+            f"kernel_size must have an int or (left, right) per token axis, {rank}, got {x!r}"
+        )
     return x
 
 

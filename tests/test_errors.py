@@ -139,6 +139,17 @@ WRONG = {
         ValueError,
         "query must have 4 dimensions for na1d",
     ),
+    "a list of axes or of heads": (
+        lambda: na2d(*[x(1, 6, 5, 2, 4)] * 3, [3, 5]), ValueError,
+        "kernel_size is a list with an entry for each of 2 heads and as many axes",
+    ),
+    "sides of another number of axes": (
+        lambda: plane(na2d, (1, 2, 3)), ValueError, r"an int or \(left, right\) per token axis, 2",
+    ),
+    "boundary no name": (
+        lambda: plane(neighborhood_attention, 3, boundary=torch.ones(2)), ValueError,
+        "boundary must be one of",
+    ),
     "na2d of a line": (lambda: line(na2d, 3), ValueError, "query must have 5 dimensions for na2d"),
     "na3d of a plane": (
         lambda: plane(na3d, 3),

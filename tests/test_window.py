@@ -279,6 +279,21 @@ def test_natten_names():
         expected = reference.na1d(query, key, value, 3, 2, 1, True, 0.3, *extra, True)
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
+        more = {
+            "softcap": 2.0, "alibi_slopes": normal(2, seed=5), "sink_logits": normal(2, seed=6),
+            "bias": normal(2, *[5] * len(extents), seed=7),
+        }  # fmt: skip
+        got = function(query, key, value, 3, **more)
+        same = attnext.neighborhood_attention(query, key, value, 3, **more)
+        assert torch.equal(got, same) and not torch.equal(got, function(query, key, value, 3))
+
+
+def test_sides_of_one_axis():
+    query, key, value = (normal(1, 20, 2, 8, seed=i) for i in range(3))
+    one = attnext.na1d(query, key, value, (2, 1))
+    assert torch.equal(one, attnext.na1d(query, key, value, ((2, 1),)))
+    heads = attnext.neighborhood_attention(query, key, value, [(2, 1), 4])
+    assert torch.equal(heads[:, :, :1], one[:, :, :1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -51,7 +51,7 @@ def console() -> Console:
 
 def show_environment(out: Console, about: dict[str, Any], sources: dict[str, str]) -> None:
     """The head of the report."""
-    isas = " ".join(f"[bold]{n}[/]" if n == about["isa"] else n for n in about["available_isas"])
+    isas = f"{about['isa']} (of {', '.join(about['available_isas'])})"
     devices = ", ".join(about["cuda_devices"]) or "none"
     lines = {
         "attnext": f"{about['attnext']}, torch {about['torch']}, Python {about['python']}",

@@ -38,9 +38,11 @@ class Attnext(Contender):
 
         def neighborhood() -> Tensor:
             kernel, dilation = case.window, case.dilation
+            assert kernel is not None
             return attnext.neighborhood_attention(q, k, v, kernel, 1, dilation, **options)
 
         def window() -> Tensor:
+            assert case.window is not None
             return attnext.window_attention(q, k, v, case.window, case.shift, **options)
 
         def linear() -> Tensor:
