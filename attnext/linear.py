@@ -47,6 +47,8 @@ def linear_attention(
     cu_seqlens: Tensor | None = None,
     chunk_size: int | None = None,
     return_denominator: bool = False,
+    normalizer_query: Tensor | None = None,
+    normalizer_key: Tensor | None = None,
 ) -> Any:
     """Attention without softmax, as a recurrence over a state of fixed size.
 
@@ -89,6 +91,9 @@ def linear_attention(
         return_denominator: with ``normalize``, also returns what was divided by, ``[B, N, H]`` in
             the dtype of states, before the state. Differentiable: its logarithm is the lse with
             which :func:`merge_attentions` joins other keys, where features are positive.
+        normalizer_query, normalizer_key: with ``normalize``, what ``d`` is made of in the place of
+            query and key, in their shapes: rotary positions in the numerator alone, say. The last
+            column of states is then the sum of the features of ``normalizer_key``.
 
     Numerics:
         float32, float64, bfloat16, float16 in and out. Products, sums, states and the division in
@@ -117,7 +122,9 @@ def linear_attention(
         (torch.Size([1, 100, 4, 16]), torch.Size([1, 4, 153, 17]))
     """
     if is_compiling() or torch._C._is_any_autocast_enabled():
-        query, key, value = under_autocast(query, key, value)
+        query, key, value, normalizer_query, normalizer_key = under_autocast(
+            query, key, value, normalizer_query, normalizer_key
+        )
     for name, flag in (
         ("is_causal", is_causal),
         ("output_final_state", output_final_state),
@@ -152,30 +159,56 @@ def linear_attention(
                 f"{initial_state.shape[0]}"
             )
         initial_state = initial_state.to(accumulator_dtype(query.dtype)).contiguous()
-    out, denominator, state = linear_op(
-        unit_stride(query),
-        unit_stride(key),
-        unit_stride(value),
-        decay,
-        beta,
-        initial_state,
-        cu_seqlens,
-        FEATURE_MAPS.index(feature_map),
-        is_causal,
-        reverse,
-        normalize,
-        output_final_state,
-        number,
-        float(eps),
-        0 if window_size is None else window_size,
-        0 if chunk_size is None else chunk_size,
-    )
+    sums = _check_normalizer(normalizer_query, normalizer_key, query, key, normalize)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, normalize: bool) -> Any:
+        return linear_op(
+            unit_stride(q),
+            unit_stride(k),
+            unit_stride(v),
+            decay,
+            beta,
+            state,
+            cu_seqlens,
+            FEATURE_MAPS.index(feature_map),
+            is_causal,
+            reverse,
+            normalize,
+            output_final_state,
+            number,
+            float(eps),
+            0 if window_size is None else window_size,
+            0 if chunk_size is None else chunk_size,
+        )
+
+    if sums is None:
+        out, denominator, state = run(query, key, value, initial_state, normalize)
+    else:
+        out, denominator, state = _normalized_apart(run, (query, key, value), sums, initial_state)
+        denominator = denominator + torch.where(denominator < 0, -eps, eps)
+        out = (out / denominator[..., None]).to(query.dtype)
     results = [out]
     if return_denominator:
         results.append(denominator)
     if output_final_state:
         results.append(state)
     return out if len(results) == 1 else tuple(results)
+
+
+def _normalized_apart(
+    run: Any, numerator: tuple[Tensor, ...], sums: tuple[Tensor, Tensor], state: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Numerators and sums of features, each of its own queries and keys, in the accumulator dtype:
+    nothing is rounded before the division."""
+    acc = accumulator_dtype(numerator[0].dtype)
+    query, key, value = (x.to(acc) for x in numerator)
+    one = value.new_ones(1).expand(*value.shape[:-1], 1)
+    of_values = of_sums = None
+    if state is not None:
+        of_values, of_sums = state[..., :-1].contiguous(), state[..., -1:].contiguous()
+    out, _, values = run(query, key, value, of_values, False)
+    total, _, last = run(sums[0].to(acc), sums[1].to(acc), one, of_sums, False)
+    return out, total.squeeze(-1), torch.cat([values, last], -1) if values.dim() == 4 else values
 
 
 def linear_attention_step(
@@ -192,6 +225,8 @@ def linear_attention_step(
     scale: float | None = None,
     slots: Tensor | None = None,
     in_place: bool = True,
+    normalizer_query: Tensor | None = None,
+    normalizer_key: Tensor | None = None,
 ) -> Any:
     """Decoding: one token or a few of :func:`linear_attention`, against a state that is kept.
 
@@ -207,7 +242,8 @@ def linear_attention_step(
             are not looked at before: one that there is not gives NaN.
         in_place: updates ``state`` and returns the result alone; otherwise leaves it and returns
             ``(result, new state)``.
-        feature_map, decay, beta, normalize, eps, scale: see :func:`linear_attention`.
+        feature_map, decay, beta, normalize, eps, scale, normalizer_query, normalizer_key: see
+            :func:`linear_attention`.
 
     Numerics:
         As :func:`linear_attention`. No gradient: under ``torch.no_grad()`` where inputs ask for it.
@@ -229,7 +265,9 @@ def linear_attention_step(
         torch.Size([1, 1, 4, 16])
     """
     if torch._C._is_any_autocast_enabled():
-        query, key, value = under_autocast(query, key, value)
+        query, key, value, normalizer_query, normalizer_key = under_autocast(
+            query, key, value, normalizer_query, normalizer_key
+        )
     check_flag("in_place", in_place)
     heads, number = _check_problem(query, key, value, feature_map, normalize, eps, scale)
     decay, beta = _check_gates(decay, beta, query, heads, True, normalize, feature_map)
@@ -261,27 +299,42 @@ def linear_attention_step(
             f"state must have a place for each of its numbers to be updated in place, got strides "
             f"{state.stride()} of shape {tuple(state.shape)}"
         )
-    tensors = (query, key, value, state, decay, beta)
+    sums = _check_normalizer(normalizer_query, normalizer_key, query, key, normalize)
+    tensors = (query, key, value, state, decay, beta, normalizer_query, normalizer_key)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise NotImplementedError(
-            "linear_attention_step has no gradient: query, key, value, state, decay and beta must "
-            "not require one, or call it under torch.no_grad()"
+            "linear_attention_step has no gradient: query, key, value, state, decay, beta and the "
+            "normaliser's tensors must not require one, or call it under torch.no_grad()"
         )
     if not in_place:
         state = state.clone(memory_format=torch.contiguous_format)
-    out = step_op(
-        unit_stride(query),
-        unit_stride(key),
-        unit_stride(value),
-        state,
-        slots,
-        decay,
-        beta,
-        FEATURE_MAPS.index(feature_map),
-        normalize,
-        number,
-        float(eps),
-    )
+
+    def run(q: Tensor, k: Tensor, v: Tensor, state: Tensor, normalize: bool) -> Tensor:
+        result: Tensor = step_op(
+            unit_stride(q),
+            unit_stride(k),
+            unit_stride(v),
+            state,
+            slots,
+            decay,
+            beta,
+            FEATURE_MAPS.index(feature_map),
+            normalize,
+            number,
+            float(eps),
+        )
+        return result
+
+    if sums is None:
+        out = run(query, key, value, state, normalize)
+    else:
+        q, k, v, sum_q, sum_k = (x.to(state.dtype) for x in (query, key, value, *sums))
+        out = run(q, k, v, state[..., :-1], False)
+        total = run(sum_q, sum_k, v.new_ones(*v.shape[:-1], 1), state[..., -1:], False)
+        total = total + torch.where(total < 0, -eps, eps)
+        if slots is not None:  # padding has no state, and gives 0
+            total = torch.where((slots < 0).to(total.device)[:, None, None, None], 1.0, total)
+        out = (out / total).to(query.dtype)
     return out if in_place else (out, state)
 
 
@@ -448,6 +501,31 @@ def _check_gates(
     if beta is not None:
         beta = beta.to(acc)
     return decay, beta
+
+
+def _check_normalizer(
+    normalizer_query: Any, normalizer_key: Any, query: Tensor, key: Tensor, normalize: bool
+) -> tuple[Tensor, Tensor] | None:
+    """Queries and keys of the normaliser, where it has its own."""
+    if normalizer_query is None and normalizer_key is None:
+        return None
+    found = []
+    for name, t, like in (
+        ("normalizer_query", normalizer_query, query), ("normalizer_key", normalizer_key, key),
+    ):  # fmt: skip
+        if t is None:
+            found.append(like)
+            continue
+        if not normalize:
+            raise ValueError(f"{name} needs normalize, without which nothing is divided")
+        check_tensor(name, t, "a floating-point", query)
+        if t.dtype != like.dtype or t.shape != like.shape:
+            raise ValueError(
+                f"{name} must have dtype and shape of {name.removeprefix('normalizer_')}, "
+                f"{like.dtype} {tuple(like.shape)}, got {t.dtype} {tuple(t.shape)}"
+            )
+        found.append(t)
+    return found[0], found[1]
 
 
 def _check_state(

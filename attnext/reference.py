@@ -437,6 +437,8 @@ def linear_attention(
     cu_seqlens: Tensor | None = None,
     chunk_size: int | None = None,
     return_denominator: bool = False,
+    normalizer_query: Tensor | None = None,
+    normalizer_key: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Any:
     """``attnext.linear_attention`` as its recurrence, a token at a time.
@@ -446,14 +448,18 @@ def linear_attention(
     if scale is None:
         scale = query.shape[-1] ** -0.5 if feature_map in ("identity", "taylor2") else 1.0
     heads = max(query.shape[2], key.shape[2], value.shape[2])
-    q, k, v = (
-        x.to(dtype).repeat_interleave(heads // x.shape[2], dim=2) for x in (query, key, value)
-    )
-    if feature_map == "taylor2":
-        q = linear_features(q * scale, feature_map, weighted=True)
-    else:
-        q = linear_features(q, feature_map) * scale
-    k = linear_features(k, feature_map)
+
+    def of_heads(x: Tensor) -> Tensor:
+        return x.to(dtype).repeat_interleave(heads // x.shape[2], dim=2)
+
+    def query_features(x: Tensor) -> Tensor:
+        if feature_map == "taylor2":
+            return linear_features(of_heads(x) * scale, feature_map, weighted=True)
+        return linear_features(of_heads(x), feature_map) * scale
+
+    q, k, v = query_features(query), linear_features(of_heads(key), feature_map), of_heads(value)
+    sum_q = q if normalizer_query is None else query_features(normalizer_query)
+    sum_k = k if normalizer_key is None else linear_features(of_heads(normalizer_key), feature_map)
     if normalize:
         v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
     tokens = q.shape[1]
@@ -483,8 +489,14 @@ def linear_attention(
             return x[part].unbind(1)
 
         queries, keys, values = tokens_of(q), tokens_of(k), tokens_of(v)
+        sum_queries, sum_keys = tokens_of(sum_q), tokens_of(sum_k)
         decays, betas = tokens_of(decay), tokens_of(beta)
         found = {}  # what each query reads
+
+        def read(t: int, state: Tensor, of: Any = (queries, sum_queries)) -> Tensor:
+            row, total = ((x[t][..., None, :] @ state).squeeze(-2) for x in of)
+            return torch.cat([row[..., :-1], total[..., -1:]], -1) if normalize else row
+
         for t in range(end - begin)[:: -1 if reverse else 1]:
             if decay is not None:
                 state = state * torch.exp(decays[t].to(dtype))[..., None, None]
@@ -492,13 +504,13 @@ def linear_attention(
             if beta is not None:
                 lacking = written - (keys[t][..., None, :] @ state).squeeze(-2)
                 written = betas[t].to(dtype)[..., None] * lacking
-            state = state + keys[t][..., :, None] * written[..., None, :]
+            update = keys[t][..., :, None] * written[..., None, :]
+            if normalize:
+                update = torch.cat([update[..., :-1], sum_keys[t][..., :, None]], -1)
+            state = state + update
             if is_causal:
-                found[t] = (queries[t][..., None, :] @ state).squeeze(-2)
-        rows = [
-            found[t] if is_causal else (queries[t][..., None, :] @ state).squeeze(-2)
-            for t in range(end - begin)
-        ]
+                found[t] = read(t, state)
+        rows = [found[t] if is_causal else read(t, state) for t in range(end - begin)]
         outs.append(torch.stack(rows, dim=1) if rows else v[items, :0])
         states.append(state)
     out = torch.cat(outs, dim=1)

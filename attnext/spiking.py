@@ -228,11 +228,12 @@ def spiking_attention(
             for x in features
         )
         plain_q, plain_k = (x.flatten(1, rank) for x in features)
-        scale = 1 / max(plain_q.shape[1], 1)
-        values = value.to(acc).flatten(1, rank)
-        mixed = linear_attention(turned_q, turned_k, values, is_causal=False, scale=scale)
-    total = (plain_q * plain_k.sum(1, keepdim=True)).sum(-1, keepdim=True) * scale + eps
-    return (mixed / total).to(query.dtype).unflatten(1, query.shape[1 : rank + 1])
+        mixed = linear_attention(
+            turned_q, turned_k, value.to(acc).flatten(1, rank), is_causal=False, normalize=True,
+            normalizer_query=plain_q, normalizer_key=plain_k, eps=eps,
+            scale=1 / max(plain_q.shape[1], 1),
+        )  # fmt: skip
+    return mixed.to(query.dtype).unflatten(1, query.shape[1 : rank + 1])
 
 
 class SpikingAttention(nn.Module):

@@ -550,3 +550,60 @@ def test_plain_layout_of_the_taylor_state():
     expected = torch.einsum("bnhf,bnhv->bhfv", plain, values)
     assert error(attnext.taylor_state_to_plain(state, dim), expected) < 1e-14
     assert error(attnext.taylor_state_from_plain(expected, dim), state) < 1e-14
+
+
+# ---- normalisers of their own --------------------------------------------------------------------
+
+
+@settings(max_examples=30)
+@given(problems(), st.sampled_from(["both", "query", "key"]))
+def test_any_normalizer_in_double(given_problem, which):
+    """Numerators and sums of features of different queries and keys, and all gradients."""
+    tensors, options = given_problem
+    if not options.get("normalize"):
+        return
+    for n, name in enumerate(("query", "key")):
+        if which in ("both", name):
+            tensors[f"normalizer_{name}"] = normal(*tensors[name].shape, seed=20 + n)
+    check(tensors, options, budget=1e-10)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("feature_map", ["elu", "taylor2"])
+def test_normalizer_budget_and_decoding(feature_map, dtype):
+    tensors, options = problem(
+        tokens=40, heads=(4, 2, 4), dim=16, dim_v=20, dtype=dtype, state=True,
+        feature_map=feature_map, normalize=True,
+    )  # fmt: skip
+    for n, name in enumerate(("query", "key")):
+        tensors[f"normalizer_{name}"] = normal(*tensors[name].shape, dtype=dtype, seed=20 + n)
+    if feature_map == "taylor2":  # weights that do not cancel
+        tensors["normalizer_key"] = tensors["normalizer_query"][:, :, ::2].contiguous()
+    check(tensors, options, gradients=False)
+    out, final = linear_attention(**tensors, **options, output_final_state=True)
+    state = tensors.pop("initial_state")
+    pool = torch.full((3, *state.shape[1:]), torch.nan)
+    pool[2] = state
+    steps = []
+    for t in range(0, 40, 2):
+        new = {name: x[:, t : t + 2] for name, x in tensors.items()}
+        steps.append(linear_attention_step(**new, state=pool, **options, slots=torch.tensor([2])))
+    for got, expected in ((torch.cat(steps, 1), out), (pool[2], final[0])):
+        assert error(got, expected) <= 2 * BUDGET[dtype]
+    assert pool[:2].isnan().all()
+    padding = linear_attention_step(**new, state=pool, **options, slots=torch.tensor([-1]), eps=0.0)
+    assert not padding.any()
+
+
+@pytest.mark.parametrize("name", ["normalizer_query", "normalizer_key"])
+def test_normalizer_errors(name):
+    tensors, _ = problem()
+    with pytest.raises(ValueError, match=f"{name} needs normalize"):
+        linear_attention(**tensors, **{name: tensors["query"]})
+    with pytest.raises(ValueError, match=f"{name} must have dtype and shape of"):
+        linear_attention(**tensors, normalize=True, **{name: tensors["query"][:, 1:]})
+    with pytest.raises(TypeError, match=f"{name} must be a floating-point tensor"):
+        linear_attention_step(
+            **{n: x[:, :1] for n, x in tensors.items()}, state=torch.zeros(1, 2, 4, 4).double(),
+            normalize=True, **{name: 1},
+        )  # fmt: skip
