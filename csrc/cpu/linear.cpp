@@ -253,7 +253,7 @@ class Forward : public Problem {
     State total = load(item, p.initial_state, r, memory);
     const int64_t count = segments(item.sequence);
     for (int64_t s = 0; s < count; ++s) {
-      kernels.sum_keys(p, segment(r, s), local, true, scratch());
+      kernels.sum_keys(p, segment(r, s), local, true, false, scratch());
       advance(&total, local);
     }
     for (int64_t s = 0; s < count; ++s) {
@@ -268,7 +268,7 @@ class Forward : public Problem {
     const int64_t items = static_cast<int64_t>(work.size());
     for_each(items, serial, [&](int64_t i) {
       const auto [r, s] = work[i];
-      kernels.sum_keys(p, segment(r, s), carries.at(r, s), true, scratch());
+      kernels.sum_keys(p, segment(r, s), carries.at(r, s), true, false, scratch());
     });
     std::vector<State> last(rows);
     for_each(rows, serial, [&](int64_t r) {
@@ -346,11 +346,11 @@ class Backward : public Problem {
         State *carry = &carries[i * count + s], *next = carry + 1;
         if (!carry->empty) std::memcpy(next->data, carry->data, state_bytes);
         if (p.delta()) {  // the next one is this one, further on
-          kernels.sum_keys(p, segment(first + i, s), next->data, carry->empty, scratch());
+          kernels.sum_keys(p, segment(first + i, s), next->data, carry->empty, true, scratch());
           next->empty = false;
         } else {
           next->empty = carry->empty;
-          kernels.sum_keys(p, segment(first + i, s), local(i), true, scratch());
+          kernels.sum_keys(p, segment(first + i, s), local(i), true, true, scratch());
           advance(next, local(i));
         }
       }
@@ -381,7 +381,7 @@ class Backward : public Problem {
     State total = load(item, p.initial_state, r, memory);
     State dtotal = load(item, p.dfinal_state, r, memory + state_bytes);
     for (int64_t s = 0; s < count; ++s) {
-      kernels.sum_keys(p, segment(r, s), local, true, scratch());
+      kernels.sum_keys(p, segment(r, s), local, true, true, scratch());
       advance(&total, local);
     }
     for (int64_t s = count - 1; s >= 0; --s) {
@@ -401,7 +401,7 @@ class Backward : public Problem {
     for_each(2 * items, serial, [&](int64_t i) {
       const auto [r, s] = work[i / 2];
       if (i % 2 == 0) {
-        kernels.sum_keys(p, segment(r, s), carries.at(r, s), true, scratch());
+        kernels.sum_keys(p, segment(r, s), carries.at(r, s), true, true, scratch());
       } else {
         kernels.sum_queries(p, segment(r, s), dcarries.at(r, s), true, scratch());
       }
@@ -448,7 +448,7 @@ class Backward : public Problem {
         if (back) {
           kernels.sum_queries(p, item, state.data, state.empty, scratch());
         } else if (n + 1 < count) {
-          kernels.sum_keys(p, item, state.data, state.empty, scratch());
+          kernels.sum_keys(p, item, state.data, state.empty, true, scratch());
         }
         state.empty = false;
       }

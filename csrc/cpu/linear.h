@@ -53,7 +53,8 @@ struct LinearKernels {
 
   // local += the chunks of an item: keys and values, or queries and gradients of outputs from the
   // last to the first. A `fresh` local is zero and is not read.
-  void (*sum_keys)(const LinearParams&, const LinearItem&, void* local, bool fresh, void* scratch);
+  void (*sum_keys)(const LinearParams&, const LinearItem&, void* local, bool fresh,
+                   bool for_gradients, void* scratch);
   void (*sum_queries)(const LinearParams&, const LinearItem&, void* local, bool fresh,
                       void* scratch);
   // Outputs of heads over one segment: a chunk each in turns, since their rows lie side by side; if

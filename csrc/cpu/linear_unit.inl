@@ -25,21 +25,14 @@ struct LinearEntry {
     }
     return f(Pass<T, Acc>(p, item, scratch));
   }
-  // The same of states: those that gradients read are sums of features that nothing has rounded.
-  template <class F>
-  static ATTNEXT_INLINE auto with_states(const LinearParams& p, const LinearItem& item,
-                                         void* scratch, F f) {
-    if (p.dout.data) return f(LinearForward<T, Acc>(p, item, scratch));
-    return with<LinearForward>(p, item, scratch, f);
-  }
 
   static LinearItem of_size(int64_t columns, int64_t chunk) {
     return {0, 0, 0, 0, 0, columns, chunk};
   }
 
   static int64_t forward_scratch(const LinearParams& p, int64_t columns, int64_t chunk) {
-    return with_states(p, of_size(columns, chunk), nullptr,
-                       [](auto pass) { return pass.scratch_bytes(); });
+    return with<LinearForward>(p, of_size(columns, chunk), nullptr,
+                               [](auto pass) { return pass.scratch_bytes(); });
   }
   static int64_t backward_scratch(const LinearParams& p, int64_t columns, int64_t chunk) {
     return with<LinearBackward>(p, of_size(columns, chunk), nullptr,
@@ -57,10 +50,12 @@ struct LinearEntry {
     const LinearItem item = of_size(columns, 1);
     Head(p, item).advance(static_cast<Acc*>(carry), static_cast<const Acc*>(local));
   }
+  // Of states that gradients read nothing has been rounded: a query's may be a small difference.
   static void sum_keys(const LinearParams& p, const LinearItem& item, void* local, bool fresh,
-                       void* scratch) {
-    with_states(p, item, scratch,
-                [&](auto pass) { pass.sum_keys(static_cast<Acc*>(local), fresh); });
+                       bool for_gradients, void* scratch) {
+    const auto sum = [&](auto pass) { pass.sum_keys(static_cast<Acc*>(local), fresh); };
+    if (for_gradients) return sum(LinearForward<T, Acc>(p, item, scratch));
+    with<LinearForward>(p, item, scratch, sum);
   }
   static void sum_queries(const LinearParams& p, const LinearItem& item, void* local, bool fresh,
                           void* scratch) {
