@@ -281,24 +281,34 @@ def _over_windows(x: Tensor, windows: Windows, op: str) -> Tensor:
     return result
 
 
-def _check_cover(blocks: Blocks) -> None:
-    """That blocks hold each of their tokens once: what sums them up does not look."""
-    offsets, count = blocks.offsets, blocks.num_tokens
-    if offsets.dim() != 1 or not len(offsets):
-        raise ValueError(f"blocks must have offsets [blocks + 1], got {tuple(offsets.shape)}")
-    if offsets[0] != 0 or offsets[-1] != count or bool((offsets.diff() < 0).any()):
-        raise ValueError(
-            f"blocks must have offsets that rise from 0 to {count} tokens, got {offsets.tolist()}"
-        )
-    if blocks.order is not None:
-        places = torch.arange(count, device=blocks.order.device)
-        if blocks.order.shape != (count,) or not torch.equal(blocks.order.long().sort()[0], places):
-            raise ValueError(f"blocks must have an order that names each of {count} tokens once")
+def check_cover(name: str, blocks: Blocks) -> None:
+    """That blocks hold each of their tokens once, where there are numbers to read."""
+    offsets, order, count = blocks.offsets, blocks.order, blocks.num_tokens
+    if is_compiling() or offsets.is_meta or torch._C._len_torch_dispatch_stack():
+        return
+
+    def check_offsets() -> None:
+        if offsets[0] != 0 or offsets[-1] != count or bool((offsets.diff() < 0).any()):
+            raise ValueError(
+                f"{name} must have offsets that rise from 0 to {count} tokens, got "
+                f"{offsets.tolist()}"
+            )
+
+    def check_order() -> None:
+        assert order is not None
+        places = torch.arange(count, device=order.device)
+        if order.shape != (count,) or not torch.equal(order.long().sort()[0], places):
+            raise ValueError(f"{name} must have an order that names each of {count} tokens once")
+
+    if offsets.is_cuda:
+        _COVERS.get((offsets,), count, check_offsets)
+    else:  # few, in memory that numpy may share and change unseen
+        check_offsets()
+    if order is not None:
+        _COVERS.get((order,), count, check_order)
 
 
 def _over_segments(x: Tensor, blocks: Blocks, op: str) -> Tensor:
-    if not (is_compiling() or blocks.offsets.is_meta):
-        _COVERS.get((blocks.offsets, blocks.order), blocks.extent, lambda: _check_cover(blocks))
     batch, heads, dim = x.shape[0], x.shape[-2], x.shape[-1]
     rows = x.flatten(1, -3)
     if blocks.order is not None:
@@ -310,7 +320,9 @@ def _over_segments(x: Tensor, blocks: Blocks, op: str) -> Tensor:
     rows = (
         rows.transpose(0, 1).reshape(rows.shape[1], -1).to(acc)
     )  # exact: maxima stay what they are
-    result = torch.segment_reduce(rows, op, lengths=counts, axis=0, unsafe=True)
+    # Lengths are looked at where nobody waits for them: compiled, nothing else has.
+    unsafe = rows.device.type != "cpu"
+    result = torch.segment_reduce(rows, op, lengths=counts, axis=0, unsafe=unsafe)
     result = torch.where((counts == 0)[:, None], 0.0, result)
     return result.reshape(-1, batch, heads, dim).transpose(0, 1).to(x.dtype)
 
@@ -322,8 +334,10 @@ def _check(x: Any, blocks: Any, reduce: Any, weights: Any, dtype: Any) -> None:
     extents = tuple(x.shape[1:-2])
     if isinstance(blocks, Windows) and extents != (blocks.num_tokens,):
         raise ValueError(f"blocks must be of {extents} tokens, got {blocks.num_tokens}")
-    if isinstance(blocks, Blocks) and extents != blocks.extent:
-        raise ValueError(f"blocks must be of {extents} tokens, got {blocks.extent}")
+    if isinstance(blocks, Blocks):
+        if extents != blocks.extent:
+            raise ValueError(f"blocks must be of {extents} tokens, got {blocks.extent}")
+        check_cover("blocks", blocks)
     if not isinstance(blocks, Blocks | Windows):
         per_axis("blocks", blocks, len(extents), 1)
     if reduce not in REDUCTIONS:

@@ -22,7 +22,7 @@ from .arguments import (
 from .autograd import differentiable_once, is_plain, refuse_forward_mode
 from .ops import accumulator_dtype
 from .plans import Blocks
-from .pooling import Windows, bounds_of
+from .pooling import Windows, bounds_of, check_cover
 from .selection_ops import SCORES, select_topk_op
 from .slices import slices
 
@@ -547,6 +547,8 @@ def _check_blocks(
             raise TypeError(f"{name} must be Blocks or Windows, got {type(blocks).__name__}")
         if isinstance(blocks, Blocks) and (len(blocks.extent) != 1 or blocks.order is not None):
             raise ValueError(f"{name} must be of one token axis, got {blocks.extent}")
+        if isinstance(blocks, Blocks):
+            check_cover(name, blocks)
     rows, count = query.shape[1], candidates.shape[1]
     if score == "max_q":
         if not isinstance(query_blocks, Windows) or query_blocks.stride != query_blocks.size:

@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -537,6 +538,7 @@ def test_autocast_leaves_scores_alone():
 X = torch.zeros(1, 6, 2, 4)
 Q4, C3 = torch.zeros(1, 4, 4, 8), torch.zeros(1, 3, 2, 8)
 W4, W3 = Windows(8, 2), Windows(9, 3)
+INTS = torch.tensor([0, 6], dtype=torch.int32)
 WRONG = {
     "x": (lambda: block_pool([1.0], 2), TypeError, "x must be .*list"),
     "x axes": (lambda: block_pool(X[0], 2), ValueError, r"x must be \[B, \*tokens, H, D\]"),
@@ -549,6 +551,14 @@ WRONG = {
     "weights shape": (
         lambda: block_pool(X, 2, weights=X[:, :5, :, 0]), ValueError, "weights must be .*5"),
     "dtype": (lambda: block_pool(X, 2, dtype=torch.int32), TypeError, "dtype must be .*int32"),
+    "extent of blocks": (lambda: Blocks(6, INTS), TypeError, "extent must be a tuple .*6"),
+    "offsets": (lambda: Blocks((6,), [0, 6]), TypeError, "offsets must be an int32.*list"),
+    "no offsets": (lambda: Blocks((6,), None), TypeError, "offsets must be an int32.*None"),
+    "offsets dtype": (
+        lambda: Blocks((6,), INTS.long()), TypeError, "offsets must be an int32.*int64"),
+    "offsets axes": (lambda: Blocks((6,), INTS[0]), ValueError, r"offsets must be \[blocks"),
+    "order": (lambda: Blocks((6,), INTS, [1]), TypeError, "order must be an int32"),
+    "order axes": (lambda: Blocks((6,), INTS, INTS[None]), ValueError, r"order must be \[tokens"),
     "window size": (lambda: Windows(7, 0), ValueError, "size must be at least 1"),
     "packed dtype": (
         lambda: packed_blocks(torch.tensor([0, 3]), 2), TypeError, "cu_seqlens must be an int32"),
@@ -616,6 +626,43 @@ def test_orders_that_are_no_order_are_not_pooled(order):
     blocks = Blocks((10,), offsets, torch.tensor(list(order), dtype=torch.int32))
     with pytest.raises(ValueError, match="an order that names each of 10 tokens once"):
         block_pool(torch.ones(1, 10, 2, 3), blocks, "sum")
+
+
+def test_offsets_are_read_again_in_memory_that_others_write():
+    shared = np.array([0, 5, 10], dtype=np.int32)
+    blocks, x = Blocks((10,), torch.from_numpy(shared)), torch.ones(1, 10, 2, 3)
+    block_pool(x, blocks)
+    shared[1] = 2**28
+    with pytest.raises(ValueError, match="blocks must have offsets that rise from 0 to 10"):
+        block_pool(x, blocks)
+
+
+@pytest.mark.parametrize("offsets", [[0, 12, 6, 9], [9, 6, 3, 0], [0, 3, 6, 900]], ids=str)
+@pytest.mark.parametrize("name", ["query_blocks", "candidate_blocks"])
+def test_blocks_that_are_no_cover_are_not_selected(name, offsets):
+    x = torch.ones(1, 3, 2, 4)
+    given = {"query_blocks": Windows(9, 3), "candidate_blocks": Windows(9, 3)}
+    given[name] = Blocks((9,), torch.tensor(offsets, dtype=torch.int32))
+    with pytest.raises(ValueError, match=f"{name} must have offsets that rise from 0 to 9"):
+        select_topk(x, x, 2, causal="start", **given)
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap"])
+def test_blocks_made_under_a_transform_are_not_kept(transform):
+    x = normal(1, 37, 2, 3)  # of a length of its own: nothing is remembered of it
+
+    def loss(x):
+        return block_pool(x, Blocks.of(37, 5), "max").sum()
+
+    if transform == "grad":
+        found = torch.func.grad(loss)(x)
+    else:
+        found = torch.func.vmap(torch.func.grad(loss))(x[None])[0]
+    blocks = Blocks.of(37, 5)
+    assert not torch._C._functorch.is_functorch_wrapped_tensor(blocks.offsets)
+    leaf = x.clone().requires_grad_()
+    block_pool(leaf, blocks, "max").sum().backward()
+    assert torch.equal(found, leaf.grad)
 
 
 def test_forward_mode_is_refused():
