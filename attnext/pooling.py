@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .arguments import check_device, check_integer, check_tensor
+from .arguments import check_choice, check_device, check_flag, check_integer, check_tensor
 from .ops import accumulator_dtype
 from .plans import Blocks, per_axis
 from .routed_tables import Remembered
@@ -44,6 +44,7 @@ class Windows:
         check_integer("size", self.size, 1)
         check_integer("stride", self.stride, 0)
         check_integer("phase", self.phase, 0)
+        check_flag("ragged", self.ragged)
         if not self.stride:
             object.__setattr__(self, "stride", self.size)
 
@@ -171,7 +172,7 @@ def block_pool(
         >>> attnext.block_pool(torch.randn(1, 14, 9, 2, 16), (4, 4), "max").shape
         torch.Size([1, 4, 3, 2, 16])
     """
-    _check(x, blocks, reduce, weights, dtype)
+    _check(x, blocks, reduce, weights, dtype, return_counts)
     acc = accumulator_dtype(x.dtype)
     pool, counts, grid = _pooling(x, blocks)
     dtype = x.dtype if dtype is None else dtype
@@ -327,7 +328,7 @@ def _over_segments(x: Tensor, blocks: Blocks, op: str) -> Tensor:
     return result.reshape(-1, batch, heads, dim).transpose(0, 1).to(x.dtype)
 
 
-def _check(x: Any, blocks: Any, reduce: Any, weights: Any, dtype: Any) -> None:
+def _check(x: Any, blocks: Any, reduce: Any, weights: Any, dtype: Any, return_counts: Any) -> None:
     check_tensor("x", x, "a floating-point")
     if not 4 <= x.dim() <= 6:
         raise ValueError(f"x must be [B, *tokens, H, D], 1 to 3 token axes, got {tuple(x.shape)}")
@@ -340,8 +341,8 @@ def _check(x: Any, blocks: Any, reduce: Any, weights: Any, dtype: Any) -> None:
         check_cover("blocks", blocks)
     if not isinstance(blocks, Blocks | Windows):
         per_axis("blocks", blocks, len(extents), 1)
-    if reduce not in REDUCTIONS:
-        raise ValueError(f"reduce must be one of {REDUCTIONS}, got {reduce!r}")
+    check_choice("reduce", reduce, REDUCTIONS)
+    check_flag("return_counts", return_counts)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point dtype, got {dtype!r}")
     if weights is None:

@@ -117,7 +117,9 @@ def routed_attention(
     if not isinstance(plan, BlockPlan):
         raise TypeError(f"plan must be a BlockPlan, got {type(plan).__name__}")
     _check_plan(plan, query, key)
-    for name, flag in (("is_causal", is_causal), ("exclude_self", exclude_self)):
+    for name, flag in (
+        ("is_causal", is_causal), ("exclude_self", exclude_self), ("return_lse", return_lse),
+    ):  # fmt: skip
         check_flag(name, flag)
     check_integer("sinks", sinks, 0)
     left, right = _sides("within", within)

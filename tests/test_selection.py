@@ -457,6 +457,38 @@ def test_transforms():
     assert indices.shape == values.shape == (1, 2, 12, 3) and values.dtype == F64
 
 
+@pytest.mark.parametrize("score", ["dot", "max_q", "relu_wsum", "group_prob"])
+def test_values_are_mapped_with_their_gradients(score):
+    windows, ones = Windows(12, 2), Windows(12, 1)
+    options = {
+        "dot": {"causal": "end", "query_blocks": ones, "candidate_blocks": windows},
+        "max_q": {"query_blocks": Windows(12, 4)},
+        "relu_wsum": {},
+        "group_prob": {"windows": windows, "candidate_blocks": Windows(12, 4)},
+    }[score]
+    factor = {"relu_wsum": "weights", "group_prob": "lse"}.get(score)
+    leaves = [normal(3, 1, 12, 4, 4, seed=1), normal(3, 1, 6, 2, 4, seed=2)]
+    if factor:
+        leaves.append(normal(3, 1, 12, 4, seed=3))
+
+    def loss(query, candidates, *factors):
+        given = dict(zip([factor], factors, strict=False))
+        _, values = select_topk(
+            query, candidates, 2, score=score, return_values=True, **given, **options
+        )
+        return values.clamp(min=-9).sin().sum()
+
+    gradient = torch.func.grad(loss, argnums=tuple(range(len(leaves))))
+    mapped = torch.func.vmap(gradient)(*leaves)
+    alone = [gradient(*(x[n] for x in leaves)) for n in range(3)]
+    for a, parts in zip(mapped, zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(a, torch.stack(parts))
+    leaves = [x.requires_grad_() for x in leaves]
+    outside = torch.autograd.grad(torch.func.vmap(loss)(*leaves).sum(), leaves)
+    for a, b in zip(mapped, outside, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def operator_arguments(**change):
     arguments = {
         "query": normal(2, 9, 4, 5, dtype=torch.float32),
@@ -565,6 +597,20 @@ WRONG = {
     "packed order": (
         lambda: packed_blocks(torch.tensor([0, 3, 2], dtype=torch.int32), 2), ValueError,
         "cu_seqlens must rise"),
+    "ragged": (lambda: Windows(7, 2, ragged=5), TypeError, "ragged must be a bool, got 5"),
+    "counts": (
+        lambda: block_pool(X, 2, return_counts=2), TypeError, "return_counts must be a bool"),
+    "several reductions": (
+        lambda: block_pool(X, 2, np.array(["sum", "max"])), ValueError, "reduce must be one of"),
+    "several scores": (
+        lambda: select_topk(Q4, C3, 1, score=np.array(["dot", "max_q"])), ValueError,
+        "score must be one of"),
+    "values": (
+        lambda: select_topk(Q4, C3, 1, return_values=3), TypeError, "return_values must be a bool"),
+    "many slots": (lambda: select_topk(Q4, C3, 2**31), ValueError, r"k must be below 2\*\*31"),
+    "eight bits": (
+        lambda: select_topk(*(x.to(torch.float8_e4m3fn) for x in (Q4, C3)), 1), TypeError,
+        "query must be a float32, float64, .*float8"),
     "score": (lambda: select_topk(Q4, C3, 1, score="cosine"), ValueError, "score must be one of"),
     "causal": (lambda: select_topk(Q4, C3, 1, causal=True), ValueError, "causal must be one of"),
     "no geometry": (

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import (
+    check_choice,
     check_flag,
     check_integer,
     check_sequences,
@@ -27,11 +28,6 @@ STEP_ENTRIES = 2**22
 # Rotates [B, N, H, D] to positions int64 [N]. Scores of rotated queries and keys must depend on the
 # difference of their positions alone.
 Rotary = Callable[[Tensor, Tensor], Tensor]
-
-
-def check_choice(name: str, x: Any, allowed: tuple[str, ...]) -> None:
-    if x not in allowed:
-        raise ValueError(f"{name} must be one of {allowed}, got {x!r}")
 
 
 def check_number(name: str, x: Any, low: float, high: float) -> None:
