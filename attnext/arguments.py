@@ -71,6 +71,13 @@ def check_tensor(name: str, t: Any, kind: str, like: Tensor | None = None) -> No
         check_device(name, t, like)
 
 
+def check_layer_input(x: Any, dim: int) -> None:
+    """What a layer projects: sequences of tokens of ``dim`` entries."""
+    check_tensor("x", x, "a floating-point")
+    if x.dim() != 3 or x.shape[-1] != dim:
+        raise ValueError(f"x must be [batch, tokens, {dim}], got shape {tuple(x.shape)}")
+
+
 def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> int:
     """Checks the three inputs against each other; returns the number of token axes."""
     for name, t in (("query", query), ("key", key), ("value", value)):
