@@ -454,6 +454,13 @@ WRONG = {
                             "options must be among .*'window_size'.* got 'windows'"),
     "nsa layer's forced": (lambda: NativeSparseAttention(8, 2, num_blocks=2), ValueError,
                            "num_blocks must be at least initial_blocks"),
+    "nsa layer's input": (
+        lambda: NativeSparseAttention(8, 2)(torch.zeros(1, 5, 6)), ValueError,
+        r"x must be \[batch, tokens, 8\], got shape \(1, 5, 6\)"),
+    "nsa layer's string": (lambda: NativeSparseAttention(8, 2)("x"), TypeError, "x must be"),
+    "bilevel layer's channels": (
+        lambda: BiLevelRoutingAttention(8, 2, 2, 1)(torch.zeros(1, 6, 4, 4)), ValueError,
+        "x must have 8 channels, got 6"),
     "nsa layer's dim": (lambda: NativeSparseAttention("8", 2), TypeError, "dim must be an int"),
     "bilevel layer's padding": (lambda: BiLevelRoutingAttention(8, 2, padding="no"), ValueError,
                                 "padding must be one of"),

@@ -533,6 +533,13 @@ def test_longheads_of_short_contexts_is_causal_attention():
         torch.testing.assert_close(x, y)
 
 
+def test_longheads_of_more_chunks_than_there_are():
+    q, k, v = (normal(1, 20, 2, 4, seed=n) for n in range(3))
+    for rotary in (None, lambda x, positions: x):
+        out = longheads_attention(q, k, v, chunk_size=4, num_chunks=2**40, rotary=rotary)
+        torch.testing.assert_close(out, attnext.sliding_window_attention(q, k, v, None))
+
+
 def test_longheads_forces_the_ends_against_any_score():
     """Chunk keys of 1e30 and infinity displace neither the first chunk nor the last two."""
     query = torch.ones(1, 64, 1, 1)
@@ -555,7 +562,9 @@ def test_longheads_forces_the_ends_against_any_score():
         ({"query": torch.zeros(1, 3, 2, 4)}, "chunk_keys"),
         ({"value": torch.zeros(1, 9, 2, 5)}, "value"),
         ({"rotary": lambda x, positions: x[..., :1]}, "rotary"),
+        ({"rotary": 5}, "rotary must be callable"),
         ({"exclude_self": None}, "exclude_self"),
+        ({"return_lse": 3}, "return_lse"),
     ],
 )
 def test_longheads_errors(change, match):

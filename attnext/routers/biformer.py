@@ -253,6 +253,8 @@ class BiLevelRoutingAttention(nn.Module):
             raise ValueError(f"x must have four dimensions, got shape {tuple(x.shape)}")
         if not self.channels_last:
             x = x.permute(0, 2, 3, 1)
+        if x.shape[-1] != self.qkv.in_channels:
+            raise ValueError(f"x must have {self.qkv.in_channels} channels, got {x.shape[-1]}")
         size: Any = self.region_size
         if size is None:
             size = tuple(n // self.n_win for n in x.shape[1:3])

@@ -79,8 +79,14 @@ def by_group(query: Tensor, key: Tensor) -> Tensor:
     return query.unflatten(2, (key.shape[2], -1))
 
 
+def check_rotary(rotary: Any) -> None:
+    if rotary is not None and not callable(rotary):
+        raise TypeError(f"rotary must be callable or None, got {kind_of(rotary)}")
+
+
 def rotated(rotary: Rotary | None, x: Tensor, positions: Tensor) -> Tensor:
     """``x``, rotated if there is a rotation."""
+    check_rotary(rotary)
     if rotary is None:
         return x
     turned = rotary(x, positions)
@@ -105,6 +111,7 @@ __all__ = [
     "check_indices",
     "check_integer",
     "check_number",
+    "check_rotary",
     "check_sequences",
     "exact",
     "rotated",

@@ -197,6 +197,7 @@ def longheads_attention(
     check_sequences(query, key, value)
     check_integer("chunk_size", chunk_size, 1)
     check_flag("exclude_self", exclude_self)
+    check_flag("return_lse", return_lse)
     if chunk_keys is None:
         if query.shape[1] != key.shape[1]:
             raise ValueError(

@@ -15,6 +15,7 @@ from ..arguments import (
     check_choice,
     check_flag,
     check_integer,
+    check_layer_input,
     check_scale,
     check_sequences,
     check_tensor,
@@ -276,6 +277,7 @@ class NativeSparseAttention(nn.Module):
             self.compress = nn.ModuleList(_Compression(size, head_dim) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
+        check_layer_input(x, self.query.in_features)
         q = self.query(x).unflatten(-1, (self.num_heads, -1))
         k, v = (f(x).unflatten(-1, (self.kv_heads, -1)) for f in (self.key, self.value))
         gates = self.gates(x).unflatten(-1, (self.num_heads, 3))
