@@ -93,8 +93,8 @@ def select_topk(
             whole, unless ``causal`` is ``"none"``.
         scale: factor on ``q . c``; by default 1, of ``"group_prob"`` ``D ** -0.5``.
         tie: ``"low"`` or ``"high"``: which of equal candidates, by their index.
-        order: ``"index"`` (rising) or ``"score"`` (falling; forced ones first, among themselves by
-            their index).
+        order: ``"index"`` (rising) or ``"score"`` (falling; forced ones first, among themselves as
+            equal ones: by their index, as ``tie`` has it).
 
     Numerics:
         Scores in float32 (float64 for float64), whatever the inputs are. NaN counts as the highest.

@@ -351,6 +351,13 @@ def test_numbers_that_are_none(dtype):
     assert lists(2, force_first=1, exclude=out) == [1, 5]
 
 
+@pytest.mark.parametrize("tie, forced", [("low", [0, 1, 8]), ("high", [8, 1, 0])])
+def test_forced_ones_come_first_by_their_index(tie, forced):
+    options = {"force_first": 2, "force_last": 1, "tie": tie, "order": "score"}
+    best = select_topk(normal(1, 3, 2, 8, seed=1), normal(1, 9, 2, 8, seed=2), 5, **options)
+    assert (best[..., :3] == torch.tensor(forced)).all()
+
+
 def test_ranges_take_the_place_of_a_rule():
     """Packed sequences: each row selects among the blocks of its own."""
     query, candidates = normal(2, 4, 2, 3), normal(2, 6, 2, 3)

@@ -271,7 +271,8 @@ class _Cascade:
         check_sequences(query, key, key)
         _check_options(stages, block_size, sinks, window_size, share_heads)
         check_choice("query_reduce", query_reduce, ("stride", "mean"))
-        if is_causal is not True:
+        check_flag("is_causal", is_causal)
+        if not is_causal:
             raise NotImplementedError(f"is_causal must be True, got {is_causal!r}")
         self.query, self.key, self.stages, self.block_size = query, key, stages, block_size
         self.sinks, self.window_size, self.reduce = sinks, window_size, query_reduce
