@@ -20,6 +20,7 @@ DTYPE_NAMES = "float32, float64, bfloat16, float16"
 INDEX_DTYPES = (torch.int32, torch.int64)
 _KINDS: dict[str, Callable[[torch.dtype], bool]] = {
     "a floating-point": lambda dtype: dtype.is_floating_point,
+    f"a {DTYPE_NAMES}": lambda dtype: dtype in DTYPES,
     "an int32 or int64": lambda dtype: dtype in INDEX_DTYPES,
     "an int32": lambda dtype: dtype == torch.int32,
     "a bool": lambda dtype: dtype == torch.bool,
@@ -68,6 +69,13 @@ def check_tensor(name: str, t: Any, kind: str, like: Tensor | None = None) -> No
     check_dense(name, t)
     if like is not None:
         check_device(name, t, like)
+
+
+def check_layer_input(x: Any, dim: int) -> None:
+    """What a layer projects: sequences of tokens of ``dim`` entries."""
+    check_tensor("x", x, "a floating-point")
+    if x.dim() != 3 or x.shape[-1] != dim:
+        raise ValueError(f"x must be [batch, tokens, {dim}], got shape {tuple(x.shape)}")
 
 
 def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> int:
@@ -135,6 +143,19 @@ def check_integer(name: str, x: Any, minimum: int | None = None) -> None:
         raise ValueError(f"{name} must be at least {minimum}, got {x}")
     if isinstance(x, int) and not -_MAX_INTEGER <= x <= _MAX_INTEGER:
         raise ValueError(f"{name} must be between -2**62 and 2**62, got {x}")
+
+
+def check_count(name: str, x: Any, minimum: int = 1) -> None:
+    """An int that 32 bits hold: there are as many entries of a result."""
+    check_integer(name, x, minimum)
+    if x >= 2**31:
+        raise ValueError(f"{name} must be below 2**31, got {x}")
+
+
+def check_choice(name: str, x: Any, allowed: tuple[str, ...]) -> None:
+    # Others may compare entry by entry, arrays for one.
+    if not isinstance(x, str) or x not in allowed:
+        raise ValueError(f"{name} must be one of {allowed}, got {x!r}")
 
 
 def check_flag(name: str, x: Any) -> None:

@@ -11,7 +11,11 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from .arguments import (
+    check_count,
+    check_device,
+    check_flag,
     check_integer,
+    check_layer_input,
     check_scale,
     check_sequences,
     kind_of,
@@ -54,6 +58,26 @@ class BasedCache:
     def nbytes(self) -> int:
         """Memory of what is kept."""
         return self.window.nbytes + self.state.nbytes
+
+    def check(self, key: Tensor, value: Tensor) -> None:
+        """Errors: TypeError or ValueError where the window and the state are not those of one
+        sequence, or new keys or values not like those kept."""
+        if not isinstance(self.window, WindowCache):
+            raise TypeError(f"cache.window must be a WindowCache, got {kind_of(self.window)}")
+        self.window.check(key, value)
+        acc = accumulator_dtype(key.dtype)
+        if not isinstance(self.state, Tensor) or self.state.dtype != acc:
+            raise TypeError(f"cache.state must be a {acc} tensor, got {kind_of(self.state)}")
+        check_device("cache.state", self.state, key, "key")
+        batch, features, columns = (
+            key.shape[0], num_features("taylor2", key.shape[3]), value.shape[3] + 1,
+        )  # fmt: skip
+        shape, heads = self.state.shape, key.shape[2]
+        if len(shape) != 4 or shape != (batch, shape[1], features, columns) or shape[1] % heads:
+            raise ValueError(
+                f"cache.state must be {(batch, 'heads', features, columns)} with a multiple of the "
+                f"{heads} heads of key, got {tuple(shape)}"
+            )
 
 
 def based_attention(
@@ -101,8 +125,9 @@ def based_attention(
         torch.Size([1, 100, 4, 16])
     """
     check_integer("window_size", window_size, 1)
-    if not isinstance(output_final_cache, bool):
-        raise TypeError(f"output_final_cache must be a bool, got {output_final_cache!r}")
+    check_flag("output_final_cache", output_final_cache)
+    if output_final_cache:
+        check_count("window_size", window_size)  # rows of the cache
     if is_compiling() or torch._C._is_any_autocast_enabled():
         query, key, value = under_autocast(query, key, value)
     check_sequences(query, key, value)
@@ -175,7 +200,7 @@ def based_attention_step(
         raise TypeError(f"cache must be a BasedCache, got {type(cache).__name__}")
     if is_compiling() or torch._C._is_any_autocast_enabled():
         query, key, value = under_autocast(query, key, value)
-    cache.window.check(key, value)
+    cache.check(key, value)
     if not isinstance(query, Tensor) or query.dtype != key.dtype:
         raise TypeError(f"query must have the dtype of key, {key.dtype}, got {kind_of(query)}")
     want = (*key.shape[:2], cache.state.shape[1], key.shape[3])
@@ -185,17 +210,17 @@ def based_attention_step(
             f"key and the heads of the cache, {want}, and value have those tokens, got shapes "
             f"{tuple(query.shape)} and {tuple(value.shape)}"
         )
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, cache.state)):
         raise NotImplementedError(
-            "based_attention_step has no gradient: query, key and value must not require one, or "
-            "call it under torch.no_grad()"
+            "based_attention_step has no gradient: query, key, value and cache.state must not "
+            "require one, or call it under torch.no_grad()"
         )
     scale = check_scale(scale, query.shape[-1] ** -0.5)
     if query.shape[1] == 0:
         return query.new_empty(*query.shape[:-1], value.shape[-1])
     outs = []
     for q, k, v in zip(*(x.split(1, dim=1) for x in (query, key, value)), strict=True):
-        left = cache.window.push(k, v)
+        left = cache.window._push(k, v)
         near, lse = sliding_window_attention(
             q, *cache.window.seen(), None, is_causal=False, scale=scale, return_lse=True
         )
@@ -260,8 +285,7 @@ class BasedAttention(nn.Module):
         check_heads(dim, num_heads)
         if window_size is not None:
             check_integer("window_size", window_size, 1)
-        if not isinstance(rotary, bool):
-            raise TypeError(f"rotary must be a bool, got {rotary!r}")
+        check_flag("rotary", rotary)
         if rotary and (window_size is None or feature_dim % 2):
             raise ValueError(
                 f"rotary needs a window_size and an even feature_dim, got {window_size} and "
@@ -276,6 +300,7 @@ class BasedAttention(nn.Module):
         self.out = nn.Linear(dim, dim, bias=False)
 
     def _project(self, x: Tensor, offset: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        check_layer_input(x, self.query.in_features)
         query, key, value = (
             layer(x).unflatten(-1, (self.num_heads, -1))
             for layer in (self.query, self.key, self.value)
@@ -317,6 +342,8 @@ class BasedAttention(nn.Module):
             )
         if not isinstance(kept, BasedCache):
             raise TypeError(f"kept must be a BasedCache, got {type(kept).__name__}")
+        if not isinstance(kept.window, WindowCache):
+            raise TypeError(f"kept.window must be a WindowCache, got {kind_of(kept.window)}")
         return self._leave(based_attention_step(*self._project(x, kept.window.length), kept))
 
 

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv1d, pad, silu
 
-from .arguments import check_integer
+from .arguments import (
+    check_choice,
+    check_flag,
+    check_integer,
+    check_layer_input,
+    check_tensor,
+    kind_of,
+)
 from .based import BasedAttention, check_heads
 from .functional import sliding_window_attention
 from .rotary import rotary_embedding
@@ -54,6 +61,7 @@ class SlidingWindowAttention(nn.Module):
         )
 
     def _project(self, x: Tensor, offset: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        check_layer_input(x, self.query.in_features)
         query, key, value = (
             layer(x).unflatten(-1, (self.num_heads, -1))
             for layer in (self.query, self.key, self.value)
@@ -80,13 +88,15 @@ class SlidingWindowAttention(nn.Module):
     @torch.no_grad()
     def step(self, x: Tensor, kept: WindowCache) -> Tensor:
         """The next token or tokens; ``kept`` is updated in place."""
+        if not isinstance(kept, WindowCache):
+            raise TypeError(f"kept must be a WindowCache, got {kind_of(kept)}")
         query, key, value = self._project(x, kept.length)
         kept.check(key, value)
         if x.shape[1] == 0:
             return self._leave(value)
         outs = []
         for q, k, v in zip(*(t.split(1, dim=1) for t in (query, key, value)), strict=True):
-            kept.push(k, v)
+            kept._push(k, v)
             outs.append(sliding_window_attention(q, *kept.seen(), None, is_causal=False))
         return self._leave(torch.cat(outs, dim=1))
 
@@ -125,6 +135,7 @@ class GatedConvolution(nn.Module):
 
     def _mix(self, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
         """The result, and all that the convolution has read."""
+        check_layer_input(x, self.enter.in_features)
         filtered, gate = self.enter(x).chunk(2, dim=-1)
         taps = self.kernel.shape[1]
         if before is None:
@@ -149,6 +160,13 @@ class GatedConvolution(nn.Module):
     @torch.no_grad()
     def step(self, x: Tensor, kept: Tensor) -> Tensor:
         """The next token or tokens; ``kept`` is updated in place."""
+        check_tensor("kept", kept, "a floating-point")
+        check_layer_input(x, self.enter.in_features)
+        inner, taps = self.kernel.shape
+        if kept.shape != (x.shape[0], taps - 1, inner):
+            raise ValueError(
+                f"kept must be {(x.shape[0], taps - 1, inner)}, got {tuple(kept.shape)}"
+            )
         out, read = self._mix(x, kept)
         kept.copy_(read[:, x.shape[1] :])
         return out
@@ -211,9 +229,14 @@ class BasedBlock(nn.Module):
         hidden_dim: int | None = None,
     ) -> None:
         super().__init__()
-        if mixer not in MIXERS:
-            raise ValueError(f"mixer must be one of {MIXERS}, got {mixer!r}")
+        check_choice("mixer", mixer, MIXERS)
         check_heads(dim, num_heads)
+        for name, number in (
+            ("feature_dim", feature_dim), ("window_size", window_size),
+            ("kernel_size", kernel_size), ("expand", expand),
+        ):  # fmt: skip
+            check_integer(name, number, 1)
+        check_flag("rotary", rotary)
         if hidden_dim is None:
             hidden_dim = 2 * dim
         check_integer("hidden_dim", hidden_dim, 1)
@@ -229,20 +252,25 @@ class BasedBlock(nn.Module):
         self.mixer_norm, self.mlp_norm = nn.RMSNorm(dim, eps=1e-5), nn.RMSNorm(dim, eps=1e-5)
         self.mlp = GatedMLP(dim, hidden_dim)
 
+    def _norm(self, x: Tensor) -> Tensor:
+        check_layer_input(x, self.mlp.enter.in_features)
+        normed: Tensor = self.mixer_norm(x)
+        return normed
+
     def _feed(self, x: Tensor, mixed: Tensor) -> Tensor:
         x = x + mixed
         result: Tensor = x + self.mlp(self.mlp_norm(x))
         return result
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._feed(x, self.mixer(self.mixer_norm(x)))
+        return self._feed(x, self.mixer(self._norm(x)))
 
     def prefill(self, x: Tensor) -> tuple[Tensor, Any]:
         """``forward``, and what the mixer keeps for decoding."""
-        mixed, kept = self.mixer.prefill(self.mixer_norm(x))
+        mixed, kept = self.mixer.prefill(self._norm(x))
         return self._feed(x, mixed), kept
 
     @torch.no_grad()
     def step(self, x: Tensor, kept: Any) -> Tensor:
         """The next token or tokens; ``kept`` is updated in place."""
-        return self._feed(x, self.mixer.step(self.mixer_norm(x), kept))
+        return self._feed(x, self.mixer.step(self._norm(x), kept))

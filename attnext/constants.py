@@ -15,15 +15,20 @@ R = TypeVar("R")
 
 
 def constant(maxsize: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Remembers results, but for what a mode such as ``FakeTensorMode`` makes of them: its tensors
-    are of no use outside, nor real ones in it. (A compiler would not remember either.)"""
+    """Remembers results, but for what a mode such as ``FakeTensorMode`` or a transform of
+    ``torch.func`` makes of them: its tensors are of no use outside, nor real ones in it. (A
+    compiler would not remember either.)"""
 
     def remembering(function: Callable[P, R]) -> Callable[P, R]:
         remembered = functools.lru_cache(maxsize)(function)
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            if is_compiling() or torch._C._len_torch_dispatch_stack():
+            if (
+                is_compiling()
+                or torch._C._len_torch_dispatch_stack()
+                or torch._C._are_functorch_transforms_active()
+            ):
                 return function(*args, **kwargs)
             return remembered(*args, **kwargs)  # type: ignore[arg-type]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .arguments import (
+    check_count,
     check_dense,
     check_device,
     check_flag,
@@ -20,13 +21,14 @@ from .arguments import (
     check_sequences,
     check_tensor,
     kind_of,
+    under_autocast,
     without_autocast,
 )
 from .functional import sliding_window_attention
 from .ops import DTYPES, accumulator_dtype
 from .plans import BlockPlan
 from .routed import routed_attention
-from .routers.inputs import Rotary, check_choice, check_number, rotated
+from .routers.inputs import Rotary, check_choice, check_number, check_rotary, rotated
 from .routers.streaming import streaming_attention
 
 
@@ -101,6 +103,7 @@ class KVCache:
     def keep(self, indices: Tensor, *, complete: bool = False) -> None:
         """Keeps of each head the rows at ``indices``, int ``[B, Hkv, n]``, in that order, and moves
         them together; -1, only behind all others: no row. ``complete``: there is no -1."""
+        check_flag("complete", complete)
         batch, _, kv_heads, _ = self.key.shape
         _check_indices("indices", indices, (batch, kv_heads))
         count = indices.shape[2]
@@ -160,6 +163,8 @@ class KVCache:
             blocks: int ``[B or 1, H or Hkv or 1, n or 1, slots]``: the only blocks of
                 ``block_size`` rows that are attended; -1, or one behind the last row: none.
         """
+        check_integer("block_size", block_size, 1)
+        check_flag("return_lse", return_lse)
         key, value = self.key[:, : self.longest], self.value[:, : self.longest]
         if blocks is None and self._even:
             return sliding_window_attention(
@@ -168,13 +173,14 @@ class KVCache:
         check_tensor("query", query, "a floating-point")
         if query.dim() != 4:
             raise ValueError(f"query must be [B, n, H, D], got shape {tuple(query.shape)}")
+        query, key, value = under_autocast(query, key, value)
+        check_sequences(query, key, value)
         batch, count, heads = query.shape[:3]
         kv_heads = key.shape[2]
         last = torch.arange(1 - count, 1, device=key.device)
         ends = (self.lengths[:, :, None] + last)[..., None]  # [B, Hkv, n, 1]
         starts = torch.zeros_like(ends)
         if blocks is not None:
-            check_integer("block_size", block_size, 1)
             _check_indices("blocks", blocks, (), rank=4)
             fits = (batch, 1), (heads, kv_heads, 1), (count, 1)
             if any(n not in allowed for n, allowed in zip(blocks.shape, fits, strict=False)):
@@ -200,6 +206,11 @@ class KVCache:
         """
         check_integer("block_size", block_size, 1)
         _check_indices("blocks", blocks, (self.key.shape[0], self.key.shape[2]))
+        if blocks.shape[2] * block_size >= 2**31:
+            raise ValueError(
+                f"block_size must give {blocks.shape[2]} blocks fewer than 2**31 rows, got "
+                f"{block_size}"
+            )
         within = torch.arange(block_size, device=self.key.device)
         first = _first_rows(blocks.to(self.key.device), block_size, self.key.shape[1])
         at = (first[..., None] + within).flatten(2)
@@ -262,6 +273,7 @@ class StreamingCache:
     ) -> None:
         check_integer("sinks", sinks, 0)
         check_integer("window_size", window_size, 1)
+        check_rotary(rotary)
         self.sinks, self.window_size, self.rotary, self.seen = sinks, window_size, rotary, 0
         self.key, self.value = _buffers(
             batch, sinks + window_size, kv_heads, head_dim, head_dim_v, dtype, device
@@ -362,6 +374,15 @@ def lazy_scores(last_hit: Tensor, interval: Tensor, step: int, variant: str = "c
         tensor(0)
     """
     check_choice("variant", variant, ("paper", "code"))
+    for name, t in (("last_hit", last_hit), ("interval", interval)):
+        check_tensor(name, t, "an int32 or int64")
+    check_device("interval", interval, last_hit, "last_hit")
+    if interval.shape != last_hit.shape:
+        raise ValueError(
+            f"interval must have the shape of last_hit, {tuple(last_hit.shape)}, got "
+            f"{tuple(interval.shape)}"
+        )
+    check_integer("step", step, 0)
     since, longest = (step - last_hit).float(), interval.float()
     never = longest == 0
     if variant == "code":
@@ -517,7 +538,7 @@ def _buffers(
         ("head_dim", head_dim, 1),
         ("head_dim_v", head_dim_v, 1),
     ):
-        check_integer(name, size, least)
+        check_count(name, size, least)
     if dtype not in DTYPES:
         raise TypeError(f"dtype must be one of {DTYPES}, got {dtype}")
     shape = (batch, capacity, kv_heads)

@@ -9,13 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import check_integer, check_scale, check_sequences, check_tensor, under_autocast
+from .arguments import (
+    check_flag,
+    check_integer,
+    check_scale,
+    check_sequences,
+    check_tensor,
+    under_autocast,
+)
 from .functional import sliding_window_attention
 from .landmark_ops import Sections, landmark_op
 from .merging import merge_attentions
 from .plans import BlockPlan
 from .routed import routed_attention
-from .selection import select_topk
+from .selection import fitting, select_topk
 
 
 def landmark_attention(
@@ -43,7 +50,7 @@ def landmark_attention(
 
     Args:
         topk: only that many earlier blocks, those whose landmarks score highest, per query and
-            head: what inference retrieves. None: all.
+            head (with fewer, all there are): what inference retrieves. None: all.
         scale: by default ``D ** -0.5``.
 
     Numerics:
@@ -77,6 +84,7 @@ def landmark_attention(
     query, key, value = under_autocast(query, key, value)
     check_sequences(query, key, value)
     _check(is_landmark, query, key)
+    check_flag("return_lse", return_lse)
     if topk is not None:
         check_integer("topk", topk, 1)
     scale = check_scale(scale, query.shape[-1] ** -0.5)
@@ -103,6 +111,7 @@ def _retrieved(
     own = sections.own.expand(batch, -1)
     places = (pasts - 1).clamp(min=0)[:, :, None, None].expand(-1, -1, *key.shape[2:])
     landmarks = key.gather(1, places)
+    topk, _, _ = fitting(topk, landmarks.shape[1])
     lists, scores = select_topk(
         query, landmarks, topk, ranges=(torch.zeros_like(own), own), scale=scale,
         exclude=(ends <= starts)[:, None, None], return_values=True,

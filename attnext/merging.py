@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import check_dense, check_device, check_flag, finite_number, kind_of
+from .arguments import check_choice, check_dense, check_device, check_flag, finite_number, kind_of
 from .ops import accumulator_dtype
 
 MODES = ("lse", "softmax", "sigmoid", "raw", "scaled", "lerp")
@@ -137,8 +137,7 @@ def _shares(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def _check(outputs: Any, lses: Any, gates: Any, mode: Any, return_lse: bool) -> None:
     check_flag("return_lse", return_lse)
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
+    check_choice("mode", mode, MODES)
     by_lse = mode in ("lse", "scaled")
     if by_lse and lses is None:
         raise ValueError(f"lses must be given with mode={mode!r}")

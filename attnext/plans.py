@@ -39,6 +39,17 @@ class Blocks:
     order: Tensor | None = None
     grid: tuple[int, ...] | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.extent, tuple):
+            raise TypeError(f"extent must be a tuple of ints, got {self.extent!r}")
+        check_tensor("offsets", self.offsets, "an int32")
+        if self.offsets.dim() != 1 or not self.offsets.shape[0]:
+            raise ValueError(f"offsets must be [blocks + 1], got {tuple(self.offsets.shape)}")
+        if self.order is not None:
+            check_tensor("order", self.order, "an int32")
+            if self.order.dim() != 1:
+                raise ValueError(f"order must be [tokens], got {tuple(self.order.shape)}")
+
     @property
     def num_blocks(self) -> int:
         return int(self.offsets.shape[0]) - 1

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .arguments import check_device, check_integer, check_tensor
+from .arguments import check_choice, check_device, check_flag, check_integer, check_tensor
 from .ops import accumulator_dtype
 from .plans import Blocks, per_axis
 from .routed_tables import Remembered
@@ -44,6 +44,7 @@ class Windows:
         check_integer("size", self.size, 1)
         check_integer("stride", self.stride, 0)
         check_integer("phase", self.phase, 0)
+        check_flag("ragged", self.ragged)
         if not self.stride:
             object.__setattr__(self, "stride", self.size)
 
@@ -171,7 +172,7 @@ def block_pool(
         >>> attnext.block_pool(torch.randn(1, 14, 9, 2, 16), (4, 4), "max").shape
         torch.Size([1, 4, 3, 2, 16])
     """
-    _check(x, blocks, reduce, weights, dtype)
+    _check(x, blocks, reduce, weights, dtype, return_counts)
     acc = accumulator_dtype(x.dtype)
     pool, counts, grid = _pooling(x, blocks)
     dtype = x.dtype if dtype is None else dtype
@@ -281,24 +282,34 @@ def _over_windows(x: Tensor, windows: Windows, op: str) -> Tensor:
     return result
 
 
-def _check_cover(blocks: Blocks) -> None:
-    """That blocks hold each of their tokens once: what sums them up does not look."""
-    offsets, count = blocks.offsets, blocks.num_tokens
-    if offsets.dim() != 1 or not len(offsets):
-        raise ValueError(f"blocks must have offsets [blocks + 1], got {tuple(offsets.shape)}")
-    if offsets[0] != 0 or offsets[-1] != count or bool((offsets.diff() < 0).any()):
-        raise ValueError(
-            f"blocks must have offsets that rise from 0 to {count} tokens, got {offsets.tolist()}"
-        )
-    if blocks.order is not None:
-        places = torch.arange(count, device=blocks.order.device)
-        if blocks.order.shape != (count,) or not torch.equal(blocks.order.long().sort()[0], places):
-            raise ValueError(f"blocks must have an order that names each of {count} tokens once")
+def check_cover(name: str, blocks: Blocks) -> None:
+    """That blocks hold each of their tokens once, where there are numbers to read."""
+    offsets, order, count = blocks.offsets, blocks.order, blocks.num_tokens
+    if is_compiling() or offsets.is_meta or torch._C._len_torch_dispatch_stack():
+        return
+
+    def check_offsets() -> None:
+        if offsets[0] != 0 or offsets[-1] != count or bool((offsets.diff() < 0).any()):
+            raise ValueError(
+                f"{name} must have offsets that rise from 0 to {count} tokens, got "
+                f"{offsets.tolist()}"
+            )
+
+    def check_order() -> None:
+        assert order is not None
+        places = torch.arange(count, device=order.device)
+        if order.shape != (count,) or not torch.equal(order.long().sort()[0], places):
+            raise ValueError(f"{name} must have an order that names each of {count} tokens once")
+
+    if offsets.is_cuda:
+        _COVERS.get((offsets,), count, check_offsets)
+    else:  # few, in memory that numpy may share and change unseen
+        check_offsets()
+    if order is not None:
+        _COVERS.get((order,), count, check_order)
 
 
 def _over_segments(x: Tensor, blocks: Blocks, op: str) -> Tensor:
-    if not (is_compiling() or blocks.offsets.is_meta):
-        _COVERS.get((blocks.offsets, blocks.order), blocks.extent, lambda: _check_cover(blocks))
     batch, heads, dim = x.shape[0], x.shape[-2], x.shape[-1]
     rows = x.flatten(1, -3)
     if blocks.order is not None:
@@ -310,24 +321,28 @@ def _over_segments(x: Tensor, blocks: Blocks, op: str) -> Tensor:
     rows = (
         rows.transpose(0, 1).reshape(rows.shape[1], -1).to(acc)
     )  # exact: maxima stay what they are
-    result = torch.segment_reduce(rows, op, lengths=counts, axis=0, unsafe=True)
+    # Lengths are looked at where nobody waits for them: compiled, nothing else has.
+    unsafe = rows.device.type != "cpu"
+    result = torch.segment_reduce(rows, op, lengths=counts, axis=0, unsafe=unsafe)
     result = torch.where((counts == 0)[:, None], 0.0, result)
     return result.reshape(-1, batch, heads, dim).transpose(0, 1).to(x.dtype)
 
 
-def _check(x: Any, blocks: Any, reduce: Any, weights: Any, dtype: Any) -> None:
+def _check(x: Any, blocks: Any, reduce: Any, weights: Any, dtype: Any, return_counts: Any) -> None:
     check_tensor("x", x, "a floating-point")
     if not 4 <= x.dim() <= 6:
         raise ValueError(f"x must be [B, *tokens, H, D], 1 to 3 token axes, got {tuple(x.shape)}")
     extents = tuple(x.shape[1:-2])
     if isinstance(blocks, Windows) and extents != (blocks.num_tokens,):
         raise ValueError(f"blocks must be of {extents} tokens, got {blocks.num_tokens}")
-    if isinstance(blocks, Blocks) and extents != blocks.extent:
-        raise ValueError(f"blocks must be of {extents} tokens, got {blocks.extent}")
+    if isinstance(blocks, Blocks):
+        if extents != blocks.extent:
+            raise ValueError(f"blocks must be of {extents} tokens, got {blocks.extent}")
+        check_cover("blocks", blocks)
     if not isinstance(blocks, Blocks | Windows):
         per_axis("blocks", blocks, len(extents), 1)
-    if reduce not in REDUCTIONS:
-        raise ValueError(f"reduce must be one of {REDUCTIONS}, got {reduce!r}")
+    check_choice("reduce", reduce, REDUCTIONS)
+    check_flag("return_counts", return_counts)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point dtype, got {dtype!r}")
     if weights is None:

@@ -159,8 +159,9 @@ def facts(plan: Lists) -> Facts:
 class Remembered:
     """What was made of tensors: for as long as the first of them lives and none is written to.
 
-    Tensors of inference mode do not tell when they are written to, so nothing is kept of them; nor
-    while a CUDA graph is captured, which makes tables of its own at each replay.
+    Tensors of inference mode do not tell when they are written to, and those that a transform of
+    ``torch.func`` wraps have no memory to know them by, so nothing is kept of them; nor while a
+    CUDA graph is captured, which makes tables of its own at each replay.
     """
 
     def __init__(self) -> None:
@@ -169,9 +170,9 @@ class Remembered:
     def get(self, tensors: tuple[Tensor | None, ...], key: Any, make: Callable[[], Any]) -> Any:
         owner = tensors[0]
         assert owner is not None
-        if any(t is not None and t.is_inference() for t in tensors) or (
-            owner.is_cuda and torch.cuda.is_current_stream_capturing()
-        ):
+        if any(
+            t is not None and (t.is_inference() or not torch._C._has_storage(t)) for t in tensors
+        ) or (owner.is_cuda and torch.cuda.is_current_stream_capturing()):
             return make()
         state = tuple(
             None if t is None else (t.data_ptr(), t._version, tuple(t.shape)) for t in tensors

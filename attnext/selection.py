@@ -13,16 +13,20 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .arguments import (
+    DTYPE_NAMES,
+    check_choice,
+    check_count,
     check_device,
+    check_flag,
     check_integer,
     check_scale,
     check_tensor,
     without_autocast,
 )
-from .autograd import differentiable_once, is_plain, refuse_forward_mode
+from .autograd import differentiable_once, is_plain, needs_gradient, refuse_forward_mode
 from .ops import accumulator_dtype
 from .plans import Blocks
-from .pooling import Windows, bounds_of
+from .pooling import Windows, bounds_of, check_cover
 from .selection_ops import SCORES, select_topk_op
 from .slices import slices
 
@@ -89,7 +93,8 @@ def select_topk(
             whole, unless ``causal`` is ``"none"``.
         scale: factor on ``q . c``; by default 1, of ``"group_prob"`` ``D ** -0.5``.
         tie: ``"low"`` or ``"high"``: which of equal candidates, by their index.
-        order: ``"index"`` (rising) or ``"score"`` (falling; forced ones first).
+        order: ``"index"`` (rising) or ``"score"`` (falling; forced ones first, among themselves as
+            equal ones: by their index, as ``tie`` has it).
 
     Numerics:
         Scores in float32 (float64 for float64), whatever the inputs are. NaN counts as the highest.
@@ -124,9 +129,19 @@ def select_topk(
         indices, values = problem.select(*tensors)
     if not return_values:
         return indices
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    # What vmap maps over does not say whether it has a gradient.
+    mapped = not is_compiling() and torch._C._are_functorch_transforms_active()
+    if mapped or needs_gradient(tensors):
         values = _Values.apply(problem, indices, values, *tensors)
     return indices, values
+
+
+def fitting(k: int, count: int, force_first: int = 0, force_last: int = 0) -> tuple[int, int, int]:
+    """``k``, ``force_first`` and ``force_last`` of :func:`select_topk`, no more than ``count``
+    candidates can fill."""
+    count = max(count, 1)
+    first, last = min(force_first, count), min(force_last, count)
+    return max(min(k, count), first + last), first, last
 
 
 @dataclass(frozen=True, eq=False)
@@ -420,6 +435,8 @@ def largest(rank: Tensor, k: int, tie: str, ordered: bool) -> tuple[Tensor, Tens
 class _Values(torch.autograd.Function):
     """The scores of selected candidates, with their gradients, slice by slice."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(problem: _Problem, indices: Tensor, values: Tensor, *tensors: Any) -> Any:
         return values.clone()
@@ -469,10 +486,10 @@ def _checked(
         ("score", score, SCORES), ("causal", causal, CAUSAL), ("tie", tie, ("low", "high")),
         ("order", order, ("index", "score")),
     ):  # fmt: skip
-        if choice not in allowed:
-            raise ValueError(f"{name} must be one of {allowed}, got {choice!r}")
+        check_choice(name, choice, allowed)
+    check_flag("return_values", return_values)
     for name, t in (("query", query), ("candidates", candidates)):
-        check_tensor(name, t, "a floating-point")
+        check_tensor(name, t, f"a {DTYPE_NAMES}")
         if t.dim() != 4:
             raise ValueError(f"{name} must be [B, tokens, H, D], got {tuple(t.shape)}")
     check_device("candidates", candidates, query)
@@ -486,7 +503,7 @@ def _checked(
         raise ValueError(
             f"query must have a multiple of the heads of candidates, {kv_heads}, got {heads}"
         )
-    check_integer("k", k, 1)
+    check_count("k", k)
     check_integer("force_first", force_first, 0)
     check_integer("force_last", force_last, 0)
     if force_first + force_last > k:
@@ -547,6 +564,8 @@ def _check_blocks(
             raise TypeError(f"{name} must be Blocks or Windows, got {type(blocks).__name__}")
         if isinstance(blocks, Blocks) and (len(blocks.extent) != 1 or blocks.order is not None):
             raise ValueError(f"{name} must be of one token axis, got {blocks.extent}")
+        if isinstance(blocks, Blocks):
+            check_cover(name, blocks)
     rows, count = query.shape[1], candidates.shape[1]
     if score == "max_q":
         if not isinstance(query_blocks, Windows) or query_blocks.stride != query_blocks.size:

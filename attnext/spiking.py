@@ -16,6 +16,7 @@ from .arguments import (
     DTYPE_NAMES,
     check_dense,
     check_device,
+    check_flag,
     check_integer,
     check_tensor,
     finite_number,
@@ -132,15 +133,8 @@ def lif_spikes(
     check_dense("x", x)
     if x.dim() < 2 or x.shape[1] < 1:
         raise ValueError(f"x must be [batch, time, ...] with time at least 1, got {tuple(x.shape)}")
-    for name, number, least in (
-        ("tau", tau, 1.0),
-        ("threshold", threshold, 0.0),
-        ("surrogate_slope", surrogate_slope, 0.0),
-    ):
-        if finite_number(name, number) < least:
-            raise ValueError(f"{name} must be at least {least:g}, got {number}")
-    if not isinstance(output_membrane, bool):
-        raise TypeError(f"output_membrane must be a bool, got {output_membrane!r}")
+    _check_neuron(tau, threshold, surrogate_slope)
+    check_flag("output_membrane", output_membrane)
     acc = accumulator_dtype(x.dtype)
     rest = (x.shape[0], *x.shape[2:])
     if membrane is None:
@@ -153,6 +147,16 @@ def lif_spikes(
     spikes, left, _ = _Lif.apply(x.to(acc), membrane.to(acc), tau, threshold, surrogate_slope)
     spikes = spikes.to(x.dtype)
     return (spikes, left) if output_membrane else spikes
+
+
+def _check_neuron(tau: Any, threshold: Any, surrogate_slope: Any) -> None:
+    for name, number, least in (
+        ("tau", tau, 1.0),
+        ("threshold", threshold, 0.0),
+        ("surrogate_slope", surrogate_slope, 0.0),
+    ):
+        if finite_number(name, number) < least:
+            raise ValueError(f"{name} must be at least {least:g}, got {number}")
 
 
 def spiking_attention(
@@ -277,6 +281,7 @@ class SpikingAttention(nn.Module):
             raise TypeError(f"grid must be a tuple (rows, columns), got {grid!r}")
         for size in grid:
             check_integer("grid", size, 1)
+        _check_neuron(tau, threshold, surrogate_slope)
         self.num_heads = num_heads
         self.grid = grid
         self.neuron = {"tau": tau, "threshold": threshold, "surrogate_slope": surrogate_slope}
@@ -289,6 +294,8 @@ class SpikingAttention(nn.Module):
     ) -> Any:
         """With ``output_membrane`` also what the frames leave behind, the ``membrane`` of those
         that follow."""
+        check_tensor("x", x, "a floating-point")
+        check_flag("output_membrane", output_membrane)
         dim = self.enter.in_features
         if x.dim() != 5 or x.shape[2:] != (*self.grid, dim):
             raise ValueError(

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .arguments import check_dense, check_device, kind_of
+from .arguments import check_count, check_dense, check_device, check_integer, check_tensor, kind_of
 
 
 @dataclass
@@ -18,6 +19,8 @@ class WindowCache:
 
     Shapes: keys ``[B, W, H, K]``, values ``[B, W, H, V]``; token ``t`` lies in slot ``t % W``.
     Softmax attention does not ask in which order keys lie.
+
+    Errors: ValueError or TypeError, naming the argument.
 
     Example:
         >>> import torch, attnext
@@ -32,6 +35,12 @@ class WindowCache:
     values: Tensor
     length: int = 0
 
+    def __post_init__(self) -> None:
+        _check_pair("keys", self.keys, "values", self.values)
+        if not self.keys.shape[1]:
+            raise ValueError(f"keys must have a slot, got shape {tuple(self.keys.shape)}")
+        check_integer("length", self.length, 0)
+
     @property
     def window_size(self) -> int:
         return self.keys.shape[1]
@@ -45,6 +54,8 @@ class WindowCache:
     def after(cls, key: Tensor, value: Tensor, window_size: int) -> WindowCache:
         """What is left of a whole prompt, ``[B, N, H, K]`` and ``[B, N, H, V]``; copies, without a
         gradient."""
+        _check_pair("key", key, "value", value)
+        check_count("window_size", window_size)
         length = key.shape[1]
         turn = length % window_size if length > window_size else 0
 
@@ -59,6 +70,15 @@ class WindowCache:
     def push(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | None:
         """Takes in one token, ``[B, 1, H, ...]``; returns the one that leaves the window, if any
         does."""
+        self.check(key, value)
+        if key.shape[1] != 1 or value.shape[1] != 1:
+            raise ValueError(
+                f"key and value must be of one token, got shapes {tuple(key.shape)} and "
+                f"{tuple(value.shape)}"
+            )
+        return self._push(key, value)
+
+    def _push(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | None:
         slot = self.length % self.window_size
         places = slice(slot, slot + 1)
         full = self.length >= self.window_size
@@ -88,3 +108,16 @@ class WindowCache:
                     f"{name} must be [batch, tokens, heads, dim] with batch, heads and dim of the "
                     f"cache, {want}, got shape {tuple(new.shape)}"
                 )
+
+
+def _check_pair(key_name: str, key: Any, value_name: str, value: Any) -> None:
+    for name, t in ((key_name, key), (value_name, value)):
+        check_tensor(name, t, "a floating-point")
+        if t.dim() != 4:
+            raise ValueError(f"{name} must be [B, N, H, D], got shape {tuple(t.shape)}")
+    check_device(value_name, value, key, key_name)
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            f"{value_name} must have the batch, tokens and heads of {key_name}, "
+            f"{tuple(key.shape[:3])}, got {tuple(value.shape[:3])}"
+        )

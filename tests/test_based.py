@@ -4,6 +4,7 @@ formula."""
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +13,14 @@ from linear_problems import BUDGET, DTYPES, F64, error, normal
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnext
-from attnext import BasedCache, based_attention, based_attention_step, reference, reference_linear
+from attnext import (
+    BasedCache,
+    WindowCache,
+    based_attention,
+    based_attention_step,
+    reference,
+    reference_linear,
+)
 from attnext.based_block import MIXERS
 
 
@@ -281,7 +289,10 @@ def wrong(index, new, **options):
     _, cache = based_attention(*tensors, 4, output_final_cache=True)
     before = cache.window.length, cache.window.keys.clone(), cache.state.clone()
     tensors = [x[:, :1] for x in tensors]
-    tensors[index] = new
+    if isinstance(new, torch.Tensor):
+        tensors[index] = new
+    else:  # another part of the cache
+        options["cache"] = BasedCache(**{"window": cache.window, "state": cache.state, **new})
     try:
         based_attention_step(*tensors, **{"cache": cache, **options})
     finally:
@@ -291,6 +302,24 @@ def wrong(index, new, **options):
 
 def x(*shape, **options):
     return torch.zeros(shape, **{"dtype": F64, **options})
+
+
+def push(key, value):
+    cache = WindowCache.after(x(1, 5, 2, 3), x(1, 5, 2, 3), 4)
+    try:
+        cache.push(key, value)
+    finally:
+        assert cache.length == 5
+
+
+def step(mixer, tokens, kept=None):
+    """Of a block; kept: another than the prefill's."""
+    block = attnext.BasedBlock(8, mixer, num_heads=2, window_size=4)
+    _, of_prefill = block.prefill(torch.zeros(1, 3, 8))
+    return block.step(tokens, of_prefill if kept is None else kept)
+
+
+Y = torch.zeros(1, 1, 8)
 
 
 WRONG = {
@@ -308,6 +337,64 @@ WRONG = {
         "output_final_cache must be a bool, got 1",
     ),
     "cache": (lambda: wrong(0, x(2, 1, 4, 6), cache=3), TypeError, "cache must be a BasedCache"),
+    "window of the cache": (
+        lambda: wrong(0, {"window": 1}), TypeError, "cache.window must be a WindowCache, got int",
+    ),
+    "state": (
+        lambda: wrong(0, {"state": 2}), TypeError, "cache.state must be a torch.float64 .*got int",
+    ),
+    "state dtype": (
+        lambda: wrong(0, {"state": x(2, 4, 28, 4).float()}), TypeError, "cache.state .*float32",
+    ),
+    "state shape": (
+        lambda: wrong(0, {"state": x(2, 4, 3, 3)}), ValueError,
+        r"cache.state must be \(2, 'heads', 28, 4\).*got \(2, 4, 3, 3\)",
+    ),
+    "state axes": (lambda: wrong(0, {"state": x(4)}), ValueError, "cache.state must be"),
+    "state heads": (lambda: wrong(0, {"state": x(2, 3, 28, 4)}), ValueError, "cache.state must be"),
+    "state gradient": (
+        lambda: wrong(0, {"state": x(2, 4, 28, 4, requires_grad=True)}), NotImplementedError,
+        "cache.state must not require",
+    ),
+    "rows of a cache": (
+        lambda: based_attention(*inputs(3), 2**60, output_final_cache=True), ValueError,
+        r"window_size must be below 2\*\*31",
+    ),
+    "window of nothing": (
+        lambda: WindowCache.after(*[x(1, 3, 1, 2)] * 2, 0), ValueError, "window_size must be at",
+    ),
+    "window below nothing": (
+        lambda: WindowCache.after(*[x(1, 3, 1, 2)] * 2, -3), ValueError, "window_size must be at",
+    ),
+    "window of truth": (
+        lambda: WindowCache.after(*[x(1, 3, 1, 2)] * 2, True), TypeError, "window_size must be an",
+    ),
+    "window of no tensor": (
+        lambda: WindowCache.after(5, x(1, 3, 1, 2), 2), TypeError, "key must be .*int",
+    ),
+    "window of few values": (
+        lambda: WindowCache.after(x(1, 3, 1, 2), x(1, 2, 1, 2), 2), ValueError,
+        r"value must have the batch, tokens and heads of key, \(1, 3, 1\), got \(1, 2, 1\)",
+    ),
+    "window of axes": (
+        lambda: WindowCache.after(x(3, 1, 2), x(3, 1, 2), 2), ValueError, r"key must be \[B, N",
+    ),
+    "cache of numbers": (lambda: WindowCache(1, 2), TypeError, "keys must be .*int"),
+    "cache without slots": (
+        lambda: WindowCache(x(1, 0, 1, 2), x(1, 0, 1, 2)), ValueError, "keys must have a slot",
+    ),
+    "cache length": (
+        lambda: WindowCache(*[x(1, 3, 1, 2)] * 2, "x"), TypeError, "length must be an int",
+    ),
+    "pushed tokens": (lambda: push(x(1, 2, 2, 3), x(1, 2, 2, 3)), ValueError, "of one token"),
+    "pushed values": (lambda: push(x(1, 1, 2, 3), x(1, 2, 2, 3)), ValueError, "of one token"),
+    "pushed shape": (
+        lambda: push(x(1, 1, 1, 1), x(1, 1, 2, 3)), ValueError, r"key must be .*\(1, 2, 3\)",
+    ),
+    "pushed dtype": (
+        lambda: push(x(1, 1, 2, 3), x(1, 1, 2, 3).float()), TypeError, "value must .*float32",
+    ),
+    "pushed strings": (lambda: push("a", "b"), TypeError, "key must have .*got str"),
     "key dtype": (lambda: wrong(1, x(2, 1, 2, 6).half()), TypeError, "key must .*float64.*float16"),
     "key heads": (lambda: wrong(1, x(2, 1, 4, 6)), ValueError, r"key must .*\(2, 2, 6\).*4, 6"),
     "value": (lambda: wrong(2, x(2, 1, 2, 4)), ValueError, r"value must .*\(2, 2, 3\)"),
@@ -333,6 +420,49 @@ WRONG = {
     ),
     "odd heads": (
         lambda: attnext.SlidingWindowAttention(9, 3, 4), ValueError, "even size, got 9 for 3",
+    ),
+    "mixers": (
+        lambda: attnext.BasedBlock(8, np.array(["linear", "window"])), ValueError,
+        "mixer must be one of",
+    ),
+    **{
+        f"{name} of another mixer": (
+            lambda name=name, mixer=mixer: attnext.BasedBlock(8, mixer, **{name: "x"}), TypeError,
+            f"{name} must be",
+        )
+        for name, mixer in (
+            ("window_size", "linear"), ("rotary", "linear"), ("rotary", "window"),
+            ("feature_dim", "convolution"), ("kernel_size", "window"), ("expand", "hybrid"),
+        )
+    },
+    **{
+        f"{what} into {mixer}": (
+            lambda mixer=mixer, t=t: attnext.BasedBlock(8, mixer)(t), kind, "x must be",
+        )
+        for mixer in MIXERS
+        for what, t, kind in (
+            ("a string", "x", TypeError), ("integers", Y.long(), TypeError),
+            ("a token", Y[0], ValueError), ("six entries", Y[..., :6], ValueError),
+        )
+    },
+    **{
+        f"{name} alone": (lambda layer=layer: layer(Y[..., :6]), ValueError, "x must be .*8.*6")
+        for name, layer in (
+            ("attention", attnext.BasedAttention(8, 2)),
+            ("window layer", attnext.SlidingWindowAttention(8, 2, 4)),
+            ("convolution", attnext.GatedConvolution(8)),
+        )
+    },
+    "kept window": (lambda: step("window", Y, "x"), TypeError, "kept must be a WindowCache"),
+    "kept in a hybrid": (
+        lambda: step("hybrid", Y, BasedCache(1, 2)), TypeError, "kept.window must be a Window",
+    ),
+    "kept inputs": (lambda: step("convolution", Y, "x"), TypeError, "kept must be a floating"),
+    "kept shape": (
+        lambda: step("convolution", Y, x(1, 5, 3)), ValueError, r"kept must be \(1, 2, 16\)",
+    ),
+    "kept batch": (
+        lambda: step("convolution", Y.expand(2, 1, 8)), ValueError, r"kept must be \(2, 2, 16\)",
     ),
     "taps": (lambda: attnext.GatedConvolution(8, 0), ValueError, "kernel_size must be at least 1"),
     "expand": (lambda: attnext.GatedConvolution(3, 3, 3), ValueError, "even, got 3"),

@@ -2,6 +2,7 @@
 """Every public function, and every tensor that it takes: what is no such tensor is refused by name,
 and what it returns has the same shapes on the meta device."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -181,6 +182,39 @@ def test_other_tensors_are_refused_by_name(
     names = "device" if kind == "elsewhere" and argument == "query" else argument
     with pytest.raises((TypeError, ValueError, NotImplementedError), match=names):
         function(**changed)
+
+
+def flags() -> list[tuple[str, str]]:
+    return [
+        (name, parameter.name)
+        for name, (function, _) in CALLS.items()
+        for parameter in inspect.signature(function).parameters.values()
+        if isinstance(parameter.default, bool)
+    ]
+
+
+@pytest.mark.parametrize(("name", "flag"), flags())
+def test_flags_are_bools(name: str, flag: str) -> None:
+    function, given = CALLS[name]
+    with pytest.raises(TypeError, match=f"{flag} must be a bool"):
+        function(**{**given, flag: 2})
+
+
+def choices() -> list[tuple[str, str]]:
+    return [
+        (name, parameter.name)
+        for name, (function, _) in CALLS.items()
+        for parameter in inspect.signature(function).parameters.values()
+        if isinstance(parameter.default, str)
+    ]
+
+
+@pytest.mark.parametrize("other", ["none of them", 5, ()], ids=type)
+@pytest.mark.parametrize(("name", "choice"), choices())
+def test_choices_are_among_those_there_are(name: str, choice: str, other: Any) -> None:
+    function, given = CALLS[name]
+    with pytest.raises((ValueError, TypeError), match=f"{choice} must be"):
+        function(**{**given, choice: other})
 
 
 @pytest.mark.parametrize("name", [n for n in CALLS if n not in READ])

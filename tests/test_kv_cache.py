@@ -291,6 +291,37 @@ def test_lazy_eviction_keeps_what_recurs():
             ),
             "blocks",
         ),
+        (lambda: KVCache(1, 2**31, 1, 2), r"capacity must be below 2\*\*31"),
+        (lambda: KVCache(1, 4, 1, 2).keep(zeros(1, 1, 1).long(), complete=5), "complete"),
+        (lambda: KVCache(1, 4, 1, 2).attend(zeros(1, 1, 1, 2), block_size="x"), "block_size"),
+        (lambda: KVCache(1, 4, 1, 2).attend(zeros(1, 1, 1, 2), return_lse="x"), "return_lse"),
+        (
+            lambda: KVCache(1, 4, 2, 2).attend(
+                zeros(1, 1, 3, 2), blocks=zeros(1, 3, 1, 1).long()
+            ),
+            "query must have a multiple of the heads of key, got 3 and 2",
+        ),
+        (
+            lambda: KVCache(1, 4, 2, 2).attend(
+                zeros(2, 1, 4, 2), blocks=zeros(1, 1, 1, 1).long()
+            ),
+            "batch size of query",
+        ),
+        (
+            lambda: KVCache(1, 4, 1, 2).fetch(zeros(1, 1, 1).long(), 2**50),
+            "block_size must give 1 blocks fewer",
+        ),
+        (lambda: KVCache(1, 4, 1, 2).fetch(zeros(1, 1, 1).long(), 2, rotary=5), "rotary"),
+        (lambda: StreamingCache(1, 1, 2, rotary=5), "rotary must be callable"),
+        (lambda: streaming_attention(*[zeros(1, 2, 1, 2)] * 3, rotary="a"), "rotary must be call"),
+        (
+            lambda: streaming_attention(*[zeros(1, 2, 1, 2)] * 3, rotary=unrotated, return_lse=2),
+            "return_lse",
+        ),
+        (lambda: lazy_scores("a", zeros(1).long(), 1), "last_hit"),
+        (lambda: lazy_scores(zeros(1).long(), zeros(1), 1), "interval"),
+        (lambda: lazy_scores(zeros(2).long(), zeros(3).long(), 1), "interval must have the shape"),
+        (lambda: lazy_scores(zeros(1).long(), zeros(1).long(), 1.5), "step"),
         (lambda: StreamingCache(1, 1, 2, window_size=0), "window_size"),
         (lambda: StreamingCache(1, 1, 2, sinks=-1), "sinks"),
         (lambda: LazyEvictionCache(1, 9, 1, 1, 2, budget=4, window_size=8), "budget"),

@@ -129,7 +129,8 @@ def test_decoding_is_the_last_row(topk):
 def test_retrieval_of_all_blocks_is_all():
     q, k, v = inputs(30)
     marks = every(4, 30)
-    close(landmark_attention(q, k, v, marks, topk=8), landmark_attention(q, k, v, marks))
+    for topk in (8, 2**40):
+        close(landmark_attention(q, k, v, marks, topk=topk), landmark_attention(q, k, v, marks))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -236,6 +237,9 @@ WRONG = {
               r"is_landmark must be \[6\] or \[2, 6\], got \(5,\)"),
     "topk": (lambda: landmark_attention(X, X, X, torch.zeros(6, dtype=torch.bool), topk=0),
              ValueError, "topk must be at least 1"),
+    "lse": (
+        lambda: landmark_attention(X, X, X, torch.zeros(6, dtype=torch.bool), return_lse=7),
+        TypeError, "return_lse must be a bool, got 7"),
     "scale": (
         lambda: landmark_attention(X, X, X, torch.zeros(6, dtype=torch.bool), scale=math.nan),
         ValueError, "scale must be finite"),

@@ -354,7 +354,7 @@ WRONG = {
     ),
     "offsets type": (
         lambda: attend(plan=BlockPlan.of(ints(1, 1, 1, 1), 6, Blocks((6,), ints(2)))),
-        TypeError, "query_blocks.offsets must be an int32 tensor",
+        TypeError, "offsets must be an int32 tensor",
     ),
     "is_causal": (lambda: attend(is_causal=1), TypeError, "is_causal must be a bool, got 1"),
     "exclude_self": (lambda: attend(exclude_self=None), TypeError, "exclude_self must be a bool"),

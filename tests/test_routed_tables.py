@@ -159,3 +159,10 @@ def test_what_is_remembered() -> None:
     assert [remembered.get((z,), "a", make) for _ in range(2)] == [5, 6]
     del x
     assert len(remembered._kept) == 0
+
+    def transformed(x: torch.Tensor) -> torch.Tensor:
+        assert [remembered.get((x,), "a", make) for _ in range(2)] == [7, 8]
+        return x.sum()
+
+    torch.func.grad(transformed)(torch.zeros(3))
+    assert len(remembered._kept) == 0

@@ -3,6 +3,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -310,12 +311,32 @@ def test_pooled_blocks(queries, more, query_block, key_block, topk, is_causal, s
         seen = range(0, rows.stop + more if is_causal else queries + more, key_block)
         products = [float(mean @ k[0, a : a + key_block, h // 2].mean(0)) for a in seen]
         best = sorted(range(len(products)), key=lambda c: -products[c])[:topk]
-        assert plan.lists[0, h, i].tolist() == sorted(best) + [-1] * (topk - len(best))
-    everything = pooled_topk_plan(q, k, query_block, key_block, 60, is_causal=is_causal)
+        slots = min(topk, -(-(queries + more) // key_block))
+        assert plan.lists[0, h, i].tolist() == sorted(best) + [-1] * (slots - len(best))
+    everything = pooled_topk_plan(q, k, query_block, key_block, 2**40, is_causal=is_causal)
     torch.testing.assert_close(
         routed_attention(q, k, v, everything, is_causal=is_causal),
         sliding_window_attention(q, k, v, None, is_causal=is_causal),
     )
+
+
+def test_more_blocks_than_there_are():
+    """All of them, in lists that are no longer."""
+    q, k, v = (x.detach() for x in inputs((30,)))
+    dense, packs = causal(q, k, v), torch.tensor([0, 11, 30], dtype=torch.int32)
+    torch.testing.assert_close(moba_attention(q, k, v, 4, 2**40), dense)
+    assert moba.moba_plan(q, k, 4, 2**40).lists.shape[-1] == 8
+    few = (x[:1] for x in (q, k, v))
+    out = moba_attention(*few, 4, 2**40, cu_seqlens=packs)
+    torch.testing.assert_close(out[:, :11], dense[:1, :11])
+    gates = torch.full((2, 30, 4, 3), -torch.inf)
+    gates[..., 1] = torch.inf
+    for forced in ({}, {"initial_blocks": 2**39, "local_blocks": 2**39}):
+        out, plan = native_sparse_attention(
+            q, k, v, gates, num_blocks=2**40, block_size=4, return_plan=True, **forced
+        )
+        torch.testing.assert_close(out, dense)
+        assert plan.lists.shape[-1] <= 16
 
 
 def test_nothing_in_nothing_out():
@@ -383,7 +404,7 @@ WRONG = {
     "padding": (lambda: bilevel_routing_attention(M, M, M, 3, 1, padding="same"), ValueError,
                 "padding must be one of"),
     "soft": (lambda: bilevel_routing_attention(M, M, M, 3, 1, soft="hard"), ValueError,
-             "soft must be None or one of"),
+             "soft must be one of"),
     "zeros without a weight": (
         lambda: bilevel_routing_attention(M, M, M, 3, 1, soft="bias", padding="zero"), ValueError,
         "padding must be 'mask' with soft='bias'"),
@@ -409,6 +430,22 @@ WRONG = {
         r"window_kv values must have shape \(1, 9, 2, 4\)"),
     "nsa pair": (lambda: native_sparse_attention(X, X, X, G, window_kv=X), TypeError,
                  "window_kv must be a pair"),
+    "nsa pair of compressed": (
+        lambda: native_sparse_attention(X, X, X, G, compressed=(X,)), TypeError,
+        "compressed must be a pair"),
+    "nsa pair of nothing": (
+        lambda: native_sparse_attention(X, X, X, G, compressed=()), TypeError,
+        "compressed must be a pair"),
+    "nsa plan": (lambda: native_sparse_attention(X, X, X, G, return_plan=2), TypeError,
+                 "return_plan must be a bool, got 2"),
+    "moba lse": (lambda: moba_attention(X, X, X, 4, 1, return_lse=2), TypeError,
+                 "return_lse must be a bool, got 2"),
+    "pooled forced": (
+        lambda: pooled_topk_plan(X, X, 4, 4, 2, initial_blocks=3), ValueError,
+        "topk must be at least initial_blocks"),
+    "nsa compress of arrays": (
+        lambda: NativeSparseAttention(8, 2, compress=np.array(["mean", "mlp"])), ValueError,
+        "compress must be one of"),
     "nsa forced": (lambda: native_sparse_attention(X, X, X, G, num_blocks=2), ValueError,
                    "num_blocks must be at least initial_blocks"),
     "nsa layer's sizes": (lambda: NativeSparseAttention(8, 2, block_size=0), ValueError,
@@ -417,15 +454,22 @@ WRONG = {
                             "options must be among .*'window_size'.* got 'windows'"),
     "nsa layer's forced": (lambda: NativeSparseAttention(8, 2, num_blocks=2), ValueError,
                            "num_blocks must be at least initial_blocks"),
+    "nsa layer's input": (
+        lambda: NativeSparseAttention(8, 2)(torch.zeros(1, 5, 6)), ValueError,
+        r"x must be \[batch, tokens, 8\], got shape \(1, 5, 6\)"),
+    "nsa layer's string": (lambda: NativeSparseAttention(8, 2)("x"), TypeError, "x must be"),
+    "bilevel layer's channels": (
+        lambda: BiLevelRoutingAttention(8, 2, 2, 1)(torch.zeros(1, 6, 4, 4)), ValueError,
+        "x must have 8 channels, got 6"),
     "nsa layer's dim": (lambda: NativeSparseAttention("8", 2), TypeError, "dim must be an int"),
     "bilevel layer's padding": (lambda: BiLevelRoutingAttention(8, 2, padding="no"), ValueError,
                                 "padding must be one of"),
     "bilevel layer's soft": (lambda: BiLevelRoutingAttention(8, 2, soft="no"), ValueError,
-                             "soft must be None or one of"),
+                             "soft must be one of"),
     "bilevel layer's regions": (lambda: BiLevelRoutingAttention(8, 2, region_size=(3, 0)),
                                 ValueError, "region_size must be at least 1"),
     "nsa compress": (lambda: NativeSparseAttention(8, 2, compress="max"), ValueError,
-                     "compress must be 'mean' or 'mlp'"),
+                     "compress must be one of"),
     "pooled": (lambda: pooled_topk_plan(X, X, 0, 4, 1), ValueError,
                "query_block must be at least 1"),
 }  # fmt: skip

@@ -288,7 +288,43 @@ def test_flux_schedule_and_loss():
         (lambda x: LayerRouter(4).pool(x[:, :0]), "query"),
         (lambda x: LayerRouter(4, 0), "pool_tokens"),
         (lambda x: straight_through(x, 0.0), "temperature"),
+        (lambda x: straight_through(x, "a"), "temperature"),
+        (lambda x: straight_through(5, 1.0), "logits"),
+        (lambda x: straight_through(x[..., :0], 1.0), "logits"),
+        (lambda x: straight_through(x, 1.0, 5), "generator"),
         (lambda x: gumbel_temperature(-1, 5), "step"),
+        (lambda x: gumbel_temperature(0, 5, "a"), "start"),
+        (lambda x: gumbel_temperature(0, 5, 1.5, None), "end"),
+        (lambda x: gumbel_temperature(0, 5, math.nan), "start"),
+        (lambda x: sparsity_loss(1, 0.5, x, x), "sparsity"),
+        (lambda x: sparsity_loss(x, "a", x, x), "target"),
+        (lambda x: sparsity_loss(x, 0.5, 1.0, x), "linear"),
+        (lambda x: sparsity_loss(x, 0.5, x, torch.ones(3)), "square must broadcast"),
+        (lambda x: LayerRouter(4)(x[..., :3]), "query must have head_dim 4, got 3"),
+        (lambda x: FluxAttention(1, full, streaming), "router"),
+        (lambda x: FluxAttention(LayerRouter(4), 2, streaming), "full"),
+        (lambda x: FluxAttention(LayerRouter(4), full, 3), "sparse"),
+        (lambda x: FluxAttention(LayerRouter(4), full, full)(x, x, x, decode=5), "decode must be"),
+        (lambda x: FluxAttention(LayerRouter(4), full, full).eval()("x", x, x), "query"),
+        (lambda x: FluxAttention(LayerRouter(4), full, full)(x, x, "x"), "value"),
+        *(
+            (
+                lambda x, needle=needle: retrieval_scores(
+                    torch.ones(1, 2).long(), torch.ones(1).long(), torch.ones(3).long(), needle
+                ),
+                "needle",
+            )
+            for needle in (("a", 3), (False, True), (0.5, 2.5), (torch.tensor(0), torch.tensor(1)))
+        ),
+        (lambda x: DuoCache(1, "x", [False], 4), "capacity"),
+        (lambda x: DuoCache(1, 2**60, [True], 4), "capacity must be below"),
+        (lambda x: DuoCache(1, 9, [True], 4, sinks="a"), "sinks"),
+        (lambda x: DuoCache(1, 9, [True], 4, window_size=-3), "window_size"),
+        (lambda x: duo_attention(x, x, x, [True, False], return_lse=3), "return_lse"),
+        *(
+            (lambda x, scale=scale: minference_plan(x, x, scale=scale), "scale")
+            for scale in (math.nan, True, "a", torch.tensor(1.0))
+        ),
     ],
 )
 def test_errors(call, match):

@@ -386,6 +386,54 @@ def test_infinite_hip_decoder():
 
 
 @pytest.mark.parametrize(
+    "queries, keys, match",
+    [
+        ((2, 1, 2, 3), (2, 101, 2, 3), "query must keep the shape"),
+        ((1, 1, 4, 3), (1, 101, 2, 3), "query must keep the shape"),
+        ((1, 1, 2, 3), (1, 101, 1, 3), "key must keep the heads"),
+        ((1, 1, 2, 3), (1, 99, 2, 3), "no fewer tokens"),
+        ((1, 1, 2, 3), (1, 0, 2, 3), "key must have at least one token"),
+        ((1, 2, 2, 3), (1, 101, 2, 3), "query must be one token"),
+    ],
+)
+def test_infinite_hip_decoder_keeps_to_its_sequence(queries, keys, match):
+    options = {"stages": ((1, 1, 16, 32), (1, 1, 4, 8)), "block_size": 4, "sinks": 2}
+    decoder = InfiniteHipDecoder(intervals=(4, 2), window_size=6, **options)
+    expected = InfiniteHipDecoder(intervals=(4, 2), window_size=6, **options)
+    steps = [(normal(1, 1, 2, 3, seed=t), normal(1, 100 + t, 2, 3)) for t in range(3)]
+    for t, step in enumerate(steps):
+        if t:
+            with pytest.raises(ValueError, match=match):
+                decoder.plan(normal(*queries), normal(*keys))
+        assert lists_of(decoder.plan(*step)) == lists_of(expected.plan(*step))
+
+
+@pytest.mark.parametrize("reduce", ["stride", "mean"])
+@pytest.mark.parametrize("stride", [1, 3, 2**40])
+def test_hip_of_sizes_beyond_the_sequence(reduce, stride):
+    """As of sizes that are just enough."""
+    q, k = normal(1, 20, 2, 4, seed=1), normal(1, 60, 2, 4, seed=2)
+    enough = 60 if stride > 20 else 20 * stride
+    for size in (2**40 * 3, 2**41 * 3):
+        plans = [
+            hip_plan(q, k, mask_k=8, query_block=block, query_stride=min(stride, block))
+            for block in (size, enough)
+        ]
+        assert plans[0].lists.tolist() == plans[1].lists.tolist()
+        options = {"sinks": 1, "window_size": 2, "block_size": 1, "query_reduce": reduce}
+        plans = [
+            infinite_hip_plan(
+                q, k, **options,
+                stages=((many, min(stride, many), many, many), (4, 2, 4, 16), (4, 1, 4, 8)),
+            )
+            for many in (size // 12 * 12, 120)
+        ]  # fmt: skip
+        assert lists_of(plans[0]) == lists_of(plans[1])
+    wide = infinite_hip_plan(q, k, stages=((size, 1, size, size),), sinks=0, window_size=1)
+    assert wide.lists.shape[-1] == 1
+
+
+@pytest.mark.parametrize(
     "call, change, match",
     [
         ("hip", {"mask_k": 5}, "mask_k"),
@@ -485,6 +533,13 @@ def test_longheads_of_short_contexts_is_causal_attention():
         torch.testing.assert_close(x, y)
 
 
+def test_longheads_of_more_chunks_than_there_are():
+    q, k, v = (normal(1, 20, 2, 4, seed=n) for n in range(3))
+    for rotary in (None, lambda x, positions: x):
+        out = longheads_attention(q, k, v, chunk_size=4, num_chunks=2**40, rotary=rotary)
+        torch.testing.assert_close(out, attnext.sliding_window_attention(q, k, v, None))
+
+
 def test_longheads_forces_the_ends_against_any_score():
     """Chunk keys of 1e30 and infinity displace neither the first chunk nor the last two."""
     query = torch.ones(1, 64, 1, 1)
@@ -507,7 +562,9 @@ def test_longheads_forces_the_ends_against_any_score():
         ({"query": torch.zeros(1, 3, 2, 4)}, "chunk_keys"),
         ({"value": torch.zeros(1, 9, 2, 5)}, "value"),
         ({"rotary": lambda x, positions: x[..., :1]}, "rotary"),
+        ({"rotary": 5}, "rotary must be callable"),
         ({"exclude_self": None}, "exclude_self"),
+        ({"return_lse": 3}, "return_lse"),
     ],
 )
 def test_longheads_errors(change, match):

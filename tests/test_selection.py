@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -350,6 +351,13 @@ def test_numbers_that_are_none(dtype):
     assert lists(2, force_first=1, exclude=out) == [1, 5]
 
 
+@pytest.mark.parametrize("tie, forced", [("low", [0, 1, 8]), ("high", [8, 1, 0])])
+def test_forced_ones_come_first_by_their_index(tie, forced):
+    options = {"force_first": 2, "force_last": 1, "tie": tie, "order": "score"}
+    best = select_topk(normal(1, 3, 2, 8, seed=1), normal(1, 9, 2, 8, seed=2), 5, **options)
+    assert (best[..., :3] == torch.tensor(forced)).all()
+
+
 def test_ranges_take_the_place_of_a_rule():
     """Packed sequences: each row selects among the blocks of its own."""
     query, candidates = normal(2, 4, 2, 3), normal(2, 6, 2, 3)
@@ -456,6 +464,38 @@ def test_transforms():
     assert indices.shape == values.shape == (1, 2, 12, 3) and values.dtype == F64
 
 
+@pytest.mark.parametrize("score", ["dot", "max_q", "relu_wsum", "group_prob"])
+def test_values_are_mapped_with_their_gradients(score):
+    windows, ones = Windows(12, 2), Windows(12, 1)
+    options = {
+        "dot": {"causal": "end", "query_blocks": ones, "candidate_blocks": windows},
+        "max_q": {"query_blocks": Windows(12, 4)},
+        "relu_wsum": {},
+        "group_prob": {"windows": windows, "candidate_blocks": Windows(12, 4)},
+    }[score]
+    factor = {"relu_wsum": "weights", "group_prob": "lse"}.get(score)
+    leaves = [normal(3, 1, 12, 4, 4, seed=1), normal(3, 1, 6, 2, 4, seed=2)]
+    if factor:
+        leaves.append(normal(3, 1, 12, 4, seed=3))
+
+    def loss(query, candidates, *factors):
+        given = dict(zip([factor], factors, strict=False))
+        _, values = select_topk(
+            query, candidates, 2, score=score, return_values=True, **given, **options
+        )
+        return values.clamp(min=-9).sin().sum()
+
+    gradient = torch.func.grad(loss, argnums=tuple(range(len(leaves))))
+    mapped = torch.func.vmap(gradient)(*leaves)
+    alone = [gradient(*(x[n] for x in leaves)) for n in range(3)]
+    for a, parts in zip(mapped, zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(a, torch.stack(parts))
+    leaves = [x.requires_grad_() for x in leaves]
+    outside = torch.autograd.grad(torch.func.vmap(loss)(*leaves).sum(), leaves)
+    for a, b in zip(mapped, outside, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def operator_arguments(**change):
     arguments = {
         "query": normal(2, 9, 4, 5, dtype=torch.float32),
@@ -537,6 +577,7 @@ def test_autocast_leaves_scores_alone():
 X = torch.zeros(1, 6, 2, 4)
 Q4, C3 = torch.zeros(1, 4, 4, 8), torch.zeros(1, 3, 2, 8)
 W4, W3 = Windows(8, 2), Windows(9, 3)
+INTS = torch.tensor([0, 6], dtype=torch.int32)
 WRONG = {
     "x": (lambda: block_pool([1.0], 2), TypeError, "x must be .*list"),
     "x axes": (lambda: block_pool(X[0], 2), ValueError, r"x must be \[B, \*tokens, H, D\]"),
@@ -549,12 +590,34 @@ WRONG = {
     "weights shape": (
         lambda: block_pool(X, 2, weights=X[:, :5, :, 0]), ValueError, "weights must be .*5"),
     "dtype": (lambda: block_pool(X, 2, dtype=torch.int32), TypeError, "dtype must be .*int32"),
+    "extent of blocks": (lambda: Blocks(6, INTS), TypeError, "extent must be a tuple .*6"),
+    "offsets": (lambda: Blocks((6,), [0, 6]), TypeError, "offsets must be an int32.*list"),
+    "no offsets": (lambda: Blocks((6,), None), TypeError, "offsets must be an int32.*None"),
+    "offsets dtype": (
+        lambda: Blocks((6,), INTS.long()), TypeError, "offsets must be an int32.*int64"),
+    "offsets axes": (lambda: Blocks((6,), INTS[0]), ValueError, r"offsets must be \[blocks"),
+    "order": (lambda: Blocks((6,), INTS, [1]), TypeError, "order must be an int32"),
+    "order axes": (lambda: Blocks((6,), INTS, INTS[None]), ValueError, r"order must be \[tokens"),
     "window size": (lambda: Windows(7, 0), ValueError, "size must be at least 1"),
     "packed dtype": (
         lambda: packed_blocks(torch.tensor([0, 3]), 2), TypeError, "cu_seqlens must be an int32"),
     "packed order": (
         lambda: packed_blocks(torch.tensor([0, 3, 2], dtype=torch.int32), 2), ValueError,
         "cu_seqlens must rise"),
+    "ragged": (lambda: Windows(7, 2, ragged=5), TypeError, "ragged must be a bool, got 5"),
+    "counts": (
+        lambda: block_pool(X, 2, return_counts=2), TypeError, "return_counts must be a bool"),
+    "several reductions": (
+        lambda: block_pool(X, 2, np.array(["sum", "max"])), ValueError, "reduce must be one of"),
+    "several scores": (
+        lambda: select_topk(Q4, C3, 1, score=np.array(["dot", "max_q"])), ValueError,
+        "score must be one of"),
+    "values": (
+        lambda: select_topk(Q4, C3, 1, return_values=3), TypeError, "return_values must be a bool"),
+    "many slots": (lambda: select_topk(Q4, C3, 2**31), ValueError, r"k must be below 2\*\*31"),
+    "eight bits": (
+        lambda: select_topk(*(x.to(torch.float8_e4m3fn) for x in (Q4, C3)), 1), TypeError,
+        "query must be a float32, float64, .*float8"),
     "score": (lambda: select_topk(Q4, C3, 1, score="cosine"), ValueError, "score must be one of"),
     "causal": (lambda: select_topk(Q4, C3, 1, causal=True), ValueError, "causal must be one of"),
     "no geometry": (
@@ -616,6 +679,43 @@ def test_orders_that_are_no_order_are_not_pooled(order):
     blocks = Blocks((10,), offsets, torch.tensor(list(order), dtype=torch.int32))
     with pytest.raises(ValueError, match="an order that names each of 10 tokens once"):
         block_pool(torch.ones(1, 10, 2, 3), blocks, "sum")
+
+
+def test_offsets_are_read_again_in_memory_that_others_write():
+    shared = np.array([0, 5, 10], dtype=np.int32)
+    blocks, x = Blocks((10,), torch.from_numpy(shared)), torch.ones(1, 10, 2, 3)
+    block_pool(x, blocks)
+    shared[1] = 2**28
+    with pytest.raises(ValueError, match="blocks must have offsets that rise from 0 to 10"):
+        block_pool(x, blocks)
+
+
+@pytest.mark.parametrize("offsets", [[0, 12, 6, 9], [9, 6, 3, 0], [0, 3, 6, 900]], ids=str)
+@pytest.mark.parametrize("name", ["query_blocks", "candidate_blocks"])
+def test_blocks_that_are_no_cover_are_not_selected(name, offsets):
+    x = torch.ones(1, 3, 2, 4)
+    given = {"query_blocks": Windows(9, 3), "candidate_blocks": Windows(9, 3)}
+    given[name] = Blocks((9,), torch.tensor(offsets, dtype=torch.int32))
+    with pytest.raises(ValueError, match=f"{name} must have offsets that rise from 0 to 9"):
+        select_topk(x, x, 2, causal="start", **given)
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap"])
+def test_blocks_made_under_a_transform_are_not_kept(transform):
+    x = normal(1, 37, 2, 3)  # of a length of its own: nothing is remembered of it
+
+    def loss(x):
+        return block_pool(x, Blocks.of(37, 5), "max").sum()
+
+    if transform == "grad":
+        found = torch.func.grad(loss)(x)
+    else:
+        found = torch.func.vmap(torch.func.grad(loss))(x[None])[0]
+    blocks = Blocks.of(37, 5)
+    assert not torch._C._functorch.is_functorch_wrapped_tensor(blocks.offsets)
+    leaf = x.clone().requires_grad_()
+    block_pool(leaf, blocks, "max").sum().backward()
+    assert torch.equal(found, leaf.grad)
 
 
 def test_forward_mode_is_refused():

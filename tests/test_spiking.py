@@ -273,6 +273,26 @@ WRONG = {
     "eps type": (lambda: attend(eps=None), TypeError, "eps must be a number"),
     "layer dim": (lambda: attnext.SpikingAttention(6, 2, (2, 2)), ValueError, "multiple of 4"),
     "layer grid": (lambda: attnext.SpikingAttention(8, 2, 4), TypeError, "grid must be a tuple"),
+    **{
+        f"layer {name}": (
+            lambda name=name, value=value: attnext.SpikingAttention(8, 2, (2, 2), **{name: value}),
+            (ValueError, TypeError), f"{name} must be",
+        )
+        for name, value in (
+            ("tau", 0), ("tau", "a"), ("threshold", -1), ("surrogate_slope", float("nan")),
+        )
+    },
+    "layer strings": (
+        lambda: attnext.SpikingAttention(8, 2, (2, 2))("x"), TypeError, "x must be .*str",
+    ),
+    "layer integers": (
+        lambda: attnext.SpikingAttention(8, 2, (2, 2))(x(1, 2, 2, 2, 8).long()), TypeError,
+        "x must be .*int64",
+    ),
+    "layer output": (
+        lambda: attnext.SpikingAttention(8, 2, (2, 2))(x(1, 2, 2, 2, 8), output_membrane=5),
+        TypeError, "output_membrane must be a bool",
+    ),
     "layer input": (
         lambda: attnext.SpikingAttention(8, 2, (2, 2))(x(1, 2, 3, 2, 8)), ValueError, "x must be",
     ),

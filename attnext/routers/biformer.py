@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import (
+    check_choice,
     check_flag,
     check_integer,
     check_qkv,
@@ -127,10 +128,9 @@ def _check_options(
     topk: Any, padding: Any, soft: Any, differentiable_routing: Any, scale: Any
 ) -> None:
     check_integer("topk", topk, 1)
-    if padding not in PADDING:
-        raise ValueError(f"padding must be one of {PADDING}, got {padding!r}")
-    if soft is not None and soft not in SOFT:
-        raise ValueError(f"soft must be None or one of {SOFT}, got {soft!r}")
+    check_choice("padding", padding, PADDING)
+    if soft is not None:
+        check_choice("soft", soft, SOFT)
     if padding == "zero" and soft in ("bias", "mix"):
         raise ValueError(f"padding must be 'mask' with soft={soft!r}, got 'zero'")
     check_flag("differentiable_routing", differentiable_routing)
@@ -253,6 +253,8 @@ class BiLevelRoutingAttention(nn.Module):
             raise ValueError(f"x must have four dimensions, got shape {tuple(x.shape)}")
         if not self.channels_last:
             x = x.permute(0, 2, 3, 1)
+        if x.shape[-1] != self.qkv.in_channels:
+            raise ValueError(f"x must have {self.qkv.in_channels} channels, got {x.shape[-1]}")
         size: Any = self.region_size
         if size is None:
             size = tuple(n // self.n_win for n in x.shape[1:3])

@@ -10,7 +10,7 @@ from ..arguments import check_flag, check_integer, check_sequences
 from ..ops import accumulator_dtype
 from ..plans import BlockPlan
 from ..pooling import Windows, block_pool
-from ..selection import select_topk
+from ..selection import fitting, select_topk
 
 
 def pooled_topk_plan(
@@ -33,6 +33,7 @@ def pooled_topk_plan(
 
     Args:
         query_block, key_block: tokens of a block.
+        topk: blocks of keys; with fewer, all there are.
         is_causal: only blocks that some query of the block sees a key of.
         initial_blocks, local_blocks: so many of the first and of the last blocks that are allowed
             are always among the ``topk``.
@@ -62,12 +63,18 @@ def pooled_topk_plan(
         ("initial_blocks", initial_blocks, 0), ("local_blocks", local_blocks, 0),
     ):  # fmt: skip
         check_integer(name, number, least)
+    if initial_blocks + local_blocks > topk:
+        raise ValueError(
+            f"topk must be at least initial_blocks + local_blocks, {initial_blocks} + "
+            f"{local_blocks}, got {topk}"
+        )
     check_flag("is_causal", is_causal)
     queries, keys = Windows(query.shape[1], query_block), Windows(key.shape[1], key_block)
     acc = accumulator_dtype(query.dtype)
+    topk, first, last = fitting(topk, keys.num_blocks, initial_blocks, local_blocks)
     lists = select_topk(
         block_pool(query.detach(), queries, dtype=acc), block_pool(key.detach(), keys, dtype=acc),
         topk, causal="start" if is_causal else "none", query_blocks=queries, candidate_blocks=keys,
-        force_first=initial_blocks, force_last=local_blocks,
+        force_first=first, force_last=last,
     )  # fmt: skip
     return BlockPlan.of(lists, query.shape[1], query_block, key.shape[1], key_block)

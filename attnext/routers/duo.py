@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import check_device, check_modifier, check_tensor, under_autocast
+from ..arguments import check_count, check_device, check_modifier, check_tensor, under_autocast
 from ..functional import sliding_window_attention
 from ..kv_cache import KVCache, StreamingCache, check_step
 from ..merging import merge
@@ -195,6 +195,8 @@ def retrieval_scores(
         )
     if not isinstance(needle, tuple) or len(needle) != 2:
         raise TypeError(f"needle must be (begin, end), got {needle!r}")
+    for end in needle:
+        check_integer("needle", end)
     begin, end = needle
     if not 0 <= begin < end <= prompt.shape[0]:
         raise ValueError(
@@ -239,6 +241,10 @@ class DuoCache:
         device: torch.device | str | None = None,
     ) -> None:
         _check_heads(full_heads, None)
+        # Whatever heads there are: one of the two caches may not be made.
+        check_count("capacity", capacity)
+        check_integer("sinks", sinks, 0)
+        check_integer("window_size", window_size, 1)
         self.full_heads = tuple(full_heads)
         heads = range(len(full_heads))
         self._heads = (

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_tensor
+from ..arguments import check_flag, check_tensor, finite_number, kind_of
 from ..merging import merge
 from .inputs import check_integer, check_number, exact
 
@@ -73,7 +73,10 @@ class LayerRouter(nn.Module):
 
     def forward(self, query: Tensor) -> Tensor:
         dtype = next(self.parameters()).dtype
-        logits: Tensor = self.head(self.encoder(self.pool(query).to(dtype)))
+        pooled, head_dim = self.pool(query), self.encoder[0].in_features
+        if pooled.shape[-1] != head_dim:
+            raise ValueError(f"query must have head_dim {head_dim}, got {pooled.shape[-1]}")
+        logits: Tensor = self.head(self.encoder(pooled.to(dtype)))
         return logits
 
 
@@ -121,11 +124,19 @@ class FluxAttention(nn.Module):
 
     def __init__(self, router: LayerRouter, full: Attend, sparse: Attend) -> None:
         super().__init__()
+        if not isinstance(router, nn.Module):
+            raise TypeError(f"router must be a LayerRouter, got {kind_of(router)}")
+        for name, way in (("full", full), ("sparse", sparse)):
+            if not callable(way):
+                raise TypeError(f"{name} must be callable, got {kind_of(way)}")
         self.router, self.full, self.sparse = router, full, sparse
         self.temperature = 1.5
         self.choice: tuple[bool, ...] | None = None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *, decode: bool = False) -> Tensor:
+        check_flag("decode", decode)
+        for name, t in (("query", query), ("key", key), ("value", value)):
+            check_tensor(name, t, "a floating-point")
         if self.training:
             if decode:
                 raise ValueError("decode is for inference: call eval() first")
@@ -159,8 +170,13 @@ def straight_through(
     Gumbel noise makes the arg-max a draw from ``softmax(logits)``; the gradient is that of
     ``softmax((logits + noise) / temperature)``.
     """
-    if isinstance(temperature, bool) or not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    check_tensor("logits", logits, "a floating-point")
+    if not logits.dim() or not logits.shape[-1]:
+        raise ValueError(f"logits must be [..., choices], got shape {tuple(logits.shape)}")
+    if finite_number("temperature", temperature) <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {kind_of(generator)}")
     uniform = torch.rand(
         logits.shape, generator=generator, device=logits.device, dtype=torch.float32
     )
@@ -178,6 +194,7 @@ def gumbel_temperature(
     """A cosine from ``start`` to ``end`` over the first ``share`` of the steps, then ``end``."""
     check_integer("step", step, 0)
     check_integer("steps", steps, 1)
+    start, end = finite_number("start", start), finite_number("end", end)
     check_number("share", share, 0, 1)
     done = min(step / (share * steps), 1.0) if share else 1.0
     return end + (start - end) * (1 + math.cos(math.pi * done)) / 2
@@ -191,6 +208,20 @@ def sparsity_loss(sparsity: Tensor, target: float | Tensor, linear: Tensor, squa
         parameters raises them for as long as the target is missed.
     Source: Flux attention (arXiv 2604.07394), with one pair of multipliers a task.
     """
+    for name, t in (("sparsity", sparsity), ("linear", linear), ("square", square)):
+        check_tensor(name, t, "a floating-point")
+    if isinstance(target, Tensor):
+        check_tensor("target", target, "a floating-point")
+    else:
+        finite_number("target", target, "a number or a tensor")
+    shapes = [t.shape for t in (sparsity, target, linear, square) if isinstance(t, Tensor)]
+    try:
+        torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        raise ValueError(
+            "sparsity, target, linear and square must broadcast against each other, got shapes "
+            f"{', '.join(map(str, map(tuple, shapes)))}"
+        ) from None
     distance = (sparsity - target).abs()
     linear, square = (2 * x.detach() - x for x in (linear, square))
     return linear * distance + square * distance.square()

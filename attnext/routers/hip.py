@@ -51,7 +51,9 @@ def _sample(
     """The last of each ``stride`` queries of a block, or their mean."""
     num_queries, device = query.shape[1], query.device
     first = torch.arange(blocks.start, blocks.stop, device=device)[:, None] * size
-    stride = min(stride, size)
+    # Of a block that is larger than all queries: no more samples than these have.
+    stride = min(stride, size, max(num_queries, 1))
+    size = min(size, -(-num_queries // stride) * stride)
     last = torch.arange(stride - 1, size, stride, device=device)
     at = (first + last).clamp(max=num_queries - 1)  # a cut block: its last query again
     if reduce == "stride":
@@ -269,7 +271,8 @@ class _Cascade:
         check_sequences(query, key, key)
         _check_options(stages, block_size, sinks, window_size, share_heads)
         check_choice("query_reduce", query_reduce, ("stride", "mean"))
-        if is_causal is not True:
+        check_flag("is_causal", is_causal)
+        if not is_causal:
             raise NotImplementedError(f"is_causal must be True, got {is_causal!r}")
         self.query, self.key, self.stages, self.block_size = query, key, stages, block_size
         self.sinks, self.window_size, self.reduce = sinks, window_size, query_reduce
@@ -314,8 +317,10 @@ class _Cascade:
     def cut(self, number: int, part: slice, lo: Tensor, hi: Tensor) -> tuple[slice, Any, Any]:
         """What a stage kept as the chunks of the next, and its query blocks."""
         (size, _, _, _), (smaller, _, chunk, _) = self.stages[number : number + 2]
-        pieces, ratio = self.stages[number][2] // chunk, size // smaller
+        # No more than the keys and the queries fill.
+        pieces = min(self.stages[number][2] // chunk, max(-(-self.key.shape[1] // chunk), 1))
         total = -(-self.query.shape[1] // smaller)
+        ratio = min(size // smaller, max(total, 1))
         part = slice(part.start * ratio, min(part.stop * ratio, total))
         lo, hi = (x.repeat_interleave(ratio, 2)[:, :, : part.stop - part.start] for x in (lo, hi))
         starts = (lo[..., None] + torch.arange(pieces, device=lo.device) * chunk).flatten(-2)
@@ -361,6 +366,7 @@ class _Cascade:
         aligned = size % chunk == 0 and self.sinks % chunk == 0
         most = 1 if aligned else (chunk - 1) // size + 2
         total = -(-self.key.shape[1] // size)
+        most = min(most, max(total, 1))
         block = lo[..., None] // size + torch.arange(most, device=lo.device)
         nothing = (block * size >= hi[..., None]) | (lo >= hi)[..., None]
         block = block.masked_fill(nothing, total).flatten(-2).sort(-1).values
@@ -407,6 +413,10 @@ class InfiniteHipDecoder:
         intervals: steps between two searches of each stage; multiples of the next stage's.
         others: as of :func:`infinite_hip_plan`.
 
+    Errors:
+        ValueError or TypeError, naming the argument: batch and heads stay those of the first step,
+        and keys only grow.
+
     Example:
         >>> import torch
         >>> from attnext.routers.hip import InfiniteHipDecoder
@@ -444,15 +454,31 @@ class InfiniteHipDecoder:
         self.options = (block_size, sinks, window_size, "stride", True, share_heads)
         self.step = 0
         self._kept: list[tuple[Tensor, Tensor]] = []
+        self._shapes: tuple[torch.Size, torch.Size] | None = None  # of the last step
 
     def plan(self, query: Tensor, key: Tensor) -> BlockPlan:
         """The plan of the next step: query ``[B, 1, H, D]``, all keys ``[B, N, Hkv, D]``."""
         search = _Cascade(query, key, self.stages, *self.options)
         if query.shape[1] != 1:
             raise ValueError(f"query must be one token, [B, 1, H, D], got {tuple(query.shape)}")
+        if not key.shape[1]:
+            raise ValueError(f"key must have at least one token, got shape {tuple(key.shape)}")
+        if self._shapes is not None:
+            asked, held = self._shapes
+            if query.shape != asked:
+                raise ValueError(
+                    f"query must keep the shape of the last step, {tuple(asked)}, got "
+                    f"{tuple(query.shape)}"
+                )
+            if key.shape[2] != held[2] or key.shape[1] < held[1]:
+                raise ValueError(
+                    f"key must keep the heads of the last step and no fewer tokens, "
+                    f"{tuple(held)}, got {tuple(key.shape)}"
+                )
         due = (n for n, interval in enumerate(self.intervals) if self.step % interval == 0)
         first = next(due, len(self.stages)) if self._kept else 0
         plan = search.plan(lambda part: self._prune(search, part, first))
+        self._shapes = query.shape, key.shape
         self.step += 1
         return plan
 

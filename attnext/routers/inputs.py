@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import (
+    check_choice,
     check_flag,
     check_integer,
     check_sequences,
@@ -27,11 +28,6 @@ STEP_ENTRIES = 2**22
 # Rotates [B, N, H, D] to positions int64 [N]. Scores of rotated queries and keys must depend on the
 # difference of their positions alone.
 Rotary = Callable[[Tensor, Tensor], Tensor]
-
-
-def check_choice(name: str, x: Any, allowed: tuple[str, ...]) -> None:
-    if x not in allowed:
-        raise ValueError(f"{name} must be one of {allowed}, got {x!r}")
 
 
 def check_number(name: str, x: Any, low: float, high: float) -> None:
@@ -83,8 +79,14 @@ def by_group(query: Tensor, key: Tensor) -> Tensor:
     return query.unflatten(2, (key.shape[2], -1))
 
 
+def check_rotary(rotary: Any) -> None:
+    if rotary is not None and not callable(rotary):
+        raise TypeError(f"rotary must be callable or None, got {kind_of(rotary)}")
+
+
 def rotated(rotary: Rotary | None, x: Tensor, positions: Tensor) -> Tensor:
     """``x``, rotated if there is a rotation."""
+    check_rotary(rotary)
     if rotary is None:
         return x
     turned = rotary(x, positions)
@@ -109,6 +111,7 @@ __all__ = [
     "check_indices",
     "check_integer",
     "check_number",
+    "check_rotary",
     "check_sequences",
     "exact",
     "rotated",

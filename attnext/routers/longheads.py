@@ -14,7 +14,7 @@ from ..merging import merge_attentions
 from ..plans import BlockPlan
 from ..pooling import Windows, block_pool
 from ..routed import routed_attention
-from ..selection import select_topk
+from ..selection import fitting, select_topk
 from .inputs import Rotary, check_flag, check_integer, check_sequences, rotated
 
 
@@ -80,9 +80,9 @@ def longheads_plan(
 
     Shapes:
         query ``[B, Nq, H, D]``, chunk_keys ``[B, chunks, H, D]``, of the complete chunks or of all;
-        query ``i`` stands at key ``i + num_keys - Nq``. The lists are ``[B, H, Nq, num_chunks]``,
-        in rising order, then -1. The key of an unfinished chunk is never asked for: whoever sees
-        the chunk has it among the last two.
+        query ``i`` stands at key ``i + num_keys - Nq``. The lists are ``[B, H, Nq, slots]``, at
+        most ``num_chunks`` slots, in rising order, then -1. The key of an unfinished chunk is never
+        asked for: whoever sees the chunk has it among the last two.
 
     Args:
         num_chunks: at most so many; at least the three that are always there.
@@ -127,15 +127,16 @@ def longheads_plan(
         )
     dtype = torch.promote_types(query.dtype, chunk_keys.dtype)
     missing = total - chunk_keys.shape[1]
+    count, first, last = fitting(num_chunks, total, 1, 2)
     lists = select_topk(
         query.to(dtype),
         torch.nn.functional.pad(chunk_keys.to(dtype), (0, 0, 0, 0, 0, missing)),
-        num_chunks,
+        count,
         causal="start",
         query_blocks=Windows(num_queries, 1),
         candidate_blocks=Windows(num_keys, chunk_size),
-        force_first=1,
-        force_last=2,
+        force_first=first,
+        force_last=last,
     )
     return BlockPlan.of(lists, num_queries, 1, num_keys, chunk_size)
 
@@ -196,6 +197,7 @@ def longheads_attention(
     check_sequences(query, key, value)
     check_integer("chunk_size", chunk_size, 1)
     check_flag("exclude_self", exclude_self)
+    check_flag("return_lse", return_lse)
     if chunk_keys is None:
         if query.shape[1] != key.shape[1]:
             raise ValueError(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import under_autocast, without_autocast
+from ..arguments import check_scale, under_autocast, without_autocast
 from ..plans import BlockPlan
 from ..routed import routed_attention
 from .block_sparse import pooled_topk_plan
@@ -107,6 +107,7 @@ def minference_plan(
     """
     check_sequences(query, key, key)
     check_integer("query_block", query_block, 1)
+    scale = check_scale(scale, query.shape[-1] ** -0.5)
     heads = query.shape[2]
     if isinstance(patterns, Pattern):
         patterns = (patterns,) * heads
@@ -140,13 +141,13 @@ def _rows(query: Tensor, key: Tensor, query_block: int) -> Spans:
 
 
 def _vertical_slash(
-    query: Tensor, key: Tensor, pattern: VerticalSlash, query_block: int, scale: float | None
+    query: Tensor, key: Tensor, pattern: VerticalSlash, query_block: int, scale: float
 ) -> Spans:
     batch, num_keys = query.shape[0], key.shape[1]
     last = exact(query[:, -pattern.last :, 0])
     with without_autocast(query):
         logits = last @ exact(key[:, :, 0]).transpose(1, 2)
-    logits = logits * (query.shape[-1] ** -0.5 if scale is None else scale)
+    logits = logits * scale
     at = torch.arange(-last.shape[1], 0, device=key.device)[:, None] + num_keys
     places = torch.arange(num_keys, device=key.device)
     weights = torch.softmax(logits.masked_fill(places > at, -torch.inf), -1).nan_to_num()

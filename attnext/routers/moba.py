@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ..arguments import check_cu_seqlens, check_integer, check_sequences, under_autocast
+from ..arguments import check_cu_seqlens, check_flag, check_integer, check_sequences, under_autocast
 from ..merging import merge_attentions
 from ..ops import accumulator_dtype
 from ..plans import BlockPlan, Blocks
 from ..pooling import block_pool, packed_blocks
 from ..routed import routed_attention
-from ..selection import select_topk
+from ..selection import fitting, select_topk
 
 _TILE = 64  # queries that are attended at a time
 # Where queries are brought together by the block they attend; the CPU's walk over lists does that
@@ -42,23 +42,25 @@ def moba_plan(
         >>> moba_plan(q, k, block_size=2, topk=2).lists[0, 0].tolist()
         [[0, -1], [0, -1], [0, 1], [0, 1], [0, 2], [0, 2]]
     """
-    blocks, first, own = _blocks(query, key, block_size, topk, cu_seqlens)
+    blocks, first, own, topk = _blocks(query, key, block_size, topk, cu_seqlens)
     lists = _select(query, key, blocks, topk, first, own + 1, force_last=1)
     return BlockPlan.of(lists, query.shape[1], 1, key.shape[1], blocks)
 
 
 def _blocks(
     query: Tensor, key: Tensor, block_size: int, topk: int, cu_seqlens: Tensor | None
-) -> tuple[Blocks, Tensor, Tensor]:
-    """The blocks of keys; for each query the first of its sequence, and its own."""
+) -> tuple[Blocks, Tensor, Tensor, int]:
+    """The blocks of keys; for each query the first of its sequence, and its own; ``topk``, or all
+    that there are."""
     check_sequences(query, key, key)
     check_integer("block_size", block_size, 1)
     check_integer("topk", topk, 1)
     num_queries, num_keys = query.shape[1], key.shape[1]
+    topk, _, _ = fitting(topk, -(-num_keys // block_size))  # of one sequence there are no more
     places = torch.arange(num_queries, device=key.device) + (num_keys - num_queries)
     if cu_seqlens is None:
         own = torch.div(places, block_size, rounding_mode="floor").clamp(min=-1)
-        return Blocks.of(num_keys, block_size, key.device), torch.zeros_like(own), own
+        return Blocks.of(num_keys, block_size, key.device), torch.zeros_like(own), own, topk
     check_cu_seqlens("cu_seqlens", cu_seqlens, query)
     if num_queries != num_keys:
         raise ValueError(
@@ -74,7 +76,7 @@ def _blocks(
     blocks = Blocks(blocks.extent, blocks.offsets.to(key.device))
     own = torch.searchsorted(blocks.offsets[1:], places.int(), right=True)
     sequence = torch.searchsorted(cu_seqlens[1:].to(key.device), places.int(), right=True)
-    return blocks, first.to(key.device).long()[sequence], own
+    return blocks, first.to(key.device).long()[sequence], own, topk
 
 
 def _select(
@@ -138,6 +140,7 @@ def moba_attention(
     """
     query, key, value = under_autocast(query, key, value)
     check_sequences(query, key, value)
+    check_flag("return_lse", return_lse)
     num_queries, num_keys = query.shape[1], key.shape[1]
     apart = num_queries < _TILE or num_queries > num_keys  # a few queries: lists are as good
     if apart or query.device.type not in _SORTED_ON:
@@ -145,7 +148,7 @@ def moba_attention(
         return routed_attention(
             query, key, value, plan, is_causal=True, scale=scale, return_lse=return_lse
         )
-    blocks, first, own = _blocks(query, key, block_size, topk, cu_seqlens)
+    blocks, first, own, topk = _blocks(query, key, block_size, topk, cu_seqlens)
     edges = (blocks.offsets - (num_keys - num_queries)).clamp(min=0)
     each = torch.arange(blocks.num_blocks, device=key.device)[None, None, :, None]
     plan = BlockPlan.of(each, num_queries, Blocks((num_queries,), edges), num_keys, blocks)

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import (
+    check_choice,
     check_flag,
     check_integer,
+    check_layer_input,
     check_scale,
     check_sequences,
     check_tensor,
@@ -26,7 +28,7 @@ from ..merging import merge
 from ..plans import BlockPlan, Blocks
 from ..pooling import Windows, block_pool
 from ..routed import routed_attention
-from ..selection import select_topk
+from ..selection import fitting, select_topk
 
 
 def native_sparse_attention(
@@ -68,7 +70,7 @@ def native_sparse_attention(
             ragged=False)``; by default the means of key and value.
         window_kv: keys and values of the third branch, in the shapes of key and value, which they
             are by default; the paper gives each branch its own.
-        num_blocks: blocks per query, the forced ones among them.
+        num_blocks: blocks per query, the forced ones among them; with fewer, all there are.
         share_selection: all query heads of a kv head select by the sum of their weights, the same
             blocks. False: each for itself.
         scale: by default ``D ** -0.5``.
@@ -98,6 +100,7 @@ def native_sparse_attention(
         num_blocks=num_blocks, initial_blocks=initial_blocks, local_blocks=local_blocks,
         window_size=window_size, share_selection=share_selection, scale=scale,
     )  # fmt: skip
+    check_flag("return_plan", return_plan)
     query, key, value = under_autocast(query, key, value)
     check_sequences(query, key, value)
     _check_gates(query, gates)
@@ -106,8 +109,8 @@ def native_sparse_attention(
     if compressed is None:
         short_key, short_value = (block_pool(x, windows) for x in (key, value))
     else:
-        short_key, short_value = compressed = under_autocast(*compressed)
         _check_pair("compressed", compressed, key, value, windows.num_blocks)
+        short_key, short_value = under_autocast(*compressed)
     if window_kv is None:
         window_kv = key, value
     else:
@@ -119,10 +122,11 @@ def native_sparse_attention(
     candidates = short_key.detach()
     if not share_selection:
         candidates = candidates.repeat_interleave(group, 2)
+    count, first, last = fitting(num_blocks, blocks.num_blocks, initial_blocks, local_blocks)
     lists = select_topk(
-        query.detach(), candidates, num_blocks, score="group_prob", lse=lse.detach(),
+        query.detach(), candidates, count, score="group_prob", lse=lse.detach(),
         windows=windows, causal="start", query_blocks=Windows(num_queries, 1),
-        candidate_blocks=blocks, force_first=initial_blocks, force_last=local_blocks, scale=scale,
+        candidate_blocks=blocks, force_first=first, force_last=last, scale=scale,
     )  # fmt: skip
     plan = BlockPlan.of(lists, num_queries, 1, num_keys, block_size)
     fine = routed_attention(query, key, value, plan, is_causal=True, scale=scale)
@@ -255,8 +259,7 @@ class NativeSparseAttention(nn.Module):
             raise ValueError(f"dim must be a multiple of num_heads, {num_heads}, got {dim}")
         head_dim = dim // num_heads if head_dim is None else head_dim
         check_integer("head_dim", head_dim, 1)
-        if compress not in ("mean", "mlp"):
-            raise ValueError(f"compress must be 'mean' or 'mlp', got {compress!r}")
+        check_choice("compress", compress, ("mean", "mlp"))
         check_flag("window_kv", window_kv)
         self.num_heads, self.kv_heads, self.head_dim = num_heads, kv_heads, head_dim
         self.options = _all_options(options)
@@ -274,6 +277,7 @@ class NativeSparseAttention(nn.Module):
             self.compress = nn.ModuleList(_Compression(size, head_dim) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
+        check_layer_input(x, self.query.in_features)
         q = self.query(x).unflatten(-1, (self.num_heads, -1))
         k, v = (f(x).unflatten(-1, (self.kv_heads, -1)) for f in (self.key, self.value))
         gates = self.gates(x).unflatten(-1, (self.num_heads, 3))

@@ -13,7 +13,7 @@ from ..functional import sliding_window_attention
 from ..merging import merge_attentions
 from ..plans import BlockPlan
 from ..routed import routed_attention
-from .inputs import Rotary, check_integer, check_sequences, rotated
+from .inputs import Rotary, check_flag, check_integer, check_sequences, rotated
 
 
 def streaming_attention(
@@ -66,6 +66,7 @@ def streaming_attention(
     check_sequences(query, key, value)
     check_integer("sinks", sinks, 0)
     check_integer("window_size", window_size, 1)
+    check_flag("return_lse", return_lse)
     if rotary is None:
         return sliding_window_attention(
             query,
