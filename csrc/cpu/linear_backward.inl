@@ -327,14 +327,19 @@ class LinearBackward : public LinearHead<T> {
       for (int64_t i = 0; i < count && p.normalize; ++i) set_sum(t, i, far_[i]);
       return;
     }
-    const Elem* const query = along_rows(q_, dim, ld, lanes, query_rows_);
-    const Elem* const key = along_rows(k_, dim, ld, lanes, key_rows_);
+    const bool whole = scores_of_numbers<Elem>(p.feature_map);
+    const Elem* const query = whole ? nullptr : along_rows(q_, dim, ld, lanes, query_rows_);
+    const Elem* const key = whole ? nullptr : along_rows(k_, dim, ld, lanes, key_rows_);
     const Elem* const value = along_rows(v_lanes_, columns, ld, lanes, value_rows_);
     const Elem* const dout = along_rows(dout_lanes_, columns, ld, lanes, dout_rows_);
     for (int64_t i = 0; i < count; i += kBlock) {
       const int64_t rows = min64(kBlock, count - i), seen = whole_vectors<Acc>(i + rows);
-      product<By::kColumns>(rows, seen, elements<Elem>(dim), query + i, ld, key, ld, s_ + i * ld,
-                            ld, false, &ahead_);
+      if (whole) {
+        product<By::kColumns>(rows, seen, dim, q_ + i, ld, k_, ld, s_ + i * ld, ld, false, &ahead_);
+      } else {
+        product<By::kColumns>(rows, seen, elements<Elem>(dim), query + i, ld, key, ld, s_ + i * ld,
+                              ld, false, &ahead_);
+      }
       product<By::kColumns>(rows, seen, elements<Elem>(columns), dout + i, ld, value, ld,
                             dp_ + i * ld, ld, false, &ahead_);
     }

@@ -14,6 +14,13 @@ namespace attnext {
 namespace cpu {
 namespace ATTNEXT_ISA {
 
+// Features of elu have more digits than the entries they are made of, and two of them are in every
+// score. Tiles of matrices are too fast for that.
+template <class Elem>
+constexpr bool scores_of_numbers(FeatureMap map) {
+  return Contraction<Elem>::kDepth == 2 && !kInTiles<Elem> && map == FeatureMap::kElu;
+}
+
 template <class T, class Elem = LinearAcc<T>>
 class LinearForward : public LinearHead<T> {
  public:
@@ -219,11 +226,19 @@ class LinearForward : public LinearHead<T> {
       query = along_rows(q_, dim, ld, lanes, query_room_);
       feature = state ? along_rows(qf_, features, ld, lanes, feature_room_) : nullptr;
     }
-    const Elem* const key = p.causal ? along_rows(k_, dim, ld, lanes, key_room_) : nullptr;
+    const bool whole = scores_of_numbers<Elem>(p.feature_map);
+    const int64_t number_ld = kInRows ? row_ld_ : ld;
+    const Elem* const key =
+        p.causal && !whole ? along_rows(k_, dim, ld, lanes, key_room_) : nullptr;
     for (int64_t i = 0; p.causal && i < count; i += kBlock) {
       const int64_t rows = min64(kBlock, count - i), seen = whole_vectors<Acc>(i + rows);
-      product<kTokens>(rows, seen, elements<Elem>(dim), tile_row<kTokens>(query, query_ld, i),
-                       query_ld, key, ld, scores_ + i * ld, ld, false, &ahead_);
+      if (whole) {
+        product<kTokens>(rows, seen, dim, tile_row<kTokens>(q_, number_ld, i), number_ld, k_, ld,
+                         scores_ + i * ld, ld, false, &ahead_);
+      } else {
+        product<kTokens>(rows, seen, elements<Elem>(dim), tile_row<kTokens>(query, query_ld, i),
+                         query_ld, key, ld, scores_ + i * ld, ld, false, &ahead_);
+      }
       finish_scores(i, rows);
     }
     const Elem* const scores =

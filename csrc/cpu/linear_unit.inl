@@ -59,8 +59,10 @@ struct LinearEntry {
   }
   static void sum_queries(const LinearParams& p, const LinearItem& item, void* local, bool fresh,
                           void* scratch) {
-    with<LinearBackward>(p, item, scratch,
-                         [&](auto pass) { pass.sum_queries(static_cast<Acc*>(local), fresh); });
+    const auto sum = [&](auto pass) { pass.sum_queries(static_cast<Acc*>(local), fresh); };
+    // Causal ones are added up in the pass over the gradients, too, and in the same way.
+    if (!p.causal) return sum(LinearBackward<T, Acc>(p, item, scratch));
+    with<LinearBackward>(p, item, scratch, sum);
   }
   static void forward(const LinearParams& p, LinearWalk* walks, int64_t count, bool keep,
                       void* scratch) {
