@@ -238,6 +238,19 @@ def test_gradient_of_biases_that_heads_and_items_share() -> None:
     check(tensors, plan, head_policy=["list", "dense", "list", "streaming"], window_size=9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_biases_beside_logits_of_minus_infinity(dtype: torch.dtype) -> None:
+    tensors = qkv((40,), (70,), 16, dtype)
+    tensors["query"].abs_()
+    tensors["key"][0, 20, 0, 0] = -torch.inf
+    problem = Problem(tensors, lists(40, 16, 3, keys=70, bias=True))
+    expected = problem.evaluate()["grad_bias"]
+    with on_executor(metrics=False):
+        result = problem.evaluate()["grad_bias"]
+    assert expected.isfinite().all()
+    torch.testing.assert_close(result, expected, rtol=0.03, atol=0.03)
+
+
 def test_gradient_of_biases_in_rows_of_lists() -> None:
     """CSR: slots that no block has, blocks twice, and heads of their own."""
     indptr = torch.tensor([[[1, 3, 3, 6], [6, 7, 9, 9]]])

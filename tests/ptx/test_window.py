@@ -258,6 +258,28 @@ def test_what_is_not_finite_stays_with_those_who_attend_it(dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_logits_of_minus_infinity_weigh_nothing(softcap: float | None, dtype: torch.dtype) -> None:
+    """An infinite key: the gradient of the bias stays finite too."""
+    tensors = qkv((40,), 16, dtype)
+    tensors["query"].abs_()
+    tensors["key"][0, 20, 0, 0] = -torch.inf
+    tensors["bias"] = normal(1, 9)
+    cotangents = normal(1, 40, 1, 16, dtype=dtype), normal(1, 40, 1)
+
+    def run() -> dict[str, Tensor]:
+        options = {"window_size": 5, "softcap": softcap}
+        return evaluate(attnext.sliding_window_attention, tensors, options, cotangents)
+
+    expected = run()
+    with on_executor(metrics=False):
+        results = run()
+    assert expected["grad_bias"].isfinite().all()
+    for name in ("out", "lse", "grad_bias"):
+        torch.testing.assert_close(results[name], expected[name], rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("biased", [False, True])
 def test_sinks_that_are_not_finite(biased: bool, dtype: torch.dtype) -> None:
     """At -inf there is none: rows without keys stay empty. At inf a head's rows are NaN."""
