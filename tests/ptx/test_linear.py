@@ -282,6 +282,24 @@ def test_segments_of_packed_sequences() -> None:
         assert any(r.kernel == "linear_combine" for r in reports)
 
 
+def test_gradients_of_decays_of_many_short_sequences() -> None:
+    """Scratch is for the chunks that there are, not for as many in each sequence."""
+
+    def workspace(ends: list[int]) -> int:
+        x = on_device(1, ends[-1], 1, 32)
+        decay = on_device(1, ends[-1], 1, dtype=torch.float32)
+        rest = (None, None, ends, 0, True, False, False, False, 0.125, 1e-6, 0, 0)
+        call: Any = _C.CudaLinearBackward((x, x, x, decay, *rest), True)
+        return int(call.workspace_bytes)
+
+    tokens = 2**17
+    assert workspace([*range(1000), tokens]) < 2 * workspace([0, tokens])
+    for name, tokens, end in (("identity", 150, 9), ("reverse", 90, 70)):
+        ends = torch.tensor([*range(9), *range(end, end + 4), tokens], dtype=torch.int32)
+        more = {"tokens": tokens, "dim": 8, "dim_v": 8, "states": 13, "cu_seqlens": ends}
+        check(*form(name, dtype=torch.float32, **more, decay="token"))
+
+
 def on_device(*shape: int, dtype: torch.dtype = BF16) -> DeviceTensor:
     return DeviceTensor(2**20, dtype, shape, torch.empty(shape, device="meta").stride())
 
