@@ -217,10 +217,10 @@ def check_cuda(problem: tuple[Any, ...]) -> None:
 
 
 def _run_cuda(call: Any, query: Tensor, op: str, *tensors: Any) -> None:
-    sequences = 0
+    table = None  # held until the launch: other threads may drop it
     if call.sequences:
-        table = _sequences(call.sequences)
-        sequences = _TABLES.get(table, query.device, op).data_ptr()
+        table = _TABLES.get(_sequences(call.sequences), query.device, op)
+    sequences = 0 if table is None else table.data_ptr()
     workspace = query.new_empty(call.workspace_bytes, dtype=torch.uint8)
     stream = torch.cuda.current_stream(query.device).cuda_stream
     call.run(sequences, workspace.data_ptr(), query.get_device(), stream, *tensors)

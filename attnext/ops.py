@@ -157,11 +157,13 @@ def _window_backward_cuda(*args: Any) -> tuple[Tensor, ...]:
         grads, tensors = _backward_tensors(*args)
         call = _C.CudaBackward(_native(problem))
         workspace = query.new_empty(call.workspace_bytes, dtype=torch.uint8)
+        # Held until the launch: the second may drop the first.
         queries, keys = (
-            _TABLES.get(tables, query.device, "window_backward").data_ptr()
+            _TABLES.get(tables, query.device, "window_backward")
             for tables in (call.queries, call.keys)
         )
-        call.run(queries, keys, workspace.data_ptr(), *_where(query), *tensors)
+        places = (t.data_ptr() for t in (queries, keys, workspace))
+        call.run(*places, *_where(query), *tensors)
     return grads
 
 

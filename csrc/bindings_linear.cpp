@@ -131,7 +131,8 @@ LinearCall make_call(const py::tuple& problem, Device device) {
       call.length = std::max(call.length, bounds[n + 1] - bounds[n]);
     }
   } else {
-    const int64_t length = window > 0 ? window : std::max<int64_t>(p.tokens, 1);
+    const int64_t all = std::max<int64_t>(p.tokens, 1);
+    const int64_t length = window > 0 ? std::min(window, all) : all;
     call.length = length;
     for (int64_t b = 0; b < p.batch; ++b) {
       int64_t begin = 0;

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import types
-from typing import Any
+import weakref
+from typing import Any, cast
 
 import pytest
 import torch
 
-from attnext import _C, device_tables, ops
+from attnext import _C, device_tables, linear_ops, ops
 from attnext.device_tables import DeviceTables
 
 DEVICE = torch.device("cuda", 0)
@@ -33,6 +35,9 @@ class Upload:
 
     def record_stream(self, stream: Any) -> None:
         self.readers.append(stream.cuda_stream)
+
+    def data_ptr(self) -> int:
+        return 0
 
 
 class Gpu:
@@ -111,6 +116,60 @@ def test_the_least_recently_used_is_dropped(gpu: Gpu, monkeypatch: pytest.Monkey
     assert gpu.uploads == 4
     large = get(kept, Tables(200))  # more than all may have: it is kept alone
     assert gpu.uploads == 5 and get(kept, a) is not first and large.nbytes == 800
+
+
+class OnGpu:
+    """Of a tensor, what a call asks before its launch."""
+
+    device = DEVICE
+
+    def new_empty(self, size: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype)
+
+    def get_device(self) -> int:
+        return 0
+
+
+def test_tables_outlive_a_launch(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With those of the keys, and with those of other threads, there are more than may be kept."""
+    uploads: list[weakref.ref[Upload]] = []
+    launched = []
+
+    def upload(self: DeviceTables, tables: Any, device: torch.device) -> Upload:
+        one = Upload(4)
+        uploads.append(weakref.ref(one))
+        return one
+
+    class Call:
+        workspace_bytes, sequences = 0, b"one"
+
+        def __init__(self, problem: Any) -> None:
+            self.queries, self.keys = Tables(), Tables()
+
+        def run(self, *arguments: Any) -> None:
+            gc.collect()
+            launched.append([one() is not None for one in uploads])
+            uploads.clear()
+
+    class Query(OnGpu):
+        """Beside whose calls another thread makes one."""
+
+        def new_empty(self, size: int, dtype: torch.dtype) -> torch.Tensor:
+            linear_ops._TABLES.get(Tables(), DEVICE, "linear_forward")
+            uploads.pop()
+            return super().new_empty(size, dtype)
+
+    monkeypatch.setattr(device_tables, "_KEPT", 1)
+    monkeypatch.setattr(DeviceTables, "_upload", upload)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(ops, "_C", types.SimpleNamespace(CudaBackward=Call))
+    monkeypatch.setattr(ops, "_backward_tensors", lambda *args: ((), ()))
+    monkeypatch.setattr(ops, "_native", lambda problem: problem)
+    monkeypatch.setattr(ops, "_TABLES", DeviceTables())
+    monkeypatch.setattr(linear_ops, "_TABLES", DeviceTables())
+    ops._window_backward_cuda(OnGpu(), *range(5))
+    linear_ops._run_cuda(Call(None), cast(Any, Query()), "linear_forward")
+    assert launched == [[True, True], [True]]
 
 
 def test_the_binary_gives_the_same_tables_for_the_same_geometry() -> None:

@@ -229,8 +229,9 @@ ATTNEXT_DEVICE int place_of_feature(int f, int dim) {
 
 // The tokens of one sequence in the order in which they are walked.
 struct Tokens {
-  int64_t batch, begin, end;
-  int32_t head;
+  int64_t begin, end;
+  int32_t batch, head;
+  uint32_t first_chunk;  // for the caller to set; scratch for more than 32 bits count is nowhere
   bool backwards;
 
   ATTNEXT_DEVICE void start(const LinearLaunch& p, int64_t sequence, int32_t of_head) {
@@ -238,12 +239,18 @@ struct Tokens {
     backwards = p.backwards;
     if (p.sequences) {
       const LinearSequence s = p.sequences[sequence];
-      batch = s.batch, begin = s.begin, end = s.end;
+      batch = static_cast<int32_t>(s.batch), begin = s.begin, end = s.end;
     } else {
-      batch = sequence / p.per_item;
+      batch = static_cast<int32_t>(sequence / p.per_item);
       begin = sequence % p.per_item * p.length;
       end = min(begin + p.length, p.tokens);
     }
+  }
+  // Chunks of all sequences, in order, before its own: no more than of `chunk` tokens each, and one
+  // for each sequence that may end within one.
+  ATTNEXT_DEVICE int64_t chunks_before(const LinearLaunch& p, int64_t sequence,
+                                       int32_t chunk) const {
+    return (batch * p.tokens + begin) / chunk + sequence;
   }
   // From then on positions, and how many there are, count from `first`.
   ATTNEXT_DEVICE void begin_at(int64_t first) {

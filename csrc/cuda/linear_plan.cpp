@@ -88,7 +88,8 @@ class Plan {
     return {data, p.tokens * p.heads * dim, {0, 0, p.heads * dim}, dim};
   }
   float* take_states() { return take(p.num_sequences * p.heads * state_size_); }
-  int64_t chunks() const { return segments_ * segment_ / chunk_; }  // of a sequence, at most
+  // Of all sequences, at most: each may end within one.
+  int64_t chunks() const { return p.batch * p.tokens / chunk_ + p.num_sequences; }
   bool taylor() const { return p.feature_map == FeatureMap::kTaylor2; }
   bool wide() const { return taylor() && p.head_dim > kTaylorEntries; }
   int64_t rows() const { return p.batch * p.tokens * p.heads; }
@@ -324,7 +325,7 @@ struct OfDecay {
     num_meetings = scan.warps;
     chunk = 16 * scan.warps;
     if (!p.ddecay.data) return;
-    const int64_t states = p.num_sequences * p.heads * slices * plan->chunks();
+    const int64_t states = p.heads * slices * plan->chunks();
     of_dots = num_dots * plan->rows();
     of_meetings = states * num_meetings;
     of_boundaries = states * (scan.dim / 8 + 1) * 4 * 32 * scan.warps;
@@ -353,8 +354,8 @@ struct OfDecay {
     d.chunk = chunk;
     d.ddecay = p.ddecay;
     constexpr int kThreads = 128;
-    plan->add("linear_decay_gradient",
-              ceil_div(p.num_sequences * p.heads * plan->chunks(), kThreads / 32), kThreads, 0, d);
+    plan->add("linear_decay_gradient", ceil_div(p.heads * plan->chunks(), kThreads / 32), kThreads,
+              0, d);
   }
 };
 

@@ -89,7 +89,7 @@ struct LinearLaunch {
   // for each chunk, slice and warp. May be null.
   float* boundaries;
   float* meetings;
-  int64_t chunks;  // of a sequence, at most
+  int64_t chunks;  // of all sequences, at most
 
   // S, [columns of its tensor's rows][...] or transposed; z after it.
   const float* before;                      // null: zero

@@ -213,6 +213,7 @@ struct Scan {
     low = static_cast<int32_t>(max(-from, int64_t(0)));
     count = static_cast<int32_t>(max(min(from + p.segment, tokens.count()) - from, int64_t(0)));
     skipped = low / kChunk;
+    tokens.first_chunk = static_cast<uint32_t>(tokens.chunks_before(p, sequence, kChunk));
     tokens.begin_at(from);
     if (threadIdx.x == 0) *reinterpret_cast<Tokens*>(memory + S::kTokensAt) = tokens;
     next_a = place_in<kRawChunks>(tokens, p.a, 0);
@@ -563,7 +564,7 @@ struct Scan {
   // the scan against it. Each is a sum by itself: no difference of large ones.
   static constexpr int kLeft = kDim / 8 + 1;  // float4 of a thread, the last for z
   ATTNEXT_DEVICE int64_t boundary(int64_t chunk) const {
-    return ((int64_t(sequence) * p.heads + head) * p.slices + slice) * p.chunks + chunk;
+    return (int64_t(head) * p.slices + slice) * p.chunks + tokens().first_chunk + chunk;
   }
   ATTNEXT_DEVICE float4* left_at(int64_t chunk) const {
     return reinterpret_cast<float4*>(p.boundaries) + boundary(chunk) * kLeft * kThreads +

@@ -101,17 +101,25 @@ constexpr int kDecayThreads = 128;
 
 ATTNEXT_DEVICE void find_decay_gradient(const LinearLaunch& p) {
   const int64_t which = int64_t(blockIdx.x) * (kDecayThreads / 32) + threadIdx.x / 32;
-  const int64_t chunk = which % p.chunks, head = which / p.chunks % p.heads;
-  const int64_t sequence = which / p.chunks / p.heads;
-  if (sequence >= p.num_sequences) return;
+  const int64_t place = which % p.chunks;
+  const int32_t head = static_cast<int32_t>(which / p.chunks);
+  if (head >= p.heads) return;
+  // Its sequence: the last one that has no more chunks before it.
   Tokens tokens;
+  int64_t sequence = 0;
+  for (int64_t end = p.num_sequences; end - sequence > 1;) {
+    const int64_t middle = (sequence + end) / 2;
+    tokens.start(p, middle, head);
+    (tokens.chunks_before(p, middle, p.chunk) <= place ? sequence : end) = middle;
+  }
   tokens.start(p, sequence, head);
+  const int64_t chunk = place - tokens.chunks_before(p, sequence, p.chunk);
   if (chunk * p.chunk >= tokens.count()) return;
   const int lane = threadIdx.x % 32, per = p.chunk / 32;
   double sum = 0.;
   for (int64_t s = 0; s < p.sets * p.slices; ++s) {
-    const int64_t of_set = s / p.slices * p.num_sequences + sequence;
-    const int64_t at = ((of_set * p.heads + head) * p.slices + s % p.slices) * p.chunks + chunk;
+    const int64_t at =
+        ((s / p.slices * p.heads + head) * p.slices + s % p.slices) * p.chunks + place;
     const float* meetings = p.meetings + at * p.num_meetings;
     for (int i = 0; i < p.num_meetings; ++i) sum += meetings[i];
   }

@@ -120,6 +120,9 @@ struct QueryGradient
         }
       }
     }
+    if constexpr (kWanted == Wanted::kBias && kExact) {
+      if (!is_finite(ds)) multiply_alone(ds, stage, numbers);
+    }
     if constexpr (kWanted == Wanted::kQuery) {
       accumulate<T, kDim, kDim, kFrags, kStep>(dquery, ds, this->lanes, this->walk_tile(stage, 0),
                                                0);
@@ -262,6 +265,56 @@ struct QueryGradient
   }
   static constexpr int kScratchEnd = S::kBytes + bias_scratch(kWarps, kStep);
   static_assert(kWanted == Wanted::kQuery || kScratchEnd <= kMostShared, "some GPUs have no more");
+  // The lane's numbers of dS that are not finite, from the rows themselves: the halves of an
+  // infinite number are not finite either, and a logit of -inf is a weight of 0.
+  ATTNEXT_DEVICE void multiply_alone(float (&ds)[kFrags][kColumns][4], int stage, int numbers) {
+    const int g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int f = 0; f < kFrags; ++f) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = warp * kWarpRows + f * 16 + half * 8 + g;
+#pragma unroll 1
+        for (int i = 0; i < 2 * kColumns; ++i) {
+          const auto visit = [&](auto change) {
+#pragma unroll
+            for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+              for (int e = 0; e < 2; ++e) {
+                if (n * 2 + e == i) change(ds[f][n][2 * half + e]);
+              }
+            }
+          };
+          bool wanted = false;
+          visit([&](float x) { wanted = !isfinite(x); });
+          if (!wanted) continue;  // who does not attend has no place in the table
+          const int slot = i / 2 * 8 + 2 * t + i % 2;
+          const float x = dot_of_rows(0, row, stage, slot), y = dot_of_rows(1, row, stage, slot);
+          int32_t key = this->integer(numbers, 0)[slot];
+          if constexpr (kByEntry) key = walk.bias_of_entry(key);
+          float weight, of_logit, of_product;
+          chain(x, row_unit[f][half], y, lse[f][half], rest[f][half], -kSign * delta[f][half],
+                Walk::kRowsBias ? key - row_bias[f][half] : key, key != kNoBias, &weight, &of_logit,
+                &of_product);
+          visit([&](float& mine) { mine = of_logit; });
+        }
+      }
+    }
+  }
+  ATTNEXT_DEVICE float dot_of_rows(int operand, int row, int stage, int slot) const {
+    using L = Layout<T, kDim>;
+    float sum = 0.f;
+#pragma unroll 1
+    for (int chunk = 0; chunk < L::kChunks; ++chunk) {
+      const uint4 a = load_shared(this->held_tile(operand) + L::at(row, chunk));
+      const uint4 b = load_shared(this->walk_tile(stage, operand) + L::at(slot, chunk));
+      sum = fmaf(__uint_as_float(a.x), __uint_as_float(b.x), sum);
+      sum = fmaf(__uint_as_float(a.y), __uint_as_float(b.y), sum);
+      sum = fmaf(__uint_as_float(a.z), __uint_as_float(b.z), sum);
+      sum = fmaf(__uint_as_float(a.w), __uint_as_float(b.w), sum);
+    }
+    return sum;
+  }
   // Eight rows of dS at a time, in chunks of eight slots that lie where stores meet no conflict.
   ATTNEXT_DEVICE uint32_t turned(uint32_t r, uint32_t n) const {
     const uint32_t row = this->shared + S::kBytes + (warp * 8 + r) * kStep * 4;

@@ -196,22 +196,26 @@ struct Forward : Block<Forward<Walk, T, kDim, kWarps, kFrags, kStep, kModified>,
       if constexpr (Walk::kRowsBias) spread<kFrags>(Walk::bias_origin(w, row), row_bias);
       modifiers.start(w, head);
     }
-    const bool sink = w.sink_logits && with_sink;
-    const float level = sink_level(sink, row);
+    const float level = sink_level(with_sink, row);
     float levels[kFrags][2];
     if constexpr (Walk::kPacks) spread<kFrags>(level, levels);
 #pragma unroll
     for (int f = 0; f < kFrags; ++f) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        set_top(f, half, Walk::kPacks ? levels[f][half] : level);
-        sum[f][half] = sink && lane % 4 == 0 ? 1.f : 0.f;  // lanes of a quad are added at the end
+        const float top = Walk::kPacks ? levels[f][half] : level;
+        set_top(f, half, top);
+        sum[f][half] = lane % 4 == 0 ? sink_weight(top) : 0.f;  // a quad is added up at the end
       }
     }
   }
-  ATTNEXT_DEVICE float sink_level(bool sink, const Row& row) const {
-    if (!sink) return -INFINITY;
+  ATTNEXT_DEVICE float sink_level(bool with_sink, const Row& row) const {
+    if (!w.sink_logits || !with_sink) return -INFINITY;
     return static_cast<const float*>(w.sink_logits)[head + row.head] * static_cast<float>(kLog2E);
+  }
+  // Relative to its level. NaN at inf, as of a logit.
+  ATTNEXT_DEVICE static float sink_weight(float level) {
+    return level == -INFINITY ? 0.f : 1.f + (level - level);
   }
 
   // ---- results
@@ -284,8 +288,7 @@ struct Forward : Block<Forward<Walk, T, kDim, kWarps, kFrags, kStep, kModified>,
 #pragma unroll
     for (int i = 0; i < kMine; ++i) o[i] = 0.f;
     const float factor = Modifiers::unit(w, scale_of<kScaled>(w, batch, row.token, mine));
-    const bool sink = w.sink_logits && part == 0;
-    float high = sink_level(sink, row), total = sink ? 1.f : 0.f;
+    float high = sink_level(part == 0, row), total = sink_weight(high);
     for (int32_t s = from; s < to; ++s) {
       const typename Walk::Slot at = walk.slot(s);
       if (!walk.attends(row, at)) continue;

@@ -282,13 +282,43 @@ def test_segments_of_packed_sequences() -> None:
         assert any(r.kernel == "linear_combine" for r in reports)
 
 
-def test_many_heads_are_not_cut_into_segments() -> None:
-    def tensor(*shape: int) -> DeviceTensor:
-        strides = torch.empty(shape, device="meta").stride()
-        return DeviceTensor(2**20, BF16, shape, strides)
+def test_gradients_of_decays_of_many_short_sequences() -> None:
+    """Scratch is for the chunks that there are, not for as many in each sequence."""
 
+    def workspace(ends: list[int]) -> int:
+        x = on_device(1, ends[-1], 1, 32)
+        decay = on_device(1, ends[-1], 1, dtype=torch.float32)
+        rest = (None, None, ends, 0, True, False, False, False, 0.125, 1e-6, 0, 0)
+        call: Any = _C.CudaLinearBackward((x, x, x, decay, *rest), True)
+        return int(call.workspace_bytes)
+
+    tokens = 2**17
+    assert workspace([*range(1000), tokens]) < 2 * workspace([0, tokens])
+    for name, tokens, end in (("identity", 150, 9), ("reverse", 90, 70)):
+        ends = torch.tensor([*range(9), *range(end, end + 4), tokens], dtype=torch.int32)
+        more = {"tokens": tokens, "dim": 8, "dim_v": 8, "states": 13, "cu_seqlens": ends}
+        check(*form(name, dtype=torch.float32, **more, decay="token"))
+
+
+def on_device(*shape: int, dtype: torch.dtype = BF16) -> DeviceTensor:
+    return DeviceTensor(2**20, dtype, shape, torch.empty(shape, device="meta").stride())
+
+
+def test_a_window_beyond_all_tokens_costs_what_they_do() -> None:
+    def workspace(window: int) -> int:
+        x, decay = on_device(1, 300, 1, 32), on_device(1, 300, 1, dtype=torch.float32)
+        rest = (None, None, None, 0, True, False, False, False, 0.125, 1e-6, window, 0)
+        call: Any = _C.CudaLinearBackward((x, x, x, decay, *rest), True)
+        return int(call.workspace_bytes)
+
+    assert workspace(2**40) == workspace(300)
+    blocks = {"window_size": 2**40, "state": False}
+    check(*form("elu, normalized, decayed", tokens=70, **blocks))
+
+
+def test_many_heads_are_not_cut_into_segments() -> None:
     def launches(batch: int, heads: int) -> list[dict[str, Any]]:
-        x = tensor(batch, 4096, heads, 64)
+        x = on_device(batch, 4096, heads, 64)
         rest = (None, None, None, None, 0, True, False, False, False, 0.125, 1e-6, 0, 0)
         call = _C.CudaLinearForward((x, x, x, *rest))
         return call.launches(0, 2**20, x, None, None)

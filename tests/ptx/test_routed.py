@@ -216,11 +216,39 @@ def test_biases_of_slots() -> None:
     check(tensors, plan, is_causal=True, window_size=30, sinks=3, softcap=4.0)
 
 
+@pytest.mark.parametrize("block", [1, 16])
+def test_sinks_that_are_not_finite(block: int) -> None:
+    """At -inf there is none: rows without keys stay empty. At inf a head's rows are NaN."""
+    tensors = qkv((40,), (64,), heads=8, kv_heads=1)
+    tensors["sink_logits"] = torch.tensor([-torch.inf] * 4 + [0.5] * 4)
+    indices = torch.zeros(1, 1, -(-40 // block), 1, dtype=torch.int32)
+    indices[:, :, : 16 // block] = -1
+    plan = BlockPlan.of(indices, 40, block, 64, 64)
+    check(tensors, plan)
+    tensors["sink_logits"][7] = torch.inf
+    with on_executor(metrics=False):
+        out = routed_attention(**tensors, plan=plan)
+    assert torch.equal(out.isnan().all(-1)[0, 16:], torch.arange(8).expand(24, 8) == 7)
+
+
 def test_gradient_of_biases_that_heads_and_items_share() -> None:
     """Blocks take turns at the heads and batch items of a list, and a slot has several tiles."""
     tensors = qkv((150,), (100,), batch=3, heads=4, kv_heads=2)
     plan = lists(150, 70, 5, keys=100, key_block=16, bias=True)
     check(tensors, plan, head_policy=["list", "dense", "list", "streaming"], window_size=9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_biases_beside_logits_of_minus_infinity(dtype: torch.dtype) -> None:
+    tensors = qkv((40,), (70,), 16, dtype)
+    tensors["query"].abs_()
+    tensors["key"][0, 20, 0, 0] = -torch.inf
+    problem = Problem(tensors, lists(40, 16, 3, keys=70, bias=True))
+    expected = problem.evaluate()["grad_bias"]
+    with on_executor(metrics=False):
+        result = problem.evaluate()["grad_bias"]
+    assert expected.isfinite().all()
+    torch.testing.assert_close(result, expected, rtol=0.03, atol=0.03)
 
 
 def test_gradient_of_biases_in_rows_of_lists() -> None:

@@ -257,6 +257,59 @@ def test_what_is_not_finite_stays_with_those_who_attend_it(dtype: torch.dtype) -
         torch.testing.assert_close(mine[finite], other[finite], rtol=0.03, atol=0.03)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_logits_of_minus_infinity_weigh_nothing(softcap: float | None, dtype: torch.dtype) -> None:
+    """An infinite key: the gradient of the bias stays finite too."""
+    tensors = qkv((40,), 16, dtype)
+    tensors["query"].abs_()
+    tensors["key"][0, 20, 0, 0] = -torch.inf
+    tensors["bias"] = normal(1, 9)
+    cotangents = normal(1, 40, 1, 16, dtype=dtype), normal(1, 40, 1)
+
+    def run() -> dict[str, Tensor]:
+        options = {"window_size": 5, "softcap": softcap}
+        return evaluate(attnext.sliding_window_attention, tensors, options, cotangents)
+
+    expected = run()
+    with on_executor(metrics=False):
+        results = run()
+    assert expected["grad_bias"].isfinite().all()
+    for name in ("out", "lse", "grad_bias"):
+        torch.testing.assert_close(results[name], expected[name], rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("biased", [False, True])
+def test_sinks_that_are_not_finite(biased: bool, dtype: torch.dtype) -> None:
+    """At -inf there is none: rows without keys stay empty. At inf a head's rows are NaN."""
+    tensors = qkv((40,), 32, dtype, heads=3, keys=(30,))
+    tensors["cu_seqlens_q"] = torch.tensor([0, 20, 40], dtype=torch.int32)
+    tensors["cu_seqlens_k"] = torch.tensor([0, 0, 30], dtype=torch.int32)
+    tensors["sink_logits"] = torch.tensor([-torch.inf, 0.5, torch.inf])
+    if biased:
+        tensors["bias"] = normal(3, 17)
+        tensors["bias"][0] = -torch.inf
+    cotangents = normal(1, 40, 3, 32, dtype=dtype), normal(1, 40, 3)
+
+    def run() -> dict[str, Tensor]:
+        return evaluate(attnext.sliding_window_attention, tensors, {"window_size": 9}, cotangents)
+
+    expected = run()
+    with on_executor(metrics=False):
+        results = run()
+    empty = slice(0, 40 if biased else 20)
+    for name, value in {"out": 0, "lse": -torch.inf, "grad_query": 0}.items():
+        assert (results[name][0, empty, 0] == value).all(), name
+    assert results["out"][0, 20:, 2].isnan().all()
+
+    def finite(x: Tensor) -> Tensor:  # of the other heads
+        return x.movedim(2 if x.dim() > 2 else 0, 0)[:2]
+
+    for name, x in results.items():
+        torch.testing.assert_close(finite(x), finite(expected[name]), rtol=0.03, atol=0.03)
+
+
 # ---- what the host plans -------------------------------------------------------------------------
 
 
