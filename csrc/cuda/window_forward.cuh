@@ -196,26 +196,22 @@ struct Forward : Block<Forward<Walk, T, kDim, kWarps, kFrags, kStep, kModified>,
       if constexpr (Walk::kRowsBias) spread<kFrags>(Walk::bias_origin(w, row), row_bias);
       modifiers.start(w, head);
     }
-    const float level = sink_level(with_sink, row);
+    const bool sink = w.sink_logits && with_sink;
+    const float level = sink_level(sink, row);
     float levels[kFrags][2];
     if constexpr (Walk::kPacks) spread<kFrags>(level, levels);
 #pragma unroll
     for (int f = 0; f < kFrags; ++f) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float top = Walk::kPacks ? levels[f][half] : level;
-        set_top(f, half, top);
-        sum[f][half] = lane % 4 == 0 ? sink_weight(top) : 0.f;  // a quad is added up at the end
+        set_top(f, half, Walk::kPacks ? levels[f][half] : level);
+        sum[f][half] = sink && lane % 4 == 0 ? 1.f : 0.f;  // lanes of a quad are added at the end
       }
     }
   }
-  ATTNEXT_DEVICE float sink_level(bool with_sink, const Row& row) const {
-    if (!w.sink_logits || !with_sink) return -INFINITY;
+  ATTNEXT_DEVICE float sink_level(bool sink, const Row& row) const {
+    if (!sink) return -INFINITY;
     return static_cast<const float*>(w.sink_logits)[head + row.head] * static_cast<float>(kLog2E);
-  }
-  // Relative to its level. NaN at inf, as of a logit.
-  ATTNEXT_DEVICE static float sink_weight(float level) {
-    return level == -INFINITY ? 0.f : 1.f + (level - level);
   }
 
   // ---- results
@@ -226,6 +222,12 @@ struct Forward : Block<Forward<Walk, T, kDim, kWarps, kFrags, kStep, kModified>,
     return p.partial + (int64_t(blockIdx.x) * kRows + row) * (w.head_dim_v + 2);
   }
 
+  // A sink counts 1 beside its own level: nothing if that, and all logits, are -inf, and NaN at
+  // inf, as a logit does.
+  ATTNEXT_DEVICE static float total_of(float top, float sum) {
+    return top == -INFINITY ? 0.f : sum + (top - top);
+  }
+
   ATTNEXT_DEVICE void finish(const Row& row, int32_t from, int32_t to, int32_t part, bool masked) {
     const int g = lane / 4, t = lane % 4;
     float factor[kFrags][2], lse[kFrags][2];
@@ -234,7 +236,7 @@ struct Forward : Block<Forward<Walk, T, kDim, kWarps, kFrags, kStep, kModified>,
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float& total = sum[f][half];
-        total = quad_sum(total);
+        total = total_of(top_of(f, half), quad_sum(total));
         factor[f][half] = total == 0.f ? 0.f : 1.f / total;
         lse[f][half] = natural_lse(top_of(f, half), total);
       }
@@ -288,7 +290,8 @@ struct Forward : Block<Forward<Walk, T, kDim, kWarps, kFrags, kStep, kModified>,
 #pragma unroll
     for (int i = 0; i < kMine; ++i) o[i] = 0.f;
     const float factor = Modifiers::unit(w, scale_of<kScaled>(w, batch, row.token, mine));
-    float high = sink_level(part == 0, row), total = sink_weight(high);
+    const bool sink = w.sink_logits && part == 0;
+    float high = sink_level(sink, row), total = sink ? 1.f : 0.f;
     for (int32_t s = from; s < to; ++s) {
       const typename Walk::Slot at = walk.slot(s);
       if (!walk.attends(row, at)) continue;
@@ -307,6 +310,7 @@ struct Forward : Block<Forward<Walk, T, kDim, kWarps, kFrags, kStep, kModified>,
 #pragma unroll
       for (int i = 0; i < kMine; ++i) o[i] = o[i] * shrink + weight * value[i];
     }
+    total = total_of(high, total);
     if (p.splits > 1) {
       float* to_row = partial_row(r);
 #pragma unroll
