@@ -223,9 +223,9 @@ struct Forward : Block<Forward<Walk, T, kDim, kWarps, kFrags, kStep, kModified>,
   }
 
   // A sink counts 1 beside its own level: nothing if that, and all logits, are -inf, and NaN at
-  // inf, as a logit does.
+  // inf, as a logit does. A maximum passes over NaN, which is in the sum then.
   ATTNEXT_DEVICE static float total_of(float top, float sum) {
-    return top == -INFINITY ? 0.f : sum + (top - top);
+    return top == -INFINITY ? sum - sum : sum + (top - top);
   }
 
   ATTNEXT_DEVICE void finish(const Row& row, int32_t from, int32_t to, int32_t part, bool masked) {
