@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .arguments import check_integer, check_qkv, is_int
+from .arguments import check_choice, check_integer, check_qkv, is_int
 from .geometry import BOUNDARIES, UNLIMITED
 
 PerAxis: TypeAlias = int | bool | Sequence[Any]  # a value, or a tuple with one per token axis
@@ -103,8 +103,7 @@ def neighborhood_rules(
     offset: PerAxis | None,
 ) -> Rules:
     rank = check_qkv(query, key, value)
-    if not isinstance(boundary, str) or boundary not in BOUNDARIES:
-        raise ValueError(f"boundary must be one of {BOUNDARIES}, got {boundary!r}")
+    check_choice("boundary", boundary, BOUNDARIES)
     strides = _per_axis("stride", stride, rank, minimum=1)
     dilations = _per_axis("dilation", dilation, rank, minimum=1)
     phases = _per_axis("phase", phase, rank)
@@ -195,8 +194,8 @@ def partition_rules(
                 )
     if boundary is None:
         boundary = "truncate" if key_window_size is None else "zero_pad"
-    elif not isinstance(boundary, str) or boundary not in BOUNDARIES:
-        raise ValueError(f"boundary must be one of {BOUNDARIES}, got {boundary!r}")
+    else:
+        check_choice("boundary", boundary, BOUNDARIES)
     if boundary == "zero_pad":
         _check_near("shift", shifts)
         if max(sizes) > _MAX_PHANTOMS:

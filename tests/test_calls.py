@@ -144,6 +144,12 @@ READ = ("packed_blocks", "BlockPlan.of_mask")  # whose results have as many entr
 ANYWHERE = ("cu_seqlens", "slots", "key_starts", "query_positions")  # fetched from where they are
 
 
+def numbers_of(name: str) -> list[str]:
+    """The arguments of a call that are floating-point tensors."""
+    given = CALLS[name][1]
+    return [n for n, v in given.items() if isinstance(v, Tensor) and v.is_floating_point()]
+
+
 def places() -> list[tuple[str, str, int | None, str]]:
     """A call, one of its tensors, which of a list it is, and what takes its place."""
     found: list[tuple[str, str, int | None]] = []
@@ -246,18 +252,16 @@ def test_compiled_in_one_piece(name: str) -> None:
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", [n for n in CALLS if numbers_of(n)])
 def test_mapped(name: str) -> None:
     """Over a dimension that floating-point tensors have."""
     function, given = CALLS[name]
-    names = [n for n, v in given.items() if isinstance(v, Tensor) and v.is_floating_point()]
+    names = numbers_of(name)
     stacks = [torch.stack([given[n], given[n].flip(0), given[n] / 2]) for n in names]
 
     def call(*tensors: Tensor) -> list[Tensor]:
         return leaves(function(**{**given, **dict(zip(names, tensors, strict=True))}))
 
-    if not names:
-        return
     mapped = torch.func.vmap(call)(*stacks)
     alone = [call(*(stack[n] for stack in stacks)) for n in range(3)]
     for a, parts in zip(mapped, zip(*alone, strict=True), strict=True):
