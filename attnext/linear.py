@@ -186,7 +186,7 @@ def linear_attention(
         out, denominator, state = run(query, key, value, initial_state, normalize)
     else:
         out, denominator, state = _normalized_apart(run, (query, key, value), sums, initial_state)
-        denominator = denominator + torch.where(denominator < 0, -eps, eps)
+        denominator = _off_zero(denominator, eps)
         out = (out / denominator[..., None]).to(query.dtype)
     results = [out]
     if return_denominator:
@@ -194,6 +194,11 @@ def linear_attention(
     if output_final_state:
         results.append(state)
     return out if len(results) == 1 else tuple(results)
+
+
+def _off_zero(total: Tensor, eps: float) -> Tensor:
+    """What a normaliser divides by."""
+    return total + torch.where(total < 0, -eps, eps)
 
 
 def _normalized_apart(
@@ -332,7 +337,7 @@ def linear_attention_step(
         q, k, v, sum_q, sum_k = (x.to(state.dtype) for x in (query, key, value, *sums))
         out = run(q, k, v, state[..., :-1], False)
         total = run(sum_q, sum_k, v.new_ones(*v.shape[:-1], 1), state[..., -1:], False)
-        total = total + torch.where(total < 0, -eps, eps)
+        total = _off_zero(total, eps)
         if slots is not None:  # padding has no state, and gives 0
             total = torch.where((slots < 0).to(total.device)[:, None, None, None], 1.0, total)
         out = (out / total).to(query.dtype)
