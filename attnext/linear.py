@@ -95,7 +95,8 @@ def linear_attention(
         float32 (float64 for float64), one rounding at the store: the error does not grow with the
         length. A CPU that multiplies pairs of bfloat16 does so: features, scores and what is read
         of a state are then rounded as they enter a product, sums and states are float32 as ever.
-        The bits do not depend on the number of threads or on other batch items.
+        The bits do not depend on the number of threads or on what other batch items hold, on the
+        CPU nor on how many there are.
 
     Errors:
         ValueError, TypeError or NotImplementedError, naming the argument.
