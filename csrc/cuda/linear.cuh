@@ -229,8 +229,8 @@ ATTNEXT_DEVICE int place_of_feature(int f, int dim) {
 
 // The tokens of one sequence in the order in which they are walked.
 struct Tokens {
-  int64_t begin, end;
-  int32_t batch, head;
+  int64_t batch, begin, end;
+  int32_t head;
   uint32_t first_chunk;  // for the caller to set; scratch for more than 32 bits count is nowhere
   bool backwards;
 
@@ -239,9 +239,9 @@ struct Tokens {
     backwards = p.backwards;
     if (p.sequences) {
       const LinearSequence s = p.sequences[sequence];
-      batch = static_cast<int32_t>(s.batch), begin = s.begin, end = s.end;
+      batch = s.batch, begin = s.begin, end = s.end;
     } else {
-      batch = static_cast<int32_t>(sequence / p.per_item);
+      batch = sequence / p.per_item;
       begin = sequence % p.per_item * p.length;
       end = min(begin + p.length, p.tokens);
     }

@@ -127,7 +127,7 @@ struct ScanShared {
   static constexpr int kNumbersAt = kOutAt + kOutBytes;
   static constexpr int kTotalsAt = kNumbersAt + 2 * kChunk * 16;
   static constexpr int kTokensAt = kTotalsAt + 2 * 16;
-  static constexpr int kZAt = kTokensAt + 32;
+  static constexpr int kZAt = kTokensAt + 48;
   static constexpr int kSums = kDim > kColumns ? kDim : kColumns;
   static constexpr int kUnitsAt = kZAt + kSums * 4;
   static constexpr int kBytes = kUnitsAt + kWarps * 4;

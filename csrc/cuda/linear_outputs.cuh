@@ -94,7 +94,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::attend(int at, int stage)
     }
     return;
   }
-  if (kPullsBack && p.meetings) of_keys = of_state_alone(at, out[0], factor[0]);
+  if (kPullsBack && p.meetings) note_state_dots(at, out[0], factor[0]);
   float self[2] = {0.f, 0.f};
   if (is_within()) {
     if (kPullsBack && p.dots) take_self(scores[0], self);
@@ -307,17 +307,17 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::pull_back(int at, int sta
   if (t == 0) store_dot(slice, at + row, dot);
 }
 
-ATTNEXT_SCAN_MEMBER float Scan<T, kDim, kWarps, kKind>::of_state_alone(
+ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::note_state_dots(
     int at, float (&out)[kColumns / 8][4], const float (&factor)[2]) const {
-  float sum = 0.f;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
+    const int row = at + warp * 16 + half * 8 + g;
     float dot = 0.f;
-    visit_raw(at + warp * 16 + half * 8 + g, half, out,
-              [&](float x, float f, int) { dot = fmaf(x, round(f), dot); });
-    sum = fmaf(dot, factor[half], sum);
+    visit_raw(row, half, out,
+              [&](float x, float f, int) { dot = fmaf(x * factor[half], round(f), dot); });
+    dot = quad_sum(dot);
+    if (t == 0) store_dot(p.slices + slice, row, dot);
   }
-  return sum;
 }
 
 ATTNEXT_SCAN_MEMBER bool Scan<T, kDim, kWarps, kKind>::are_own_rows_finite(int stage) const {

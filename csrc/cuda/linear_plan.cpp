@@ -309,8 +309,9 @@ int64_t folds_of(const Plan& plan) {
 // meet their gradients; of either so many sets.
 struct OfDecay {
   float *dots = nullptr, *dots_key = nullptr, *boundaries = nullptr, *meetings = nullptr;
-  int64_t slices, of_dots = 0, of_meetings = 0, of_boundaries = 0;  // numbers of a set
-  int32_t num_dots, num_meetings, chunk, sets;
+  int64_t slices;
+  int64_t of_dots = 0, of_dots_key = 0, of_meetings = 0, of_boundaries = 0;  // numbers of a set
+  int32_t num_dots, num_key_dots, first_state_dot, num_meetings, chunk, sets;
 
   // Under the delta rule two gradients meet the same states; folds have columns of their own.
   explicit OfDecay(Plan* plan) {
@@ -322,15 +323,18 @@ struct OfDecay {
     slices = folds > 0 ? plan->fold_slices() : plan->slices(p.head_dim);
     sets = p.delta() ? 2 : static_cast<int32_t>(std::max<int64_t>(folds, 1));
     num_dots = static_cast<int32_t>(slices + (folds > 0));
+    first_state_dot = folds > 0 ? 0 : num_dots;
+    num_key_dots = first_state_dot + num_dots;
     num_meetings = scan.warps;
     chunk = 16 * scan.warps;
     if (!p.ddecay.data) return;
     const int64_t states = p.heads * slices * plan->chunks();
     of_dots = num_dots * plan->rows();
+    of_dots_key = num_key_dots * plan->rows();
     of_meetings = states * num_meetings;
     of_boundaries = states * (scan.dim / 8 + 1) * 4 * 32 * scan.warps;
     dots = plan->take(sets * of_dots);
-    dots_key = plan->take(sets * of_dots);
+    dots_key = plan->take(sets * of_dots_key);
     boundaries = plan->take(std::max<int64_t>(folds, 1) * of_boundaries);
     meetings = plan->take(sets * of_meetings);
   }
@@ -348,6 +352,8 @@ struct OfDecay {
     d.dots_key = dots_key;
     d.slices = static_cast<int32_t>(slices);
     d.num_dots = num_dots;
+    d.num_key_dots = num_key_dots;
+    d.first_state_dot = first_state_dot;
     d.meetings = meetings;
     d.num_meetings = num_meetings;
     d.sets = sets;
@@ -437,7 +443,7 @@ void plan_delta_backward(Plan* plan) {
   l.strict = 1;
   l.boundaries = of_decay.boundaries;
   l.meetings = further(of_decay.meetings, of_decay.of_meetings);
-  add_part(2, l, u, plan->key(), further(of_decay.dots_key, of_decay.of_dots));
+  add_part(2, l, u, plan->key(), further(of_decay.dots_key, of_decay.of_dots_key));
 
   l = plan->start(false);
   set_result(*plan, &l, p.dkey, p.key_heads, p.head_dim);

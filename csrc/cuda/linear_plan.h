@@ -80,8 +80,9 @@ struct LinearLaunch {
   Extension extension;
   Side side;
   float* numbers;  // [batch, tokens, heads] of {factor, further entry}, for `side`
-  // [slices, batch, tokens, heads] features of raw . gradient; may be null. A fold's are what comes
-  // from the state, and of one slice more what comes from the chunk.
+  // [slices, batch, tokens, heads] features of raw . gradient; may be null. Beside meetings, as
+  // many slices more of what comes from the state. A fold's are that alone, and of one slice more
+  // what comes from the chunk.
   float* dots;
   int64_t batch;
   // States before each chunk, as threads hold them: written by a scan in order, and met by the
@@ -102,9 +103,10 @@ struct LinearLaunch {
   // The kernels around the scan.
   ScanRows dout, result;  // linear_numbers: of -dO.o
   const float* dots_key;  // linear_decay_gradient: those of queries less those of keys
+  int32_t num_key_dots, first_state_dot;  // slices of a set, and the first of what is the state's
   TensorRef ddecay;
   int32_t chunk, num_meetings, sets;  // tokens; numbers a chunk; how many scans have left such
-  int32_t num_dots;                   // slices of dots
+  int32_t num_dots;                   // slices of a set of dots
 };
 
 // `params.sequences` is an address on the device, or null for sequences of `length` tokens; where

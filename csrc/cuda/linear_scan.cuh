@@ -87,8 +87,7 @@ struct Scan {
   bool even_wide, even_narrow;
   float state[kDim / 8][4];  // transposed: rows are columns of S
   float kept_all = 1.f;
-  float further[2];     // what the lane's tokens of a chunk add to z of its columns
-  float of_keys = 0.f;  // fold: the lane's part of what they get from the state's gradient
+  float further[2];  // what the lane's tokens of a chunk add to z of its columns
 
   ATTNEXT_DEVICE Scan(const LinearLaunch& launch, uint8_t* shared_memory)
       : p(launch), memory(shared_memory), shared(shared_address(shared_memory)) {
@@ -475,7 +474,6 @@ struct Scan {
   }
   // What of a row's features with their gradient is of the state: two lanes a row have a part each.
   ATTNEXT_DEVICE void of_state(int row, float dot) {
-    of_keys = is_token(row) ? dot : 0.f;
     dot += __shfl_xor_sync(~0u, dot, 16);
     if (lane < 16) store_dot(slice, row, dot);
   }
@@ -529,8 +527,9 @@ struct Scan {
   // From a row's gradient of features to that of what they are features of.
   ATTNEXT_DEVICE void pull_back(int at, int stage, int half, float factor, float self,
                                 float (&out)[kColumns / 8][4]);
-  // The lane's part of the rows' features with their gradient, which so far comes from the state.
-  ATTNEXT_DEVICE float of_state_alone(int at, float (&out)[kColumns / 8][4],
+  // Of the rows' features with their gradient, which so far comes from the state: as pull_back
+  // finds the dots, which are the same to the last bit where nothing comes from the chunk.
+  ATTNEXT_DEVICE void note_state_dots(int at, float (&out)[kColumns / 8][4],
                                       const float (&factor)[2]) const;
 
   // ---- the state -------------------------------------------------------------------------------
@@ -561,7 +560,9 @@ struct Scan {
   // The decays of a chunk's tokens scale, besides what passes between the tokens, what reaches them
   // from the state before, what they leave to the one after it, and what passes by them: the state
   // before, decayed, with the gradient of the one after. In the order of tokens states are left for
-  // the scan against it. Each is a sum by itself: no difference of large ones.
+  // the scan against it. Each is a sum by itself: no difference of large ones. What tokens leave is
+  // the sum of their keys' dots with the state's gradient, of which dots of all that keys get are
+  // taken off token by token: where they are alike, no rounding must be left.
   static constexpr int kLeft = kDim / 8 + 1;  // float4 of a thread, the last for z
   ATTNEXT_DEVICE int64_t boundary(int64_t chunk) const {
     return (int64_t(head) * p.slices + slice) * p.chunks + tokens().first_chunk + chunk;

@@ -158,8 +158,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::meet(int c, int stage) co
     const int mine = warp * 16 + g;
     sum += x.x * load_shared_float(z(mine)) + x.y * load_shared_float(z(mine + 8));
   }
-  sum = fmaf(sum, totals(stage).kept, of_keys);
-  sum = warp_sum(sum);
+  sum = warp_sum(sum) * totals(stage).kept;
   if (lane == 0) p.meetings[boundary(chunk) * kWarps + warp] = sum;
 }
 

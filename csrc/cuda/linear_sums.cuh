@@ -116,22 +116,36 @@ ATTNEXT_DEVICE void find_decay_gradient(const LinearLaunch& p) {
   const int64_t chunk = place - tokens.chunks_before(p, sequence, p.chunk);
   if (chunk * p.chunk >= tokens.count()) return;
   const int lane = threadIdx.x % 32, per = p.chunk / 32;
-  double sum = 0.;
-  for (int64_t s = 0; s < p.sets * p.slices; ++s) {
-    const int64_t at =
-        ((s / p.slices * p.heads + head) * p.slices + s % p.slices) * p.chunks + place;
-    const float* meetings = p.meetings + at * p.num_meetings;
-    for (int i = 0; i < p.num_meetings; ++i) sum += meetings[i];
+  const int64_t rows = p.batch * p.tokens * p.heads;
+  double sum = 0., left = 0.;  // left: by the lane's tokens
+  for (int64_t set = 0; set < p.sets; ++set) {
+    for (int64_t s = 0; s < p.slices; ++s) {
+      const float* meetings =
+          p.meetings +
+          (((set * p.heads + head) * p.slices + s) * p.chunks + place) * p.num_meetings;
+      for (int i = 0; i < p.num_meetings; ++i) sum += meetings[i];
+      const float* of_state = p.dots_key + (set * p.num_key_dots + p.first_state_dot + s) * rows;
+#pragma unroll 1
+      for (int64_t at = chunk * p.chunk + lane; at < (chunk + 1) * p.chunk; at += 32) {
+        if (at < tokens.count()) left += of_state[tokens.index(p, at)];
+      }
+    }
   }
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) left += __shfl_xor_sync(~0u, left, step);
+  sum += left;
   for (int i = per - 1; i >= 0; --i) {  // lanes have neighbouring tokens
     const int64_t position = chunk * p.chunk + i * 32 + lane;
     const bool live = position < tokens.count();
     double mine = 0.;
     if (live) {
       const int64_t index = tokens.index(p, position);
-      const int64_t rows = p.batch * p.tokens * p.heads;
-      for (int64_t s = 0; s < p.sets * p.num_dots; ++s) {
-        mine += double(p.dots[s * rows + index]) - p.dots_key[s * rows + index];
+      for (int64_t set = 0; set < p.sets; ++set) {
+        const float* of_query = p.dots + set * p.num_dots * rows + index;
+        const float* of_key = p.dots_key + set * p.num_key_dots * rows + index;
+        for (int64_t s = 0; s < p.num_dots; ++s) {
+          mine += double(of_query[s * rows]) - of_key[s * rows];
+        }
       }
     }
 #pragma unroll

@@ -196,8 +196,8 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::expand_part(int at, int s
 }
 
 // The polynomial's slope by the entries of raw, less those of c. What of a row's features with
-// their gradient is of the chunk's tokens, the scores with the polynomial itself, are dots after
-// those of the slices.
+// their gradient is of the chunk's other tokens, the scores with the polynomial itself, are dots
+// after those of the slices: what a token gets from itself, no decay has a part in.
 ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::times_slope(
     float (&scores)[1][kChunk / 8][4], int at, int stage, int walked, const Numbers (&mine)[2],
     float unit) const {
@@ -211,7 +211,9 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::times_slope(
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const float x = s[0][n][e] * p.polynomial_scale;
-      dot[e / 2] = fmaf(scores[0][n][e], fmaf(fmaf(x, 0.5f, 1.f), x, 1.f), dot[e / 2]);
+      const bool own = n * 8 + 2 * t + e % 2 == warp * 16 + e / 2 * 8 + g;
+      const float score = own ? 0.f : scores[0][n][e];
+      dot[e / 2] = fmaf(score, fmaf(fmaf(x, 0.5f, 1.f), x, 1.f), dot[e / 2]);
       scores[0][n][e] *= p.polynomial_scale * (x + 1.f);
     }
   }

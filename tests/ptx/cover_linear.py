@@ -207,7 +207,7 @@ REASONS: tuple[Reason, ...] = (
     Reason("the same loop's first number", "mov.u32", "decay_gradient"),
     Reason("Taylor features have their scale inside", "x *= of_state;", "taylor"),
     Reason("there are two segments or more", "s < p.segments; ++s) {", "combine"),
-    Reason("there are 1, 2 or 4 of them", "mine += double(p.dots[", "decay_gradient"),
+    Reason("there are 1, 2 or 4 of them", "mine += double(of_query[", "decay_gradient"),
     Reason("for numbers of more than 32 bits, which the compiler's code asks for first", "div.s64"),
     Reason("for numbers of more than 32 bits, which the compiler's code asks for first", "rem.s64"),
 )

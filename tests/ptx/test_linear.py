@@ -385,6 +385,18 @@ def test_extreme_decays(decay: float) -> None:
         check(tensors, options, grads=decay != -torch.inf)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+@pytest.mark.parametrize("name", ["elu, normalized, decayed", "delta", "taylor"])
+def test_gradients_of_strong_decays_are_exact(name: str, dtype: torch.dtype) -> None:
+    """Beside them, what the last tokens of a chunk leave to the final state is large."""
+    more: dict[str, Any] = {"delta": {"beta": True}, "taylor": {"feature_map": "taylor2"}}
+    of_form = "identity" if name in more else name
+    chosen = {**more.get(name, {}), "decay": "token", "dim": 16, "dtype": dtype}
+    tensors, options = form(of_form, tokens=70, **chosen)
+    tensors["decay"].fill_(-8.0)
+    check(tensors, options)
+
+
 def test_a_large_decay_does_not_blur_the_small_ones_after_it() -> None:
     tensors, options = form("identity", tokens=64, decay="token", dtype=torch.float32)
     tensors["decay"][:, 3] = -900.0

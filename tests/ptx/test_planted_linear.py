@@ -39,6 +39,7 @@ PROBLEMS: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "gated": ("elu, normalized, decayed", False, {"tokens": 150}),
     "gradients": ("elu, normalized, decayed", True, {"tokens": 80}),
     "strong decays": ("elu, normalized, decayed", True, {"tokens": 20}),
+    "weak decays": ("elu, normalized, decayed", True, {"tokens": 80}),
     "exact": ("elu, normalized, decayed", True, {"tokens": 50, "dtype": torch.float32}),
     "large": ("identity", False, {"tokens": 70, "dtype": torch.float16}),
     "not finite": ("identity", False, {"tokens": 40}),
@@ -130,13 +131,12 @@ BUGS = [
          (SUMS, "carry = fmaf(carry, p.factors[at], alone);", "carry += alone;")),
     _bug("gradient of decays ends with a lane's tokens", "decay_gradient", "gradients", WRONG,
          (SUMS, "    sum += __shfl_sync(~0u, mine, 0);\n", "")),
-    _bug("gradient of decays without the state", "decay_gradient", "gradients", WRONG,
+    _bug("gradient of decays without the state", "decay_gradient", "weak decays", WRONG,
          (SUMS, "sum += meetings[i];", "sum += 0. * meetings[i];")),
     _bug("states left after their chunk, of entries", "scan_bf16_32_gated", "gradients", WRONG,
          *LATE_LEAVE),
-    _bug("what keys get from the state left out of what meets", "scan_bf16_32_gated", "gradients",
-         WRONG, (STATE, "sum = fmaf(sum, totals(stage).kept, of_keys);",
-                 "sum *= totals(stage).kept;")),
+    _bug("what tokens leave to the state after them left out", "decay_gradient", "gradients", WRONG,
+         (SUMS, "  sum += left;\n", "")),
     _bug("what a token gets from itself is lost", "scan_bf16_32_gated", "gradients", WRONG,
          (OUTPUTS, "if (p.dots) x = fmaf(self * factor,", "if (p.dots) x = fmaf(0.f,")),
     _bug("what a token gets from itself has a part in its decay", "scan_bf16_32_gated",
@@ -174,14 +174,14 @@ BUGS = [
          (TAYLOR, "fmaf(fmaf(x, 0.5f, 1.f), x, 1.f), dot[e / 2]);", "x + 1.f, dot[e / 2]);")),
     _bug("every slice has what comes from the chunk", "scan_bf16_fold", "fold decays",
          "global write-write race", (SCAN, " && (!kFolded || slice == 0);", ";")),
-    _bug("the chunk's keys left out of what meets", "scan_bf16_fold", "fold decays", WRONG,
-         (STATE, "sum = fmaf(sum, totals(stage).kept, of_keys);", "sum *= totals(stage).kept;")),
+    _bug("what features leave to the state after them left out", "decay_gradient", "fold decays",
+         WRONG, (SUMS, "  sum += left;\n", "")),
     _bug("what meets is not decayed", "scan_bf16_fold", "fold decays", WRONG,
-         (STATE, "sum = fmaf(sum, totals(stage).kept, of_keys);", "sum += of_keys;")),
+         (STATE, "sum = warp_sum(sum) * totals(stage).kept;", "sum = warp_sum(sum);")),
     _bug("states left after their chunk", "scan_bf16_fold", "fold decays", WRONG,
          *LATE_LEAVE),
     _bug("what comes from the chunk left out", "decay_gradient", "fold decays", WRONG,
-         (SUMS, "s < p.sets * p.num_dots; ++s)", "s < p.sets * p.slices; ++s)")),
+         (SUMS, "s < p.num_dots; ++s)", "s < p.slices; ++s)")),
     _bug("features of c read while they are made", "scan_bf16_fold", "fold", "read-write race",
          (SCAN, "      expand_slice(c * kChunk, stage);\n      __syncthreads();\n",
           "      expand_slice(c * kChunk, stage);\n")),
@@ -284,6 +284,8 @@ def make(name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     tensors, options = form(kind, **more)
     if name == "not finite":
         tensors["value"][:, 21, :, 3] = torch.nan
+    if name == "weak decays":
+        tensors["decay"] *= 0.01
     if name == "strong decays":
         tensors["decay"].fill_(-8.0)
         tensors["query"] *= 4
