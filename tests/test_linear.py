@@ -390,6 +390,28 @@ def test_more_rows_than_a_grid_has():
         assert torch.equal(out[item], linear_attention(**one, **options)[0])
 
 
+@pytest.mark.parametrize("feature_map", ["elu", "taylor2"])
+def test_more_tokens_than_16_bits_count(feature_map):
+    tensors, options = problem(
+        70_001, heads=(1, 1, 1), dim=4, dim_v=5, feature_map=feature_map, dtype=torch.float32
+    )
+    out, state = linear_attention(**tensors, **options, output_final_state=True)
+
+    def features(x, scale):
+        x = x[0, :, 0].double()
+        if feature_map == "elu":
+            return torch.nn.functional.elu(x) + 1
+        one, squares = torch.ones(len(x), 1), (x[:, :, None] * x[:, None]).flatten(1)
+        return torch.cat([one, scale**0.5 * x, scale * 0.5**0.5 * squares], 1)
+
+    query, key = (features(tensors[n], 4**-0.5) for n in ("query", "key"))
+    sums = (key[:, :, None] * tensors["value"][0, :, 0, None].double()).cumsum(0)
+    expected = (query[:, None] @ sums)[None]
+    assert_close({"out": out}, {"out": expected}, 2e-6)
+    if feature_map == "elu":
+        assert_close({"state": state}, {"state": sums[-1][None, None]}, 2e-6)
+
+
 # ---- traps ---------------------------------------------------------------------------------------
 
 

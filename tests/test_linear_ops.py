@@ -5,6 +5,7 @@ import concurrent.futures
 
 import pytest
 import torch
+from far_apart import far_apart
 from linear_problems import (
     F64,
     FORMS,
@@ -281,6 +282,16 @@ def test_calls_from_several_python_threads():
         results = pool.map(lambda item: evaluate(linear_attention, *item), work)
         for got, want in zip(results, expected, strict=True):
             assert_same(got, want)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2], ids=["batch", "tokens", "heads"])
+def test_strides_beyond_two_billion_elements(dim, tmp_path):
+    def results(tensors):
+        named = dict(zip(("query", "key", "value"), tensors, strict=True))
+        return evaluate(linear_attention, named, {"feature_map": "elu", "normalize": True})
+
+    parts = far_apart(tmp_path, dim)
+    assert_same(results(parts), results([x.contiguous() for x in parts]))
 
 
 # ---- errors --------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import textwrap
 
 import pytest
 import torch
+from far_apart import far_apart
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnext
@@ -546,21 +547,7 @@ def test_call_in_a_forked_child():
 
 @pytest.mark.parametrize("dim", [0, 1, 2], ids=["batch", "tokens", "heads"])
 def test_strides_beyond_two_billion_elements(dim, tmp_path):
-    """Entries more than 2**31 elements apart, in a sparse file of which a few pages are real."""
-    shape, far = (2, 6, 2, 8), 2**31 + 24
-    step = far if dim != 1 else 2**29 + 24  # five steps of tokens cross 2**31
-    strides = [96, 16, 8, 1]
-    strides[dim] = step
-    size = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 96
-    parts = []
-    for i, name in enumerate(("query", "key", "value")):
-        storage = torch.from_file(
-            str(tmp_path / name), shared=True, size=size, dtype=torch.bfloat16
-        )
-        view = storage.as_strided(shape, strides)
-        view.copy_(normal(*shape, seed=i))
-        parts.append(view)
-    assert size > 2**31
+    parts = far_apart(tmp_path, dim)
 
     def both(tensors):
         leaves = [x.detach().requires_grad_() for x in tensors]

@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from far_apart import far_apart
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -234,19 +235,7 @@ def test_a_batch_item_does_not_depend_on_the_others():
 
 @pytest.mark.parametrize("dim", [0, 1, 2], ids=["batch", "tokens", "heads"])
 def test_strides_beyond_two_billion_elements(dim, tmp_path):
-    """Entries more than 2**31 elements apart, in a sparse file of which a few pages are real."""
-    shape, far = (2, 6, 2, 8), 2**31 + 24
-    strides = [96, 16, 8, 1]
-    strides[dim] = far if dim != 1 else 2**29 + 24  # five steps of tokens cross 2**31
-    size = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 96
-    assert size > 2**31
-    parts = []
-    for i, name in enumerate(("query", "key", "value")):
-        path = str(tmp_path / name)
-        storage = torch.from_file(path, shared=True, size=size, dtype=torch.bfloat16)
-        view = storage.as_strided(shape, strides)
-        view.copy_(normal(*shape, seed=i))
-        parts.append(view)
+    parts = far_apart(tmp_path, dim)
     plan = BlockPlan.of(torch.tensor([[[[0, 2], [1, 0], [2, -1]]]]), 6, 2)
 
     def results(tensors):
