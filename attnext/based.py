@@ -12,6 +12,7 @@ from torch.compiler import is_compiling
 
 from .arguments import (
     check_count,
+    check_cu_seqlens,
     check_device,
     check_flag,
     check_integer,
@@ -87,6 +88,7 @@ def based_attention(
     window_size: int,
     *,
     scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
     output_final_cache: bool = False,
 ) -> Any:
     """Softmax attention over the last tokens and Taylor linear attention over all older ones, with
@@ -102,8 +104,10 @@ def based_attention(
     Args:
         window_size: keys with exact weights.
         scale: by default ``K ** -0.5``.
+        cu_seqlens: int32 ``[M + 1]``, where each of M sequences packed along the token axis ends;
+            ``B`` must be 1.
         output_final_cache: also returns a :class:`BasedCache`, with which
-            :func:`based_attention_step` goes on. It has no gradient.
+            :func:`based_attention_step` goes on. It has no gradient. Not with ``cu_seqlens``.
 
     Numerics:
         As :func:`linear_attention`; the two parts are each rounded to the dtype once, and joined in
@@ -133,22 +137,40 @@ def based_attention(
     check_sequences(query, key, value)
     if key.shape[1] != query.shape[1]:
         raise ValueError(f"key must have the tokens of query, {query.shape[1]}, got {key.shape[1]}")
+    if cu_seqlens is not None:
+        check_cu_seqlens("cu_seqlens", cu_seqlens, query)
+        if output_final_cache:
+            raise ValueError(
+                "cu_seqlens must be None with output_final_cache: a cache is of one end"
+            )
     out, near_lse = sliding_window_attention(
-        query, key, value, window_size, scale=scale, return_lse=True
+        query, key, value, window_size, scale=scale, cu_seqlens_q=cu_seqlens, return_lse=True
     )
     state: list[Tensor] = []
     if query.shape[1] > window_size:
+        new, bounds, has_older = query[:, window_size:], None, None
+        if cu_seqlens is not None:
+            bounds, has_older = _older_parts(cu_seqlens, query.shape[1], window_size)
+            has_older = has_older.to(query.device)
+            # What others get is dropped below. Nor may their NaN reach another sequence's keys.
+            new = new.where(has_older[:, None, None], 0)
         far, total, *state = linear_attention(
-            query[:, window_size:],
+            new,
             key[:, :-window_size],
             value[:, :-window_size],
             **_TAYLOR,
             scale=scale,
+            cu_seqlens=bounds,
             return_denominator=True,
             output_final_state=output_final_cache,
         )
+        if has_older is None:
+            far_lse = torch.log(total)
+        else:
+            far_lse = torch.log(total.where(has_older[:, None], 1))
+            far_lse = far_lse.where(has_older[:, None], -torch.inf)
         late, _ = merge_attentions(
-            (out[:, window_size:], far), (near_lse[:, window_size:], torch.log(total))
+            (out[:, window_size:], far), (near_lse[:, window_size:], far_lse)
         )
         out = torch.cat([out[:, :window_size], late], dim=1)
     if not output_final_cache:
@@ -158,6 +180,17 @@ def based_attention(
         shape = (query.shape[0], query.shape[2], rows, value.shape[-1] + 1)
         state = [query.new_zeros(shape, dtype=accumulator_dtype(query.dtype))]
     return out, BasedCache(WindowCache.after(key, value, window_size), state[0].detach())
+
+
+def _older_parts(cu_seqlens: Tensor, tokens: int, window_size: int) -> tuple[Tensor, Tensor]:
+    """Packed sequences without the last ``window_size`` tokens of all: where each one's keys end
+    that a query of its own is that far behind, and where the next one begins; and for each of
+    these tokens, whether it is such a key."""
+    begins, ends = cu_seqlens[:-1], cu_seqlens[1:]
+    parts = torch.stack([begins, torch.maximum(ends - window_size, begins)], dim=1).flatten()
+    bounds = torch.cat([parts, ends[-1:]]).clamp(max=tokens - window_size)
+    places = torch.arange(tokens - window_size, dtype=bounds.dtype, device=bounds.device)
+    return bounds, torch.searchsorted(bounds, places, right=True) % 2 == 1
 
 
 def based_attention_step(
@@ -313,10 +346,13 @@ class BasedAttention(nn.Module):
         result: Tensor = self.out(mixed.flatten(-2))
         return result
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """``cu_seqlens``: where packed sequences end, as :func:`based_attention` takes it. Turns
+        go on from one to the next: products depend on distances alone."""
+        heads = self._project(x)
         if self.window_size is None:
-            return self._leave(linear_attention(*self._project(x), **_TAYLOR))
-        return self._leave(based_attention(*self._project(x), self.window_size))
+            return self._leave(linear_attention(*heads, **_TAYLOR, cu_seqlens=cu_seqlens))
+        return self._leave(based_attention(*heads, self.window_size, cu_seqlens=cu_seqlens))
 
     def prefill(self, x: Tensor) -> tuple[Tensor, Any]:
         """``forward``, and what :meth:`step` goes on with: the state after the last token, or with

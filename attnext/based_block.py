@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.functional import conv1d, pad, silu
 
 from .arguments import (
     check_choice,
+    check_cu_seqlens,
     check_flag,
     check_integer,
     check_layer_input,
@@ -21,6 +23,7 @@ from .arguments import (
 )
 from .based import BasedAttention, check_heads
 from .functional import sliding_window_attention
+from .ops import sequence_ends
 from .rotary import rotary_embedding
 from .window_cache import WindowCache
 
@@ -76,8 +79,12 @@ class SlidingWindowAttention(nn.Module):
         result: Tensor = self.out(mixed.flatten(-2))
         return result
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._leave(sliding_window_attention(*self._project(x), self.window_size))
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """``cu_seqlens``: where packed sequences end. Turns go on from one to the next: products
+        depend on distances alone."""
+        return self._leave(
+            sliding_window_attention(*self._project(x), self.window_size, cu_seqlens_q=cu_seqlens)
+        )
 
     def prefill(self, x: Tensor) -> tuple[Tensor, WindowCache]:
         """``forward``, and the last keys and values."""
@@ -133,9 +140,13 @@ class GatedConvolution(nn.Module):
         nn.init.uniform_(self.kernel, -(kernel_size**-0.5), kernel_size**-0.5)
         self.leave = nn.Linear(inner, dim)
 
-    def _mix(self, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _mix(
+        self, x: Tensor, before: Tensor | None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The result, and all that the convolution has read."""
         check_layer_input(x, self.enter.in_features)
+        if cu_seqlens is not None:
+            check_cu_seqlens("cu_seqlens", cu_seqlens, x)
         filtered, gate = self.enter(x).chunk(2, dim=-1)
         taps = self.kernel.shape[1]
         if before is None:
@@ -144,13 +155,32 @@ class GatedConvolution(nn.Module):
             read = torch.cat([before, filtered], dim=1)
         if x.shape[1] == 0:  # too few for torch's convolution
             return self.leave(filtered * gate), read
-        channels = read.transpose(1, 2)
-        kernel = self.kernel[:, None]
-        mixed = conv1d(channels, kernel, groups=kernel.shape[0]).transpose(1, 2)
+        if cu_seqlens is None:
+            channels = read.transpose(1, 2)
+            kernel = self.kernel[:, None]
+            mixed = conv1d(channels, kernel, groups=kernel.shape[0]).transpose(1, 2)
+        else:
+            mixed = self._convolve_packed(read, cu_seqlens)
         return self.leave(silu(mixed) * gate), read
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._mix(x, None)[0]
+    def _convolve_packed(self, read: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Tap by tap, each of the tokens that have so many before them in their sequence."""
+        last = self.kernel.shape[1] - 1
+        tokens = read.shape[1] - last
+        if not is_compiling():
+            sequence_ends(cu_seqlens, "cu_seqlens", tokens)
+        t = torch.arange(tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+        begin = cu_seqlens[torch.searchsorted(cu_seqlens, t, right=True) - 1]
+        place = (t - begin).to(read.device)[:, None]
+        mixed = read[:, last:] * self.kernel[:, last]
+        for back in range(1, last + 1):
+            earlier = read[:, last - back : last - back + tokens].where(place >= back, 0)
+            mixed = mixed + earlier * self.kernel[:, last - back]
+        return mixed
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """``cu_seqlens``: int32 ``[M + 1]``, where packed sequences end; the batch must be 1."""
+        return self._mix(x, None, cu_seqlens)[0]
 
     def prefill(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``forward``, and the last inputs of the convolution."""
@@ -262,8 +292,10 @@ class BasedBlock(nn.Module):
         result: Tensor = x + self.mlp(self.mlp_norm(x))
         return result
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._feed(x, self.mixer(self._norm(x)))
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """``cu_seqlens``: int32 ``[M + 1]``, where packed sequences end, which then know nothing of
+        each other; the batch must be 1."""
+        return self._feed(x, self.mixer(self._norm(x), cu_seqlens))
 
     def prefill(self, x: Tensor) -> tuple[Tensor, Any]:
         """``forward``, and what the mixer keeps for decoding."""

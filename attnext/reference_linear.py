@@ -21,6 +21,7 @@ def based_attention(
     window_size: int,
     *,
     scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """The weight of each pair written down: ``exp(s)`` in the window, ``1 + s + s^2/2`` before it.
@@ -36,6 +37,9 @@ def based_attention(
     age = tokens[:, None] - tokens
     weights = torch.where(age < window_size, scores.exp(), 1 + scores + scores.square() / 2)
     weights = torch.where(age < 0, 0.0, weights)
+    if cu_seqlens is not None:
+        sequence = torch.tensor([sum(int(end) <= t for end in cu_seqlens) for t in tokens])
+        weights = torch.where(sequence[:, None] == sequence, weights, 0.0)
     return torch.einsum("bhij,bjhd->bihd", weights / weights.sum(-1, keepdim=True), value)
 
 

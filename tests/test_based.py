@@ -3,6 +3,7 @@
 formula."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -67,6 +68,39 @@ def test_prefill_and_steps_are_the_formula(data):
         outs.append(based_attention_step(*part(tensors, t, t + size), cache, scale=scale))
     assert error(torch.cat(outs, dim=1), expected) < 1e-12
     same_cache(cache, last)
+
+
+@settings(max_examples=40)
+@given(st.data())
+def test_packed_sequences_know_nothing_of_each_other(data):
+    """Shorter than the window, as long, longer and empty ones."""
+    window = data.draw(st.integers(1, 9))
+    lengths = data.draw(st.lists(st.integers(0, 20), min_size=1, max_size=5))
+    ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    leaves = [x.requires_grad_() for x in inputs(int(ends[-1]), batch=1)]
+    out = based_attention(*leaves, window, cu_seqlens=ends)
+    assert error(out, reference_linear.based_attention(*leaves, window, cu_seqlens=ends)) < 1e-12
+    cotangent = normal(*out.shape, seed=7)
+    gradients = torch.autograd.grad(out, leaves, cotangent)
+    for begin, end in itertools.pairwise(ends.tolist()):
+        alone = [x.detach()[:, begin:end].requires_grad_() for x in leaves]
+        one = based_attention(*alone, window)
+        assert error(out[:, begin:end], one) < 1e-12
+        for got, want in zip(
+            gradients, torch.autograd.grad(one, alone, cotangent[:, begin:end]), strict=True
+        ):
+            assert error(got[:, begin:end], want) < 1e-12
+
+
+@pytest.mark.parametrize("which", range(3), ids=["query", "key", "value"])
+def test_nan_stays_in_its_sequence(which):
+    ends = torch.tensor([0, 10, 21, 24], dtype=torch.int32)
+    leaves = list(inputs(24, batch=1))
+    leaves[which][:, 10:21] = torch.nan
+    leaves = [x.requires_grad_() for x in leaves]
+    out = based_attention(*leaves, 4, cu_seqlens=ends)
+    for x in (out, *torch.autograd.grad(out.sum(), leaves)):
+        assert x[:, :10].isfinite().all() and x[:, 21:].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -167,6 +201,9 @@ def test_compiled_and_autocast():
     step = torch.compile(based_attention_step, fullgraph=True, backend="aot_eager")
     assert torch.equal(step(*new, other), based_attention_step(*new, cache))
     same_cache(other, cache)
+    ends = torch.tensor([0, 3, 3, 15, 20], dtype=torch.int32)
+    expected = based_attention(*tensors, 6, cu_seqlens=ends)
+    assert torch.equal(compiled(*tensors, 6, cu_seqlens=ends), expected)
     halves = [x.bfloat16() for x in tensors]
     expected, cache = based_attention(*halves, 6, output_final_cache=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -258,6 +295,30 @@ def test_block(mixer):
     assert all(p.grad.abs().sum() > 0 for p in block.parameters())
 
 
+@pytest.mark.parametrize("mixer", [*MIXERS, "hybrid, turned"])
+def test_packed_block(mixer):
+    """What a sequence gives alone, with its gradients; compiled, too."""
+    turned, mixer = mixer.endswith("turned"), mixer.split(",")[0]
+    block = block_of(mixer, **({"rotary": True, "feature_dim": 4} if turned else {}))
+    ends = torch.tensor([0, 9, 10, 10, 28, 30], dtype=torch.int32)
+    x = (2 * normal(1, 30, 24)).requires_grad_()
+    out = block(x, ends)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")(x, ends)
+    assert error(compiled, out) < 1e-13
+    cotangent = normal(*out.shape, seed=7)
+    (gradient,) = torch.autograd.grad(out, x, cotangent)
+    for begin, end in itertools.pairwise(ends.tolist()):
+        alone = x.detach()[:, begin:end].requires_grad_()
+        one = block(alone)
+        assert error(out[:, begin:end], one) < 1e-12
+        (want,) = torch.autograd.grad(one, alone, cotangent[:, begin:end])
+        assert error(gradient[:, begin:end], want) < 1e-12
+    with pytest.raises(ValueError, match=r"cu_seqlens.* must rise from 0 to the number of tokens"):
+        block(x, ends[:-1])
+    with pytest.raises(ValueError, match="batch size 1"):
+        block(x.expand(2, -1, -1), ends)
+
+
 def test_layer_with_slots_and_window():
     layer = block_of("linear").mixer
     x = normal(2, 9, 24)
@@ -323,6 +384,21 @@ Y = torch.zeros(1, 1, 8)
 
 
 WRONG = {
+    "sequences that fall": (
+        lambda: based_attention(
+            *inputs(9, batch=1), 3, cu_seqlens=torch.tensor([0, 5, 4, 9], dtype=torch.int32)
+        ), ValueError, "cu_seqlens",
+    ),
+    "packed batch": (
+        lambda: based_attention(*inputs(9), 3, cu_seqlens=torch.tensor([0, 9], dtype=torch.int32)),
+        ValueError, "batch size 1 with cu_seqlens, got 2",
+    ),
+    "cache of packed sequences": (
+        lambda: based_attention(
+            *inputs(9, batch=1), 3, cu_seqlens=torch.tensor([0, 9], dtype=torch.int32),
+            output_final_cache=True,
+        ), ValueError, "cu_seqlens must be None with output_final_cache",
+    ),
     "few queries": (
         lambda: based_attention(x(2, 2, 1, 6), *[x(2, 10, 1, 6)] * 2, 3), ValueError,
         "key must have the tokens of query, 2, got 10",
