@@ -183,9 +183,9 @@ def based_attention(
 
 
 def _older_parts(cu_seqlens: Tensor, tokens: int, window_size: int) -> tuple[Tensor, Tensor]:
-    """Packed sequences without the last ``window_size`` tokens of all: where each one's keys end
-    that a query of its own is that far behind, and where the next one begins; and for each of
-    these tokens, whether it is such a key."""
+    """Of all keys but the last ``window_size``, beside all queries but the first: bounds at which,
+    in turn, a sequence begins and its keys end that a query of its own is a window behind; and for
+    each key whether it is one of these. What is between them meets queries of other sequences."""
     begins, ends = cu_seqlens[:-1], cu_seqlens[1:]
     parts = torch.stack([begins, torch.maximum(ends - window_size, begins)], dim=1).flatten()
     bounds = torch.cat([parts, ends[-1:]]).clamp(max=tokens - window_size)
