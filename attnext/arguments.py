@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .ops import DTYPES
+from .ops import DTYPES, sequence_ends
 
 _MAX_INTEGER = 2**62
 _SOFTCAPS = 2.0**-100, 2.0**100  # so that logits / softcap and the products by it are float32
@@ -50,6 +50,17 @@ def _check_cuda(query: Tensor, value: Tensor) -> None:
             raise NotImplementedError(
                 f"{name} has head_dim {t.shape[-1]}: on CUDA at most {_CUDA_HEAD_DIM} is allowed"
             )
+
+
+def has_numbers(t: Tensor) -> bool:
+    """Whether what a tensor holds can be looked at: no compiler, mode or transform stands before
+    it, and it is not for shapes only."""
+    return not (
+        is_compiling()
+        or t.is_meta
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.is_functorch_wrapped_tensor(t)
+    )
 
 
 def check_dense(name: str, t: Tensor) -> None:
@@ -174,6 +185,14 @@ def check_cu_seqlens(name: str, cu_seqlens: Any, query: Tensor) -> None:
         raise ValueError(f"{name} must be [N + 1] with N >= 1, got {tuple(cu_seqlens.shape)}")
     if query.shape[0] != 1:
         raise ValueError(f"query must have batch size 1 with {name}, got {query.shape[0]}")
+
+
+def check_packing(cu_seqlens: Any, query: Tensor) -> None:
+    """``cu_seqlens`` of a function that hands them on under another name, or to no operator: also
+    what they hold, where it can be read."""
+    check_cu_seqlens("cu_seqlens", cu_seqlens, query)
+    if has_numbers(cu_seqlens):
+        sequence_ends(cu_seqlens, "cu_seqlens", query.shape[1])
 
 
 def check_modifier(name: str, t: Any, shape: tuple[Any, ...], query: Tensor) -> None:

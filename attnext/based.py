@@ -12,11 +12,11 @@ from torch.compiler import is_compiling
 
 from .arguments import (
     check_count,
-    check_cu_seqlens,
     check_device,
     check_flag,
     check_integer,
     check_layer_input,
+    check_packing,
     check_scale,
     check_sequences,
     kind_of,
@@ -138,7 +138,7 @@ def based_attention(
     if key.shape[1] != query.shape[1]:
         raise ValueError(f"key must have the tokens of query, {query.shape[1]}, got {key.shape[1]}")
     if cu_seqlens is not None:
-        check_cu_seqlens("cu_seqlens", cu_seqlens, query)
+        check_packing(cu_seqlens, query)
         if output_final_cache:
             raise ValueError(
                 "cu_seqlens must be None with output_final_cache: a cache is of one end"

@@ -9,21 +9,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 from torch.nn.functional import conv1d, pad, silu
 
 from .arguments import (
     check_choice,
-    check_cu_seqlens,
     check_flag,
     check_integer,
     check_layer_input,
+    check_packing,
     check_tensor,
     kind_of,
 )
 from .based import BasedAttention, check_heads
 from .functional import sliding_window_attention
-from .ops import sequence_ends
 from .rotary import rotary_embedding
 from .window_cache import WindowCache
 
@@ -82,8 +80,11 @@ class SlidingWindowAttention(nn.Module):
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """``cu_seqlens``: where packed sequences end. Turns go on from one to the next: products
         depend on distances alone."""
+        heads = self._project(x)
+        if cu_seqlens is not None:
+            check_packing(cu_seqlens, x)
         return self._leave(
-            sliding_window_attention(*self._project(x), self.window_size, cu_seqlens_q=cu_seqlens)
+            sliding_window_attention(*heads, self.window_size, cu_seqlens_q=cu_seqlens)
         )
 
     def prefill(self, x: Tensor) -> tuple[Tensor, WindowCache]:
@@ -146,7 +147,7 @@ class GatedConvolution(nn.Module):
         """The result, and all that the convolution has read."""
         check_layer_input(x, self.enter.in_features)
         if cu_seqlens is not None:
-            check_cu_seqlens("cu_seqlens", cu_seqlens, x)
+            check_packing(cu_seqlens, x)
         filtered, gate = self.enter(x).chunk(2, dim=-1)
         taps = self.kernel.shape[1]
         if before is None:
@@ -167,8 +168,6 @@ class GatedConvolution(nn.Module):
         """Tap by tap, each of the tokens that have so many before them in their sequence."""
         last = self.kernel.shape[1] - 1
         tokens = read.shape[1] - last
-        if not is_compiling():
-            sequence_ends(cu_seqlens, "cu_seqlens", tokens)
         t = torch.arange(tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
         begin = cu_seqlens[torch.searchsorted(cu_seqlens, t, right=True) - 1]
         place = (t - begin).to(read.device)[:, None]

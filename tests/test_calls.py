@@ -190,33 +190,25 @@ def test_other_tensors_are_refused_by_name(
         function(**changed)
 
 
-def flags() -> list[tuple[str, str]]:
+def options_of(kind: type) -> list[tuple[str, str]]:
+    """Calls, and arguments of each whose default is such a thing."""
     return [
         (name, parameter.name)
         for name, (function, _) in CALLS.items()
         for parameter in inspect.signature(function).parameters.values()
-        if isinstance(parameter.default, bool)
+        if isinstance(parameter.default, kind)
     ]
 
 
-@pytest.mark.parametrize(("name", "flag"), flags())
+@pytest.mark.parametrize(("name", "flag"), options_of(bool))
 def test_flags_are_bools(name: str, flag: str) -> None:
     function, given = CALLS[name]
     with pytest.raises(TypeError, match=f"{flag} must be a bool"):
         function(**{**given, flag: 2})
 
 
-def choices() -> list[tuple[str, str]]:
-    return [
-        (name, parameter.name)
-        for name, (function, _) in CALLS.items()
-        for parameter in inspect.signature(function).parameters.values()
-        if isinstance(parameter.default, str)
-    ]
-
-
 @pytest.mark.parametrize("other", ["none of them", 5, ()], ids=type)
-@pytest.mark.parametrize(("name", "choice"), choices())
+@pytest.mark.parametrize(("name", "choice"), options_of(str))
 def test_choices_are_among_those_there_are(name: str, choice: str, other: Any) -> None:
     function, given = CALLS[name]
     with pytest.raises((ValueError, TypeError), match=f"{choice} must be"):
