@@ -62,12 +62,17 @@ def best_places(numbers: Tensor, count: int, places: Tensor) -> None: ...
 # ---- Linear attention: `problem` as above; `grads` of its first six tensors
 
 def linear_forward(
-    problem: tuple[Any, ...], out: Tensor, denominator: Tensor | None, final_state: Tensor | None
+    problem: tuple[Any, ...],
+    out: Tensor,
+    denominator: Tensor | None,
+    remainder: Tensor | None,
+    final_state: Tensor | None,
 ) -> None: ...
 def linear_backward(
     problem: tuple[Any, ...],
     out: Tensor,
     denominator: Tensor | None,
+    remainder: Tensor | None,
     dout: Tensor,
     ddenominator: Tensor | None,
     dfinal_state: Tensor | None,

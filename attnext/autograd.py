@@ -9,6 +9,7 @@ subclasses) meets the registered operators, which know their gradients and vmap 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,7 @@ def differentiable(
     num_tensors: int,
     num_grads: int,
     num_results: int,
+    num_saved: int = 2,
     results_asked: Callable[[Any, Any], Any] = lambda plain, grads: grads,
 ) -> Any:
     """Gives the operators ``{op}_forward`` and ``{op}_backward`` their gradients and vmap rules,
@@ -39,28 +41,29 @@ def differentiable(
     where they are needed, on others the operator.
 
     A problem begins with ``num_tensors`` tensors, of which the first ``num_grads`` have gradients;
-    the rest is plain. backward takes the problem, its first two results, the gradients of all
-    results and a list of the gradients that are needed. ``results_asked(plain, grads)``: None in
-    the place of gradients of results that nobody asked for.
+    the rest is plain. backward takes the problem, its first ``num_saved`` results, the gradients of
+    the ``num_results`` that have one, and a list of the gradients that are needed.
+    ``results_asked(plain, grads)``: of the gradients of all results those that backward takes, None
+    in the place of what nobody asked for.
     """
     forward_op = getattr(torch.ops.attnext, f"{op}_forward").default
     backward_op = getattr(torch.ops.attnext, f"{op}_backward").default
 
     def save(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs[:num_tensors], *output[:2])
+        ctx.save_for_backward(*inputs[:num_tensors], *output[:num_saved])
         ctx.plain = inputs[num_tensors:]
         ctx.set_materialize_grads(False)
 
     def gradients(run: Callable[..., tuple[Tensor, ...]], ctx: Any, *grads: Tensor | None) -> Any:
-        *tensors, out, second = ctx.saved_tensors
+        tensors, saved = ctx.saved_tensors[:num_tensors], ctx.saved_tensors[num_tensors:]
         nothing = (None,) * len(ctx.plain)
         dout, *rest = results_asked(ctx.plain, grads)
         if dout is None and all(g is None for g in rest):
             return (None,) * num_tensors + nothing
         if dout is None:
-            dout = torch.zeros_like(out)
+            dout = torch.zeros_like(saved[0])
         needs = [bool(n) for n in ctx.needs_input_grad[:num_grads]]
-        found = run(*tensors, *ctx.plain, out, second, dout, *rest, needs)
+        found = run(*tensors, *ctx.plain, *saved, dout, *rest, needs)
         wanted = (
             g if t is not None and need else None
             for g, t, need in zip(found, tensors[:num_grads], needs, strict=True)
@@ -86,7 +89,7 @@ def differentiable(
         @staticmethod
         def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
             needs = len(args) - 1
-            more = tuple(range(needs - num_results - 2, needs))
+            more = tuple(range(needs - num_results - num_saved, needs))
             return batched(Backward.apply, info.batch_size, in_dims, args, more)
 
     class Forward(torch.autograd.Function):
@@ -187,6 +190,21 @@ def one_slice_at_a_time(apply: Any, size: int, in_dims: Any, args: tuple[Any, ..
 
 
 _TYPES = (Tensor, torch.nn.Parameter)
+
+
+_SERIAL = 32768  # numbers that torch adds up in one thread
+_ROW = 4096
+
+
+def spread(t: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """``t`` broadcast to ``shape``. A gradient that ends in a single number torch adds up in as
+    many parts as it has threads, whose number its bits should not depend on: it is summed in rows
+    first."""
+    count = math.prod(shape)
+    if t.numel() != 1 or not t.requires_grad or count < _SERIAL:
+        return t.expand(shape)
+    rows = (count + _ROW - 1) // _ROW
+    return t.reshape(1, 1).expand(rows, 1).expand(rows, _ROW).reshape(-1)[:count].reshape(shape)
 
 
 def is_plain(tensors: tuple[Any, ...]) -> bool:

@@ -135,6 +135,7 @@ def based_attention(
     if is_compiling() or torch._C._is_any_autocast_enabled():
         query, key, value = under_autocast(query, key, value)
     check_sequences(query, key, value)
+    scale = check_scale(scale, query.shape[-1] ** -0.5)
     if key.shape[1] != query.shape[1]:
         raise ValueError(f"key must have the tokens of query, {query.shape[1]}, got {key.shape[1]}")
     if cu_seqlens is not None:

@@ -12,6 +12,7 @@ from torch.compiler import is_compiling
 
 from .arguments import (
     DTYPE_NAMES,
+    check_choice,
     check_cu_seqlens,
     check_dense,
     check_device,
@@ -22,6 +23,7 @@ from .arguments import (
     finite_number,
     under_autocast,
 )
+from .autograd import spread
 from .linear_ops import FEATURE_MAPS, linear_op, num_features, num_heads, step_op
 from .ops import DTYPES, accumulator_dtype, unit_stride
 
@@ -198,22 +200,27 @@ def linear_attention(
 
 def _off_zero(total: Tensor, eps: float) -> Tensor:
     """What a normaliser divides by."""
-    return total + torch.where(total < 0, -eps, eps)
+    return torch.where(total < 0, total - eps, total + eps)
 
 
 def _normalized_apart(
     run: Any, numerator: tuple[Tensor, ...], sums: tuple[Tensor, Tensor], state: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Numerators and sums of features, each of its own queries and keys, in the accumulator dtype:
-    nothing is rounded before the division."""
+    nothing is rounded before the division, nor are the gradients of what is in both before they
+    meet."""
     acc = accumulator_dtype(numerator[0].dtype)
     query, key, value = (x.to(acc) for x in numerator)
+    sum_query, sum_key = (
+        wide if x is given else x.to(acc)
+        for x, given, wide in zip(sums, numerator[:2], (query, key), strict=True)
+    )
     one = value.new_ones(1).expand(*value.shape[:-1], 1)
     of_values = of_sums = None
     if state is not None:
         of_values, of_sums = state[..., :-1].contiguous(), state[..., -1:].contiguous()
     out, _, values = run(query, key, value, of_values, False)
-    total, _, last = run(sums[0].to(acc), sums[1].to(acc), one, of_sums, False)
+    total, _, last = run(sum_query, sum_key, one, of_sums, False)
     return out, total.squeeze(-1), torch.cat([values, last], -1) if values.dim() == 4 else values
 
 
@@ -468,8 +475,7 @@ def _check_problem(
                 f"{name} must have a divisor of {heads} heads, the most of query, key and value, "
                 f"got {t.shape[2]}"
             )
-    if feature_map not in FEATURE_MAPS:
-        raise ValueError(f"feature_map must be one of {FEATURE_MAPS}, got {feature_map!r}")
+    check_choice("feature_map", feature_map, FEATURE_MAPS)
     check_flag("normalize", normalize)
     if finite_number("eps", eps) < 0:
         raise ValueError(f"eps must not be negative, got {eps}")
@@ -503,7 +509,7 @@ def _check_gates(
         raise ValueError("beta, the delta rule, is not for feature_map 'taylor2'")
     acc = accumulator_dtype(query.dtype)
     if decay is not None:
-        decay = decay.to(acc).expand(rows)
+        decay = spread(decay.to(acc), rows)
     if beta is not None:
         beta = beta.to(acc)
     return decay, beta

@@ -13,27 +13,31 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import _C
-from .autograd import LIBRARY, differentiable, one_slice_at_a_time
+from .autograd import LIBRARY, differentiable, needs_gradient, one_slice_at_a_time
 from .device_tables import DeviceTables
 from .ops import accumulator_dtype, sequence_ends, unit_stride
 
 FEATURE_MAPS = ("identity", "elu", "relu", "taylor2")  # in the order of FeatureMap in params.h
 
 # decay and beta are [batch, tokens, heads] in the accumulator dtype, heads being the most of query,
-# key and value. window_size 0: sequences are whole; chunk_size 0: the kernel's choice.
+# key and value. window_size 0: sequences are whole; chunk_size 0: the kernel's choice. followed: by
+# a backward pass.
 _PROBLEM = (
     "Tensor query, Tensor key, Tensor value, Tensor? decay, Tensor? beta, Tensor? initial_state, "
     "Tensor? cu_seqlens, int feature_map, bool is_causal, bool reverse, bool normalize, "
-    "bool output_final_state, float scale, float eps, SymInt window_size, SymInt chunk_size"
+    "bool output_final_state, float scale, float eps, SymInt window_size, SymInt chunk_size, "
+    "bool followed"
 )
 _NUM_GRADS = 6
+_NUM_GIVEN = 7  # what the backward pass takes after the problem
 _NUM_TENSORS = 7  # with cu_seqlens
 _DECAY, _BETA, _FEATURE_MAP, _NORMALIZE, _OUTPUT_STATE = 3, 4, 7, 10, 11
 
-# Beside `out` come what it was divided by, and the final state; empty where they are not wanted.
-LIBRARY.define(f"linear_forward({_PROBLEM}) -> (Tensor, Tensor, Tensor)")
+# Beside `out` come what it was divided by, what it lost as it was rounded, and the final state;
+# empty where they are not wanted.
+LIBRARY.define(f"linear_forward({_PROBLEM}) -> (Tensor, Tensor, Tensor, Tensor)")
 LIBRARY.define(
-    f"linear_backward({_PROBLEM}, Tensor out, Tensor denominator, Tensor dout, "
+    f"linear_backward({_PROBLEM}, Tensor out, Tensor denominator, Tensor remainder, Tensor dout, "
     "Tensor? ddenominator, Tensor? dfinal_state, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
@@ -60,6 +64,7 @@ def num_heads(query: Tensor, key: Tensor, value: Tensor) -> int:
 
 def _native(problem: tuple[Any, ...]) -> tuple[Any, ...]:
     """The problem as the binary takes it, with cu_seqlens as a checked list."""
+    problem = problem[:-1]
     cu_seqlens = problem[_NUM_GRADS]
     if cu_seqlens is None:
         return problem
@@ -67,7 +72,16 @@ def _native(problem: tuple[Any, ...]) -> tuple[Any, ...]:
     return (*problem[:_NUM_GRADS], ends, *problem[_NUM_TENSORS:])
 
 
-def _forward_fake(*problem: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _keeps_remainder(problem: tuple[Any, ...]) -> bool:
+    """Whether the backward pass will want more of the outputs than their dtype holds: beside a
+    normaliser they are what a key's gradient takes values from. The CUDA kernels do without."""
+    query, followed = problem[0], problem[-1]
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    kept: bool = followed and problem[_NORMALIZE] and half and query.device.type == "cpu"
+    return kept
+
+
+def _forward_fake(*problem: Any) -> tuple[Tensor, ...]:
     query, key, value = problem[:3]
     cu_seqlens, feature_map = problem[_NUM_GRADS : _NUM_GRADS + 2]
     normalize, output_state = problem[_NORMALIZE], problem[_OUTPUT_STATE]
@@ -77,24 +91,27 @@ def _forward_fake(*problem: Any) -> tuple[Tensor, Tensor, Tensor]:
     count = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     features = num_features(FEATURE_MAPS[feature_map], dim)
     state = (count, heads, features, value.shape[-1] + int(normalize))
+    outputs = (*rows, value.shape[-1])
     return (
-        query.new_empty((*rows, value.shape[-1])),
+        query.new_empty(outputs),
         query.new_empty(rows if normalize else (0,), dtype=acc),
+        query.new_empty(outputs if _keeps_remainder(problem) else (0,)),
         query.new_empty(state if output_state else (0,), dtype=acc),
     )
 
 
 def _wanted_results(problem: tuple[Any, ...], results: tuple[Tensor, ...]) -> tuple[Any, ...]:
     """Of what the fake gives, what is to be written."""
-    out, denominator, state = results
+    out, denominator, remainder, state = results
     return (
         out,
         denominator if problem[_NORMALIZE] else None,
+        remainder if _keeps_remainder(problem) else None,
         state if problem[_OUTPUT_STATE] else None,
     )
 
 
-def _forward_cpu(*problem: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_cpu(*problem: Any) -> tuple[Tensor, ...]:
     results = _forward_fake(*problem)
     _C.linear_forward(_native(problem), *_wanted_results(problem, results))
     return results
@@ -118,7 +135,9 @@ def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
 def _backward_tensors(*args: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
     """Fresh gradients, those of query, key and value with a row per head, and what the binary takes
     after the problem."""
-    problem, (out, denominator, dout, ddenominator, dstate, needs) = args[:-6], args[-6:]
+    problem, (out, denominator, remainder, dout, ddenominator, dstate, needs) = (
+        args[:-_NUM_GIVEN], args[-_NUM_GIVEN:],
+    )  # fmt: skip
     heads = num_heads(*problem[:3])
     grads = tuple(_per_head(t, heads) for t in problem[:3])
     more = _backward_fake(*args)[3:]
@@ -129,10 +148,10 @@ def _backward_tensors(*args: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
     dout = unit_stride(dout)  # e.g. the expanded gradient of a sum
     if dstate is not None:
         dstate = dstate.contiguous()
-    denominator = denominator if problem[_NORMALIZE] else None
     return (*grads, *more), (
         out,
-        denominator,
+        denominator if problem[_NORMALIZE] else None,
+        remainder if _keeps_remainder(problem) else None,
         dout,
         ddenominator,
         dstate,
@@ -152,7 +171,7 @@ def _shared(grads: tuple[Tensor, ...], problem: tuple[Any, ...]) -> tuple[Tensor
 
 
 def _backward_cpu(*args: Any) -> tuple[Tensor, ...]:
-    problem = args[:-6]
+    problem = args[:-_NUM_GIVEN]
     grads, tensors = _backward_tensors(*args)
     _C.linear_backward(_native(problem), *tensors)
     return _shared(grads, problem)
@@ -226,23 +245,24 @@ def _run_cuda(call: Any, query: Tensor, op: str, *tensors: Any) -> None:
     call.run(sequences, workspace.data_ptr(), query.get_device(), stream, *tensors)
 
 
-def _forward_cuda(*problem: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_cuda(*problem: Any) -> tuple[Tensor, ...]:
     query = problem[0]
     check_cuda(problem)
     with torch.cuda.device(query.device):
         results = _forward_fake(*problem)
         call = _C.CudaLinearForward(_native(problem))
-        _run_cuda(call, query, "linear_forward", *_wanted_results(problem, results))
+        out, denominator, _, state = _wanted_results(problem, results)
+        _run_cuda(call, query, "linear_forward", out, denominator, state)
     return results
 
 
 def _backward_cuda(*args: Any) -> tuple[Tensor, ...]:
-    problem, query = args[:-6], args[0]
+    problem, query = args[:-_NUM_GIVEN], args[0]
     check_cuda(problem)
     with torch.cuda.device(query.device):
-        grads, tensors = _backward_tensors(*args)
+        grads, (out, denominator, _, *tensors) = _backward_tensors(*args)
         call = _C.CudaLinearBackward(_native(problem), tensors[-1][_DECAY] is not None)
-        _run_cuda(call, query, "linear_backward", *tensors)
+        _run_cuda(call, query, "linear_backward", out, denominator, *tensors)
         return _shared(grads, problem)
 
 
@@ -283,8 +303,8 @@ for _name, _cpu, _cuda, _fake in (
     torch.library.register_fake(f"attnext::{_name}", _fake, lib=LIBRARY)
 
 
-def _forward(*problem: Any) -> tuple[Tensor, Tensor, Tensor]:
-    results: tuple[Tensor, Tensor, Tensor] = torch.ops.attnext.linear_forward.default(*problem)
+def _forward(*problem: Any) -> tuple[Tensor, ...]:
+    results: tuple[Tensor, ...] = torch.ops.attnext.linear_forward.default(*problem)
     return results
 
 
@@ -318,7 +338,7 @@ def _batched(
 
 
 def _results_asked(plain: Any, grads: Any) -> Any:
-    dout, ddenominator, dstate = grads
+    dout, ddenominator, _, dstate = grads
     return (
         dout,
         ddenominator if plain[_NORMALIZE - _NUM_TENSORS] else None,
@@ -335,6 +355,7 @@ _call = differentiable(
     _NUM_TENSORS,
     _NUM_GRADS,
     num_results=3,
+    num_saved=3,
     results_asked=_results_asked,
 )
 
@@ -342,8 +363,14 @@ _call = differentiable(
 def linear_op(*problem: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs, denominators and final state (empty if not wanted), entering autograd only where it
     is needed."""
-    results: tuple[Tensor, Tensor, Tensor] = _call(*problem)
-    return results
+    out, denominator, _, state = _call(*problem, _may_be_followed(problem[:_NUM_GRADS]))
+    return out, denominator, state
+
+
+def _may_be_followed(leaves: tuple[Any, ...]) -> bool:
+    """Whether a backward pass may come."""
+    transformed = not is_compiling() and torch._C._are_functorch_transforms_active()
+    return transformed or needs_gradient(leaves)
 
 
 _STATE = 3  # of a step's problem

@@ -23,6 +23,7 @@ from .arguments import (
     kind_of,
     under_autocast,
 )
+from .autograd import spread
 from .ops import accumulator_dtype, unit_stride, window_op
 from .window_rules import prepare
 
@@ -147,7 +148,7 @@ def _row_scale(scale: Any, query: Tensor) -> tuple[float, Tensor | None]:
                 f"scale must be a number, [heads] or broadcast to {tuple(rows)}, got "
                 f"{tuple(scale.shape)}"
             )
-        return 1.0, scale.to(accumulator_dtype(query.dtype)).expand(rows)
+        return 1.0, spread(scale.to(accumulator_dtype(query.dtype)), rows)
     return check_scale(scale, 1.0, "a number or a tensor"), None
 
 
@@ -196,7 +197,7 @@ def _alibi_table(
         shape = [1] * rank
         shape[a] = -1
         table = table + distance.to(acc).reshape(shape)
-    table = -slopes.to(acc).reshape(-1, *[1] * rank) * table
+    table = spread(-slopes.to(acc).reshape(-1, *[1] * rank), (len(slopes), *table.shape)) * table
     return table if bias is None else table + bias.to(acc)
 
 

@@ -148,17 +148,19 @@ LinearCall make_call(const py::tuple& problem, Device device) {
   return call;
 }
 
-void set_results(LinearCall* call, py::handle out, py::handle denominator) {
+void set_results(LinearCall* call, py::handle out, py::handle denominator,
+                 py::handle remainder = py::none()) {
   LinearParams& p = call->params;
   p.out = call->tokens(out, p.dtype, p.heads, p.head_dim_v);
   require(p.normalize == !denominator.is_none(), "denominator");
   p.denominator = call->per_head(denominator);
+  if (!remainder.is_none()) p.remainder = call->tokens(remainder, p.dtype, p.heads, p.head_dim_v);
 }
 
 void linear_forward(const py::tuple& problem, py::handle out, py::handle denominator,
-                    py::handle final_state) {
+                    py::handle remainder, py::handle final_state) {
   LinearCall call = make_call(problem, Device::kCpu);
-  set_results(&call, out, denominator);
+  set_results(&call, out, denominator, remainder);
   call.params.final_state = call.states(final_state);
   expect_writes(out);
   const py::gil_scoped_release release;
@@ -190,10 +192,10 @@ void set_gradients(LinearCall* given, py::handle dout, py::handle ddenominator,
 }
 
 void linear_backward(const py::tuple& problem, py::handle out, py::handle denominator,
-                     py::handle dout, py::handle ddenominator, py::handle dfinal_state,
-                     const py::tuple& grads) {
+                     py::handle remainder, py::handle dout, py::handle ddenominator,
+                     py::handle dfinal_state, const py::tuple& grads) {
   LinearCall call = make_call(problem, Device::kCpu);
-  set_results(&call, out, denominator);
+  set_results(&call, out, denominator, remainder);
   set_gradients(&call, dout, ddenominator, dfinal_state, grads);
   for (const py::handle t : grads) expect_writes(t);
   const py::gil_scoped_release release;

@@ -142,6 +142,10 @@ struct LinearParams {
   TensorRef ddecay, dbeta;  // [batch, tokens, heads], accumulator type; data may be null
   void* dinitial_state;     // may be null
 
+  // What outputs lost as they were rounded, from the forward pass for the backward pass: beside a
+  // normaliser a key's gradient takes the outputs from the values. Data may be null; CPU only.
+  TensorRef remainder;
+
   int64_t features() const { return num_features(feature_map, head_dim); }
   int64_t state_columns() const { return head_dim_v + (normalize ? 1 : 0); }
   bool delta() const { return beta.data != nullptr; }

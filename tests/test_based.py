@@ -484,6 +484,10 @@ WRONG = {
     "scale": (
         lambda: wrong(0, x(2, 1, 4, 6), scale=torch.ones(2)), TypeError, "scale must be a number",
     ),
+    "scale of heads": (
+        lambda: attnext.based_attention(*[x(1, 3, 2, 4)] * 3, 8, scale=torch.ones(2)), TypeError,
+        "scale must be a number, got",
+    ),
     "mixer": (lambda: attnext.BasedBlock(8, "mamba"), ValueError, "mixer must be one of .*'mamba'"),
     "heads": (
         lambda: attnext.BasedAttention(24, num_heads=5), ValueError, "dim must be .*5, got 24",

@@ -108,6 +108,27 @@ def test_query_gradients_where_features_are_few(feature_map, is_causal, dtype):
     assert error(gradient(**tensors), exact) <= 1.25 * BUDGET[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("isa_name", available_isas())
+@pytest.mark.parametrize("feature_map", ["elu", "taylor2"])
+def test_gradients_beside_a_normaliser_of_values_with_a_mean(feature_map, isa_name, dtype):
+    """A gradient takes the mean from each value: beside a large one neither the rounding of the
+    outputs may be in it, nor features that are rounded for the one and not for the other."""
+    options = {"feature_map": feature_map, "normalize": True, "chunk_size": 16}
+    tensors, _ = problem(tokens=300, dim=16, dim_v=64, dtype=dtype)
+    tensors["value"] = tensors["value"] + 3
+    tensors["cotangent"] = normal(1, 300, 2, 64, dtype=dtype, seed=7)
+
+    def gradients(cotangent, **named):
+        leaves = [x.requires_grad_() for x in named.values()]
+        return torch.autograd.grad(linear_attention(*leaves, **options), leaves, cotangent)
+
+    exact = gradients(**{name: x.double() for name, x in tensors.items()})
+    with isa(isa_name):
+        for got, right in zip(gradients(**tensors), exact, strict=True):
+            assert error(got, right) <= 1.1 * BUDGET[dtype]
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_every_instruction_set(name):
     for dtype in (torch.float32, torch.float16):
@@ -614,6 +635,41 @@ def test_normalizer_budget_and_decoding(feature_map, dtype):
     assert pool[:2].isnan().all()
     padding = linear_attention_step(**new, state=pool, **options, slots=torch.tensor([-1]), eps=0.0)
     assert not padding.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["normalizer_query", "normalizer_key"])
+def test_one_normalizer_alone_rounds_a_gradient_once(name, dtype):
+    """What both the numerator and the normaliser are made of has two gradients, which cancel."""
+    tensors, _ = problem(tokens=200, dim=32, dim_v=32, dtype=dtype)
+    tensors["value"] = tensors["value"] + 3
+    tensors[name] = tensors[name.removeprefix("normalizer_")] + 0.3
+    cotangent = normal(1, 200, 2, 32, dtype=dtype, seed=7)
+
+    def gradients(cotangent, **named):
+        leaves = [x.detach().requires_grad_() for x in named.values()]
+        out = linear_attention(
+            **dict(zip(named, leaves, strict=True)), feature_map="elu", normalize=True
+        )
+        return torch.autograd.grad(out, leaves, cotangent)
+
+    exact = gradients(cotangent.double(), **{n: x.double() for n, x in tensors.items()})
+    for got, right in zip(gradients(cotangent, **tensors), exact, strict=True):
+        assert error(got, right) <= BUDGET[dtype]
+
+
+def test_eps_beside_other_sums_is_not_rounded():
+    """Not to torch's default dtype, as a number in torch.where is."""
+    one = torch.ones(1, 1, 1, 1, dtype=F64)
+    options = {"feature_map": "relu", "normalize": True, "eps": 0.1, "normalizer_key": one}
+    _, total = linear_attention(one, one, one, **options, return_denominator=True)
+    assert abs(total.item() - 1.1) < 1e-15
+    step = linear_attention_step(one, one, one, one.new_zeros(1, 1, 1, 2), **options)
+    assert abs(step.item() - 1 / 1.1) < 1e-15
+    _, total = linear_attention(
+        one, one, one, **{**options, "normalizer_query": -one, "eps": 0.0}, return_denominator=True
+    )
+    assert total.item() == 0
 
 
 @pytest.mark.parametrize("name", ["normalizer_query", "normalizer_key"])

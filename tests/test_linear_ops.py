@@ -3,6 +3,7 @@
 
 import concurrent.futures
 
+import numpy
 import pytest
 import torch
 from far_apart import far_apart
@@ -324,6 +325,9 @@ WRONG = {
     "no dim": (lambda: attend(v=x(1, 6, 2, 0)), ValueError, "value .*at least 1"),
     "heads": (lambda: attend(v=x(1, 6, 3, 4)), ValueError, "query must have a divisor of 3 .*2"),
     "feature map": (lambda: attend(feature_map="exp"), ValueError, "feature_map .*taylor2.*'exp'"),
+    "feature maps": (
+        lambda: attend(feature_map=numpy.array(["elu", "relu"])), ValueError, "feature_map must be",
+    ),
     "is_causal": (lambda: attend(is_causal=1), TypeError, "is_causal must be a bool, got 1"),
     "normalize": (lambda: attend(normalize=None), TypeError, "normalize must be a bool"),
     "reverse": (lambda: attend(reverse="no"), TypeError, "reverse must be a bool"),
@@ -434,22 +438,23 @@ def test_errors(name):
         function()
 
 
-@pytest.mark.parametrize("which", range(8))
+@pytest.mark.parametrize("which", range(9))
 def test_binary_refuses_what_does_not_fit(which):
     """Nobody but the operators calls it; it must not leave its tensors all the same."""
     q, k, v = (x(1, 6, 2, 4) for _ in range(3))
     state, out = x(1, 2, 4, 4), x(1, 6, 2, 4)
     options = [0, True, False, False, True, 0.5, 0.0, 0, 0]
-    attnext._C.linear_forward((q, k, v, None, None, state, None, *options), out, None, state)
+    attnext._C.linear_forward((q, k, v, None, None, state, None, *options), out, None, None, state)
     wrong = [
-        ((q, k[:, :5], v, None, None, state, None, *options), out, None, state),
-        ((q, k, v, x(1, 6, 3), None, state, None, *options), out, None, state),
-        ((q, k, v, None, None, x(1, 2, 4, 5), None, *options), out, None, state),
-        ((q, k, v, None, None, state, [0, 7], *options), out, None, state),
-        ((q, k, v, None, None, state, None, 9, *options[1:]), out, None, state),
-        ((q, k, v, None, None, state, None, *options), out[..., :3], None, state),
-        ((q, k, v, None, None, state, None, *options), out, x(1, 6, 2), state),
-        ((q, k, v, None, None, state, None, *options), out, None, x(1, 2, 4, 8)[..., ::2]),
+        ((q, k[:, :5], v, None, None, state, None, *options), out, None, None, state),
+        ((q, k, v, x(1, 6, 3), None, state, None, *options), out, None, None, state),
+        ((q, k, v, None, None, x(1, 2, 4, 5), None, *options), out, None, None, state),
+        ((q, k, v, None, None, state, [0, 7], *options), out, None, None, state),
+        ((q, k, v, None, None, state, None, 9, *options[1:]), out, None, None, state),
+        ((q, k, v, None, None, state, None, *options), out[..., :3], None, None, state),
+        ((q, k, v, None, None, state, None, *options), out, x(1, 6, 2), None, state),
+        ((q, k, v, None, None, state, None, *options), out, None, None, x(1, 2, 4, 8)[..., ::2]),
+        ((q, k, v, None, None, state, None, *options), out, None, out[:, :5], state),
     ]
     with pytest.raises((ValueError, TypeError)):
         attnext._C.linear_forward(*wrong[which])

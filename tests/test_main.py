@@ -235,6 +235,15 @@ def test_a_check_sees_one_wrong_number(image: data.Inputs) -> None:
     assert not job.check(output, other).passed
 
 
+def test_a_check_of_nothing_but_zeros(image: data.Inputs) -> None:
+    """As those of a black image are: there is no error, and none is allowed."""
+    job = jobs.neighborhood(dataclasses.replace(image, value=torch.zeros_like(image.value)))
+    output, other = job.run(), job.rival()
+    assert not output.any() and job.check(output, other).used == 0
+    output[0, 0, -1, 3, 5] += 1
+    assert not job.check(output, other).passed
+
+
 def test_a_check_sees_a_wrong_gradient(image: data.Inputs) -> None:
     job = jobs.training_step(image)
     outputs, others = job.run(), job.rival()

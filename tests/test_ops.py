@@ -510,6 +510,27 @@ def test_calls_from_several_python_threads():
                 assert_equal(got, want)
 
 
+@pytest.mark.parametrize("which", ["scale", "alibi", "decay"])
+def test_gradient_of_a_single_number_has_the_same_bits_on_any_threads(which):
+    """torch sums what ends in one number in as many parts as it has threads."""
+    results = []
+    for count in (1, 2, 3):
+        torch.manual_seed(0)
+        with threads(count):
+            q, k, v, cotangent = (torch.randn(1, 40000, 1, 4) for _ in range(4))
+            leaf = torch.full((1,), 0.3, requires_grad=True)
+            if which == "scale":
+                out = attnext.sliding_window_attention(q, k, v, 8, scale=leaf)
+            elif which == "decay":
+                out = attnext.linear_attention(q, k, v, decay=-leaf)
+            else:
+                q, k, v, cotangent = (t[:, :1000].view(1, 10, 10, 10, 1, 4) for t in (q, k, v, v))
+                bias = torch.zeros(1, 45, 45, 45)
+                out = attnext.na3d(q, k, v, 10, alibi_slopes=leaf, bias=bias)
+            results.append(torch.autograd.grad(out, leaf, cotangent)[0])
+    assert results[0] == results[1] == results[2]
+
+
 def test_call_in_a_forked_child():
     """Fork after threads have run: the child computes the same, and does not hang."""
     code = textwrap.dedent(

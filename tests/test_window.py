@@ -458,3 +458,18 @@ def test_nan_reaches_no_bias_that_nobody_reads(dtype):
         with isa(name):
             grad = run(problem)["grad_bias"]
         assert not grad[:, 3:].any() and grad[:, :3].isnan().any()
+
+
+@pytest.mark.parametrize("name", available_isas())
+def test_scores_that_overflow_reach_no_scale_of_rows_that_do_not_attend(name):
+    """The scores of all keys of a tile are made, and one may be infinite where no key is."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        q, k, v, cotangent = torch.randn(4, 1, 40, 1, 16).unbind(0)
+        k[0, 20, 0, 3] = 3e38
+        scale = torch.full((1, 40, 1), 0.2, requires_grad=True)
+        with isa(name):
+            out = attnext.sliding_window_attention(q, k, v, 3, scale=scale)
+            gradient = torch.autograd.grad(out, scale, cotangent)[0]
+        others = [t for t in range(40) if not 20 <= t <= 22]
+        assert gradient[0, others].isfinite().all()

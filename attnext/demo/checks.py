@@ -8,6 +8,7 @@ same question as the box's rows of the whole problem.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -74,6 +75,13 @@ def _oracle_rows(oracle: Oracle, data: Inputs, dtype: torch.dtype, chosen: Seque
     return torch.cat([oracle(box, data, dtype).flatten() for box in chosen])
 
 
+def _share(error: float, budget: float) -> float:
+    """Of a budget, which is 0 where all values are, as those of a black image may be."""
+    if budget == 0:
+        return 0.0 if error == 0 else math.inf
+    return error / budget
+
+
 def compare(
     results: Sequence[tuple[Tensor, Tensor, Oracle]], data: Inputs, chosen: Sequence[Box]
 ) -> Check:
@@ -104,8 +112,8 @@ def compare(
         budget = error_budget(exact, plain, actual.dtype)
         largest = error.abs().max().item()
         used = max(
-            largest / budget["largest"],
-            error.square().mean().sqrt().item() / budget["root-mean-square"],
+            _share(largest, budget["largest"]),
+            _share(error.square().mean().sqrt().item(), budget["root-mean-square"]),
         )
         if not used <= worst.used:  # NaN is the worst
             worst = Check(largest, used, rows)

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "key_box.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -21,14 +19,7 @@ constexpr int64_t kRatio = 4;       // reads of a row that pay for its copy
 constexpr int64_t kReadyRatio = 3;  // without it each tile makes its own
 
 // Of a thread's copies. A tile walks through a part of them, so they need not all stay in a cache.
-int64_t most_bytes() {
-#ifdef _SC_LEVEL2_CACHE_SIZE
-  static const int64_t size = sysconf(_SC_LEVEL2_CACHE_SIZE);
-#else
-  static const int64_t size = 0;
-#endif
-  return std::clamp<int64_t>(size, 1 << 20, 4 << 20) * 2;
-}
+int64_t most_bytes() { return 2 * std::max<int64_t>(second_cache_bytes(), 1 << 20); }
 
 // Whether rows that are `step` bytes apart leave most of a cache to others.
 bool rows_collide(int64_t step, int64_t bytes) {

@@ -91,6 +91,7 @@ struct Tile : Lanes {
   int64_t bias_stride[3];
   uint64_t* row_mask[3];  // per key index of the union on axes 0 and 1; on axis 2 when rows repeat
   int64_t rows, width, sinks, total;
+  int64_t class_keys[3];      // key indices of the tile's dilation class, on each axis
   int64_t fresh = INT64_MIN;  // key indices of axis 2 below are in the caches already
 
   void allocate(Arena& arena, const PlanView& plan, int64_t block) {
@@ -169,6 +170,10 @@ struct Tile : Lanes {
     width = group[2]->end - group[2]->begin;
     sinks = group[2]->sink_end - group[2]->sink_begin;
     total = extra_keys + sinks + rows * width;
+    for (int a = 0; a < 3; ++a) {
+      const int64_t c = group[a]->cls;
+      class_keys[a] = c < axis[a].num_keys ? (axis[a].num_keys - c - 1) / axis[a].dilation + 1 : 0;
+    }
 
     // Bias rows are [key index - position of the vector's first query][lanes of one vector].
     int64_t stride = kLanes;
@@ -274,23 +279,26 @@ struct KeyWalk {
     int64_t pos = from;
     const int64_t extra_end = p.extra_keys, sink_end = extra_end + tile.sinks;
     for (; pos < min64(to, extra_end) && block->count < capacity; ++pos) emit_extra(pos, block);
-    while (pos < to && block->count < capacity) {
-      if (pos < sink_end) {
-        const int64_t u = tile.group[2]->sink_begin + (pos - extra_end);
-        const int64_t n = min64(min64(sink_end, to) - pos, capacity - block->count);
-        all &= emit_run(0, 0, u, n, true, block);
-        pos += n;
-        continue;
-      }
-      const int64_t r = pos - sink_end, row = r / tile.width, column = r % tile.width;
+    while (pos < min64(to, sink_end) && block->count < capacity) {
+      const int64_t u = tile.group[2]->sink_begin + (pos - extra_end);
+      const int64_t n = min64(min64(sink_end, to) - pos, capacity - block->count);
+      all &= emit_run(0, 0, u, n, true, block);
+      pos += n;
+    }
+    if (pos < to && block->count < capacity) {
       const int64_t n1 = tile.group[1]->end - tile.group[1]->begin;
-      const int64_t u0 = row / n1, u1 = row % n1;
-      const int64_t n = min64(min64(tile.width - column, to - pos), capacity - block->count);
-      if (tile.row_mask[0][u0] & tile.row_mask[1][u1] & tile.whole) {
-        all &= emit_run(u0, u1, tile.group[2]->begin + column, n, false, block);
-        pos += n;
-      } else {
-        pos += min64(tile.width - column, to - pos);
+      const int64_t row = (pos - sink_end) / tile.width;
+      int64_t u0 = row / n1, u1 = row % n1, column = (pos - sink_end) % tile.width;
+      while (pos < to && block->count < capacity) {
+        int64_t n = min64(tile.width - column, to - pos);
+        if (tile.row_mask[0][u0] & tile.row_mask[1][u1] & tile.whole) {
+          n = min64(n, capacity - block->count);
+          all &= emit_run(u0, u1, tile.group[2]->begin + column, n, false, block);
+        }
+        pos += n, column += n;
+        if (column < tile.width) continue;
+        column = 0;
+        if (++u1 == n1) u1 = 0, ++u0;
       }
     }
     block->masked = all != ~uint64_t(0);
@@ -342,17 +350,11 @@ struct KeyWalk {
     int64_t x[3];
     bool phantom = false;
     for (int a = 0; a < 3; ++a) {
-      const int64_t c = tile.group[a]->cls;
-      const int64_t size =
-          c < axis[a].num_keys ? (axis[a].num_keys - c - 1) / axis[a].dilation + 1 : 0;
-      if (a < 2 && (index[a] < 0 || index[a] >= size)) phantom = true;
-      x[a] = c + axis[a].dilation * index[a];
+      if (a < 2 && (index[a] < 0 || index[a] >= tile.class_keys[a])) phantom = true;
+      x[a] = tile.group[a]->cls + axis[a].dilation * index[a];
     }
-    const int64_t c2 = tile.group[2]->cls;
-    const int64_t size2 =
-        c2 < axis[2].num_keys ? (axis[2].num_keys - c2 - 1) / axis[2].dilation + 1 : 0;
     const int64_t real_begin = phantom ? n : clamp64(-u, 0, n);
-    const int64_t real_end = phantom ? n : clamp64(size2 - u, real_begin, n);
+    const int64_t real_end = phantom ? n : clamp64(tile.class_keys[2] - u, real_begin, n);
     const bool elsewhere = sink && p.sink_key.data;
     const TensorRef& keys = elsewhere ? p.sink_key : p.key;
     const TensorRef& values = elsewhere ? p.sink_value : p.value;

@@ -52,8 +52,7 @@ ATTNEXT_INLINE VecOf<Acc> power(VecOf<Acc> x) {
 template <FeatureMap kMap, class Acc>
 ATTNEXT_INLINE VecOf<Acc> feature(VecOf<Acc> x) {
   if constexpr (kMap == FeatureMap::kElu) {
-    const VecOf<Acc> below = exp2((x > 0 ? VecOf<Acc>{} : x) * Acc(kLog2E));
-    return x > 0 ? x + Acc(1) : below;
+    return exp2(min_or_second(VecOf<Acc>{}, x) * Acc(kLog2E)) + max_or_second(x, VecOf<Acc>{});
   } else if constexpr (kMap == FeatureMap::kRelu) {
     return x < 0 ? VecOf<Acc>{} : x;
   } else {
@@ -218,13 +217,28 @@ void scale_all(Acc* x, int64_t rows, int64_t ld, int64_t width, Acc factor) {
   }
 }
 
-template <class Acc>
-ATTNEXT_INLINE Acc add_lanes(VecOf<Acc> v) {
-  constexpr int kLanes = Simd<Acc>::kLanes;
-  Acc sum = 0;
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) sum += v[i];
-  return sum;
+// As pairs will hold them.
+inline void round_to_bf16(float* x, int64_t rows, int64_t ld, int64_t width) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t t = 0; t < width; t += Simd<float>::kLanes) {
+      float* const at = x + r * ld + t;
+      store(at, (VecOf<float>)(bf16_bits(load(at)) << 16));
+    }
+  }
+}
+inline void round_to_bf16(double*, int64_t, int64_t, int64_t) {}
+
+// In halves: one after the other, sums would wait for each other.
+template <class Acc, class V = VecOf<Acc>>
+ATTNEXT_INLINE Acc add_lanes(V v) {
+  if constexpr (sizeof(V) == 2 * sizeof(Acc)) {
+    return v[0] + v[1];
+  } else {
+    typedef Acc Half __attribute__((vector_size(sizeof(V) / 2)));
+    Half half[2];
+    memcpy(half, &v, sizeof(V));
+    return add_lanes<Acc, Half>(half[0] + half[1]);
+  }
 }
 
 // out[lanes] = kept out[lanes] + taken sum_r x[r][lanes] * weight[r]; no weight: 1.

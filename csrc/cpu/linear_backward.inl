@@ -187,14 +187,21 @@ class LinearBackward : public LinearHead<T> {
     pack_rows<T, Acc>(dout, this->step(p.dout), count, columns, dout_, width);
     if (p.normalize) {
       const T* out = this->template row<const T>(p.out, t, p.heads) + item.column;
+      const T* remainder = nullptr;
+      if (p.remainder.data) {
+        remainder = this->template row<const T>(p.remainder, t, p.heads) + item.column;
+      }
       const Acc* denominator = this->template row<const Acc>(p.denominator, t, p.heads);
       for (int64_t i = 0; i < ld; ++i) dsum_[i] = inverse_[i] = dmean_[i] = 0;
       for (int64_t i = 0; i < count; ++i) {
         const Acc divisor = denominator[i * this->step(p.denominator)];
         VecOf<Acc> sum{};
         for (int64_t c = 0; c < columns; c += kLanes) {
-          sum += load(dout_ + i * width + c) *
-                 widen_part<T, Acc>(out + i * this->step(p.out) + c, columns - c);
+          VecOf<Acc> o = widen_part<T, Acc>(out + i * this->step(p.out) + c, columns - c);
+          if (remainder) {
+            o += widen_part<T, Acc>(remainder + i * this->step(p.remainder) + c, columns - c);
+          }
+          sum += load(dout_ + i * width + c) * o;
         }
         inverse_[i] = 1 / divisor;
         dmean_[i] = of_denominator(t, i) * divisor - add_lanes<Acc>(sum);
@@ -653,6 +660,8 @@ class LinearBackward : public LinearHead<T> {
     if (decays()) {
       this->template add_outer<By::kRows>(qf_, ld, qf_, dout_, count, mix, dlocal, dmean_, &ahead_);
     } else {
+      // What dO V^T and its mean are multiplied with must be the same, or they do not cancel.
+      if (kDepth == 2 && p.normalize) round_to_bf16(qf_, features, ld, lanes);
       this->template add_outer<By::kRows>(
           qf_, ld, along_lanes(qf_, features, ld, lanes, query_lanes_),
           along_rows(dout_, count, width, width, dout_room_), count, mix, dlocal, dmean_, &ahead_);

@@ -257,6 +257,18 @@ class LinearForward : public LinearHead<T> {
     for (int64_t i = 0; !in_place && i < count; ++i) {
       narrow_row(to + i * step, columns, out + i * this->step(p.out));
     }
+    if (!in_place && p.remainder.data) store_remainder(t, count, out);
+  }
+  void store_remainder(int64_t t, int64_t count, const T* out) {
+    T* const remainder = this->template row<T>(p.remainder, t, p.heads) + item.column;
+    for (int64_t i = 0; i < count; ++i) {
+      const T* const rounded = out + i * this->step(p.out);
+      Acc* const row = out_ + i * width;
+      for (int64_t c = 0; c < columns; c += kLanes) {
+        store(row + c, load(row + c) - widen_part<T, Acc>(rounded + c, columns - c));
+      }
+      narrow_row(row, columns, remainder + i * this->step(p.remainder));
+    }
   }
 
   // constants_ = the sum of the values up to each token, decayed as the state is; of all, if it is
@@ -317,7 +329,12 @@ class LinearForward : public LinearHead<T> {
       const Acc moved = sum < 0 ? sum - Acc(p.eps) : sum + Acc(p.eps);
       denominator[i * this->step(p.denominator)] = moved;
       Acc* const row = out + i * step;
-      for (int64_t c = 0; c < width; c += kLanes) store(row + c, load(row + c) / moved);
+      const Acc inverse = 1 / moved;
+      if (inverse - inverse == 0) {  // a division of vectors takes as long as eight products
+        for (int64_t c = 0; c < width; c += kLanes) store(row + c, load(row + c) * inverse);
+      } else {
+        for (int64_t c = 0; c < width; c += kLanes) store(row + c, load(row + c) / moved);
+      }
     }
   }
 

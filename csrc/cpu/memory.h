@@ -10,6 +10,7 @@
 
 #ifdef __linux__
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #include "../dtype.h"
@@ -44,6 +45,16 @@ inline Memory allocate(int64_t bytes) {
   if (!m) throw std::bad_alloc();
   expect_writes(m.get(), bytes);
   return m;
+}
+
+// Of a core's second cache, where the system knows it and it is not a strange one.
+inline int64_t second_cache_bytes() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const int64_t size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#else
+  constexpr int64_t size = 0;
+#endif
+  return std::clamp<int64_t>(size, 512 << 10, 4 << 20);
 }
 
 inline int64_t size_of(DType dtype) {

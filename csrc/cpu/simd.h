@@ -76,6 +76,17 @@ ATTNEXT_INLINE V max_or_second(V a, V b) {
 #endif
   return a > b ? a : b;
 }
+template <class V>
+ATTNEXT_INLINE V min_or_second(V a, V b) {
+#if defined(__AVX512F__) && ATTNEXT_VECTOR_BYTES == 64
+  if constexpr (sizeof(V{}[0]) == 4) return (V)_mm512_min_ps((__m512)a, (__m512)b);
+  if constexpr (sizeof(V{}[0]) == 8) return (V)_mm512_min_pd((__m512d)a, (__m512d)b);
+#elif defined(__AVX2__) && ATTNEXT_VECTOR_BYTES == 32
+  if constexpr (sizeof(V{}[0]) == 4) return (V)_mm256_min_ps((__m256)a, (__m256)b);
+  if constexpr (sizeof(V{}[0]) == 8) return (V)_mm256_min_pd((__m256d)a, (__m256d)b);
+#endif
+  return a < b ? a : b;
+}
 
 template <class Acc, int... I>
 ATTNEXT_INLINE IntOf<Acc> lane_bits(std::integer_sequence<int, I...>) {
@@ -197,8 +208,17 @@ ATTNEXT_INLINE VecOf<Acc> tanh(VecOf<Acc> z) {
 ATTNEXT_INLINE VecOf<float> widen(const float* p) { return load(p); }
 ATTNEXT_INLINE VecOf<double> widen(const double* p) { return load(p); }
 ATTNEXT_INLINE VecOf<float> widen(const bf16* p) {
+#if defined(__AVX512F__) && ATTNEXT_VECTOR_BYTES == 64
+  // One instruction, of which gcc 12 makes four by way of halves.
+  return (VecOf<float>)((IntOf<float>)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p))
+                        << 16);
+#elif defined(__AVX2__) && ATTNEXT_VECTOR_BYTES == 32
+  return (VecOf<float>)((IntOf<float>)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p))
+                        << 16);
+#else
   const auto h = *reinterpret_cast<const Simd<float>::UnalignedHalf*>(p);
   return (VecOf<float>)(__builtin_convertvector((Simd<float>::Half)h, IntOf<float>) << 16);
+#endif
 }
 ATTNEXT_INLINE VecOf<float> widen(const fp16* p) {
 #if defined(__AVX512F__) && ATTNEXT_VECTOR_BYTES == 64

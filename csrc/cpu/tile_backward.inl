@@ -190,12 +190,15 @@ class TileBackward : public Window<T, Keys> {
     }
   }
 
-  // The gradient of a row's scale is sum dS (q k): before anything is rounded to bf16.
+  // The gradient of a row's scale is sum dS (q k): before anything is rounded to bf16. Of a key
+  // that a row does not attend q k may be infinite.
   void scale_gradient(int v) {
     const int ld = tile.lanes, shift = v * kLanes;
+    const bool masked = block.masked && block.num_landmarks == 0;
     Vec total = load(dscale + shift);
     for (int64_t j = block.lo[v]; j < block.hi[v]; ++j) {
-      total += load(this->ds + j * ld + shift) * load(this->raw + j * ld + shift);
+      const Vec more = load(this->ds + j * ld + shift) * load(this->raw + j * ld + shift);
+      total += masked ? select_bits<Acc>(block.mask[j] >> shift, more, Vec{}) : more;
     }
     store(dscale + shift, total);
   }

@@ -94,13 +94,12 @@ class Items {
   // How many heads take a tile together, so that its walk is worked out once: those whose keys stay
   // in the second cache until the next tile wants them, and fewer where that left too few items.
   int64_t heads_together(int64_t least_items) const {
-    constexpr int64_t kBytes = 256 << 10;
     if (problem_.plans.size() > 1) return 1;
     const PlanView& v = problem_.views[0];
     int64_t keys = 1;
     for (const AxisView& axis : v.axis) keys *= std::max(axis.most_keys, 1);
     const int64_t row = (p_.head_dim + p_.head_dim_v) * size_of(p_.dtype);
-    const int64_t fit = kBytes * (p_.heads / p_.kv_heads) / (keys * row);
+    const int64_t fit = second_cache_bytes() / 2 * (p_.heads / p_.kv_heads) / (keys * row);
     const int64_t most = num_tiles(v) * p_.batch * p_.heads / least_items;
     const int64_t together = std::clamp<int64_t>(std::min(fit, most), 1, p_.heads);
     const int64_t runs = (p_.heads - 1) / together + 1;

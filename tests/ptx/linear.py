@@ -18,13 +18,18 @@ from .memory import Memory
 from .window import Output, Recorder, put
 
 _NAMES = ("query", "key", "value", "decay", "beta", "initial_state")
-_RESULTS = ("out", "denominator", "final_state")
+_RESULTS = ("out", "denominator", "remainder", "final_state")
 
 
 def _native(memory: Memory, problem: tuple[Any, ...]) -> tuple[Any, ...]:
     native = linear_ops._native(problem)
     tensors = [put(memory, n, t) for n, t in zip(_NAMES, native, strict=False)]
     return (*tensors, *native[len(_NAMES) :])
+
+
+def _on_gpu(problem: tuple[Any, ...]) -> tuple[Any, ...]:
+    """As an operator on a GPU takes it, which keeps nothing of what outputs lose."""
+    return (*problem[:-1], False)
 
 
 def _room(memory: Memory, call: Any) -> tuple[int, int]:
@@ -37,6 +42,7 @@ def _room(memory: Memory, call: Any) -> tuple[int, int]:
 
 
 def forward(recorder: Recorder, *problem: Any) -> tuple[Tensor, ...]:
+    problem = _on_gpu(problem)
     linear_ops.check_cuda(problem)
     memory = Memory()
     fakes = linear_ops._forward_fake(*problem)
@@ -46,22 +52,27 @@ def forward(recorder: Recorder, *problem: Any) -> tuple[Tensor, ...]:
     ]
     call = _C.CudaLinearForward(_native(memory, problem))
     recorder.carry_out(
-        memory, call.launches(*_room(memory, call), *(r and r.tensor for r in results))
+        memory,
+        call.launches(
+            *_room(memory, call),
+            *(r and r.tensor for r, n in zip(results, _RESULTS, strict=True) if n != "remainder"),
+        ),
     )
     return tuple(r.get() if r else fake for r, fake in zip(results, fakes, strict=True))
 
 
 def backward(recorder: Recorder, *args: Any) -> tuple[Tensor, ...]:
-    problem = args[:-6]
+    problem = _on_gpu(args[: -linear_ops._NUM_GIVEN])
     linear_ops.check_cuda(problem)
     memory = Memory()
-    fakes, tensors = linear_ops._backward_tensors(*args)
-    *given, wanted = tensors
+    fakes, tensors = linear_ops._backward_tensors(*problem, *args[-linear_ops._NUM_GIVEN :])
+    out, denominator, _, *given, wanted = tensors
     grads = [
         None if w is None else Output.like(memory, f"d{name}", w)
         for name, w in zip(_NAMES, wanted, strict=True)
     ]
     names = ("out", "denominator", "dout", "ddenominator", "dfinal_state")
+    given = [out, denominator, *given]
     on_device: Any = [put(memory, name, x) for name, x in zip(names, given, strict=True)]
     call: Any = _C.CudaLinearBackward(
         _native(memory, problem), wanted[linear_ops._DECAY] is not None
@@ -104,7 +115,7 @@ def on_executor(**options: Any) -> Iterator[Recorder]:
     """Runs linear attention on the executor; the recorder has the reports."""
     recorder = Recorder(**options)
     kept = linear_ops._forward, linear_ops._backward, linear.step_op
-    linear_ops._forward = functools.partial(forward, recorder)  # type: ignore[assignment]
+    linear_ops._forward = functools.partial(forward, recorder)
     linear_ops._backward = functools.partial(backward, recorder)
     linear.step_op = functools.partial(step, recorder)
     try:
