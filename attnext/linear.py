@@ -109,7 +109,8 @@ def linear_attention(
         ValueError, TypeError or NotImplementedError, naming the argument.
 
     Complexity:
-        O(N F V) time, O(N (K + V)) memory and a few states.
+        O(N F V) time, O(N (K + V)) memory and a few states. In half precision on the CPU, what
+        normalised outputs lost as they were rounded is kept for the backward pass.
 
     Source:
         Linear transformers (arXiv 2006.16236), RetNet (2307.08621), GLA (2312.06635), Mamba-2

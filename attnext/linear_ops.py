@@ -135,9 +135,8 @@ def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
 def _backward_tensors(*args: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
     """Fresh gradients, those of query, key and value with a row per head, and what the binary takes
     after the problem."""
-    problem, (out, denominator, remainder, dout, ddenominator, dstate, needs) = (
-        args[:-_NUM_GIVEN], args[-_NUM_GIVEN:],
-    )  # fmt: skip
+    problem, given = args[:-_NUM_GIVEN], args[-_NUM_GIVEN:]
+    out, denominator, remainder, dout, ddenominator, dstate, needs = given
     heads = num_heads(*problem[:3])
     grads = tuple(_per_head(t, heads) for t in problem[:3])
     more = _backward_fake(*args)[3:]

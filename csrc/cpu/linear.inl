@@ -226,7 +226,6 @@ inline void round_to_bf16(float* x, int64_t rows, int64_t ld, int64_t width) {
     }
   }
 }
-inline void round_to_bf16(double*, int64_t, int64_t, int64_t) {}
 
 // In halves: one after the other, sums would wait for each other.
 template <class Acc, class V = VecOf<Acc>>

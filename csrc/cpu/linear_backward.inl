@@ -661,7 +661,9 @@ class LinearBackward : public LinearHead<T> {
       this->template add_outer<By::kRows>(qf_, ld, qf_, dout_, count, mix, dlocal, dmean_, &ahead_);
     } else {
       // What dO V^T and its mean are multiplied with must be the same, or they do not cancel.
-      if (kDepth == 2 && p.normalize) round_to_bf16(qf_, features, ld, lanes);
+      if constexpr (kDepth == 2) {
+        if (p.normalize) round_to_bf16(qf_, features, ld, lanes);
+      }
       this->template add_outer<By::kRows>(
           qf_, ld, along_lanes(qf_, features, ld, lanes, query_lanes_),
           along_rows(dout_, count, width, width, dout_room_), count, mix, dlocal, dmean_, &ahead_);
