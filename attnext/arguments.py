@@ -144,7 +144,7 @@ def check_sequences(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def is_int(x: Any) -> bool:
-    return isinstance(x, int | torch.SymInt) and not isinstance(x, bool)
+    return isinstance(x, (int, torch.SymInt)) and not isinstance(x, bool)
 
 
 def check_integer(name: str, x: Any, minimum: int | None = None) -> None:
@@ -210,7 +210,7 @@ def check_scale(scale: Any, default: float, allowed: str = "a number") -> float:
 
 def finite_number(name: str, x: Any, allowed: str = "a number") -> float:
     """A finite number as a float."""
-    if isinstance(x, bool) or not isinstance(x, int | float):
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
         raise TypeError(f"{name} must be {allowed}, got {x!r}")
     try:
         number = float(x)
@@ -225,7 +225,7 @@ def check_softcap(softcap: Any) -> float:
     """``softcap`` as a float; 0 for None."""
     if softcap is None:
         return 0.0
-    if isinstance(softcap, bool) or not isinstance(softcap, int | float):
+    if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
         raise TypeError(f"softcap must be a number, got {softcap!r}")
     if not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be positive and finite, got {softcap}")

@@ -144,7 +144,7 @@ def _check(outputs: Any, lses: Any, gates: Any, mode: Any, return_lse: bool) -> 
     if not by_lse and lses is not None:
         raise ValueError(f"lses have no part in mode={mode!r}: leave them out")
     for name, tensors in (("outputs", outputs), ("lses", lses)):
-        if not isinstance(tensors, tuple | list) and (tensors is not None or name == "outputs"):
+        if not isinstance(tensors, (tuple, list)) and (tensors is not None or name == "outputs"):
             raise TypeError(f"{name} must be a list or tuple of tensors, got {kind_of(tensors)}")
     if not outputs or (by_lse and len(outputs) != len(lses)):
         raise ValueError(
@@ -176,7 +176,7 @@ def _check_gates(gates: Any, outputs: Sequence[Tensor], mode: str) -> None:
             raise ValueError("gates have no part in mode='lse': leave them out")
         return
     rows = tuple(outputs[0].shape[:-1])
-    if mode in _PAIRS and isinstance(gates, int | float) and not isinstance(gates, bool):
+    if mode in _PAIRS and isinstance(gates, (int, float)) and not isinstance(gates, bool):
         finite_number("gates", gates)
         return
     if not isinstance(gates, Tensor) or not gates.is_floating_point():

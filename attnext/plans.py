@@ -295,7 +295,7 @@ def _check_tokens(name: str, extents: tuple[int, ...]) -> None:
 
 def per_axis(name: str, x: Any, rank: int | None, minimum: int) -> tuple[int, ...]:
     """``x`` as a tuple of one to three ints (``rank``: exactly so many)."""
-    if not isinstance(x, tuple | list):
+    if not isinstance(x, (tuple, list)):
         check_integer(name, x, minimum)
         return (x,) * (1 if rank is None else rank)
     if not 1 <= len(x) <= 3 or (rank is not None and len(x) != rank):

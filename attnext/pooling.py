@@ -345,7 +345,7 @@ def _check(x: Any, blocks: Any, reduce: Any, weights: Any, dtype: Any, return_co
         if extents != blocks.extent:
             raise ValueError(f"blocks must be of {extents} tokens, got {blocks.extent}")
         check_cover("blocks", blocks)
-    if not isinstance(blocks, Blocks | Windows):
+    if not isinstance(blocks, (Blocks, Windows)):
         per_axis("blocks", blocks, len(extents), 1)
     check_choice("reduce", reduce, REDUCTIONS)
     check_flag("return_counts", return_counts)

@@ -226,7 +226,7 @@ def _check_blocks(name: str, blocks: Blocks, t: Tensor) -> None:
 def _sides(name: str, sides: Any) -> tuple[int, int]:
     if sides is None:
         return UNLIMITED, UNLIMITED
-    if not isinstance(sides, tuple | list) or len(sides) != 2:
+    if not isinstance(sides, (tuple, list)) or len(sides) != 2:
         raise TypeError(f"{name} must be a pair (left, right), got {sides!r}")
     for side in sides:
         if side is not None:

@@ -560,7 +560,7 @@ def _check_blocks(
     ):
         if blocks is None and needed:
             raise ValueError(f"{name} must be given with causal={causal!r}, score={score!r}")
-        if blocks is not None and not isinstance(blocks, Blocks | Windows):
+        if blocks is not None and not isinstance(blocks, (Blocks, Windows)):
             raise TypeError(f"{name} must be Blocks or Windows, got {type(blocks).__name__}")
         if isinstance(blocks, Blocks) and (len(blocks.extent) != 1 or blocks.order is not None):
             raise ValueError(f"{name} must be of one token axis, got {blocks.extent}")

@@ -236,7 +236,7 @@ def _per_axis(name: str, x: Any, rank: int, minimum: int | None = None) -> Seque
     if is_int(x):
         check_integer(name, x, minimum)
         return (x,) * rank
-    if not isinstance(x, tuple | list):
+    if not isinstance(x, (tuple, list)):
         raise TypeError(f"{name} must be an int or a tuple of {rank}, got {x!r}")
     if len(x) != rank:
         raise ValueError(f"{name} must have one entry per token axis, {rank}, got {x!r}")
@@ -248,7 +248,7 @@ def _per_axis(name: str, x: Any, rank: int, minimum: int | None = None) -> Seque
 def _flags(name: str, x: Any, rank: int) -> Sequence[bool]:
     if isinstance(x, bool):
         return (x,) * rank
-    if not isinstance(x, tuple | list) or not all(isinstance(f, bool) for f in x):
+    if not isinstance(x, (tuple, list)) or not all(isinstance(f, bool) for f in x):
         raise TypeError(f"{name} must be a bool or a tuple of bools, got {x!r}")
     if len(x) != rank:
         raise ValueError(f"{name} must have one entry per token axis, {rank}, got {x!r}")
@@ -266,7 +266,7 @@ def _per_head(name: str, x: Any, query: Tensor) -> tuple[list[Any], list[int]]:
     for entry in x:
         if isinstance(entry, list):
             raise TypeError(f"{name}: the entry of a head must be an int or a tuple, got {entry!r}")
-        if not isinstance(entry, int | torch.SymInt | tuple | None):
+        if not isinstance(entry, (int, torch.SymInt, tuple, type(None))):
             raise TypeError(f"{name}: the entry of a head must be an int or a tuple, got {entry!r}")
     number: dict[Any, int] = {}
     head_rule = [number.setdefault((entry, _types(entry)), len(number)) for entry in x]

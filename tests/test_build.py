@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -290,3 +291,11 @@ def test_an_unknown_instruction_set_is_named() -> None:
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
     assert "mmx" in last and all(name in last for name in _C.available_isas())
+
+
+def test_no_unions_in_isinstance() -> None:
+    """The compiler of the oldest torch that is supported, 2.6, stops at them."""
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance":
+                assert not isinstance(node.args[1], ast.BinOp), f"{path}:{node.lineno}"

@@ -162,7 +162,7 @@ def _check_bias(bias: Tensor, name: str) -> None:
 def _sides(rows: int, window_size: int | Sequence[int]) -> tuple[int, ...]:
     if isinstance(window_size, int) and not isinstance(window_size, bool):
         candidates = [(window_size,) * rank for rank in (1, 2, 3)]
-    elif isinstance(window_size, tuple | list):
+    elif isinstance(window_size, (tuple, list)):
         if not 1 <= len(window_size) <= 3:
             raise ValueError(f"window_size must have 1 to 3 axes, got {window_size}")
         for side in window_size:

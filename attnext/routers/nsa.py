@@ -205,7 +205,7 @@ def _check_gates(query: Tensor, gates: Any) -> None:
 
 
 def _check_pair(name: str, pair: Any, key: Tensor, value: Tensor, count: int) -> None:
-    if not isinstance(pair, tuple | list) or len(pair) != 2:
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise TypeError(f"{name} must be a pair of keys and values, got {kind_of(pair)}")
     for what, t, like in zip(("keys", "values"), pair, (key, value), strict=True):
         want = (like.shape[0], count, *like.shape[2:])

@@ -96,7 +96,7 @@ def span_length(tokens: Tensor, power: Power, factor: Power, limit: int) -> Tens
 
 def _fraction(name: str, x: Any) -> Fraction:
     """A decimal number as it reads: 0.55 is 11/20, not the nearest binary number."""
-    if isinstance(x, bool) or not isinstance(x, int | float | Fraction):
+    if isinstance(x, bool) or not isinstance(x, (int, float, Fraction)):
         raise TypeError(f"{name} must be a number or a Fraction, got {x!r}")
     if not 0 <= x < math.inf:
         raise ValueError(f"{name} must be finite and at least 0, got {x}")

@@ -44,7 +44,7 @@ struct Call {
   const Problem& c;
   DType type, acc;
   int64_t batch = 2, extent[3];
-  Tensor query, key, value, decay, beta, out, denominator, dout, ddenominator;
+  Tensor query, key, value, decay, beta, out, denominator, remainder, dout, ddenominator;
   Tensor dquery, dkey, dvalue, ddecay, dbeta;
   std::vector<LinearSequence> sequences;
   std::vector<char> initial, final_state, dfinal, dinitial;
@@ -62,6 +62,7 @@ struct Call {
         beta(acc, batch, extent, c.heads, 1),
         out(t, batch, extent, c.heads, c.dim_v),
         denominator(acc, batch, extent, c.heads, 1),
+        remainder(t, batch, extent, c.heads, c.dim_v),
         dout(t, batch, extent, c.heads, c.dim_v),
         ddenominator(acc, batch, extent, c.heads, 1),
         dquery(t, batch, extent, c.heads, c.dim),
@@ -131,6 +132,7 @@ struct Call {
     p.out = out.ref(), p.dout = dout.ref();
     p.dquery = dquery.ref(), p.dkey = dkey.ref(), p.dvalue = dvalue.ref();
     if (c.normalize) p.denominator = denominator.ref();
+    if (c.normalize && attnext::size_of(type) == 2) p.remainder = remainder.ref();
     if (c.states) {
       p.initial_state = initial.data(), p.final_state = final_state.data();
       p.dfinal_state = dfinal.data(), p.dinitial_state = dinitial.data();
