@@ -122,7 +122,10 @@ def select_topk(
         ...     query_blocks=blocks, candidate_blocks=blocks, force_last=1)
         >>> plan = attnext.BlockPlan.of(lists, 1024, 64)
     """
-    problem = _checked(**locals())
+    problem = _checked(
+        query, candidates, k, score, causal, query_blocks, candidate_blocks, ranges, force_first,
+        force_last, exclude, weights, lse, windows, scale, tie, order, return_values,
+    )  # fmt: skip
     tensors = (query, candidates, weights, lse)
     refuse_forward_mode("select_topk", tensors)
     with torch.no_grad():
