@@ -670,6 +670,9 @@ def test_eps_beside_other_sums_is_not_rounded():
         one, one, one, **{**options, "normalizer_query": -one, "eps": 0.0}, return_denominator=True
     )
     assert total.item() == 0
+    signed = {**options, "feature_map": "identity", "normalizer_query": -one}
+    _, total = linear_attention(one, one, one, **signed, return_denominator=True)
+    assert abs(total.item() + 1.1) < 1e-15  # away from 0
 
 
 @pytest.mark.parametrize("name", ["normalizer_query", "normalizer_key"])

@@ -51,13 +51,8 @@ def forward(recorder: Recorder, *problem: Any) -> tuple[Tensor, ...]:
         for name, fake in zip(_RESULTS, linear_ops._wanted_results(problem, fakes), strict=True)
     ]
     call = _C.CudaLinearForward(_native(memory, problem))
-    recorder.carry_out(
-        memory,
-        call.launches(
-            *_room(memory, call),
-            *(r and r.tensor for r, n in zip(results, _RESULTS, strict=True) if n != "remainder"),
-        ),
-    )
+    out, denominator, _, state = (r and r.tensor for r in results)
+    recorder.carry_out(memory, call.launches(*_room(memory, call), out, denominator, state))
     return tuple(r.get() if r else fake for r, fake in zip(results, fakes, strict=True))
 
 
