@@ -203,7 +203,7 @@ def _slot_list(slots: Tensor, count: int) -> list[int]:
 # ---- CUDA ----------------------------------------------------------------------------------------
 
 _TABLES = DeviceTables()
-_MAX_HEAD_DIM, _MAX_TAYLOR_DIM = 128, 64
+_MAX_HEAD_DIM, _MAX_TAYLOR_DIM = 256, 64
 
 
 @dataclass(frozen=True, eq=False)

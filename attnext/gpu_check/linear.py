@@ -148,7 +148,7 @@ def _problems() -> list[LinearProblem]:
         LinearProblem(name=f"length-{n}", tokens=n, options=elu, decay="token")
         for n in (1, 63, 64, 65, 129, 1000)
     ]
-    for dim, dim_v in ((16, 64), (53, 30), (128, 100), (64, 128)):
+    for dim, dim_v in ((16, 64), (53, 30), (128, 100), (64, 128), (256, 200)):
         more: dict[str, Any] = {"head_dim": dim, "head_dim_v": dim_v, "tokens": 200}
         made += [
             LinearProblem(name=f"dims-{dim}-{dim_v}", **more),
@@ -198,10 +198,14 @@ def _problems() -> list[LinearProblem]:
         ),
         LinearProblem(name="delta-packed", tokens=1500, ends=ends, beta=True, decay="token"),
         LinearProblem(name="delta-shared", tokens=200, beta=True, heads=(2, 1, 6), head_dim=128),
+        LinearProblem(
+            name="delta-wide", tokens=200, beta=True, decay="token", head_dim=256, head_dim_v=130
+        ),
         LinearProblem(name="step", tokens=1, batch=33, decay="token", steps=True),
         LinearProblem(name="step-taylor", tokens=3, head_dim=16, options=taylor, steps=True),
         LinearProblem(name="step-taylor-wide", tokens=1, head_dim=64, options=taylor, steps=True),
         LinearProblem(name="step-delta", tokens=10, beta=True, decay="token", steps=True),
+        LinearProblem(name="step-delta-wide", tokens=3, beta=True, head_dim=256, steps=True),
         LinearProblem(name="step-wide", tokens=2, head_dim_v=200, options=elu, steps=True),
         LinearProblem(name="relu", tokens=300, options={"feature_map": "relu"}),
         LinearProblem(name="blocks", tokens=300, options={"window_size": 90}, state=False),

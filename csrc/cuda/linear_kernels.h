@@ -55,6 +55,9 @@ constexpr int kTaylorEntries = 16, kWideEntries = 64;
   X(linear_scan_##type##_128_gated, T, 128, 4, kGated) \
   X(linear_scan_##type##_128_delta, T, 128, 4, kDelta) \
   X(linear_scan_##type##_128_delta_back, T, 128, 4, kDeltaBack) \
+  X(linear_scan_##type##_256_gated, T, 256, 2, kGated) \
+  X(linear_scan_##type##_256_delta, T, 256, 2, kDelta) \
+  X(linear_scan_##type##_256_delta_back, T, 256, 2, kDeltaBack) \
   X(linear_scan_##type##_taylor, T, 160, 4, kTaylor) \
   X(linear_scan_##type##_taylor_gated, T, 160, 4, kTaylorGated) \
   X(linear_scan_##type##_fold, T, 64, 4, kFold) \
@@ -73,6 +76,9 @@ constexpr int kTaylorEntries = 16, kWideEntries = 64;
   X(linear_scan_##type##_128_gated, T, 128, 2, kGated) \
   X(linear_scan_##type##_128_delta, T, 128, 2, kDelta) \
   X(linear_scan_##type##_128_delta_back, T, 128, 2, kDeltaBack) \
+  X(linear_scan_##type##_256_gated, T, 256, 1, kGated) \
+  X(linear_scan_##type##_256_delta, T, 256, 1, kDelta) \
+  X(linear_scan_##type##_256_delta_back, T, 256, 1, kDeltaBack) \
   X(linear_scan_##type##_taylor, T, 160, 2, kTaylor) \
   X(linear_scan_##type##_taylor_gated, T, 160, 2, kTaylorGated) \
   X(linear_scan_##type##_fold, T, 64, 2, kFold) \

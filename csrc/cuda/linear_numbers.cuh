@@ -13,7 +13,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::look_at(int at, Next& nex
     const int row = at + lane * kPer + i;
     next.decay[i] = 0.f;
     next.number[i] = make_float2(0.f, 0.f);
-    if (!is_token(row)) continue;
+    if (!is_token(row) || !is_lanes(i)) continue;
     if (decays()) {
       next.decay[i] = static_cast<const float*>(p.decay.data)[tokens().offset(p.decay, 1, row)];
     }
@@ -49,6 +49,7 @@ ATTNEXT_SCAN_MEMBER void Scan<T, kDim, kWarps, kKind>::note(const Next& next, in
   if (is_on(Side::kB)) unit_of(top, 0, unit, inverse);
 #pragma unroll
   for (int i = 0; i < kPer; ++i) {
+    if (!is_lanes(i)) continue;
     const double decay = before + until[i];
     const float high = static_cast<float>(decay);
     numbers(buffer, lane * kPer + i) = {high, static_cast<float>(decay - high),

@@ -324,7 +324,9 @@ ATTNEXT_SCAN_MEMBER bool Scan<T, kDim, kWarps, kKind>::are_own_rows_finite(int s
   float x[2][4] = {};  // sums of values times 0
   if constexpr (sizeof(T) == 4) {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) x[0][0] = fmaf(value(stage, warp * 16 + i, lane), 0.f, x[0][0]);
+    for (int i = 0; i < 16; ++i) {
+      x[0][0] = fmaf(value(stage, warp * 16 + i, lane % kColumns), 0.f, x[0][0]);
+    }
   } else {
     const typename P::Left zeros = {{0, 0, 0, 0}};
 #pragma unroll

@@ -34,6 +34,10 @@ const ScanFacts kScans[] = {ATTNEXT_SCAN_KERNELS_16(ATTNEXT_DESCRIBE, bf16, bf16
 
 constexpr int64_t kEnoughBlocks = 2 * 132;  // of the largest GPU, twice over
 constexpr int64_t kLeastChunks = 4;         // of a segment
+// Rows of more entries have kernels with shorter chunks.
+constexpr int64_t kUsualDim = 128;
+// The gradient of Taylor features is a sum over the columns of values, of which a scan has so many.
+constexpr int64_t kFoldColumns = 64;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -44,8 +48,9 @@ const ScanFacts& scan_of(DType dtype, int64_t dim, ScanKind kind) {
                                                        : k.dim;
     if (k.dtype == dtype && most >= dim && k.kind == kind) return k;
   }
+  if (kind == ScanKind::kPlain) return scan_of(dtype, dim, ScanKind::kGated);  // it can do as much
   throw std::invalid_argument(
-      "attnext: linear attention on CUDA has head_dim up to 128, Taylor "
+      "attnext: linear attention on CUDA has head_dim up to 256, Taylor "
       "features up to 64, in float32, bfloat16 or float16");
 }
 
@@ -59,8 +64,11 @@ class Plan {
   Plan(const LinearParams& params, int64_t length, void* workspace)
       : p(params), length_(length), workspace_(static_cast<char*>(workspace)) {
     if (p.tokens >= INT32_MAX / 2) throw std::invalid_argument("attnext: more than 2^30 tokens");
-    const ScanFacts& scan = scan_of(p.dtype, std::max(p.head_dim, p.head_dim_v), ScanKind::kGated);
-    chunk_ = 16 * scan.warps;
+    const int64_t widest = std::max(p.head_dim, p.head_dim_v);
+    if (!taylor() && widest > kUsualDim) least_dim_ = widest;
+    const ScanFacts& one =
+        taylor() ? scan(kFoldColumns, ScanKind::kFold) : scan(widest, ScanKind::kGated);
+    chunk_ = 16 * one.warps;
     const int64_t longest = std::max<int64_t>(1, length_), chunks = ceil_div(longest, chunk_);
     const int64_t blocks = std::max<int64_t>(1, p.num_sequences * p.heads);
     segments_ = std::max<int64_t>(1, std::min(kEnoughBlocks / blocks, chunks / kLeastChunks));
@@ -166,7 +174,7 @@ class Plan {
     add_scan(kind, l);
   }
   void add_scan(ScanKind kind, LinearLaunch l) {
-    const ScanFacts& scan = scan_of(p.dtype, l.b.dim, kind);
+    const ScanFacts& scan = this->scan(l.b.dim, kind);
     l.slices = static_cast<int32_t>(l.folds ? fold_slices() : slices(l.c.dim));
     l.outer_scale = 1 / l.inner_scale;
     for (ScanRows* x : {&l.a, &l.b, &l.c, &l.raw, &l.out}) {
@@ -178,14 +186,14 @@ class Plan {
     const int64_t blocks = p.num_sequences * p.heads * l.segments * l.slices * l.parts;
     add(scan.name, blocks, 32 * scan.warps, scan.shared_bytes, l);
   }
-  int64_t slices(int64_t dim) const { return ceil_div(dim, p.dtype == DType::kFloat32 ? 32 : 64); }
+  int64_t slices(int64_t dim) const { return ceil_div(dim, chunk_); }  // a block is as wide as long
   int64_t fold_slices() const {
     return slices(
         num_features(FeatureMap::kTaylor2, std::max<int64_t>(p.head_dim, kTaylorEntries)));
   }
   int64_t fold_width() const { return wide() ? p.head_dim : kTaylorEntries; }
   int64_t parts() const {
-    return ceil_div(p.features(), scan_of(p.dtype, p.head_dim, ScanKind::kTaylorWide).dim);
+    return ceil_div(p.features(), scan(p.head_dim, ScanKind::kTaylorWide).dim);
   }
   void add(const std::string& name, int64_t blocks, int32_t threads, int32_t shared,
            const LinearLaunch& l) {
@@ -264,6 +272,11 @@ class Plan {
     add("linear_fold" + suffix(p.dtype), ceil_div(rows() * dim, kThreads), kThreads, 0, l);
   }
 
+  // The kernel for rows of so many entries.
+  const ScanFacts& scan(int64_t dim, ScanKind kind) const {
+    return scan_of(p.dtype, std::max(dim, least_dim_), kind);
+  }
+
   const LinearParams& p;
 
  private:
@@ -273,6 +286,9 @@ class Plan {
            whole(t.head);
   }
 
+  // All scans of a problem have chunks of the same length, which is shorter for wide rows: then the
+  // kernel for these has short ones, too.
+  int64_t least_dim_ = 0;
   int64_t length_, chunk_, segments_, segment_, state_size_;
   char* workspace_;
   int64_t used_ = 0;
@@ -299,8 +315,6 @@ void plan_forward(Plan* plan) {
 
 float* further(float* numbers, int64_t by) { return numbers ? numbers + by : nullptr; }
 
-// The gradient of Taylor features is a sum over the columns of values, of which a scan has so many.
-constexpr int64_t kFoldColumns = 64;
 int64_t folds_of(const Plan& plan) {
   return plan.taylor() ? ceil_div(plan.p.head_dim_v, kFoldColumns) : 0;
 }
@@ -318,8 +332,8 @@ struct OfDecay {
     const LinearParams& p = plan->p;
     const int64_t folds = folds_of(*plan);
     const ScanFacts& scan =  // of dq and dk
-        folds > 0 ? scan_of(p.dtype, kFoldColumns, ScanKind::kFold)
-                  : scan_of(p.dtype, p.head_dim_v, ScanKind::kGated);
+        folds > 0 ? plan->scan(kFoldColumns, ScanKind::kFold)
+                  : plan->scan(p.head_dim_v, ScanKind::kGated);
     slices = folds > 0 ? plan->fold_slices() : plan->slices(p.head_dim);
     sets = p.delta() ? 2 : static_cast<int32_t>(std::max<int64_t>(folds, 1));
     num_dots = static_cast<int32_t>(slices + (folds > 0));
@@ -578,9 +592,10 @@ std::vector<Launch> linear_step_launches(const LinearStepParams& params) {
   l.step = params;
   const int64_t features = p.features(), columns = p.state_columns();
   // The rows of the delta rule are held at once.
-  const int64_t most = p.delta() ? kStepThreads / (kStepGroups / 2) : kStepColumns;
-  if (p.delta() && features > kStepHeld * kStepGroups / 2) {
-    throw std::invalid_argument("attnext: a step of the delta rule on CUDA has head_dim up to 128");
+  const int64_t groups = features > kStepHeld * kStepGroups / 2 ? kStepGroups : kStepGroups / 2;
+  const int64_t most = p.delta() ? kStepThreads / groups : kStepColumns;
+  if (p.delta() && features > kStepHeld * groups) {
+    throw std::invalid_argument("attnext: a step of the delta rule on CUDA has head_dim up to 256");
   }
   if (p.dtype == DType::kFloat64 || features > INT32_MAX / 2 || columns > INT32_MAX / 2) {
     throw std::invalid_argument("attnext: a step on CUDA has float32, bfloat16 or float16");

@@ -46,8 +46,8 @@ struct Scan {
       kExpanded && !kIsWide ? kEntries * int(sizeof(T)) / 16 : Layout<T, kRaw>::kChunks;
   static constexpr int kChunk = S::kChunk, kColumns = S::kColumns, kThreads = kWarps * 32;
   static constexpr int kDepth = P::kDepth, kSteps = kChunk / kDepth;
-  static constexpr int kMine = kDepth / 4;  // rows of a step that a lane has
-  static constexpr int kPer = kChunk / 32;  // tokens of a lane when one warp looks at all
+  static constexpr int kMine = kDepth / 4;         // rows of a step that a lane has
+  static constexpr int kPer = (kChunk + 31) / 32;  // tokens of a lane when one warp looks at all
   static constexpr bool kKept = sizeof(T) == 2 && kDim <= 64;  // rows of a
   using Rows = LeftRows<T, kPanel, 1, kKept>;
   // fp16 has too few exponents for a sum over a sequence: its copy is in a unit of each warp's.
@@ -264,17 +264,29 @@ struct Scan {
 
   // ---- rows ------------------------------------------------------------------------------------
 
+  // Of rows of so many chunks: how many the block's threads have at once, or else, where a row has
+  // more chunks than there are threads, in how many goes they have one.
+  template <int kChunks>
+  static constexpr int kRowsAtOnce = kThreads < kChunks ? 1 : kThreads / kChunks;
+  template <int kChunks>
+  static constexpr int kGoes = kChunks < kThreads ? 1 : kChunks / kThreads;
+
   // visit(row, chunk, place in the tile) for a thread's chunks of a tile.
   template <int kD, bool kUnrolled, int kChunks = Layout<T, kD>::kChunks, class Visit>
   ATTNEXT_DEVICE void each_chunk(Visit visit) const {
     using L = Layout<T, kD>;
-    constexpr int kAtOnce = kThreads / kChunks;
-    static_assert(kThreads % kChunks == 0 && kChunk % kAtOnce == 0, "uneven");
-    const int row0 = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+    constexpr int kAtOnce = kRowsAtOnce<kChunks>;
+    static_assert(kThreads * kGoes<kChunks> == kAtOnce * kChunks && kChunk % kAtOnce == 0,
+                  "uneven");
+    const int row0 = threadIdx.x / kChunks, first = threadIdx.x % kChunks;
 #pragma unroll(kUnrolled ? kChunk / kAtOnce : 1)
     for (int i = 0; i < kChunk / kAtOnce; ++i) {
       const int row = row0 + i * kAtOnce;
-      visit(row, chunk, L::at(row, chunk));
+#pragma unroll
+      for (int go = 0; go < kGoes<kChunks>; ++go) {
+        const int chunk = first + go * kThreads;
+        visit(row, chunk, L::at(row, chunk));
+      }
     }
   }
   // What the thread copies first of the first chunk, from a column on.
@@ -293,19 +305,24 @@ struct Scan {
   template <int kD, int kChunks = Layout<T, kD>::kChunks>
   ATTNEXT_DEVICE void copy_rows_of(const ScanRows& x, uint64_t& start, int at, bool even,
                                    int column, uint32_t to) const {
+    // From a thread's chunk to its next one, in the same row or in the next one that it has.
+    constexpr int kAlong = kThreads * 16, kLast = (kGoes<kChunks> - 1) * kThreads;
+    const auto go_on = [&](int chunk, int64_t step) {
+      start += chunk < kLast ? kAlong : step - kLast * 16;
+    };
     if (even) {
-      each_chunk<kD, true, kChunks>([&](int, int, uint32_t place) {
+      each_chunk<kD, true, kChunks>([&](int, int chunk, uint32_t place) {
         copy_chunk_async(to + place, reinterpret_cast<const void*>(start));
-        start += int64_t(x.stride) * (kThreads / kChunks);
+        go_on(chunk, int64_t(x.stride) * kRowsAtOnce<kChunks>);
       });
     } else {
       constexpr int kBytes = sizeof(T);
       const int row_bytes = (x.dim - column) * kBytes;
-      const int64_t step = x.step * (kThreads / kChunks * kBytes);
+      const int64_t step = x.step * (kRowsAtOnce<kChunks> * kBytes);
       each_chunk<kD, false, kChunks>([&](int row, int chunk, uint32_t place) {
         const int bytes = is_token(at + row) ? min(max(row_bytes - chunk * 16, 0), 16) : 0;
         copy_chunk<T>(to + place, bytes > 0 ? start : 0, 0, bytes, x.aligned);
-        start += step;
+        go_on(chunk, step);
       });
     }
   }
@@ -410,6 +427,8 @@ struct Scan {
   };
   // The first warp reads them for all, a chunk ahead.
   ATTNEXT_DEVICE bool notes() const { return kGated && warp == 0; }
+  // Whether the lane's i-th token is of the chunk: one may be shorter than a warp has lanes.
+  ATTNEXT_DEVICE bool is_lanes(int i) const { return kChunk % 32 == 0 || lane * kPer + i < kChunk; }
   ATTNEXT_DEVICE void look_at(int at, Next& next) const;
   ATTNEXT_DEVICE void note(const Next& next, int buffer);
 

@@ -115,7 +115,7 @@ ATTNEXT_DEVICE void find_decay_gradient(const LinearLaunch& p) {
   tokens.start(p, sequence, head);
   const int64_t chunk = place - tokens.chunks_before(p, sequence, p.chunk);
   if (chunk * p.chunk >= tokens.count()) return;
-  const int lane = threadIdx.x % 32, per = p.chunk / 32;
+  const int lane = threadIdx.x % 32, per = (p.chunk + 31) / 32;
   const int64_t rows = p.batch * p.tokens * p.heads;
   double sum = 0., left = 0.;  // left: by the lane's tokens
   for (int64_t set = 0; set < p.sets; ++set) {
@@ -136,7 +136,7 @@ ATTNEXT_DEVICE void find_decay_gradient(const LinearLaunch& p) {
   sum += left;
   for (int i = per - 1; i >= 0; --i) {  // lanes have neighbouring tokens
     const int64_t position = chunk * p.chunk + i * 32 + lane;
-    const bool live = position < tokens.count();
+    const bool live = i * 32 + lane < p.chunk && position < tokens.count();
     double mine = 0.;
     if (live) {
       const int64_t index = tokens.index(p, position);

@@ -130,6 +130,27 @@ def test_every_bucket(dim: int, dim_v: int, dtype: torch.dtype) -> None:
     check(*form("elu, normalized, decayed", tokens=tokens, dim=dim, dim_v=dim_v, dtype=dtype))
 
 
+@pytest.mark.parametrize(
+    ("dim", "dim_v", "dtype"),
+    [
+        (256, 40, BF16),
+        (129, 130, torch.float32),
+        pytest.param(24, 250, BF16, marks=pytest.mark.heavy),
+        pytest.param(256, 256, torch.float16, marks=pytest.mark.heavy),
+        pytest.param(24, 250, torch.float32, marks=pytest.mark.heavy),
+        pytest.param(256, 40, torch.float32, marks=pytest.mark.heavy),
+    ],
+)
+def test_wide_rows(dim: int, dim_v: int, dtype: torch.dtype) -> None:
+    """Chunks of 32 tokens, of 16 in fp32, in all scans of a problem, whichever rows are wide."""
+    chunk = 16 if dtype == torch.float32 else 32
+    wide = {"dim": dim, "dim_v": dim_v, "dtype": dtype}
+    check(*form("elu, normalized, decayed", tokens=chunk + 5, **wide))
+    delta = form("identity", tokens=chunk + 8, **wide, beta=True, decay="token")
+    check(*delta, few=1.25)  # gradients of beta are one number a token
+    check(*form("reverse", tokens=9 * chunk - 1, **wide, decay=None), grads=False)  # in segments
+
+
 @pytest.mark.parametrize(("dim", "dtype"), [(7, torch.float32), (16, BF16), (16, torch.float16)])
 def test_taylor_features(dim: int, dtype: torch.dtype) -> None:
     more = {"feature_map": "taylor2", "normalize": True, "dim": dim, "dim_v": 40, "dtype": dtype}
@@ -195,6 +216,7 @@ def test_a_decay_beside_taylor_features_that_lets_nothing_through() -> None:
     [
         (5, 65, BF16, 40),
         pytest.param(16, 128, torch.float32, 300, marks=pytest.mark.heavy),
+        pytest.param(16, 200, BF16, 40, marks=pytest.mark.heavy),
         pytest.param(17, 100, torch.float16, 70, marks=pytest.mark.heavy),
     ],
 )
@@ -465,7 +487,7 @@ def test_what_is_missing_is_said() -> None:
     for more, what in (
         ({"feature_map": "taylor2", "dim": 65}, "taylor2"),
         ({"dtype": torch.float64}, "float64"),
-        ({"dim": 129}, "head_dim above 128"),
+        ({"dim": 257}, "head_dim above 256"),
     ):
         tensors, options = form("identity", **{"tokens": 3, "state": False, **more})
         with pytest.raises(NotImplementedError, match=what), on_executor():
