@@ -565,6 +565,37 @@ def test_strides():
     assert_same(evaluate(linear_attention, views, options), expected)
 
 
+@pytest.mark.parametrize("isa_name", available_isas())
+def test_rows_are_taken_where_they_lie_or_copied_to_the_same_bits(isa_name):
+    """Whole, aligned rows may be operands of a product without a copy, others not."""
+
+    def odd(x):
+        room = torch.full((*x.shape[:-1], x.shape[-1] + 3), torch.nan, dtype=x.dtype)
+        room[..., 1:-2] = x
+        return room[..., 1:-2]
+
+    for tokens, dim, dim_v in ((100, 64, 64), (33, 96, 40), (15, 16, 16), (70, 31, 64)):
+        shape = {"tokens": tokens, "dim": dim, "dim_v": dim_v, "state": True}
+        tensors, options = problem(**shape, dtype=torch.bfloat16)
+        moved = {
+            n: odd(x) if x.dim() == 4 and n != "initial_state" else x for n, x in tensors.items()
+        }
+        for more in (
+            {},
+            {"reverse": True},
+            {"is_causal": False},
+            {"scale": -0.3, "chunk_size": 20},
+        ):
+            with isa(isa_name):
+                got, again = (
+                    linear_attention(**x, **options, **more, output_final_state=True)
+                    for x in (tensors, moved)
+                )
+            exact = reference.linear_attention(**tensors, **options, **more)
+            assert_same(dict(enumerate(got)), dict(enumerate(again)))
+            assert error(got[0], exact) <= 1.2 * BUDGET[torch.bfloat16]
+
+
 def test_gradient_without_an_output_or_without_the_state():
     tensors, options = form("elu, normalized", tokens=40, dim=5)
     for used in (0, 1):

@@ -241,14 +241,14 @@ ATTNEXT_INLINE Acc add_lanes(V v) {
 }
 
 // out[lanes] = kept out[lanes] + taken sum_r x[r][lanes] * weight[r]; no weight: 1.
-template <class Acc>
-void weigh_rows(const Acc* x, int64_t rows, int64_t ld, int64_t width, const Acc* weight, Acc* out,
+template <class T, class Acc>
+void weigh_rows(const T* x, int64_t rows, int64_t ld, int64_t width, const Acc* weight, Acc* out,
                 Mix<Acc> mix) {
   constexpr int64_t kLanes = Simd<Acc>::kLanes;
   for (int64_t t = 0; t < width; t += kLanes) {
     VecOf<Acc> sum[4] = {};
     for (int64_t r = 0; r < rows; ++r) {
-      const VecOf<Acc> v = load(x + r * ld + t);
+      const VecOf<Acc> v = widen(x + r * ld + t);
       sum[r % 4] += weight ? v * weight[r] : v;
     }
     const VecOf<Acc> all = ((sum[0] + sum[1]) + (sum[2] + sum[3])) * mix.taken;
@@ -256,14 +256,14 @@ void weigh_rows(const Acc* x, int64_t rows, int64_t ld, int64_t width, const Acc
   }
 }
 // out[r] = kept out[r] + taken sum over lanes of x[r][lanes] * weight[lanes]; no weight: 1.
-template <class Acc>
-void weigh_lanes(const Acc* x, int64_t rows, int64_t ld, int64_t width, const Acc* weight, Acc* out,
+template <class T, class Acc>
+void weigh_lanes(const T* x, int64_t rows, int64_t ld, int64_t width, const Acc* weight, Acc* out,
                  Mix<Acc> mix) {
   constexpr int64_t kLanes = Simd<Acc>::kLanes;
   for (int64_t r = 0; r < rows; ++r) {
     VecOf<Acc> sum{};
     for (int64_t t = 0; t < width; t += kLanes) {
-      const VecOf<Acc> v = load(x + r * ld + t);
+      const VecOf<Acc> v = widen(x + r * ld + t);
       sum += weight ? v * load(weight + t) : v;
     }
     const Acc all = add_lanes<Acc>(sum) * mix.taken;
@@ -365,7 +365,7 @@ struct LinearHead {
     if (t >= of.end) return;
     const T* const first = row_of<T>(of, ref, t, heads) + column;
     const int64_t count = min64(chunk, of.end - t);
-    for (int64_t i = 0; i < count; ++i) ahead->add(first + i * step(ref), dim * kSize, write);
+    ahead->add(first, dim * kSize, write, step(ref) * kSize, count);
   }
   int64_t step(const TensorRef& ref) const { return p.reverse ? -ref.token[2] : ref.token[2]; }
 
@@ -388,7 +388,9 @@ struct LinearHead {
     const bool is_taylor = params.feature_map == FeatureMap::kTaylor2;
     if (is_taylor && length <= kShortTaylor) return max64(length, 1);
     // Work inside chunks grows with them, traffic of states shrinks.
-    return params.features() * params.head_dim_v <= 64 * 64 ? 32 : 64;
+    // Products of tiles are the cheapest of it.
+    constexpr bool kTiles = kInTiles<typename ElemOf<T>::type>;
+    return !kTiles && params.features() * params.head_dim_v <= 64 * 64 ? 32 : 64;
   }
   static int64_t segment_of(const LinearParams& params, int64_t chunk) {
     // The backward pass holds a segment's states, which should stay in a second-level cache.
@@ -436,7 +438,13 @@ struct LinearHead {
     constexpr int64_t kDepth = kBy == By::kRows ? Contraction<Elem>::kDepth : 1;
     product<kBy, false>(features, width, elements<Elem>(count), a, ldx / kDepth, b, width, local,
                         width, mix, ahead);
-    const auto add_sums = [&](Acc* to, Mix<Acc> of_sums) {
+    add_sums<kBy>(x, ldx, count, mix, local, row_weight);
+  }
+  // What becomes of the sums of features then.
+  template <By kBy, class X>
+  void add_sums(const X* x, int64_t ldx, int64_t count, Mix<Acc> mix, Acc* local,
+                const Acc* row_weight) const {
+    const auto add = [&](Acc* to, Mix<Acc> of_sums) {
       if (!p.normalize) {
         for (int64_t f = 0; !of_sums.reads && f < whole_vectors<Acc>(features); ++f) to[f] = 0;
       } else if (kBy == By::kRows) {
@@ -445,9 +453,8 @@ struct LinearHead {
         weigh_rows(x, count, ldx, whole_vectors<Acc>(features), row_weight, to, of_sums);
       }
     };
-    add_sums(sums(local),
-             Mix<Acc>{mix.reads, mix.kept, mix.taken, mix.from ? sums(mix.from) : nullptr});
-    if (mix.also) add_sums(sums(mix.also), mix.of_also());
+    add(sums(local), Mix<Acc>{mix.reads, mix.kept, mix.taken, mix.from ? sums(mix.from) : nullptr});
+    if (mix.also) add(sums(mix.also), mix.of_also());
   }
 };
 

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "linear_delta.inl"
+#include "linear_pairs.inl"
 
 namespace attnext {
 namespace cpu {
@@ -42,7 +43,7 @@ class LinearForward : public LinearHead<T> {
     qf_ = taylor() ? arena_.take(features * ld) : q_;
     kf_ = arena_.take(taylor() ? features * ld : chunk * row_ld_);
     v_ = arena_.take(chunk * width);
-    out_ = arena_.take(chunk * width);
+    out_ = arena_.take((kOwnPairs ? tiles::round_up(chunk, 2 * tiles::kSide) : chunk) * width);
     scores_ = arena_.take(chunk * ld);
     sum_ = arena_.take(ld);
     weights_ = arena_.take(ld);
@@ -52,6 +53,7 @@ class LinearForward : public LinearHead<T> {
     score_room_ = room(chunk * ld);
     state_room_ = room((features + 1) * width);
     feature_room_ = room(max64((features + 1) * ld, (chunk + 1) * row_ld_));
+    if (kOwnPairs) key_sums_ = arena_.take(row_ld_);
     if (constant_apart()) constants_ = arena_.take(chunk * width);
     if (p.delta()) {
       keys_ = arena_.take(chunk * ld);
@@ -99,6 +101,13 @@ class LinearForward : public LinearHead<T> {
 
  private:
   static constexpr int64_t kBlock = kRowBlock<Elem>;  // rows of scores at a time
+  // Rows of bf16 are operands of tiles as they are, but for features that have to be whole numbers
+  // first: Taylor's, which are products, and what decays multiply.
+  static constexpr bool kOwnPairs = kInTiles<Elem> && Same<T, bf16>::value;
+  bool in_pairs() const {
+    constexpr int64_t kMost = tiles::LeftFactors::kMost * tiles::kSpan;
+    return kOwnPairs && !taylor() && !decays() && p.head_dim <= kMost && chunk <= kMost;
+  }
 
   static constexpr int64_t kDepth = Contraction<Elem>::kDepth;
   // A constant feature is most of a Taylor product of small scores. Rounded to bf16 with the
@@ -122,13 +131,9 @@ class LinearForward : public LinearHead<T> {
     const Acc* state = running;
     if (first || !p.causal) state = carry ? carry : walk->fresh ? nullptr : local;
     if (first || p.causal) read_ = enter(state);
-    pack_queries(t, count);
+    pack_queries(t, count, state);
     if (p.causal) pack_keys(t, count, state, true);
-    if (taylor()) {
-      attend<By::kColumns>(t, count, state, read_);
-    } else {
-      attend<By::kRows>(t, count, state, read_);
-    }
+    attend(t, count, state);
     if (!p.causal) return;
     if (running == local || last) {
       if (keep || !last) add_chunk(count, local, kept(!walk->fresh));
@@ -160,8 +165,11 @@ class LinearForward : public LinearHead<T> {
     ahead_.pace(tiles);
   }
 
-  void pack_queries(int64_t t, int64_t count) {
+  void pack_queries(int64_t t, int64_t count, const Acc* state) {
     const T* query = this->template row<const T>(p.query, t, p.query_heads);
+    if constexpr (kOwnPairs) {
+      if (in_pairs()) return pack_query_pairs(count, query, state);
+    }
     if (taylor()) {
       pack_lanes<FeatureMap::kIdentity>(query, this->step(p.query), count, p.head_dim, q_, ld);
       taylor_features(q_, this->inner_scale(), p.head_dim, ld, count, true, qf_);
@@ -173,6 +181,9 @@ class LinearForward : public LinearHead<T> {
   // Also what the delta rule makes of the values, for which it needs the decays and the state.
   void pack_keys(int64_t t, int64_t count, const Acc* state, bool for_scores) {
     const T* key = this->template row<const T>(p.key, t, p.key_heads);
+    if constexpr (kOwnPairs) {
+      if (in_pairs()) return pack_key_pairs(t, count, key);
+    }
     if (taylor()) {
       pack_lanes<FeatureMap::kIdentity>(key, this->step(p.key), count, p.head_dim, k_, ld);
     } else {
@@ -191,6 +202,45 @@ class LinearForward : public LinearHead<T> {
     value_ = along_rows(v_, count, width, width, value_room_);
   }
 
+  // Sums for the normaliser are of features that are not rounded.
+  void pack_query_pairs(int64_t count, const T* query, const Acc* state) {
+    const int64_t step = this->step(p.query);
+    const Acc* const sums = p.normalize && state ? this->sums(state) : nullptr;
+    for (int64_t i = 0; p.normalize && i < count; ++i) sum_[i] = 0;
+    if (are_pairs(p.feature_map, query, step, p.head_dim, row_ld_)) {
+      query_ = {reinterpret_cast<const Elem*>(query), step / kDepth};
+      if (sums) weigh_lanes(query, count, step, row_ld_, sums, sum_, Mix<Acc>{false});
+      return;
+    }
+    VecOf<Acc> sum{};
+    query_ = pair_features(p.feature_map, query, step, count, p.head_dim, query_room_, row_ld_,
+                           [&](int64_t i, int64_t d, VecOf<Acc> x) {
+                             if (!sums) return;
+                             sum = x * load(sums + d) + (d > 0 ? sum : VecOf<Acc>{});
+                             if (d + kLanes >= p.head_dim) sum_[i] = add_lanes<Acc>(sum);
+                           });
+  }
+  void pack_key_pairs(int64_t t, int64_t count, const T* key) {
+    const int64_t pairs = elements<Elem>(p.head_dim), step = this->step(p.key);
+    if (are_pairs(p.feature_map, key, step, p.head_dim, row_ld_)) {
+      key_ = {reinterpret_cast<const Elem*>(key), step / kDepth};
+      if (p.normalize)
+        weigh_rows<T, Acc>(key, count, step, row_ld_, nullptr, key_sums_, Mix<Acc>{false});
+    } else {
+      for (int64_t d = 0; d < row_ld_; ++d) key_sums_[d] = 0;
+      key_ =
+          pair_features(p.feature_map, key, step, count, p.head_dim, reinterpret_cast<Elem*>(kf_),
+                        row_ld_, [&](int64_t, int64_t d, VecOf<Acc> x) {
+                          if (p.normalize) store(key_sums_ + d, load(key_sums_ + d) + x);
+                        });
+    }
+    turn_pairs(key_, count, pairs, key_room_, ld);
+    part_pairs(key_room_, pairs, ld, count, feature_room_);
+    join_rows(this->template row<const T>(p.value, t, p.value_heads) + item.column,
+              this->step(p.value), count, columns, value_room_, width);
+    value_ = value_room_;
+  }
+
   void write_delta(int64_t t, int64_t count, const Acc* state) {
     const Acc* beta = this->template row<const Acc>(p.beta, t, p.heads);
     for (int64_t i = 0; i < count; ++i) beta_[i] = beta[i * this->step(p.beta)];
@@ -203,6 +253,16 @@ class LinearForward : public LinearHead<T> {
     u_ = values;
   }
 
+  void attend(int64_t t, int64_t count, const Acc* state) {
+    if constexpr (kOwnPairs) {
+      if (in_pairs()) return attend_pairs(t, count, state);
+    }
+    if (taylor()) {
+      attend<By::kColumns>(t, count, state, read_);
+    } else {
+      attend<By::kRows>(t, count, state, read_);
+    }
+  }
   // Queries and their features have tokens by columns, or by rows.
   template <By kTokens>
   void attend(int64_t t, int64_t count, const Acc* state, const Elem* read) {
@@ -254,10 +314,40 @@ class LinearForward : public LinearHead<T> {
                           width, constants_, this->outer_scale()},
         to, step, &ahead_);
     if (p.normalize) divide(t, count, to, step);
-    for (int64_t i = 0; !in_place && i < count; ++i) {
-      narrow_row(to + i * step, columns, out + i * this->step(p.out));
+    if (!in_place) store_outputs(t, count, out);
+  }
+  // The same of rows of pairs.
+  void attend_pairs(int64_t t, int64_t count, const Acc* state) {
+    const int64_t depth = elements<Elem>(p.head_dim);
+    constexpr int64_t kRowsAtOnce = 2 * tiles::kSide;
+    for (int64_t i = 0; p.causal && i < count; i += kRowsAtOnce) {
+      const int64_t rows = min64(kRowsAtOnce, count - i), seen = whole_vectors<Acc>(i + rows);
+      product<By::kRows>(rows, seen, depth, query_.at + i * query_.ld, query_.ld, key_room_, ld,
+                         scores_ + i * ld, ld, false, &ahead_);
+      finish_scores<true>(i, rows);
     }
-    if (!in_place && p.remainder.data) store_remainder(t, count, out);
+    const Elem* const scores = p.causal ? score_room_ : nullptr;
+    const Elem* const read = state ? read_ : nullptr;
+    const Acc scale = this->outer_scale();
+    tiles::outputs(count, width, depth, query_.at, query_.ld, read, scores, ld / kDepth, value_,
+                   width, out_, width, &ahead_);
+    if (all_finite(out_, count * width)) {
+      if (scale != 1) scale_all(out_, 1, 0, count * width, scale);
+    } else {  // a later row's number, times 0, may be in a sum
+      outputs<By::kRows>(count, width,
+                         OutputTerms<Elem>{query_.at, query_.ld, depth, read, nullptr, scores,
+                                           ld / kDepth, value_, width, nullptr, scale},
+                         out_, width, &ahead_);
+    }
+    if (p.normalize) divide(t, count, out_, width);
+    store_outputs(t, count, this->template row<T>(p.out, t, p.heads) + item.column);
+  }
+  // out_, and what that loses.
+  void store_outputs(int64_t t, int64_t count, T* out) {
+    for (int64_t i = 0; i < count; ++i) {
+      narrow_row(out_ + i * width, columns, out + i * this->step(p.out));
+    }
+    if (p.remainder.data) store_remainder(t, count, out);
   }
   void store_remainder(int64_t t, int64_t count, const T* out) {
     T* const remainder = this->template row<T>(p.remainder, t, p.heads) + item.column;
@@ -289,6 +379,8 @@ class LinearForward : public LinearHead<T> {
   }
 
   // Scores of queries [first, first + rows) with the keys up to them: polynomial, decay, row sums.
+  // Or rounded, as an operand, and then with zeros for the keys after them.
+  template <bool kRounded = false>
   void finish_scores(int64_t first, int64_t rows) {
     if constexpr (kDepth == 1) {  // the product with values masks them itself
       if (!taylor() && !decays() && !p.normalize) return;
@@ -314,8 +406,17 @@ class LinearForward : public LinearHead<T> {
           s = select_bits<Acc>(seen_bits, s, VecOf<Acc>{});
           all = select_bits<Acc>(seen_bits, all, VecOf<Acc>{});
         }
-        store(row + j, s);
+        if constexpr (kRounded) {
+          narrow_quickly(reinterpret_cast<bf16*>(score_room_) + i * ld + j, s);
+        } else {
+          store(row + j, s);
+        }
         total += all;
+      }
+      if constexpr (kRounded) {
+        for (int64_t j = seen; j < whole_vectors<Acc>(first + rows); j += kLanes) {
+          narrow_quickly(reinterpret_cast<bf16*>(score_room_) + i * ld + j, VecOf<Acc>{});
+        }
       }
       if (p.normalize) sum_[i] += add_lanes<Acc>(total);
     }
@@ -361,6 +462,12 @@ class LinearForward : public LinearHead<T> {
       }
       this->template add_outer<By::kColumns>(kf_, row_ld_, kf_, v_, count, mix, local, nullptr,
                                              &ahead_);
+    } else if (in_pairs()) {
+      if constexpr (kOwnPairs) {
+        product<By::kRows, false>(features, width, elements<Elem>(count), feature_room_,
+                                  ld / kDepth, value_, width, local, width, mix, &ahead_);
+        this->template add_sums<By::kColumns>(key_sums_, row_ld_, 1, mix, local, nullptr);
+      }
     } else {
       const Elem* const key = along_rows(kf_, count, row_ld_, row_ld_, feature_room_);
       this->template add_outer<By::kColumns>(kf_, row_ld_, key, value_, count, mix, local, nullptr,
@@ -374,8 +481,9 @@ class LinearForward : public LinearHead<T> {
   Scratch<Acc> arena_;
   ChunkDecay<Acc> decay_;
   Acc *q_, *k_, *qf_, *kf_, *v_, *out_, *scores_, *sum_, *weights_, *constants_ = nullptr;
-  Acc *keys_ = nullptr, *beta_ = nullptr, *u_ = nullptr, *earlier_ = nullptr;
+  Acc *key_sums_ = nullptr, *keys_ = nullptr, *beta_ = nullptr, *u_ = nullptr, *earlier_ = nullptr;
   const Elem *value_ = nullptr, *read_ = nullptr;
+  PairRows query_{}, key_{};  // of pairs
   // Room for operands as pairs; null for numbers.
   Elem *query_room_, *key_room_, *value_room_, *score_room_, *state_room_, *feature_room_;
 };

@@ -87,91 +87,136 @@ struct LeftFactors {
   }
 };
 
-// c[m][n] of one tile of rows, one or two of columns, and at most LeftFactors::kMost spans.
-template <bool kTwo>
-void product_tile(const LeftFactors& left, int64_t rows, int64_t depth, const Pair* b, int64_t ldb,
-                  float* c, int64_t ldc, Mix<float> mix) {
-  const bool whole = rows == kSide && mix.taken == 1 && (!mix.reads || mix.kept == 1);
-  if (whole && mix.reads) {
-    load<0>(mix.source(c), 4 * ldc);
-    if (kTwo) load<1>(mix.source(c) + kSide, 4 * ldc);
-  } else {
-    zero<0>();
-    if (kTwo) zero<1>();
-  }
+// Adds to the sums of M by N tiles (matrix_tiles.inl) the products of left factors, of which each
+// has a tile of rows, with rows of pairs, from `depth` of which on there may be anything.
+template <int M, int N>
+ATTNEXT_INLINE void add_spans(const LeftFactors* left, int64_t depth, const Pair* b, int64_t ldb) {
+  constexpr int64_t kWidth = N * kSide;
+  const auto add = [&](int64_t k, const Pair* right, int64_t row) {
+    load<4>(left[0].at[k], left[0].stride[k]);
+    load<6>(right, row);
+    dot<0, 4, 6>();
+    if constexpr (N > 1) load<7>(right + kSide, row), dot<1, 4, 7>();
+    if constexpr (M > 1) load<5>(left[1].at[k], left[1].stride[k]), dot<2, 5, 6>();
+    if constexpr (M > 1 && N > 1) dot<3, 5, 7>();
+  };
   int64_t l = 0;
-  for (; l + kSide <= depth; l += kSide) {
-    load<2>(left.at[l / kSide], left.stride[l / kSide]);
-    load<3>(b + l * ldb, 4 * ldb);
-    dot<0, 2, 3>();
-    if (kTwo) {
-      load<4>(b + l * ldb + kSide, 4 * ldb);
-      dot<1, 2, 4>();
+  for (; l + kSide <= depth; l += kSide) add(l / kSide, b + l * ldb, 4 * ldb);
+  if (l == depth) return;
+  alignas(64) Pair rest[kSide * kWidth];
+  for (int64_t i = 0; i < kSide; ++i) {
+    if (l + i < depth) {
+      memcpy(rest + i * kWidth, b + (l + i) * ldb, sizeof(Pair) * kWidth);
+    } else {
+      memset(rest + i * kWidth, 0, sizeof(Pair) * kWidth);
     }
   }
-  if (l < depth) {
-    constexpr int64_t kWidth = kTwo ? 2 * kSide : kSide;
-    alignas(64) Pair rest[kSide * kWidth];
-    for (int64_t i = 0; i < kSide; ++i) {
-      if (l + i < depth) {
-        memcpy(rest + i * kWidth, b + (l + i) * ldb, sizeof(Pair) * kWidth);
-      } else {
-        memset(rest + i * kWidth, 0, sizeof(Pair) * kWidth);
-      }
-    }
-    load<2>(left.at[l / kSide], left.stride[l / kSide]);
-    load<3>(rest, 4 * kWidth);
-    dot<0, 2, 3>();
-    if (kTwo) {
-      load<4>(rest + kSide, 4 * kWidth);
-      dot<1, 2, 4>();
-    }
+  add(l / kSide, rest, 4 * kWidth);
+}
+
+// c[m][n] of M tiles of rows and N of columns, and at most LeftFactors::kMost spans.
+template <int M, int N>
+void product_tiles(const LeftFactors* left, int64_t rows, int64_t depth, const Pair* b, int64_t ldb,
+                   float* c, int64_t ldc, Mix<float> mix) {
+  const bool whole = rows == M * kSide && mix.taken == 1 && (!mix.reads || mix.kept == 1);
+  const auto tile_rows = [](float* x, int64_t ld, float*(&at)[M]) {
+    for (int64_t m = 0; m < M; ++m) at[m] = x + m * kSide * ld;
+  };
+  float* at[M];
+  if (whole && mix.reads) {
+    tile_rows(const_cast<float*>(mix.source(c)), ldc, at);
+    load_sums<M, N>(at, 4 * ldc);
+  } else {
+    zero_sums<M, N>();
   }
+  add_spans<M, N>(left, depth, b, ldb);
   if (whole) {
-    store<0>(c, 4 * ldc);
-    if (kTwo) store<1>(c + kSide, 4 * ldc);
-    return;
+    tile_rows(c, ldc, at);
+    return store_sums<M, N>(at, 4 * ldc);
   }
-  alignas(64) float sums[2][kSide * kSide];
-  store<0>(sums[0], 4 * kSide);
-  if (kTwo) store<1>(sums[1], 4 * kSide);
+  constexpr int64_t kWidth = N * kSide;
+  alignas(64) float sums[M * kSide * kWidth];
+  tile_rows(sums, kWidth, at);
+  store_sums<M, N>(at, 4 * kWidth);
   for (int64_t m = 0; m < rows; ++m) {
-    for (int n = 0; n < 1 + kTwo; ++n) {
-      const int64_t at = m * ldc + n * kSide;
-      VecOf<float> sum = cpu::ATTNEXT_ISA::load(sums[n] + m * kSide) * mix.taken;
-      if (mix.reads) sum += cpu::ATTNEXT_ISA::load(mix.source(c) + at) * mix.kept;
-      cpu::ATTNEXT_ISA::store(c + at, sum);
+    for (int64_t n = 0; n < kWidth; n += kSide) {
+      const int64_t here = m * ldc + n;
+      VecOf<float> sum = cpu::ATTNEXT_ISA::load(sums + m * kWidth + n) * mix.taken;
+      if (mix.reads) sum += cpu::ATTNEXT_ISA::load(mix.source(c) + here) * mix.kept;
+      cpu::ATTNEXT_ISA::store(c + here, sum);
     }
   }
+}
+
+// f(rows, columns, first column), types of numbers of tiles for M and N, for all of `columns` in
+// pairs of tiles.
+template <class F>
+ATTNEXT_INLINE void each_tiles(int64_t rows, int64_t columns, F f) {
+  using One = std::integral_constant<int, 1>;
+  using Two = std::integral_constant<int, 2>;
+  const auto all = [&](auto m) {
+    int64_t n = 0;
+    for (; n + kSide < columns; n += 2 * kSide) f(m, Two{}, n);
+    if (n < columns) f(m, One{}, n);
+  };
+  rows > kSide ? all(Two{}) : all(One{});
+}
+
+// Left factors of up to two tiles of rows.
+template <By kBy>
+void take_rows(LeftFactors (&left)[2], const Pair* a, int64_t lda, int64_t rows, int64_t depth) {
+  left[0].take<kBy>(a, lda, min64(rows, kSide), depth);
+  if (rows <= kSide) return;
+  left[1].take<kBy>(a + kSide * (kBy == By::kRows ? lda : 1), lda, rows - kSide, depth);
 }
 
 // Like the function of that name for any element; `depth` counts pairs.
 template <By kBy>
 void product(int64_t rows, int64_t columns, int64_t depth, const Pair* a, int64_t lda,
              const Pair* b, int64_t ldb, float* c, int64_t ldc, Mix<float> mix, Ahead* ahead) {
-  LeftFactors left;
+  LeftFactors left[2];
   constexpr int64_t kBand = LeftFactors::kMost * kSide;
-  for (int64_t m = 0; m < rows; m += kSide) {
-    const int64_t count = min64(kSide, rows - m);
+  for (int64_t m = 0; m < rows; m += 2 * kSide) {
+    const int64_t count = min64(2 * kSide, rows - m);
     for (int64_t l = 0; l == 0 || l < depth; l += kBand) {
       const int64_t band = min64(kBand, depth - l);
       const Mix<float> now =
           (l == 0 ? mix : Mix<float>{true, 1, mix.taken, nullptr, mix.also, true}).at(m * ldc);
-      const Pair* const from = kBy == By::kRows ? a + m * lda + l : a + l * lda + m;
-      left.take<kBy>(from, lda, count, band);
-      const auto columns_from = [&](auto two, int64_t n) {
+      take_rows<kBy>(left, kBy == By::kRows ? a + m * lda + l : a + l * lda + m, lda, count, band);
+      each_tiles(count, columns, [&](auto tall, auto wide, int64_t n) {
+        constexpr int M = decltype(tall)::value, N = decltype(wide)::value;
         const Pair* const right = b + l * ldb + n;
         const Mix<float> here = now.at(n);
-        product_tile<two.value>(left, count, band, right, ldb, c + m * ldc + n, ldc, here);
+        product_tiles<M, N>(left, count, band, right, ldb, c + m * ldc + n, ldc, here);
         if (here.also) {
-          product_tile<two.value>(left, count, band, right, ldb, here.also, ldc, here.of_also());
+          product_tiles<M, N>(left, count, band, right, ldb, here.also, ldc, here.of_also());
         }
-        if (ahead) ahead->start(1);
-      };
-      int64_t n = 0;
-      for (; n + kSide < columns; n += 2 * kSide) columns_from(std::true_type{}, n);
-      if (n < columns) columns_from(std::false_type{}, n);
+        if (ahead) ahead->start(M);
+      });
     }
+  }
+}
+
+// c = a b + weights x values, whatever is not null: rows of `weights` are 0 beyond their own
+// number. Rows of c go up to a whole pair of tiles.
+inline void outputs(int64_t rows, int64_t columns, int64_t depth, const Pair* a, int64_t lda,
+                    const Pair* b, const Pair* weights, int64_t ldw, const Pair* values,
+                    int64_t ldb, float* c, int64_t ldc, Ahead* ahead) {
+  LeftFactors of_state[2], of_values[2];
+  for (int64_t m = 0; m < rows; m += 2 * kSide) {
+    const int64_t count = min64(2 * kSide, rows - m), seen = (m + count + 1) / 2;
+    if (b) take_rows<By::kRows>(of_state, a + m * lda, lda, count, depth);
+    if (weights) take_rows<By::kRows>(of_values, weights + m * ldw, ldw, count, seen);
+    each_tiles(count, columns, [&](auto tall, auto wide, int64_t n) {
+      constexpr int M = decltype(tall)::value, N = decltype(wide)::value;
+      float* at[M];
+      for (int64_t i = 0; i < M; ++i) at[i] = c + (m + i * kSide) * ldc + n;
+      zero_sums<M, N>();
+      if (b) add_spans<M, N>(of_state, depth, b + n, ldb);
+      if (weights) add_spans<M, N>(of_values, seen, values + n, ldb);
+      store_sums<M, N>(at, 4 * ldc);
+      if (ahead) ahead->start(M);
+    });
   }
 }
 

@@ -65,31 +65,33 @@ constexpr int most_dims(int vectors) { return vectors == 2 ? kRows : 2 * kRows; 
 // products. All at once they would wait for each other, and the products with them.
 class Ahead {
  public:
-  void clear() { at_ = count_ = 0; }
-  // To be read, or (`write`) written.
-  void add(const void* row, int64_t bytes, bool write) {
-    if (count_ < kMost) rows_[count_++] = {static_cast<const char*>(row), int32_t(bytes), write};
+  void clear() { at_ = count_ = 0, all_ = 0; }
+  // To be read, or (`write`) written: `count` rows that lie `step` bytes apart.
+  void add(const void* row, int64_t bytes, bool write, int64_t step = 0, int64_t count = 1) {
+    if (count_ == kMost || count <= 0) return;
+    rows_[count_++] = {static_cast<const char*>(row), step, count, int32_t(bytes), write};
+    all_ += count;
   }
   // Begun after each of `steps` products, all of them are.
-  void pace(int64_t steps) { each_ = static_cast<int>((count_ - 1) / max64(steps, 1) + 1); }
+  void pace(int64_t steps) { each_ = (all_ - 1) / max64(steps, 1) + 1; }
   // After `products` of them.
   ATTNEXT_INLINE void start(int64_t products) {
     if (at_ < count_) start_rows(products * each_);
   }
-  void start_all() { start_rows(kMost); }
+  void start_all() { start_rows(all_); }
 
  private:
-  static constexpr int kMost = 512;  // eight tensors of 64 lanes
+  static constexpr int kMost = 512;  // eight tensors of 64 lanes, each a row by itself
   static constexpr int64_t kLine = 64;
-  struct Row {
+  struct Rows {
     const char* at;
+    int64_t step, count;
     int32_t bytes;
     bool write;
   };
   void start_rows(int64_t rows) {
-    const int end = static_cast<int>(min64(count_, at_ + rows));
-    for (; at_ < end; ++at_) {
-      const Row row = rows_[at_];
+    for (; rows > 0 && at_ < count_; --rows) {
+      Rows& row = rows_[at_];
       for (int64_t c = 0; c < row.bytes; c += kLine) {
         if (row.write) {
           __builtin_prefetch(row.at + c, 1, 3);
@@ -98,11 +100,14 @@ class Ahead {
         }
         asm volatile("");  // a function that only prefetches is thought to be without effect
       }
+      row.at += row.step;
+      if (--row.count == 0) ++at_;
     }
   }
 
-  Row rows_[kMost];
-  int at_ = 0, count_ = 0, each_ = 1;
+  Rows rows_[kMost];
+  int at_ = 0, count_ = 0;
+  int64_t all_ = 0, each_ = 1;
 };
 
 // Rows of the next tile. The last two tiles share what is left: a short one would be slow.
