@@ -176,8 +176,10 @@ void product(int64_t rows, int64_t columns, int64_t depth, const Pair* a, int64_
              const Pair* b, int64_t ldb, float* c, int64_t ldc, Mix<float> mix, Ahead* ahead) {
   LeftFactors left[2];
   constexpr int64_t kBand = LeftFactors::kMost * kSide;
-  for (int64_t m = 0; m < rows; m += 2 * kSide) {
-    const int64_t count = min64(2 * kSide, rows - m);
+  for (int64_t m = 0, count; m < rows; m += count) {
+    // What is no whole tile has a way by itself, and is alone on it; so is what is copied first.
+    const bool two = kBy == By::kRows && rows - m >= 2 * kSide;
+    count = two ? 2 * kSide : min64(kSide, rows - m);
     for (int64_t l = 0; l == 0 || l < depth; l += kBand) {
       const int64_t band = min64(kBand, depth - l);
       const Mix<float> now =
