@@ -2,6 +2,7 @@
 """Problems of linear attention, what the recurrence makes of them, and how far off one may be."""
 
 import torch
+from hypothesis import strategies as st
 
 from attnext import linear_attention, reference
 from attnext.testing import threads
@@ -163,3 +164,46 @@ FORMS = {
 
 def form(name, **more):
     return problem(**{"tokens": 100, "dim": 32, "dim_v": 24, "state": True, **FORMS[name], **more})
+
+
+@st.composite
+def problems(draw):
+    """Anything: small chunks make many of them, and several segments."""
+    heads = draw(st.sampled_from([(1, 1, 1), (2, 2, 2), (1, 1, 3), (4, 2, 1), (2, 1, 4)]))
+    feature_map = draw(st.sampled_from(MAPS))
+    dim = draw(st.integers(1, 6 if feature_map == "taylor2" else 20))
+    options = {
+        "feature_map": feature_map,
+        "is_causal": draw(st.sampled_from([True, True, True, False])),
+        "reverse": draw(st.booleans()),
+        "normalize": draw(st.booleans()),
+        "chunk_size": draw(st.sampled_from([None, 1, 2, 5, 16, 17])),
+    }
+    if options["normalize"]:
+        options["eps"] = 1.0  # sums near 0 would be a matter of luck, and so would be a mean of one
+    if draw(st.booleans()):
+        options["scale"] = draw(st.sampled_from([0.25, 1.0, -0.5]))
+    if options["normalize"] and options.get("scale", 1) < 0:
+        options["scale"] = 0.5
+    tokens, batch, states = draw(st.integers(1, 80)), draw(st.integers(1, 2)), None
+    division = draw(st.sampled_from(["whole", "whole", "packed", "blocks"]))
+    if division == "packed":
+        batch = 1
+        inner = draw(st.lists(st.integers(0, tokens), max_size=3))
+        bounds = [0, *sorted(inner), tokens]
+        options["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32)
+        states = len(bounds) - 1
+    elif division == "blocks":
+        options["window_size"] = draw(st.integers(1, 40))
+    gates = {}
+    if options["is_causal"]:
+        gates["decay"] = draw(st.sampled_from([None, "head", "token"]))
+        if feature_map != "taylor2" and draw(st.booleans()):
+            options["normalize"] = False
+            gates["beta"] = True
+    if gates.get("beta") and feature_map == "elu":
+        feature_map = options["feature_map"] = "identity"  # keys of no unit length would grow
+    return problem(
+        tokens, batch, heads, dim, draw(st.integers(1, 20)),
+        state=division != "blocks" and draw(st.booleans()), states=states, **gates, **options,
+    )  # fmt: skip

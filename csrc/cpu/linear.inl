@@ -387,8 +387,8 @@ struct LinearHead {
     constexpr int64_t kShortTaylor = 256;
     const bool is_taylor = params.feature_map == FeatureMap::kTaylor2;
     if (is_taylor && length <= kShortTaylor) return max64(length, 1);
-    // Work inside chunks grows with them, traffic of states shrinks.
-    // Products of tiles are the cheapest of it.
+    // Work inside chunks grows with them, traffic of states shrinks. In tiles that work is next to
+    // none: longer ones pay.
     constexpr bool kTiles = kInTiles<typename ElemOf<T>::type>;
     return !kTiles && params.features() * params.head_dim_v <= 64 * 64 ? 32 : 64;
   }
