@@ -29,10 +29,12 @@ struct State {
 class Problem {
  public:
   const LinearParams& p;
+  const bool for_gradients;
   const LinearKernels& kernels;
 
-  explicit Problem(const LinearParams& params)
+  Problem(const LinearParams& params, bool of_gradients)
       : p(params),
+        for_gradients(of_gradients),
         kernels(linear_kernels(params.dtype)),
         rows(p.num_sequences * p.heads),
         state_bytes(kernels.state_size(p, p.head_dim_v) * acc_size(p.dtype)) {
@@ -40,7 +42,7 @@ class Problem {
     for (int64_t n = 0; n < p.num_sequences; ++n) {
       tokens += static_cast<double>(length(n));
       most_segments = std::max(most_segments, segments(n));
-      most_chunk = std::max(most_chunk, kernels.chunk(p, length(n)));
+      most_chunk = std::max(most_chunk, chunk(n));
     }
     serial = tokens * p.heads * p.features() * p.head_dim_v < kSerialWork;
     const int64_t threads = serial ? 1 : max_threads();
@@ -57,16 +59,15 @@ class Problem {
   }
 
   int64_t length(int64_t n) const { return p.sequences[n].end - p.sequences[n].begin; }
-  int64_t segment_length(int64_t n) const {
-    return kernels.segment(p, kernels.chunk(p, length(n)));
-  }
+  int64_t chunk(int64_t n) const { return kernels.chunk(p, length(n), for_gradients); }
+  int64_t segment_length(int64_t n) const { return kernels.segment(p, chunk(n)); }
   int64_t segments(int64_t n) const {
     const int64_t each = segment_length(n);
     return (length(n) + each - 1) / each;
   }
   LinearItem row(int64_t r) const {
     const int64_t n = r / p.heads;
-    return {n, r % p.heads, 0, length(n), 0, p.head_dim_v, kernels.chunk(p, length(n))};
+    return {n, r % p.heads, 0, length(n), 0, p.head_dim_v, chunk(n), for_gradients};
   }
   LinearItem segment(int64_t r, int64_t s) const {
     LinearItem item = row(r);
@@ -191,7 +192,8 @@ void for_each(int64_t n, bool serial, F f) {
 class Forward : public Problem {
  public:
   explicit Forward(const LinearParams& params)
-      : Problem(params), scratch_bytes_(kernels.forward_scratch(p, p.head_dim_v, most_chunk)) {}
+      : Problem(params, false),
+        scratch_bytes_(kernels.forward_scratch(p, p.head_dim_v, most_chunk)) {}
 
   void run() {
     if (p.delta()) {
@@ -253,7 +255,7 @@ class Forward : public Problem {
     State total = load(item, p.initial_state, r, memory);
     const int64_t count = segments(item.sequence);
     for (int64_t s = 0; s < count; ++s) {
-      kernels.sum_keys(p, segment(r, s), local, true, false, scratch());
+      kernels.sum_keys(p, segment(r, s), local, true, scratch());
       advance(&total, local);
     }
     for (int64_t s = 0; s < count; ++s) {
@@ -268,7 +270,7 @@ class Forward : public Problem {
     const int64_t items = static_cast<int64_t>(work.size());
     for_each(items, serial, [&](int64_t i) {
       const auto [r, s] = work[i];
-      kernels.sum_keys(p, segment(r, s), carries.at(r, s), true, false, scratch());
+      kernels.sum_keys(p, segment(r, s), carries.at(r, s), true, scratch());
     });
     std::vector<State> last(rows);
     for_each(rows, serial, [&](int64_t r) {
@@ -306,7 +308,8 @@ class Forward : public Problem {
 class Backward : public Problem {
  public:
   explicit Backward(const LinearParams& params)
-      : Problem(params), scratch_bytes_(kernels.backward_scratch(p, p.head_dim_v, most_chunk)) {}
+      : Problem(params, true),
+        scratch_bytes_(kernels.backward_scratch(p, p.head_dim_v, most_chunk)) {}
 
   void run() {
     if (split && p.delta()) {
@@ -346,11 +349,11 @@ class Backward : public Problem {
         State *carry = &carries[i * count + s], *next = carry + 1;
         if (!carry->empty) std::memcpy(next->data, carry->data, state_bytes);
         if (p.delta()) {  // the next one is this one, further on
-          kernels.sum_keys(p, segment(first + i, s), next->data, carry->empty, true, scratch());
+          kernels.sum_keys(p, segment(first + i, s), next->data, carry->empty, scratch());
           next->empty = false;
         } else {
           next->empty = carry->empty;
-          kernels.sum_keys(p, segment(first + i, s), local(i), true, true, scratch());
+          kernels.sum_keys(p, segment(first + i, s), local(i), true, scratch());
           advance(next, local(i));
         }
       }
@@ -381,7 +384,7 @@ class Backward : public Problem {
     State total = load(item, p.initial_state, r, memory);
     State dtotal = load(item, p.dfinal_state, r, memory + state_bytes);
     for (int64_t s = 0; s < count; ++s) {
-      kernels.sum_keys(p, segment(r, s), local, true, true, scratch());
+      kernels.sum_keys(p, segment(r, s), local, true, scratch());
       advance(&total, local);
     }
     for (int64_t s = count - 1; s >= 0; --s) {
@@ -401,7 +404,7 @@ class Backward : public Problem {
     for_each(2 * items, serial, [&](int64_t i) {
       const auto [r, s] = work[i / 2];
       if (i % 2 == 0) {
-        kernels.sum_keys(p, segment(r, s), carries.at(r, s), true, true, scratch());
+        kernels.sum_keys(p, segment(r, s), carries.at(r, s), true, scratch());
       } else {
         kernels.sum_queries(p, segment(r, s), dcarries.at(r, s), true, scratch());
       }
@@ -448,7 +451,7 @@ class Backward : public Problem {
         if (back) {
           kernels.sum_queries(p, item, state.data, state.empty, scratch());
         } else if (n + 1 < count) {
-          kernels.sum_keys(p, item, state.data, state.empty, true, scratch());
+          kernels.sum_keys(p, item, state.data, state.empty, scratch());
         }
         state.empty = false;
       }

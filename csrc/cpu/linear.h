@@ -22,7 +22,8 @@ struct LinearItem {
   int64_t sequence, head;
   int64_t begin, end;
   int64_t column, columns;
-  int64_t chunk;  // tokens worked on together
+  int64_t chunk;       // tokens worked on together
+  bool for_gradients;  // as part of a backward pass
 };
 
 // A head's way through a segment. `carry` may be null: zero. `running` is room for the state before
@@ -38,7 +39,7 @@ struct LinearWalk {
 // A state as kernels hold it: [features][columns padded to vectors], the normaliser's sums, and in
 // the last place the factor by which it lets an earlier state through.
 struct LinearKernels {
-  int64_t (*chunk)(const LinearParams&, int64_t length);        // tokens, for a sequence
+  int64_t (*chunk)(const LinearParams&, int64_t length, bool for_gradients);  // tokens
   int64_t (*segment)(const LinearParams&, int64_t chunk);       // tokens, a multiple of the chunk
   int64_t (*state_size)(const LinearParams&, int64_t columns);  // numbers
   int64_t (*forward_scratch)(const LinearParams&, int64_t columns, int64_t chunk);  // bytes
@@ -53,8 +54,7 @@ struct LinearKernels {
 
   // local += the chunks of an item: keys and values, or queries and gradients of outputs from the
   // last to the first. A `fresh` local is zero and is not read.
-  void (*sum_keys)(const LinearParams&, const LinearItem&, void* local, bool fresh,
-                   bool for_gradients, void* scratch);
+  void (*sum_keys)(const LinearParams&, const LinearItem&, void* local, bool fresh, void* scratch);
   void (*sum_queries)(const LinearParams&, const LinearItem&, void* local, bool fresh,
                       void* scratch);
   // Outputs of heads over one segment: a chunk each in turns, since their rows lie side by side; if

@@ -15,6 +15,9 @@ namespace ATTNEXT_ISA {
 
 template <class T>
 using LinearAcc = AccOf<typename ElemOf<T>::type>;
+// Products are of numbers, but on a CPU with tiles for some of bf16 (LinearHead::in_tiles).
+template <class T>
+constexpr bool kMayBeInTiles = ATTNEXT_MATRIX_TILES && Same<T, bf16>::value;
 
 // Numbers one after the other in a thread's scratch; without memory it only counts.
 template <class Acc>
@@ -217,16 +220,6 @@ void scale_all(Acc* x, int64_t rows, int64_t ld, int64_t width, Acc factor) {
   }
 }
 
-// As pairs will hold them.
-inline void round_to_bf16(float* x, int64_t rows, int64_t ld, int64_t width) {
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t t = 0; t < width; t += Simd<float>::kLanes) {
-      float* const at = x + r * ld + t;
-      store(at, (VecOf<float>)(bf16_bits(load(at)) << 16));
-    }
-  }
-}
-
 // In halves: one after the other, sums would wait for each other.
 template <class Acc, class V = VecOf<Acc>>
 ATTNEXT_INLINE Acc add_lanes(V v) {
@@ -381,7 +374,18 @@ struct LinearHead {
   Acc& factor(Acc* state) const { return state[state_size() - 1]; }
   Acc factor(const Acc* state) const { return state[state_size() - 1]; }
 
-  static int64_t chunk_of(const LinearParams& params, int64_t length) {
+  // Whether products are those of tiles of bf16. Rows of bf16 are their operands; features, scores
+  // and states are rounded to it once more, which shows in what is a difference of larger numbers:
+  // in gradients, in those of a normaliser's quotient most of all, and in Taylor features. Decays
+  // would round once more still.
+  static bool in_tiles(const LinearParams& params, bool for_gradients, int64_t chunk) {
+    constexpr int64_t kMost = tiles::LeftFactors::kMost * tiles::kSpan;
+    if (!kMayBeInTiles<T> || for_gradients || params.normalize) return false;
+    if (params.decay.data || params.delta()) return false;
+    if (params.feature_map == FeatureMap::kTaylor2) return false;
+    return params.head_dim <= kMost && chunk <= kMost;
+  }
+  static int64_t chunk_of(const LinearParams& params, int64_t length, bool for_gradients) {
     if (params.chunk > 0) return params.chunk;
     // Up to here, as measured, the products of all pairs cost less than features and states.
     constexpr int64_t kShortTaylor = 256;
@@ -389,8 +393,9 @@ struct LinearHead {
     if (is_taylor && length <= kShortTaylor) return max64(length, 1);
     // Work inside chunks grows with them, traffic of states shrinks. In tiles that work is next to
     // none: longer ones pay.
-    constexpr bool kTiles = kInTiles<typename ElemOf<T>::type>;
-    return !kTiles && params.features() * params.head_dim_v <= 64 * 64 ? 32 : 64;
+    constexpr int64_t kShort = 32, kLong = 64;
+    if (in_tiles(params, for_gradients, kLong)) return kLong;
+    return params.features() * params.head_dim_v <= 64 * 64 ? kShort : kLong;
   }
   static int64_t segment_of(const LinearParams& params, int64_t chunk) {
     // The backward pass holds a segment's states, which should stay in a second-level cache.
@@ -431,18 +436,16 @@ struct LinearHead {
 
   // local = mix.kept * local + mix.taken * features of the chunk times its rows; row_weight: what
   // the sums are of, beside the features. Features lie in rows of `ldx` numbers, [features][tokens]
-  // or, by columns, [tokens][features]; a and b are what the product is of.
-  template <By kBy, class Elem>
-  void add_outer(const Acc* x, int64_t ldx, const Elem* a, const Elem* b, int64_t count,
-                 Mix<Acc> mix, Acc* local, const Acc* row_weight, Ahead* ahead = nullptr) const {
-    constexpr int64_t kDepth = kBy == By::kRows ? Contraction<Elem>::kDepth : 1;
-    product<kBy, false>(features, width, elements<Elem>(count), a, ldx / kDepth, b, width, local,
-                        width, mix, ahead);
+  // or, by columns, [tokens][features].
+  template <By kBy>
+  void add_outer(const Acc* x, int64_t ldx, const Acc* rows, int64_t count, Mix<Acc> mix,
+                 Acc* local, const Acc* row_weight, Ahead* ahead = nullptr) const {
+    product<kBy>(features, width, count, x, ldx, rows, width, local, width, mix, ahead);
     add_sums<kBy>(x, ldx, count, mix, local, row_weight);
   }
   // What becomes of the sums of features then.
-  template <By kBy, class X>
-  void add_sums(const X* x, int64_t ldx, int64_t count, Mix<Acc> mix, Acc* local,
+  template <By kBy>
+  void add_sums(const Acc* x, int64_t ldx, int64_t count, Mix<Acc> mix, Acc* local,
                 const Acc* row_weight) const {
     const auto add = [&](Acc* to, Mix<Acc> of_sums) {
       if (!p.normalize) {

@@ -3,9 +3,7 @@
 // state before it; then it is walked from the last chunk to the first with the gradient of the
 // state, G. With P = dO V^T and S the scores, all masked and decayed, in a chunk:
 //   dV = S^T dO + phi(K) G,  dQ = P K + R dO,  dK = P^T Q + G V,  G += phi(Q)^T dO.
-// Gradients of queries and keys have tokens in the lanes like what they belong to. Products that
-// read a state are of numbers also where others are of pairs of bf16: what reaches a gradient has
-// been rounded once, and once more as it is stored.
+// Gradients of queries and keys have tokens in the lanes like what they belong to.
 #pragma once
 
 #include "linear_forward.inl"
@@ -14,7 +12,7 @@ namespace attnext {
 namespace cpu {
 namespace ATTNEXT_ISA {
 
-template <class T, class Elem = LinearAcc<T>>
+template <class T>
 class LinearBackward : public LinearHead<T> {
  public:
   using Head = LinearHead<T>;
@@ -63,12 +61,6 @@ class LinearBackward : public LinearHead<T> {
       later_ = arena_.take(kRows * width);
     }
     states_ = arena_.take(this->state_size() * (segment() / chunk));
-    query_lanes_ = room(features * ld);
-    key_lanes_ = room(dim * ld);
-    for (Elem** of : {&query_rows_, &key_rows_}) *of = room((dim + 1) * ld);
-    for (Elem** of : {&value_rows_, &dout_rows_}) *of = room((columns + 1) * ld);
-    dout_room_ = room((chunk + 1) * width);
-    for (Elem** of : {&pair_rows_, &pair_columns_, &score_rows_}) *of = room((chunk + 1) * ld);
   }
   int64_t scratch_bytes() const { return again_.scratch_bytes() + arena_.bytes(); }
 
@@ -126,13 +118,7 @@ class LinearBackward : public LinearHead<T> {
   }
 
  private:
-  static constexpr int64_t kBlock = kRowBlock<Elem>;  // rows of pairs at a time
   static constexpr int64_t kMostChunks = 16;
-  static constexpr int64_t kDepth = Contraction<Elem>::kDepth;
-
-  Elem* room(int64_t numbers) {
-    return kDepth == 1 ? nullptr : reinterpret_cast<Elem*>(arena_.take(numbers / kDepth + 1));
-  }
 
   void* past(void* scratch) const {
     return scratch ? static_cast<char*>(scratch) + again_.scratch_bytes() : nullptr;
@@ -164,9 +150,9 @@ class LinearBackward : public LinearHead<T> {
     rows(p.value, earlier, p.value_heads, columns, false);
     rows(p.dout, earlier, p.heads, columns, false);
     // Scores and their gradients; what they mean for entries and values; the two states' parts.
-    ahead_.pace(2 * (count_tiles<Elem>(chunk, ld) + count_tiles<Elem>(dim, ld) +
-                     count_tiles<Elem>(features, ld) + count_tiles<Elem>(chunk, width)) +
-                count_tiles<Elem>(features, width));
+    ahead_.pace(2 * (count_tiles<Acc>(chunk, ld) + count_tiles<Acc>(dim, ld) +
+                     count_tiles<Acc>(features, ld) + count_tiles<Acc>(chunk, width)) +
+                count_tiles<Acc>(features, width));
   }
 
   void pack_queries(int64_t t, int64_t count) {
@@ -265,8 +251,8 @@ class LinearBackward : public LinearHead<T> {
     pack_keys(t, count);
     make_system(t, count);
     const int64_t lanes = whole_vectors<Acc>(count);
-    for (int64_t i = 0; i < count; i += kBlock) {
-      const int64_t rows = min64(kBlock, count - i);
+    for (int64_t i = 0; i < count; i += kRows) {
+      const int64_t rows = min64(kRows, count - i);
       product<By::kColumns>(rows, whole_vectors<Acc>(i + rows), p.head_dim, q_ + i, ld, k_, ld,
                             s_ + i * ld, ld, false);
     }
@@ -334,21 +320,11 @@ class LinearBackward : public LinearHead<T> {
       for (int64_t i = 0; i < count && p.normalize; ++i) set_sum(t, i, far_[i]);
       return;
     }
-    const bool whole = scores_of_numbers<Elem>(p.feature_map);
-    const Elem* const query = whole ? nullptr : along_rows(q_, dim, ld, lanes, query_rows_);
-    const Elem* const key = whole ? nullptr : along_rows(k_, dim, ld, lanes, key_rows_);
-    const Elem* const value = along_rows(v_lanes_, columns, ld, lanes, value_rows_);
-    const Elem* const dout = along_rows(dout_lanes_, columns, ld, lanes, dout_rows_);
-    for (int64_t i = 0; i < count; i += kBlock) {
-      const int64_t rows = min64(kBlock, count - i), seen = whole_vectors<Acc>(i + rows);
-      if (whole) {
-        product<By::kColumns>(rows, seen, dim, q_ + i, ld, k_, ld, s_ + i * ld, ld, false, &ahead_);
-      } else {
-        product<By::kColumns>(rows, seen, elements<Elem>(dim), query + i, ld, key, ld, s_ + i * ld,
-                              ld, false, &ahead_);
-      }
-      product<By::kColumns>(rows, seen, elements<Elem>(columns), dout + i, ld, value, ld,
-                            dp_ + i * ld, ld, false, &ahead_);
+    for (int64_t i = 0; i < count; i += kRows) {
+      const int64_t rows = min64(kRows, count - i), seen = whole_vectors<Acc>(i + rows);
+      product<By::kColumns>(rows, seen, dim, q_ + i, ld, k_, ld, s_ + i * ld, ld, false, &ahead_);
+      product<By::kColumns>(rows, seen, columns, dout_lanes_ + i, ld, v_lanes_, ld, dp_ + i * ld,
+                            ld, false, &ahead_);
     }
     if (decays()) slopes_.begin();
     for (int64_t i = 0; i < count; ++i) {
@@ -377,16 +353,7 @@ class LinearBackward : public LinearHead<T> {
     }
     turn_pairs(count, lanes);
     const bool finite = is_finite(t, count);
-    if (!finite) {
-      entries_pair_by_pair(count);
-    } else if (rounds_once()) {
-      entry_gradients(along_lanes(q_, dim, ld, lanes, query_lanes_),
-                      along_lanes(k_, dim, ld, lanes, key_lanes_),
-                      along_rows(dp_, count, ld, lanes, pair_rows_),
-                      along_rows(dp_lanes_, count, ld, lanes, pair_columns_), count);
-    } else {
-      entry_gradients(q_, k_, dp_, dp_lanes_, count);
-    }
+    finite ? entry_gradients(count) : entries_pair_by_pair(count);
     value_gradients(count, finite);
   }
   // Of a chunk's queries, keys and gradients of outputs; of these all columns, lest a bit depend on
@@ -416,13 +383,10 @@ class LinearBackward : public LinearHead<T> {
   // then, as in `entries_pair_by_pair`.
   void value_gradients(int64_t count, bool finite) {
     if (finite) {
-      const Elem* const scores = along_rows(s_, count, ld, whole_vectors<Acc>(count), score_rows_);
-      const Elem* const dout = along_rows(dout_, count, width, width, dout_room_);
-      for (int64_t j = 0; j < count; j += kBlock) {
-        product<By::kColumns, false>(min64(kBlock, count - j), width, elements<Elem>(count - j),
-                                     scores + j / kDepth * ld + j, ld, dout + j / kDepth * width,
-                                     width, dv_ + j * width, width,
-                                     Mix<Acc>{false, 1, this->outer_scale()}, &ahead_);
+      for (int64_t j = 0; j < count; j += kRows) {
+        product<By::kColumns>(min64(kRows, count - j), width, count - j, s_ + j * ld + j, ld,
+                              dout_ + j * width, width, dv_ + j * width, width,
+                              Mix<Acc>{false, 1, this->outer_scale()}, &ahead_);
       }
       return;
     }
@@ -461,23 +425,17 @@ class LinearBackward : public LinearHead<T> {
       }
     }
   }
-  // Whether gradients in a chunk are sums of rounded numbers times exact ones.
-  bool rounds_once() const { return p.feature_map != FeatureMap::kElu && !decays(); }
   // dq_ and dk_. A vector of queries has the keys up to its last, one of keys the queries from its
   // first on.
-  template <class E>
-  void entry_gradients(const E* q, const E* k, const E* dp, const E* dp_lanes, int64_t count) {
-    constexpr int64_t depth = Contraction<E>::kDepth;
+  void entry_gradients(int64_t count) {
     // Narrow strips leave out more; a short vector alone has too few sums to hide their latency.
-    constexpr int64_t kStrip = kInTiles<E> || kLanes < 16 ? 2 * kLanes : kLanes;
+    constexpr int64_t kStrip = kLanes < 16 ? 2 * kLanes : kLanes;
     const int64_t lanes = whole_vectors<Acc>(count), dim = p.head_dim;
     for (int64_t i = 0; i < lanes; i += kStrip) {
       const int64_t more = min64(kStrip, lanes - i), to = min64(i + more, count);
-      product<By::kRows>(dim, more, elements<E>(to), k, ld / depth, dp_lanes + i, ld, dq_ + i, ld,
-                         false, &ahead_);
-      product<By::kRows, false>(dim, more, elements<E>(count - i), q + i / depth, ld / depth,
-                                dp + i / depth * ld + i, ld, dk_ + i, ld,
-                                Mix<Acc>{false, 1, Acc(p.scale)}, &ahead_);
+      product<By::kRows>(dim, more, to, k_, ld, dp_lanes_ + i, ld, dq_ + i, ld, false, &ahead_);
+      product<By::kRows>(dim, more, count - i, q_ + i, ld, dp_ + i * ld + i, ld, dk_ + i, ld,
+                         Mix<Acc>{false, 1, Acc(p.scale)}, &ahead_);
     }
   }
   // dp_lanes_ = dp_ turned, with zeros in the lanes beyond `count`.
@@ -657,24 +615,13 @@ class LinearBackward : public LinearHead<T> {
   void add_chunk(int64_t count, Acc* dlocal, Mix<Acc> mix) {
     const int64_t lanes = whole_vectors<Acc>(count);
     if (p.normalize) scale_lanes(qf_, features, ld, lanes, inverse_);
-    if (decays()) {
-      this->template add_outer<By::kRows>(qf_, ld, qf_, dout_, count, mix, dlocal, dmean_, &ahead_);
-    } else {
-      // What dO V^T and its mean are multiplied with must be the same, or they do not cancel.
-      if constexpr (kDepth == 2) {
-        if (p.normalize) round_to_bf16(qf_, features, ld, lanes);
-      }
-      this->template add_outer<By::kRows>(
-          qf_, ld, along_lanes(qf_, features, ld, lanes, query_lanes_),
-          along_rows(dout_, count, width, width, dout_room_), count, mix, dlocal, dmean_, &ahead_);
-    }
+    this->template add_outer<By::kRows>(qf_, ld, dout_, count, mix, dlocal, dmean_, &ahead_);
     if (p.delta()) {
-      this->template add_outer<By::kRows>(kf_, ld, kf_, h_, count, Mix<Acc>{true}, dlocal, nullptr);
+      this->template add_outer<By::kRows>(kf_, ld, h_, count, Mix<Acc>{true}, dlocal, nullptr);
     }
   }
 
-  LinearForward<T, Acc> again_;  // makes states once more, of features that nothing has rounded
-  [[no_unique_address]] tiles::SessionIf<kInTiles<Elem>> session_;
+  LinearForward<T> again_;  // makes states once more
   Ahead ahead_;
   Scratch<Acc> arena_;
   ChunkDecay<Acc> decay_;
@@ -684,9 +631,6 @@ class LinearBackward : public LinearHead<T> {
   Acc *keys_ = nullptr, *beta_ = nullptr, *dbeta_ = nullptr, *e_ = nullptr, *y_ = nullptr,
       *h_ = nullptr, *h_lanes_ = nullptr, *later_ = nullptr;
   const Acc* before_[kMostChunks];
-  // Room for operands as pairs; null for numbers.
-  Elem *query_lanes_, *key_lanes_, *query_rows_, *key_rows_, *value_rows_, *dout_rows_, *dout_room_,
-      *pair_rows_, *pair_columns_, *score_rows_;
 };
 
 }  // namespace ATTNEXT_ISA

@@ -20,11 +20,9 @@ inline bool are_pairs(FeatureMap map, const bf16* rows, int64_t step, int64_t di
   const bool aligned = reinterpret_cast<uintptr_t>(rows) % sizeof(Pair) == 0 && step % 2 == 0;
   return map == FeatureMap::kIdentity && aligned && dim == ld;
 }
-// Features of token rows, in `room`, where rows are `ld` numbers long and end in zeros. visit(t, d,
-// x) of each vector of them that is not rounded yet.
-template <class Visit>
-PairRows pair_features(FeatureMap map, const bf16* rows, int64_t step, int64_t count, int64_t dim,
-                       Pair* room, int64_t ld, Visit visit) {
+// Features of token rows, in `room`, where rows are `ld` numbers long and end in zeros.
+inline PairRows pair_features(FeatureMap map, const bf16* rows, int64_t step, int64_t count,
+                              int64_t dim, Pair* room, int64_t ld) {
   constexpr int64_t kLanes = Simd<float>::kLanes;
   with_map(map, [&](auto m) {
     for (int64_t t = 0; t < count; ++t) {
@@ -34,7 +32,6 @@ PairRows pair_features(FeatureMap map, const bf16* rows, int64_t step, int64_t c
         const int64_t left = dim - d;
         VecOf<float> x = feature<m.value, float>(widen_part<bf16, float>(from + d, left));
         if (left < kLanes) x = select_bits<float>((uint64_t(1) << left) - 1, x, VecOf<float>{});
-        visit(t, d, x);
         narrow_quickly(to + d, x);
       }
     }
@@ -104,6 +101,29 @@ inline void join_rows(const bf16* rows, int64_t step, int64_t count, int64_t col
       };
       const VecOf<float> second = t + 1 < count ? at(odd) : VecOf<float>{};
       store(reinterpret_cast<float*>(out + c), join_pairs(at(even), second));
+    }
+  }
+}
+
+// The same of a state.
+inline void join_rows_of_state(const float* state, int64_t features, int64_t width, Pair* out) {
+  constexpr int64_t kLanes = Simd<float>::kLanes;
+  for (int64_t f = 0; f < features; f += 2, state += 2 * width, out += width) {
+    for (int64_t c = 0; c < width; c += kLanes) {
+      const VecOf<float> second = f + 1 < features ? load(state + width + c) : VecOf<float>{};
+      store(reinterpret_cast<float*>(out + c), make_pairs(load(state + c), second));
+    }
+  }
+}
+
+// And back.
+inline void part_rows_of_state(const Pair* pairs, int64_t features, int64_t width, float* state) {
+  constexpr int64_t kLanes = Simd<float>::kLanes;
+  for (int64_t f = 0; f < features; f += 2, state += 2 * width, pairs += width) {
+    for (int64_t c = 0; c < width; c += kLanes) {
+      const VecOf<float> both = load(reinterpret_cast<const float*>(pairs + c));
+      store(state + c, even_of(both));
+      store(state + width + c, odd_of(both));
     }
   }
 }

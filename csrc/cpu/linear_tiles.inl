@@ -50,40 +50,21 @@ struct LeftFactors {
   int64_t stride[kMost];
   alignas(64) Pair room[kMost][kSide * kSide];
 
-  // Of a(m, l) for m < rows and pairs l in [0, depth); what a tile has beyond them is 0, or, in
-  // rows, anything.
-  template <By kBy>
+  // Of a[m][l] for m < rows and pairs l in [0, depth); what a tile has beyond them is 0, or
+  // anything.
   void take(const Pair* a, int64_t lda, int64_t rows, int64_t depth) {
     for (int64_t l = 0; l < depth; l += kSide) {
       const int64_t k = l / kSide, there = min64(kSide, depth - l);
-      if (kBy == By::kRows && rows >= kSide && there == kSide) {
+      if (rows >= kSide && there == kSide) {
         at[k] = a + l, stride[k] = 4 * lda;
         continue;
       }
       at[k] = room[k], stride[k] = 4 * kSide;
-      if constexpr (kBy == By::kRows) {
-        memset(room[k], 0, sizeof(room[k]));
-        for (int64_t m = 0; m < min64(rows, kSide); ++m) {
-          memcpy(room[k] + m * kSide, a + m * lda + l, sizeof(Pair) * there);
-        }
-      } else {
-        VecOf<float> r[kSide];
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < kSide; ++i) {
-          r[i] = i < there ? load_numbers(a + (l + i) * lda) : VecOf<float>{};
-        }
-        transpose_vectors<float>(r);
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < kSide; ++i) {
-          cpu::ATTNEXT_ISA::store(reinterpret_cast<float*>(room[k] + i * kSide), r[i]);
-        }
+      memset(room[k], 0, sizeof(room[k]));
+      for (int64_t m = 0; m < min64(rows, kSide); ++m) {
+        memcpy(room[k] + m * kSide, a + m * lda + l, sizeof(Pair) * there);
       }
     }
-  }
-
- private:
-  static ATTNEXT_INLINE VecOf<float> load_numbers(const Pair* p) {
-    return cpu::ATTNEXT_ISA::load(reinterpret_cast<const float*>(p));
   }
 };
 
@@ -163,39 +144,31 @@ ATTNEXT_INLINE void each_tiles(int64_t rows, int64_t columns, F f) {
 }
 
 // Left factors of up to two tiles of rows.
-template <By kBy>
-void take_rows(LeftFactors (&left)[2], const Pair* a, int64_t lda, int64_t rows, int64_t depth) {
-  left[0].take<kBy>(a, lda, min64(rows, kSide), depth);
-  if (rows <= kSide) return;
-  left[1].take<kBy>(a + kSide * (kBy == By::kRows ? lda : 1), lda, rows - kSide, depth);
+inline void take_rows(LeftFactors (&left)[2], const Pair* a, int64_t lda, int64_t rows,
+                      int64_t depth) {
+  left[0].take(a, lda, min64(rows, kSide), depth);
+  if (rows > kSide) left[1].take(a + kSide * lda, lda, rows - kSide, depth);
 }
 
-// Like the function of that name for any element; `depth` counts pairs.
-template <By kBy>
-void product(int64_t rows, int64_t columns, int64_t depth, const Pair* a, int64_t lda,
-             const Pair* b, int64_t ldb, float* c, int64_t ldc, Mix<float> mix, Ahead* ahead) {
+// The product of numbers' name (linear_product.inl), by rows, over `depth` pairs: kMost spans at
+// most.
+inline void product(int64_t rows, int64_t columns, int64_t depth, const Pair* a, int64_t lda,
+                    const Pair* b, int64_t ldb, float* c, int64_t ldc, Mix<float> mix,
+                    Ahead* ahead) {
   LeftFactors left[2];
-  constexpr int64_t kBand = LeftFactors::kMost * kSide;
   for (int64_t m = 0, count; m < rows; m += count) {
-    // What is no whole tile has a way by itself, and is alone on it; so is what is copied first.
-    const bool two = kBy == By::kRows && rows - m >= 2 * kSide;
-    count = two ? 2 * kSide : min64(kSide, rows - m);
-    for (int64_t l = 0; l == 0 || l < depth; l += kBand) {
-      const int64_t band = min64(kBand, depth - l);
-      const Mix<float> now =
-          (l == 0 ? mix : Mix<float>{true, 1, mix.taken, nullptr, mix.also, true}).at(m * ldc);
-      take_rows<kBy>(left, kBy == By::kRows ? a + m * lda + l : a + l * lda + m, lda, count, band);
-      each_tiles(count, columns, [&](auto tall, auto wide, int64_t n) {
-        constexpr int M = decltype(tall)::value, N = decltype(wide)::value;
-        const Pair* const right = b + l * ldb + n;
-        const Mix<float> here = now.at(n);
-        product_tiles<M, N>(left, count, band, right, ldb, c + m * ldc + n, ldc, here);
-        if (here.also) {
-          product_tiles<M, N>(left, count, band, right, ldb, here.also, ldc, here.of_also());
-        }
-        if (ahead) ahead->start(M);
-      });
-    }
+    // What is no whole tile has a way by itself, and is alone on it.
+    count = min64(rows - m >= 2 * kSide ? 2 * kSide : kSide, rows - m);
+    take_rows(left, a + m * lda, lda, count, depth);
+    each_tiles(count, columns, [&](auto tall, auto wide, int64_t n) {
+      constexpr int M = decltype(tall)::value, N = decltype(wide)::value;
+      const Mix<float> here = mix.at(m * ldc + n);
+      product_tiles<M, N>(left, count, depth, b + n, ldb, c + m * ldc + n, ldc, here);
+      if (here.also) {
+        product_tiles<M, N>(left, count, depth, b + n, ldb, here.also, ldc, here.of_also());
+      }
+      if (ahead) ahead->start(M);
+    });
   }
 }
 
@@ -207,8 +180,8 @@ inline void outputs(int64_t rows, int64_t columns, int64_t depth, const Pair* a,
   LeftFactors of_state[2], of_values[2];
   for (int64_t m = 0; m < rows; m += 2 * kSide) {
     const int64_t count = min64(2 * kSide, rows - m), seen = (m + count + 1) / 2;
-    if (b) take_rows<By::kRows>(of_state, a + m * lda, lda, count, depth);
-    if (weights) take_rows<By::kRows>(of_values, weights + m * ldw, ldw, count, seen);
+    if (b) take_rows(of_state, a + m * lda, lda, count, depth);
+    if (weights) take_rows(of_values, weights + m * ldw, ldw, count, seen);
     each_tiles(count, columns, [&](auto tall, auto wide, int64_t n) {
       constexpr int M = decltype(tall)::value, N = decltype(wide)::value;
       float* at[M];

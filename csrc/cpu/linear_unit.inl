@@ -13,30 +13,28 @@ template <class T>
 struct LinearEntry {
   using Head = LinearHead<T>;
   using Acc = typename Head::Acc;
-  using Elem = typename ElemOf<T>::type;
 
-  // f(pass): Pass<T, elements of its products>, made of the rest. The delta rule has products of
-  // what it solved for, by numbers.
-  template <template <class, class> class Pass, class F>
-  static ATTNEXT_INLINE auto with(const LinearParams& p, const LinearItem& item, void* scratch,
-                                  F f) {
-    if constexpr (!Same<Elem, Acc>::value) {
-      if (!p.delta()) return f(Pass<T, Elem>(p, item, scratch));
-    }
-    return f(Pass<T, Acc>(p, item, scratch));
+  static LinearItem of_size(int64_t columns, int64_t chunk, bool for_gradients) {
+    return {0, 0, 0, 0, 0, columns, chunk, for_gradients};
   }
-
-  static LinearItem of_size(int64_t columns, int64_t chunk) {
-    return {0, 0, 0, 0, 0, columns, chunk};
+  // f(pass), whose products are those of tiles where they may be.
+  template <class F>
+  static ATTNEXT_INLINE auto with_forward(const LinearParams& p, const LinearItem& item,
+                                          void* scratch, F f) {
+    if constexpr (kMayBeInTiles<T>) {
+      if (Head::in_tiles(p, item.for_gradients, item.chunk)) {
+        return f(LinearForward<T, true>(p, item, scratch));
+      }
+    }
+    return f(LinearForward<T>(p, item, scratch));
   }
 
   static int64_t forward_scratch(const LinearParams& p, int64_t columns, int64_t chunk) {
-    return with<LinearForward>(p, of_size(columns, chunk), nullptr,
-                               [](auto pass) { return pass.scratch_bytes(); });
+    return with_forward(p, of_size(columns, chunk, false), nullptr,
+                        [](auto pass) { return pass.scratch_bytes(); });
   }
   static int64_t backward_scratch(const LinearParams& p, int64_t columns, int64_t chunk) {
-    return with<LinearBackward>(p, of_size(columns, chunk), nullptr,
-                                [](auto pass) { return pass.scratch_bytes(); });
+    return LinearBackward<T>(p, of_size(columns, chunk, true), nullptr).scratch_bytes();
   }
   static void load_state(const LinearParams& p, const LinearItem& item, const void* source,
                          void* state) {
@@ -47,34 +45,27 @@ struct LinearEntry {
     Head(p, item).store_state(static_cast<const Acc*>(state), static_cast<Acc*>(target));
   }
   static void advance(const LinearParams& p, int64_t columns, void* carry, const void* local) {
-    const LinearItem item = of_size(columns, 1);
+    const LinearItem item = of_size(columns, 1, false);
     Head(p, item).advance(static_cast<Acc*>(carry), static_cast<const Acc*>(local));
   }
-  // Of states that gradients read nothing has been rounded: a query's may be a small difference.
   static void sum_keys(const LinearParams& p, const LinearItem& item, void* local, bool fresh,
-                       bool for_gradients, void* scratch) {
-    const auto sum = [&](auto pass) { pass.sum_keys(static_cast<Acc*>(local), fresh); };
-    if (for_gradients) return sum(LinearForward<T, Acc>(p, item, scratch));
-    with<LinearForward>(p, item, scratch, sum);
+                       void* scratch) {
+    with_forward(p, item, scratch,
+                 [&](auto pass) { pass.sum_keys(static_cast<Acc*>(local), fresh); });
   }
   static void sum_queries(const LinearParams& p, const LinearItem& item, void* local, bool fresh,
                           void* scratch) {
-    const auto sum = [&](auto pass) { pass.sum_queries(static_cast<Acc*>(local), fresh); };
-    // Causal ones are added up in the pass over the gradients, too, and in the same way.
-    if (!p.causal) return sum(LinearBackward<T, Acc>(p, item, scratch));
-    with<LinearBackward>(p, item, scratch, sum);
+    LinearBackward<T>(p, item, scratch).sum_queries(static_cast<Acc*>(local), fresh);
   }
   static void forward(const LinearParams& p, LinearWalk* walks, int64_t count, bool keep,
                       void* scratch) {
-    with<LinearForward>(p, walks->item, scratch,
-                        [&](auto pass) { pass.forward(walks, count, keep); });
+    with_forward(p, walks->item, scratch, [&](auto pass) { pass.forward(walks, count, keep); });
   }
   static void backward(const LinearParams& p, const LinearItem& item, const void* carry,
                        const void* dcarry, void* dlocal, bool fresh, void* scratch) {
-    with<LinearBackward>(p, item, scratch, [&](auto pass) {
-      pass.backward(static_cast<const Acc*>(carry), static_cast<const Acc*>(dcarry),
-                    static_cast<Acc*>(dlocal), fresh);
-    });
+    LinearBackward<T>(p, item, scratch)
+        .backward(static_cast<const Acc*>(carry), static_cast<const Acc*>(dcarry),
+                  static_cast<Acc*>(dlocal), fresh);
   }
   static int64_t step_scratch(const LinearStepParams& p) {
     return LinearStep<T>(p, nullptr).scratch_bytes();
