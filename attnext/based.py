@@ -110,8 +110,9 @@ def based_attention(
             :func:`based_attention_step` goes on. It has no gradient. Not with ``cu_seqlens``.
 
     Numerics:
-        As :func:`linear_attention`; the two parts are each rounded to the dtype once, and joined in
-        float32 (float64 for float64). Differentiable.
+        As :func:`linear_attention`. Parts are joined in float32 (float64 for float64). On the CPU
+        the whole of it is in float32 for bf16 and fp16, so that the result and each gradient is
+        rounded once; on CUDA the two parts are, and their gradients. Differentiable.
 
     Errors:
         ValueError, TypeError or NotImplementedError, naming the argument.
@@ -144,43 +145,60 @@ def based_attention(
             raise ValueError(
                 "cu_seqlens must be None with output_final_cache: a cache is of one end"
             )
+    with without_autocast(query):
+        wide = (query, key, value)
+        if query.device.type == "cpu":
+            acc = accumulator_dtype(query.dtype)
+            wide = (query.to(acc), key.to(acc), value.to(acc))
+        out, state = _both_parts(*wide, window_size, scale, cu_seqlens, output_final_cache)
+        out = out.to(query.dtype)
+    if not output_final_cache:
+        return out
+    if state is None:
+        rows = num_features("taylor2", query.shape[-1])
+        shape = (query.shape[0], query.shape[2], rows, value.shape[-1] + 1)
+        state = query.new_zeros(shape, dtype=accumulator_dtype(query.dtype))
+    return out, BasedCache(WindowCache.after(key, value, window_size), state.detach())
+
+
+def _both_parts(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window_size: int,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    output_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The output, and the state of all keys that are older than the window, if there is one."""
     out, near_lse = sliding_window_attention(
         query, key, value, window_size, scale=scale, cu_seqlens_q=cu_seqlens, return_lse=True
     )
-    state: list[Tensor] = []
-    if query.shape[1] > window_size:
-        new, bounds, has_older = query[:, window_size:], None, None
-        if cu_seqlens is not None:
-            bounds, has_older = _older_parts(cu_seqlens, query.shape[1], window_size)
-            has_older = has_older.to(query.device)
-            # What others get is dropped below. Nor may their NaN reach another sequence's keys.
-            new = new.where(has_older[:, None, None], 0)
-        far, total, *state = linear_attention(
-            new,
-            key[:, :-window_size],
-            value[:, :-window_size],
-            **_TAYLOR,
-            scale=scale,
-            cu_seqlens=bounds,
-            return_denominator=True,
-            output_final_state=output_final_cache,
-        )
-        if has_older is None:
-            far_lse = torch.log(total)
-        else:
-            far_lse = torch.log(total.where(has_older[:, None], 1))
-            far_lse = far_lse.where(has_older[:, None], -torch.inf)
-        late, _ = merge_attentions(
-            (out[:, window_size:], far), (near_lse[:, window_size:], far_lse)
-        )
-        out = torch.cat([out[:, :window_size], late], dim=1)
-    if not output_final_cache:
-        return out
-    if not state:
-        rows = num_features("taylor2", query.shape[-1])
-        shape = (query.shape[0], query.shape[2], rows, value.shape[-1] + 1)
-        state = [query.new_zeros(shape, dtype=accumulator_dtype(query.dtype))]
-    return out, BasedCache(WindowCache.after(key, value, window_size), state[0].detach())
+    if query.shape[1] <= window_size:
+        return out, None
+    new, bounds, has_older = query[:, window_size:], None, None
+    if cu_seqlens is not None:
+        bounds, has_older = _older_parts(cu_seqlens, query.shape[1], window_size)
+        has_older = has_older.to(query.device)
+        # What others get is dropped below. Nor may their NaN reach another sequence's keys.
+        new = new.where(has_older[:, None, None], 0)
+    far, total, *state = linear_attention(
+        new,
+        key[:, :-window_size],
+        value[:, :-window_size],
+        **_TAYLOR,
+        scale=scale,
+        cu_seqlens=bounds,
+        return_denominator=True,
+        output_final_state=output_state,
+    )
+    if has_older is None:
+        far_lse = torch.log(total)
+    else:
+        far_lse = torch.log(total.where(has_older[:, None], 1))
+        far_lse = far_lse.where(has_older[:, None], -torch.inf)
+    late, _ = merge_attentions((out[:, window_size:], far), (near_lse[:, window_size:], far_lse))
+    return torch.cat([out[:, :window_size], late], dim=1), state[0] if state else None
 
 
 def _older_parts(cu_seqlens: Tensor, tokens: int, window_size: int) -> tuple[Tensor, Tensor]:

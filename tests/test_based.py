@@ -71,6 +71,26 @@ def test_prefill_and_steps_are_the_formula(data):
     same_cache(cache, last)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mean", [0, 3])
+def test_gradients_in_all_dtypes(mean, dtype):
+    """Both parts add to them, and no rounding of either may be in the sum, even where the values'
+    mean, which drops out, is most of them."""
+    for tokens, window, dim, dim_v in ((300, 40, 16, 32), (60, 9, 5, 8), (410, 64, 9, 24)):
+        query, key, value = inputs(tokens, 1, 4, 2, dim, dim_v)
+        given = [x.to(dtype) for x in (query, key, value + mean)]
+        cotangent = normal(*query.shape[:3], dim_v, dtype=dtype, seed=9)
+
+        def gradients(function, tensors, window=window, cotangent=cotangent):
+            leaves = [x.detach().requires_grad_() for x in tensors]
+            out = function(*leaves, window)
+            return torch.autograd.grad(out, leaves, cotangent.to(out.dtype))
+
+        exact = gradients(reference_linear.based_attention, [x.double() for x in given])
+        for got, expected in zip(gradients(based_attention, given), exact, strict=True):
+            assert got.dtype == dtype and error(got, expected) <= BUDGET[dtype]
+
+
 @settings(max_examples=40)
 @given(st.data())
 def test_packed_sequences_know_nothing_of_each_other(data):
