@@ -100,8 +100,9 @@ def linear_attention(
     Numerics:
         float32, float64, bfloat16, float16 in and out. Products, sums, states and the division in
         float32 (float64 for float64), one rounding at the store: the error does not grow with the
-        length. A CPU that multiplies pairs of bfloat16 does so: features, scores and what is read
-        of a state are then rounded as they enter a product, sums and states are float32 as ever.
+        length. A CPU that multiplies tiles of bfloat16 (AMX) does so for outputs without a
+        normaliser, decays and Taylor features: features, scores and what is read of a state are
+        then rounded as they enter a product, sums and states are float32 as ever.
         On the CPU the bits do not depend on the number of threads or on other batch items; on a
         GPU they may depend on how many of these there are.
 

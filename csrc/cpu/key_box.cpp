@@ -67,6 +67,7 @@ KeyBoxes::KeyBoxes(const WindowParams& params, const PlanView& plan, const Windo
       kernels_(kernels),
       backward_(backward),
       element_(size_of(params.dtype)),
+      copied_(kernels.widen_row ? acc_size(params.dtype) : element_),
       most_bytes_(most_bytes()),
       ready_(kernels.ready_bytes && plan.axis[0].num_keys == 1 && plan.axis[1].num_keys == 1) {
   int64_t step = 1;
@@ -75,14 +76,13 @@ KeyBoxes::KeyBoxes(const WindowParams& params, const PlanView& plan, const Windo
     step = std::lcm(step, dilation_[a]);
   }
   // Coordinates step by the dilation, rows by a whole number of elements for each.
-  const int64_t unit = std::lcm(step, kLine / element_);
+  const int64_t unit = std::lcm(step, kLine / copied_);
   key_pitch_ = (p_.head_dim + unit - 1) / unit * unit;
   value_pitch_ = (p_.head_dim_v + unit - 1) / unit * unit;
-  const int64_t row = (key_pitch_ + value_pitch_) * element_;
-  if (row > 2 * (p_.head_dim + p_.head_dim_v) * element_ + 2 * kLine) return;
+  if (key_pitch_ + value_pitch_ > 2 * (p_.head_dim + p_.head_dim_v + kLine / copied_)) return;
   const auto apart = [&](const TensorRef& t) { return dilation_[2] * t.token[2] * element_; };
-  collide_ = rows_collide(apart(p_.key), p_.head_dim * element_) ||
-             rows_collide(apart(p_.value), p_.head_dim_v * element_);
+  copies_ = kernels.widen_row || rows_collide(apart(p_.key), p_.head_dim * element_) ||
+            rows_collide(apart(p_.value), p_.head_dim_v * element_);
 }
 
 bool KeyBoxes::worth_bringing(const KeyBox& box, int64_t heads, int64_t reads) const {
@@ -92,14 +92,21 @@ bool KeyBoxes::worth_bringing(const KeyBox& box, int64_t heads, int64_t reads) c
 
 int64_t KeyBoxes::bytes(const KeyBox& box, int64_t heads) const {
   const int64_t of_head = ready_ ? kernels_.ready_bytes(p_, box.rows(), backward_)
-                                 : box.rows() * (key_pitch_ + value_pitch_) * element_;
+                                 : box.rows() * (key_pitch_ + value_pitch_) * copied_;
   return heads * of_head;
 }
 
 NearKeys KeyBoxes::bring(const KeyBox& box, int64_t batch, int64_t kv_head, int64_t heads,
                          void* memory) const {
-  if (!ready_) return {copy(box, batch, kv_head, heads, memory), {}};
-  return {p_, kernels_.make_ready(p_, plan_, box, batch, kv_head, heads, backward_, memory)};
+  if (ready_) {
+    return {p_, kernels_.make_ready(p_, plan_, box, batch, kv_head, heads, backward_, memory), {}};
+  }
+  WideKeys wide;
+  if (kernels_.widen_row) {
+    wide.begin = static_cast<const char*>(memory);
+    wide.end = wide.begin + bytes(box, heads);
+  }
+  return {copy(box, batch, kv_head, heads, memory), {}, wide};
 }
 
 WindowParams KeyBoxes::copy(const KeyBox& box, int64_t batch, int64_t kv_head, int64_t heads,
@@ -109,7 +116,7 @@ WindowParams KeyBoxes::copy(const KeyBox& box, int64_t batch, int64_t kv_head, i
   copied.sink_key = p_.key, copied.sink_value = p_.value;
   copied.key = copy(p_.key, box, p_.head_dim, key_pitch_, batch, kv_head, heads, keys);
   copied.value = copy(p_.value, box, p_.head_dim_v, value_pitch_, batch, kv_head, heads,
-                      keys + heads * box.rows() * key_pitch_ * element_);
+                      keys + heads * box.rows() * key_pitch_ * copied_);
   return copied;
 }
 
@@ -126,20 +133,24 @@ TensorRef KeyBoxes::copy(const TensorRef& from, const KeyBox& box, int64_t dim, 
                            (first(1) + dilation_[1] * y1) * from.token[1];
         const char* row = static_cast<const char*>(from.data) + at * element_;
         const int64_t step = dilation_[2] * from.token[2] * element_;
-        for (int64_t y2 = 0; y2 < box.size[2]; ++y2, row += step, to += pitch * element_) {
+        for (int64_t y2 = 0; y2 < box.size[2]; ++y2, row += step, to += pitch * copied_) {
           constexpr int64_t kAhead = 8;
           if (y2 + kAhead < box.size[2]) {
             for (int64_t c = 0; c < bytes; c += kLine) __builtin_prefetch(row + kAhead * step + c);
           }
-          std::memcpy(to, row, bytes);
+          if (kernels_.widen_row) {
+            kernels_.widen_row(row, dim, to);
+          } else {
+            std::memcpy(to, row, bytes);
+          }
         }
       }
     }
   }
-  TensorRef copied;
+  TensorRef copied;  // in elements of the tensor
+  int64_t stride = pitch * copied_ / element_;
   copied.batch = 0;
-  copied.head = box.rows() * pitch;
-  int64_t stride = pitch;
+  copied.head = box.rows() * stride;
   int64_t origin = kv_head * copied.head;
   for (int a = 2; a >= 0; --a) {
     copied.token[a] = stride / dilation_[a];

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Keys and values brought together. Where the heads of a token lie side by side, the rows of one
 // head are a power of two apart, and a cache keeps only an eighth of what it could (8 heads of 64):
-// tiles that share most of their keys then read a copy, whose rows lie one after the other. Kernels
-// that multiply tiles of numbers have more made of the keys than a copy.
+// tiles that share most of their keys then read a copy, whose rows lie one after the other. Where
+// products take wider numbers than the tensors hold, the copy is of these, and no tile widens them
+// again. Kernels that multiply tiles of numbers have more made of the keys than a copy.
 #pragma once
 
 #include <cstdint>
@@ -37,10 +38,18 @@ struct ReadyKeys {
   int64_t kv_head = 0, head_bytes = 0;
 };
 
+// Memory that holds rows of a copy as wider numbers than the tensors'.
+struct WideKeys {
+  const char *begin = nullptr, *end = nullptr;
+
+  bool has(const void* row) const { return row >= begin && row < end; }
+};
+
 // What tiles are given instead of the tensors.
 struct NearKeys {
   WindowParams params;
   ReadyKeys ready;
+  WideKeys wide;
 };
 
 struct WindowKernels;
@@ -51,7 +60,7 @@ class KeyBoxes {
            bool backward);
 
   // Whether it is of any use to bring keys together.
-  bool useful() const { return collide_ || ready_; }
+  bool useful() const { return copies_ || ready_; }
   // Whether there is room for the box, `heads` of it.
   bool fit(const KeyBox& box, int64_t heads) const {
     return useful() && bytes(box, heads) <= most_bytes_;
@@ -64,7 +73,7 @@ class KeyBoxes {
   NearKeys bring(const KeyBox& box, int64_t batch, int64_t kv_head, int64_t heads,
                  void* memory) const;
   // All that there is without.
-  NearKeys as_they_are() const { return {p_, {}}; }
+  NearKeys as_they_are() const { return {p_, {}, {}}; }
 
  private:
   WindowParams copy(const KeyBox& box, int64_t batch, int64_t kv_head, int64_t heads,
@@ -77,11 +86,11 @@ class KeyBoxes {
   const WindowKernels& kernels_;
   bool backward_;
   int64_t dilation_[3];
-  int64_t element_;
-  int64_t key_pitch_, value_pitch_;  // elements from row to row of a copy
+  int64_t element_, copied_;         // bytes of a number in the tensors, and in a copy
+  int64_t key_pitch_, value_pitch_;  // numbers from row to row of a copy
   int64_t most_bytes_;
-  bool collide_ = false;
-  bool ready_;  // kernels have something made of them
+  bool copies_ = false;  // a copy is of use
+  bool ready_;           // kernels have something made of them
 };
 
 }  // namespace cpu

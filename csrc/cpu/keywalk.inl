@@ -413,9 +413,11 @@ struct KeyWalk {
   }
 };
 
-// The keys of window attention. Heads of one rule walk alike.
+// The keys of window attention. Heads of one rule walk alike; where tiles share most of their keys,
+// these are copies (key_box.h).
 struct Boxes {
   static constexpr bool kHeadsWalkAlike = true;
+  static constexpr bool kAreCopied = true;
   using Plan = PlanView;
   using Tile = ATTNEXT_ISA::Tile;
   template <class T>

@@ -426,6 +426,7 @@ struct ListWalk {
 // The keys of routed attention.
 struct Lists {
   static constexpr bool kHeadsWalkAlike = false;
+  static constexpr bool kAreCopied = false;
   using Plan = ListView;
   using Tile = ListTile;
   template <class T>

@@ -32,7 +32,7 @@ class QueryTile {
   static constexpr bool kRounds = kPairs && kParts == 1;
   // Keys per block, at most: one softmax rescale per block; blocks that are widened first stay in
   // L1.
-  static constexpr int64_t kBlock = kInPlace ? 160 : kPairs ? 128 : 64;
+  static constexpr int64_t kBlock = kPairs ? 128 : kInPlace || Keys::kAreCopied ? 160 : 64;
   static constexpr int64_t kMost = kBlock / kRows * kRows;  // whole tiles of rows
   // Blocks that are kept for the heads that follow.
   static constexpr int64_t kKeptBlocks = 8;

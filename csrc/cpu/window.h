@@ -43,6 +43,10 @@ struct WindowKernels {
   ReadyKeys (*make_ready)(const WindowParams&, const PlanView&, const KeyBox&, int64_t batch,
                           int64_t kv_head, int64_t heads, bool backward, void* memory);
 
+  // A row as numbers that products take, of which there are whole lines of a cache; null where they
+  // take rows as they are, or in pairs. Copies of keys then hold such rows.
+  void (*widen_row)(const void* row, int64_t dim, void* wide);
+
   // One tile of `count` heads that share the plan. `follows`: after the tile before it on the last
   // axis, whose keys are in the caches. `next`: whose queries start loading meanwhile. `bias`:
   // expanded, per head; may be null.

@@ -180,13 +180,19 @@ class Window : public QueryTile<T, Keys> {
       }
     } else {
       for (int64_t j = 0; j < block.count; ++j) {
-        Acc* dst = staged + j * ld;
-        int64_t d = 0;
-        for (; d + kLanes <= dim; d += kLanes) store(dst + d, widen(src[j] + d));
-        if (d < dim) store(dst + d, widen_tail(src[j] + d, dim - d));
-        out[j] = dst;
+        if (wide.has(src[j])) {
+          out[j] = reinterpret_cast<const Acc*>(src[j]);
+        } else {
+          widen_row(src[j], dim, staged + j * ld);
+          out[j] = staged + j * ld;
+        }
       }
     }
+  }
+  static ATTNEXT_INLINE void widen_row(const T* row, int64_t dim, Acc* out) {
+    int64_t d = 0;
+    for (; d + kLanes <= dim; d += kLanes) store(out + d, widen(row + d));
+    if (d < dim) store(out + d, Base::widen_tail(row + d, dim - d));
   }
   void interleave(const T** src, int64_t dim, int64_t ld, Elem* staged, const Elem** out) {
     if constexpr (kPairs) {
@@ -546,6 +552,7 @@ class Window : public QueryTile<T, Keys> {
   // ---- state -----------------------------------------------------------------------------------
 
   ReadyKeys ready;                  // for tiles
+  WideKeys wide;                    // rows that are numbers of products already
   int64_t ready_head = 0;           // the walk's, counted from the first that is ready
   KeyBlock<T> block;                // the current one
   KeyBlock<T> blocks[kKeptBlocks];  // where it and those that are kept lie

@@ -21,6 +21,9 @@ struct WindowEntry {
   static int64_t backward_scratch(const WindowParams& p, const PlanView& v) {
     return B(p, v, nullptr).scratch_bytes();
   }
+  static void widen_row(const void* row, int64_t dim, void* wide) {
+    F::widen_row(static_cast<const T*>(row), dim, static_cast<Acc*>(wide));
+  }
   static void expand_bias(const WindowParams& p, const PlanView& v, int64_t h, void* out) {
     B::expand_bias(p, v, h, static_cast<Acc*>(out));
   }
@@ -28,7 +31,7 @@ struct WindowEntry {
                       const int64_t tile[3], bool follows, const NextTile& next,
                       const void* const* bias, void* scratch) {
     F f(keys.params, v, scratch);
-    f.ready = keys.ready;
+    f.ready = keys.ready, f.wide = keys.wide;
     f.forward_heads(b, h, count, tile, follows, next, bias);
   }
   static void forward_part(const WindowParams& p, const PlanView& v, int64_t b, int64_t h,
@@ -45,7 +48,7 @@ struct WindowEntry {
   static void backward(const NearKeys& keys, const PlanView& v, const SlabItem& item, int64_t h,
                        const void* bias, void* rows, void* dbias, void* dtable, void* scratch) {
     B pass(keys.params, v, scratch);
-    pass.ready = keys.ready;
+    pass.ready = keys.ready, pass.wide = keys.wide;
     pass.backward(item, h, static_cast<const Acc*>(bias), static_cast<Acc*>(rows),
                   static_cast<Acc*>(dbias), static_cast<Acc*>(dtable));
   }
@@ -56,14 +59,15 @@ struct WindowEntry {
 
   static constexpr WindowKernels table() {
     WindowKernels all = {
-        F::kLanes,      ATTNEXT_TILE_VECTORS, forward_scratch, backward_scratch, B::row_size,
-        B::bias_size,   expand_bias,          nullptr,         nullptr,          forward,
-        forward_part,   F::partial_size,      merge_partials,  backward,         finish_slab,
-        B::merge_slabs, B::merge_extra,       B::halo_rows};
+        F::kLanes,    ATTNEXT_TILE_VECTORS, forward_scratch, backward_scratch, B::row_size,
+        B::bias_size, expand_bias,          nullptr,         nullptr,          nullptr,
+        forward,      forward_part,         F::partial_size, merge_partials,   backward,
+        finish_slab,  B::merge_slabs,       B::merge_extra,  B::halo_rows};
     if constexpr (F::kTiles) {
       all.ready_bytes = KeyRows<T>::ready_bytes;
       all.make_ready = KeyRows<T>::make_ready;
     }
+    if constexpr (!F::kInPlace && !F::kPairs) all.widen_row = widen_row;
     return all;
   }
 };
