@@ -3,8 +3,8 @@
 //   out = scores within the chunk, masked, times values + features of queries times the state.
 //
 // Products are of numbers or, where `kTiles` says so (LinearHead::in_tiles), of tiles of bf16,
-// which rows of queries, keys and values are as they lie; features, scores and the state, which is
-// kept in fp32, are rounded as they enter a product.
+// whose operands are rows of queries, keys and values as they lie; features, scores and the state,
+// which is kept in fp32, are rounded as they enter one.
 #pragma once
 
 #include "linear_delta.inl"
