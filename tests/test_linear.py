@@ -11,6 +11,7 @@ from linear_problems import (
     BUDGET,
     DTYPES,
     FORMS,
+    MAPS,
     assert_close,
     assert_same,
     check,
@@ -40,6 +41,28 @@ def test_anything_in_double(given_problem):
 @pytest.mark.parametrize("name", FORMS)
 def test_budget(name, dtype):
     check(*form(name, dtype=dtype, chunk_size=8))  # several segments
+
+
+# Not beside a normaliser of features with signs: their sums come near 0.
+@pytest.mark.parametrize("isa_name", available_isas())
+@pytest.mark.parametrize(
+    ("feature_map", "normalize"),
+    [(f, n) for f in MAPS for n in (False, True) if (f, n) != ("identity", True)],
+)
+def test_halves_are_rounded_at_the_store_alone(feature_map, normalize, isa_name):
+    """Outputs and gradients, of values with a mean too: a product of operands in bf16 shows. What
+    tiles of matrices do of it without a normaliser may take an output a little over the budget."""
+    for tokens, dim, dim_v, mean in ((300, 16, 32, 0), (150, 24, 40, 3), (410, 9, 70, 1)):
+        options = {"feature_map": feature_map, "normalize": normalize}
+        shape = {"tokens": tokens, "dim": dim, "dim_v": dim_v, "dtype": torch.bfloat16}
+        tensors, _ = problem(**shape, **options)
+        tensors["value"] = (tensors["value"].double() + mean).to(torch.bfloat16)
+        for is_causal in (True, False):
+            form = {**options, "is_causal": is_causal}
+            with isa(isa_name):
+                got = evaluate(linear_attention, tensors, form)
+            more = 1.15 if isa_name == "amx" else 1
+            assert_close(got, expect(tensors, form), BUDGET[torch.bfloat16], {"out": more})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
