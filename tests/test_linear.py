@@ -58,11 +58,12 @@ def test_halves_are_rounded_at_the_store_alone(feature_map, normalize, isa_name)
         tensors, _ = problem(**shape, **options)
         tensors["value"] = (tensors["value"].double() + mean).to(torch.bfloat16)
         for is_causal in (True, False):
-            form = {**options, "is_causal": is_causal}
+            call = {**options, "is_causal": is_causal}
             with isa(isa_name):
-                got = evaluate(linear_attention, tensors, form)
-            more = 1.15 if isa_name == "amx" else 1
-            assert_close(got, expect(tensors, form), BUDGET[torch.bfloat16], {"out": more})
+                got = evaluate(linear_attention, tensors, call)
+            in_tiles = isa_name == "amx" and not normalize and feature_map != "taylor2"
+            more = {"out": 1.15 if in_tiles else 1}
+            assert_close(got, expect(tensors, call), BUDGET[torch.bfloat16], more)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

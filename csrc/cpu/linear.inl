@@ -159,14 +159,7 @@ void unpack_lanes(int64_t count, int64_t dim, T* rows, int64_t step, F lane) {
   }
 }
 
-// A token row as whole vectors, columns beyond `dim` 0; and back.
-template <class T, class Acc>
-ATTNEXT_INLINE void widen_row(const T* row, int64_t dim, Acc* out) {
-  constexpr int64_t kLanes = Simd<Acc>::kLanes;
-  int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) store(out + d, widen(row + d));
-  if (d < dim) store(out + d, widen_part<T, Acc>(row + d, dim - d));
-}
+// The way back from widen_row.
 template <class T, class Acc>
 ATTNEXT_INLINE void narrow_row(const Acc* in, int64_t dim, T* row) {
   constexpr int64_t kLanes = Simd<Acc>::kLanes;

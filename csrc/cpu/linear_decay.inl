@@ -40,10 +40,6 @@ struct ChunkDecay {
       store(to_end + t, power<Acc>(load(to_end + t)));
     }
   }
-  // What token i leaves of what was there before it.
-  Acc left_after(int64_t i) const {
-    return power<Acc>(broadcast(Acc(until[i] - (i > 0 ? until[i - 1] : 0))))[0];
-  }
   // How much of token j is left at token i, for a row of lanes j; nothing where j > i.
   void weights(int64_t i, int64_t width, Acc* out) const {
     constexpr int64_t kLanes = Simd<Acc>::kLanes;

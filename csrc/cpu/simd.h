@@ -246,6 +246,15 @@ ATTNEXT_INLINE VecOf<Acc> widen_part(const T* p, int64_t n) {
   return widen(part);
 }
 
+// A row as whole vectors, numbers beyond `dim` 0.
+template <class T, class Acc>
+ATTNEXT_INLINE void widen_row(const T* row, int64_t dim, Acc* out) {
+  constexpr int64_t kLanes = Simd<Acc>::kLanes;
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) store(out + d, widen(row + d));
+  if (d < dim) store(out + d, widen_part<T, Acc>(row + d, dim - d));
+}
+
 ATTNEXT_INLINE void narrow(float* p, VecOf<float> v) { store(p, v); }
 ATTNEXT_INLINE void narrow(double* p, VecOf<double> v) { store(p, v); }
 ATTNEXT_INLINE void store_half(void* p, IntOf<float> bits) {

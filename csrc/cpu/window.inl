@@ -189,11 +189,6 @@ class Window : public QueryTile<T, Keys> {
       }
     }
   }
-  static ATTNEXT_INLINE void widen_row(const T* row, int64_t dim, Acc* out) {
-    int64_t d = 0;
-    for (; d + kLanes <= dim; d += kLanes) store(out + d, widen(row + d));
-    if (d < dim) store(out + d, Base::widen_tail(row + d, dim - d));
-  }
   void interleave(const T** src, int64_t dim, int64_t ld, Elem* staged, const Elem** out) {
     if constexpr (kPairs) {
       for (int64_t j = 0; j < block.count; j += 2) {

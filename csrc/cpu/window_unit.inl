@@ -22,7 +22,7 @@ struct WindowEntry {
     return B(p, v, nullptr).scratch_bytes();
   }
   static void widen_row(const void* row, int64_t dim, void* wide) {
-    F::widen_row(static_cast<const T*>(row), dim, static_cast<Acc*>(wide));
+    cpu::ATTNEXT_ISA::widen_row(static_cast<const T*>(row), dim, static_cast<Acc*>(wide));
   }
   static void expand_bias(const WindowParams& p, const PlanView& v, int64_t h, void* out) {
     B::expand_bias(p, v, h, static_cast<Acc*>(out));
